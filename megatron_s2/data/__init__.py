@@ -1,0 +1,1 @@
+"""From raw text to Megatron's indexed datasets."""

@@ -1,0 +1,1 @@
+"""S2 core attention as Megatron modules and layer specs."""

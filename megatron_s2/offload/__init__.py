@@ -1,0 +1,1 @@
+"""Interleaved CPU/GPU/NVMe optimizer offload."""

@@ -1,0 +1,1 @@
+"""Context parallelism by head-shard assignment."""

@@ -1,0 +1,1 @@
+"""What makes stock Megatron run here: the CPU runtime and named workarounds."""

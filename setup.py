@@ -1,0 +1,35 @@
+"""Packaging of megatron-s2."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+TEST = ["pytest>=8", "hypothesis>=6"]
+PLOT = ["matplotlib>=3.8"]
+
+setup(
+    name="megatron-s2",
+    version="0.1.0",
+    description="S2 attention, head-sharded context parallelism and interleaved optimizer offload for unmodified Megatron",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="BSD-3-Clause",
+    python_requires=">=3.12",
+    packages=find_packages(include=["megatron_s2", "megatron_s2.*"]),
+    install_requires=[
+        "torch",
+        "triton",
+        "megatron-core[training]>=0.19",
+        "safetensors",
+        "transformers",
+        "tensorboard",
+    ],
+    extras_require={
+        "plot": PLOT,
+        "wandb": ["wandb"],
+        # Builds CUDA code; NVIDIA's Apex has no package on PyPI (the `apex` there is unrelated).
+        "te": ["megatron-core[te]>=0.19"],
+        "test": [*TEST, *PLOT],
+        "dev": [*TEST, *PLOT, "ruff==0.17.5", "pre-commit"],
+    },
+)
