@@ -10,7 +10,7 @@ PLOT = ["matplotlib>=3.8"]
 setup(
     name="megatron-s2",
     version="0.1.0",
-    description="S2 attention, head-sharded context parallelism and interleaved optimizer offload for unmodified Megatron",
+    description="S2 attention, head-sharded context parallelism and optimizer offload for Megatron",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="BSD-3-Clause",

@@ -23,4 +23,4 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__ = ["BlockMaskPattern", "S2Pattern", "s2_attention"]
+    return [*globals(), *__all__]
