@@ -1,0 +1,526 @@
+"""Which key block each query block sees: the one source of truth about S2 sparsity, in integers.
+
+The sequence is cut into blocks of `block_size` tokens. Query block i of KV head g sees key block j when
+(arXiv 2407.17678, section 3, with always-visible first blocks added)
+
+    j <= i  and  ( i - j < local_blocks                            the window, diagonal block included
+                   or j < sink_blocks                              the sinks
+                   or (j + phase[g]) % vert_stride[g] == 0 )       the head's shard of the past
+
+and the diagonal block itself is causal token by token. Positions are absolute: a block outside the shard
+is dead once the window has passed it, so what row i sees beyond its window is a *prefix* of one ascending
+list of blocks, the head's shard (sinks included). Every count below follows from that in closed form;
+nothing here holds an array that grows with the square of the sequence.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+
+_MAX_COVERAGE_PERIOD = 1 << 20
+
+
+def _require(ok: bool, name: str, value: object, allowed: str) -> None:
+    if not ok:
+        raise ValueError(f"{name} {value}: must be {allowed}")
+
+
+class AttentionFlops(NamedTuple):
+    """Floating-point operations of one attention call on one sequence, counted on visible pairs only."""
+
+    forward: int
+    backward: int
+
+
+class Coverage(NamedTuple):
+    """How much of the distant past (beyond every window) at least one head sees.
+
+    `lost` of every `period` consecutive distant blocks are seen by no head.
+    """
+
+    period: int
+    lost: int
+
+    @property
+    def fraction(self) -> float:
+        """Seen share of the distant past, 0 to 1."""
+        return 1 - self.lost / self.period
+
+
+def dense_pairs(seq_len: int) -> int:
+    """Query-key pairs of causal attention over `seq_len` tokens, per head."""
+    return seq_len * (seq_len + 1) // 2
+
+
+def attention_flops(pairs: int, head_dim: int, v_head_dim: int | None = None) -> AttentionFlops:
+    """FLOPs of attention on `pairs` query-key pairs.
+
+    Forward is the two products QK and PV. Backward is five: QK again, dP = dO V, dV = P dO, dQ = dS K,
+    dK = dS Q. A multiply-add counts as two; softmax is not counted (the field's convention).
+    """
+    v_head_dim = head_dim if v_head_dim is None else v_head_dim
+    return AttentionFlops(
+        forward=2 * pairs * (head_dim + v_head_dim),
+        backward=2 * pairs * (3 * head_dim + 2 * v_head_dim),
+    )
+
+
+class BlockPattern(ABC):
+    """A causal block-sparse attention pattern: for each KV head, the key blocks each query block sees.
+
+    Blocks are numbered from 0 at the start of the sequence (of the document, when packed). All query heads
+    of a GQA group share the pattern of their KV head. The diagonal block is always visible.
+    """
+
+    num_kv_heads: int
+    block_size: int
+
+    @abstractmethod
+    def row_blocks(self, head: int, row: int) -> list[int]:
+        """Key blocks that query block `row` of KV head `head` sees, ascending, the last being `row`."""
+
+    @abstractmethod
+    def column_rows(self, head: int, block: int, num_blocks: int) -> Sequence[int]:
+        """Query blocks among the first `num_blocks` that see key block `block`, ascending."""
+
+    @abstractmethod
+    def visible_blocks(self, head: int, row: int) -> int:
+        """How many key blocks query block `row` of KV head `head` sees, the diagonal included."""
+
+    @abstractmethod
+    def _past_blocks(self, head: int, num_rows: int) -> int:
+        """Visible key blocks before the diagonal, summed over query blocks 0 .. num_rows-1."""
+
+    @abstractmethod
+    def slice_heads(self, start: int, stop: int) -> BlockPattern:
+        """The pattern of KV heads `start` .. `stop`-1 alone."""
+
+    @abstractmethod
+    def block_mask(self, num_blocks: int) -> torch.Tensor:
+        """The whole pattern as bool `[num_kv_heads, num_blocks, num_blocks]` (query, key).
+
+        For looking and testing only: its size is quadratic.
+        """
+
+    def num_blocks(self, seq_len: int) -> int:
+        """Blocks that `seq_len` tokens occupy; the last may be ragged."""
+        return -(-seq_len // self.block_size)
+
+    def visible_pairs(self, seq_len: int) -> tuple[int, ...]:
+        """Exact number of query-key token pairs per KV head (for each query head of its group).
+
+        Full rows of B tokens see their past blocks whole; a ragged last row of r tokens sees the same
+        blocks with r queries; the diagonal adds a triangle.
+        """
+        B = self.block_size
+        rows, tail = divmod(seq_len, B)
+        triangles = rows * (B * (B + 1) // 2) + tail * (tail + 1) // 2
+        return tuple(
+            B * B * self._past_blocks(g, rows)
+            + (B * tail * (self.visible_blocks(g, rows) - 1) if tail else 0)
+            + triangles
+            for g in range(self.num_kv_heads)
+        )
+
+    def flops(
+        self, seq_len: int, num_query_heads: int, head_dim: int, v_head_dim: int | None = None
+    ) -> AttentionFlops:
+        """FLOPs of one sequence of `seq_len` tokens over `num_query_heads` query heads of `head_dim`.
+
+        Raises:
+            ValueError: `num_query_heads` is no multiple of the pattern's KV heads.
+        """
+        _require(
+            num_query_heads % self.num_kv_heads == 0,
+            "num_query_heads",
+            num_query_heads,
+            f"a multiple of the pattern's {self.num_kv_heads} KV heads",
+        )
+        group = num_query_heads // self.num_kv_heads
+        return attention_flops(group * sum(self.visible_pairs(seq_len)), head_dim, v_head_dim)
+
+    def kv_tokens(self, seq_len: int) -> tuple[int, ...]:
+        """Keys per KV head that the last of `seq_len` tokens sees.
+
+        For an S2 pattern this is all that generation must keep: shard + window instead of `seq_len`.
+        """
+        row = self.num_blocks(seq_len) - 1
+        diagonal = seq_len - row * self.block_size
+        return tuple(
+            (self.visible_blocks(g, row) - 1) * self.block_size + diagonal for g in range(self.num_kv_heads)
+        )
+
+    def kv_bytes(self, seq_len: int, head_dim: int, bytes_per_element: int) -> int:
+        """Bytes of keys and values that the last of `seq_len` tokens sees, over all KV heads."""
+        return 2 * head_dim * bytes_per_element * sum(self.kv_tokens(seq_len))
+
+    def tp_slice(self, rank: int, size: int) -> BlockPattern:
+        """What tensor-parallel rank `rank` of `size` computes of this (global) pattern.
+
+        With fewer KV heads than ranks, `size / num_kv_heads` neighbouring ranks hold the same KV head, as
+        in Megatron. The model is therefore the same at every size.
+
+        Raises:
+            ValueError: KV heads and ranks do not divide evenly, or `rank` is no rank of `size`.
+        """
+        H = self.num_kv_heads
+        _require(0 <= rank < size, "rank", rank, f"between 0 and {size - 1}")
+        _require(H % size == 0 or size % H == 0, "size", size, f"a divisor or a multiple of {H} KV heads")
+        if size > H:
+            head = rank * H // size
+            return self.slice_heads(head, head + 1)
+        return self.slice_heads(rank * H // size, (rank + 1) * H // size)
+
+
+@dataclass(frozen=True)
+class S2Pattern(BlockPattern):
+    """The S2 pattern of one layer: a window, sinks, and for each KV head its strided shard of the past.
+
+    Args:
+        num_kv_heads: KV heads of the whole layer (of all tensor-parallel ranks together).
+        block_size: tokens per block, a power of two >= 16.
+        local_blocks: window in blocks, the diagonal block included, >= 1.
+        vert_stride: distance in blocks between two shard blocks, for all heads or one per KV head; 1 is a
+            dense head.
+        sink_blocks: first blocks of the sequence that every head always sees.
+        phases: for each KV head, which residue its shard has: it sees j with (j + phase) % stride == 0.
+            By default phases spread evenly over the heads of equal stride, and where there are fewer such
+            heads than the stride v they rotate with `layer`, so that any ceil(v / heads) consecutive layers
+            see everything.
+        num_dense_heads: the last KV heads that are dense whatever `vert_stride` says.
+        layer: index of the layer from 0; it moves default phases only.
+        warn_lost: warn when given `phases` leave distant blocks that no head sees.
+
+    Raises:
+        ValueError: a field is out of range; the message starts with its name.
+    """
+
+    num_kv_heads: int
+    block_size: int
+    local_blocks: int
+    vert_stride: int | tuple[int, ...]
+    sink_blocks: int = 0
+    phases: tuple[int, ...] | None = None
+    num_dense_heads: int = 0
+    layer: int = 0
+    warn_lost: bool = field(default=True, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        H, B = self.num_kv_heads, self.block_size
+        _require(H >= 1, "num_kv_heads", H, ">= 1")
+        _require(B >= 16 and B & (B - 1) == 0, "block_size", B, "a power of two >= 16")
+        _require(self.local_blocks >= 1, "local_blocks", self.local_blocks, ">= 1")
+        _require(self.sink_blocks >= 0, "sink_blocks", self.sink_blocks, ">= 0")
+        _require(
+            0 <= self.num_dense_heads <= H, "num_dense_heads", self.num_dense_heads, f"between 0 and {H}"
+        )
+        _require(self.layer >= 0, "layer", self.layer, ">= 0")
+        if not isinstance(self.vert_stride, int):
+            object.__setattr__(self, "vert_stride", tuple(self.vert_stride))
+            _require(
+                len(self.vert_stride) == H, "vert_stride", self.vert_stride, f"one or one per KV head ({H})"
+            )
+        _require(min(self.strides) >= 1, "vert_stride", self.vert_stride, ">= 1")
+        if self.phases is not None:
+            object.__setattr__(self, "phases", tuple(self.phases))
+            _require(len(self.phases) == H, "phases", self.phases, f"one per KV head ({H})")
+            _require(min(self.phases) >= 0, "phases", self.phases, ">= 0")
+            if self.warn_lost and (coverage := self.coverage()).lost:
+                warnings.warn(
+                    f"S2 pattern: {coverage.lost} of every {coverage.period} distant blocks "
+                    "are seen by no head of the layer",
+                    stacklevel=3,
+                )
+
+    @classmethod
+    def from_dkernel(
+        cls,
+        *,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        block_size: int,
+        local_blocks: int,
+        vert_stride: int,
+        homo_head: bool = False,
+        num_dense_heads: int = 0,
+        head_sliding_offset: int = 0,
+    ) -> S2Pattern:
+        """The pattern that DKernel (the authors' code, github.com/linxihui/dkernel) builds from the same
+        arguments, for checkpoints trained with it.
+
+        Its phase step is `vert_stride // num_heads` (at least 1) counted in *query* heads but applied to KV
+        heads, so under GQA part of the past may be lost: that warns. `homo_head` gives every head the phase
+        of head 0.
+
+        Raises:
+            ValueError: as `S2Pattern`, or `homo_head` together with dense heads.
+        """
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        _require(
+            num_kv_heads >= 1 and num_heads % num_kv_heads == 0,
+            "num_kv_heads",
+            num_kv_heads,
+            f"a divisor of {num_heads} query heads",
+        )
+        _require(not (homo_head and num_dense_heads), "num_dense_heads", num_dense_heads, "0 with homo_head")
+        _require(vert_stride >= 1, "vert_stride", vert_stride, ">= 1")
+        step = 0 if homo_head else max(1, vert_stride // num_heads)
+        return cls(
+            num_kv_heads=num_kv_heads,
+            block_size=block_size,
+            local_blocks=local_blocks,
+            vert_stride=vert_stride,
+            phases=tuple((g * step + head_sliding_offset) % vert_stride for g in range(num_kv_heads)),
+            num_dense_heads=num_dense_heads,
+        )
+
+    @cached_property
+    def strides(self) -> tuple[int, ...]:
+        """Stride of each KV head in blocks; 1 for dense heads."""
+        given = (
+            (self.vert_stride,) * self.num_kv_heads if isinstance(self.vert_stride, int) else self.vert_stride
+        )
+        return given[: self.num_kv_heads - self.num_dense_heads] + (1,) * self.num_dense_heads
+
+    @cached_property
+    def head_phases(self) -> tuple[int, ...]:
+        """Phase of each KV head, 0 <= phase < stride."""
+        if self.phases is not None:
+            return tuple(phase % stride for phase, stride in zip(self.phases, self.strides))
+        rank_in_class: dict[int, int] = {}
+        phases = []
+        for stride in self.strides:
+            rank = rank_in_class.get(stride, 0)
+            rank_in_class[stride] = rank + 1
+            step = -(-stride // self.strides.count(stride))
+            phases.append((rank * step + self.layer % step) % stride)
+        return tuple(phases)
+
+    def is_dense(self, head: int) -> bool:
+        """Whether KV head `head` sees its whole past."""
+        return self.strides[head] == 1
+
+    def for_layer(self, layer: int) -> S2Pattern:
+        """The same pattern at layer index `layer` (from 0): default phases rotate, given ones stay."""
+        return replace(self, layer=layer)
+
+    def slice_heads(self, start: int, stop: int) -> S2Pattern:
+        """The pattern of KV heads `start` .. `stop`-1 alone, with the phases they have in the whole."""
+        _require(
+            0 <= start < stop <= self.num_kv_heads, "heads", f"{start}:{stop}", f"in 0:{self.num_kv_heads}"
+        )
+        return replace(
+            self,
+            num_kv_heads=stop - start,
+            vert_stride=self.strides[start:stop],
+            phases=self.head_phases[start:stop],
+            num_dense_heads=0,
+            warn_lost=False,
+        )
+
+    # A head's shard: the sinks 0 .. sink_blocks-1, then every stride-th block from `_first_strided` on.
+
+    def _first_strided(self, head: int) -> int:
+        return self.sink_blocks + -(self.sink_blocks + self.head_phases[head]) % self.strides[head]
+
+    def shard_block(self, head: int, index: int) -> int:
+        """The key block at position `index` of the head's shard."""
+        if index < self.sink_blocks:
+            return index
+        return self._first_strided(head) + (index - self.sink_blocks) * self.strides[head]
+
+    def shard_size(self, head: int, num_blocks: int) -> int:
+        """How many of the head's shard blocks lie among key blocks 0 .. num_blocks-1."""
+        first, stride = self._first_strided(head), self.strides[head]
+        return min(max(num_blocks, 0), self.sink_blocks) + max(0, -(-(num_blocks - first) // stride))
+
+    def shard_prefix(self, head: int, row: int) -> int:
+        """How many shard blocks query block `row` sees beyond its window: those before the window."""
+        return self.shard_size(head, row - self.local_blocks + 1)
+
+    def row_blocks(self, head: int, row: int) -> list[int]:
+        shard = [self.shard_block(head, n) for n in range(self.shard_prefix(head, row))]
+        return [*shard, *range(max(0, row - self.local_blocks + 1), row + 1)]
+
+    def column_rows(self, head: int, block: int, num_blocks: int) -> range:
+        in_shard = block < self.sink_blocks or (block + self.head_phases[head]) % self.strides[head] == 0
+        return range(block, num_blocks if in_shard else min(num_blocks, block + self.local_blocks))
+
+    def visible_blocks(self, head: int, row: int) -> int:
+        return self.shard_prefix(head, row) + min(row + 1, self.local_blocks)
+
+    def _past_blocks(self, head: int, num_rows: int) -> int:
+        # Rows 0 .. num_rows-1 see min(row, L-1) window blocks before the diagonal, and shard block j is
+        # seen beyond the window by the rows from j + L on.
+        L = self.local_blocks
+        ramp = min(num_rows, L)
+        window = ramp * (ramp - 1) // 2 + (num_rows - ramp) * (L - 1)
+        seen = self.shard_prefix(head, num_rows - 1) if num_rows else 0
+        sinks = min(seen, self.sink_blocks)
+        strided = seen - sinks
+        shard = (
+            seen * (num_rows - L)
+            - sinks * (sinks - 1) // 2
+            - strided * self._first_strided(head)
+            - self.strides[head] * strided * (strided - 1) // 2
+        )
+        return window + shard
+
+    def coverage(self, num_layers: int = 1) -> Coverage:
+        """Which share of the distant past the heads of `num_layers` consecutive layers see together.
+
+        Counted over one period of the strides (their least common multiple; over the first 2**20 blocks
+        where that is longer).
+        """
+        period = min(math.lcm(*self.strides), _MAX_COVERAGE_PERIOD)
+        seen = bytearray(period)
+        for layer in range(self.layer, self.layer + num_layers):
+            pattern = self.for_layer(layer) if self.phases is None else self
+            for stride, phase in set(zip(pattern.strides, pattern.head_phases)):
+                first = -phase % stride
+                if first < period:
+                    seen[first::stride] = b"\x01" * len(range(first, period, stride))
+            if self.phases is not None:
+                break
+        return Coverage(period, lost=seen.count(0))
+
+    def block_mask(self, num_blocks: int) -> torch.Tensor:
+        import torch
+
+        rows = torch.arange(num_blocks)[None, :, None]
+        cols = torch.arange(num_blocks)[None, None, :]
+        stride = torch.tensor(self.strides)[:, None, None]
+        phase = torch.tensor(self.head_phases)[:, None, None]
+        visible = (
+            (rows - cols < self.local_blocks) | (cols < self.sink_blocks) | ((cols + phase) % stride == 0)
+        )
+        return visible & (cols <= rows)
+
+    def describe(self) -> str:
+        """One line for people: `block 64, window 8 (512 tokens), stride 16, phases 0 2 4 …`."""
+        stride = str(self.vert_stride) if isinstance(self.vert_stride, int) else _short(self.strides)
+        parts = [
+            f"block {self.block_size}",
+            f"window {self.local_blocks} ({self.local_blocks * self.block_size} tokens)",
+            f"stride {stride}",
+        ]
+        if self.sink_blocks:
+            parts.append(f"sinks {self.sink_blocks}")
+        if self.num_dense_heads:
+            parts.append(f"dense heads {self.num_dense_heads}")
+        return ", ".join([*parts, f"phases {_short(self.head_phases)}"])
+
+
+def _short(values: Sequence[int], most: int = 8) -> str:
+    return " ".join(map(str, values[:most])) + (" …" if len(values) > most else "")
+
+
+class BlockMaskPattern(BlockPattern):
+    """Any causal block mask, held as one compressed sparse row (CSR) table per KV head.
+
+    Args:
+        mask: bool `[num_kv_heads, num_blocks, num_blocks]` (query, key): a tensor, array or nested lists.
+            Causal, with the diagonal visible.
+        block_size: tokens per block, a power of two >= 16.
+
+    Raises:
+        ValueError: the mask has another shape, looks ahead, or hides a diagonal block.
+    """
+
+    def __init__(self, mask: torch.Tensor, block_size: int) -> None:
+        import numpy as np
+
+        mask = np.asarray(mask, dtype=bool)
+        _require(
+            mask.ndim == 3 and mask.shape[1] == mask.shape[2] and mask.size > 0,
+            "mask shape",
+            tuple(mask.shape),
+            "[num_kv_heads, num_blocks, num_blocks]",
+        )
+        _require(
+            block_size >= 16 and block_size & (block_size - 1) == 0,
+            "block_size",
+            block_size,
+            "a power of two >= 16",
+        )
+        _require(not np.triu(mask, 1).any(), "mask", "sees later blocks", "lower triangular")
+        _require(
+            mask.diagonal(axis1=1, axis2=2).all(), "mask", "hides diagonal blocks", "true on the diagonal"
+        )
+        self.block_size = block_size
+        self.num_kv_heads, self.max_blocks, _ = mask.shape
+        self._rows = [_CsrTable.from_mask(head) for head in mask]
+
+    def _check_row(self, row: int) -> None:
+        _require(row < self.max_blocks, "block", row, f"below the mask's {self.max_blocks} blocks")
+
+    def row_blocks(self, head: int, row: int) -> list[int]:
+        self._check_row(row)
+        return self._rows[head].row(row)
+
+    def column_rows(self, head: int, block: int, num_blocks: int) -> list[int]:
+        self._check_row(num_blocks - 1)
+        return self._rows[head].rows_of(block, num_blocks)
+
+    def visible_blocks(self, head: int, row: int) -> int:
+        self._check_row(row)
+        starts = self._rows[head].starts
+        return int(starts[row + 1] - starts[row])
+
+    def _past_blocks(self, head: int, num_rows: int) -> int:
+        if num_rows:
+            self._check_row(num_rows - 1)
+        return int(self._rows[head].starts[num_rows]) - num_rows
+
+    def slice_heads(self, start: int, stop: int) -> BlockMaskPattern:
+        _require(
+            0 <= start < stop <= self.num_kv_heads, "heads", f"{start}:{stop}", f"in 0:{self.num_kv_heads}"
+        )
+        part = object.__new__(BlockMaskPattern)
+        part.block_size, part.max_blocks = self.block_size, self.max_blocks
+        part.num_kv_heads = stop - start
+        part._rows = self._rows[start:stop]
+        return part
+
+    def block_mask(self, num_blocks: int) -> torch.Tensor:
+        import torch
+
+        self._check_row(num_blocks - 1)
+        mask = torch.zeros(self.num_kv_heads, num_blocks, num_blocks, dtype=torch.bool)
+        for g, table in enumerate(self._rows):
+            for row in range(num_blocks):
+                mask[g, row, table.row(row)] = True
+        return mask
+
+
+class _CsrTable(NamedTuple):
+    """Visible key blocks of every row of one head, one row after another."""
+
+    starts: Sequence[int]  # [num_blocks + 1]
+    blocks: Sequence[int]  # [visible blocks], ascending within a row
+
+    @classmethod
+    def from_mask(cls, mask) -> _CsrTable:
+        import numpy as np
+
+        rows, blocks = np.nonzero(mask)
+        starts = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(mask)))])
+        return cls(starts, blocks.astype(np.int32))
+
+    def row(self, row: int) -> list[int]:
+        return self.blocks[self.starts[row] : self.starts[row + 1]].tolist()
+
+    def rows_of(self, block: int, num_blocks: int) -> list[int]:
+        import numpy as np
+
+        hits = np.flatnonzero(self.blocks[: self.starts[num_blocks]] == block)
+        return (np.searchsorted(self.starts, hits, side="right") - 1).tolist()
