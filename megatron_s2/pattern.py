@@ -56,6 +56,10 @@ class Coverage(NamedTuple):
         return 1 - self.lost / self.period
 
 
+def _require_seq_len(seq_len: int) -> None:
+    _require(seq_len >= 0, "seq_len", seq_len, ">= 0")
+
+
 def dense_pairs(seq_len: int) -> int:
     """Query-key pairs of causal attention over `seq_len` tokens, per head."""
     return seq_len * (seq_len + 1) // 2
@@ -121,6 +125,7 @@ class BlockPattern(ABC):
         Full rows of B tokens see their past blocks whole; a ragged last row of r tokens sees the same
         blocks with r queries; the diagonal adds a triangle.
         """
+        _require_seq_len(seq_len)
         B = self.block_size
         rows, tail = divmod(seq_len, B)
         triangles = rows * (B * (B + 1) // 2) + tail * (tail + 1) // 2
@@ -140,7 +145,7 @@ class BlockPattern(ABC):
             ValueError: `num_query_heads` is no multiple of the pattern's KV heads.
         """
         _require(
-            num_query_heads % self.num_kv_heads == 0,
+            num_query_heads >= 1 and num_query_heads % self.num_kv_heads == 0,
             "num_query_heads",
             num_query_heads,
             f"a multiple of the pattern's {self.num_kv_heads} KV heads",
@@ -153,6 +158,9 @@ class BlockPattern(ABC):
 
         For an S2 pattern this is all that generation must keep: shard + window instead of `seq_len`.
         """
+        _require_seq_len(seq_len)
+        if seq_len == 0:
+            return (0,) * self.num_kv_heads
         row = self.num_blocks(seq_len) - 1
         diagonal = seq_len - row * self.block_size
         return tuple(
@@ -173,8 +181,13 @@ class BlockPattern(ABC):
             ValueError: KV heads and ranks do not divide evenly, or `rank` is no rank of `size`.
         """
         H = self.num_kv_heads
+        _require(
+            size >= 1 and (H % size == 0 or size % H == 0),
+            "size",
+            size,
+            f"a divisor or a multiple of {H} KV heads",
+        )
         _require(0 <= rank < size, "rank", rank, f"between 0 and {size - 1}")
-        _require(H % size == 0 or size % H == 0, "size", size, f"a divisor or a multiple of {H} KV heads")
         if size > H:
             head = rank * H // size
             return self.slice_heads(head, head + 1)
@@ -224,12 +237,14 @@ class S2Pattern(BlockPattern):
             0 <= self.num_dense_heads <= H, "num_dense_heads", self.num_dense_heads, f"between 0 and {H}"
         )
         _require(self.layer >= 0, "layer", self.layer, ">= 0")
-        if not isinstance(self.vert_stride, int):
+        if isinstance(self.vert_stride, int):
+            _require(self.vert_stride >= 1, "vert_stride", self.vert_stride, ">= 1")
+        else:
             object.__setattr__(self, "vert_stride", tuple(self.vert_stride))
             _require(
                 len(self.vert_stride) == H, "vert_stride", self.vert_stride, f"one or one per KV head ({H})"
             )
-        _require(min(self.strides) >= 1, "vert_stride", self.vert_stride, ">= 1")
+            _require(min(self.vert_stride) >= 1, "vert_stride", self.vert_stride, ">= 1")
         if self.phases is not None:
             object.__setattr__(self, "phases", tuple(self.phases))
             _require(len(self.phases) == H, "phases", self.phases, f"one per KV head ({H})")
@@ -301,8 +316,9 @@ class S2Pattern(BlockPattern):
         for stride in self.strides:
             rank = rank_in_class.get(stride, 0)
             rank_in_class[stride] = rank + 1
-            step = -(-stride // self.strides.count(stride))
-            phases.append((rank * step + self.layer % step) % stride)
+            heads = min(stride, self.strides.count(stride))
+            rotation = self.layer % -(-stride // heads)
+            phases.append((rank * stride // heads + rotation) % stride)
         return tuple(phases)
 
     def is_dense(self, head: int) -> bool:
@@ -311,7 +327,7 @@ class S2Pattern(BlockPattern):
 
     def for_layer(self, layer: int) -> S2Pattern:
         """The same pattern at layer index `layer` (from 0): default phases rotate, given ones stay."""
-        return replace(self, layer=layer)
+        return replace(self, layer=layer, warn_lost=False)
 
     def slice_heads(self, start: int, stop: int) -> S2Pattern:
         """The pattern of KV heads `start` .. `stop`-1 alone, with the phases they have in the whole."""
@@ -381,6 +397,7 @@ class S2Pattern(BlockPattern):
         Counted over one period of the strides (their least common multiple; over the first 2**20 blocks
         where that is longer).
         """
+        _require(num_layers >= 1, "num_layers", num_layers, ">= 1")
         period = min(math.lcm(*self.strides), _MAX_COVERAGE_PERIOD)
         seen = bytearray(period)
         for layer in range(self.layer, self.layer + num_layers):
@@ -461,14 +478,22 @@ class BlockMaskPattern(BlockPattern):
         self._rows = [_CsrTable.from_mask(head) for head in mask]
 
     def _check_row(self, row: int) -> None:
-        _require(row < self.max_blocks, "block", row, f"below the mask's {self.max_blocks} blocks")
+        _require(0 <= row < self.max_blocks, "block", row, f"one of the mask's {self.max_blocks} blocks")
+
+    def _check_size(self, num_blocks: int) -> None:
+        _require(
+            0 <= num_blocks <= self.max_blocks,
+            "blocks",
+            num_blocks,
+            f"at most the mask's {self.max_blocks} blocks",
+        )
 
     def row_blocks(self, head: int, row: int) -> list[int]:
         self._check_row(row)
         return self._rows[head].row(row)
 
     def column_rows(self, head: int, block: int, num_blocks: int) -> list[int]:
-        self._check_row(num_blocks - 1)
+        self._check_size(num_blocks)
         return self._rows[head].rows_of(block, num_blocks)
 
     def visible_blocks(self, head: int, row: int) -> int:
@@ -477,8 +502,7 @@ class BlockMaskPattern(BlockPattern):
         return int(starts[row + 1] - starts[row])
 
     def _past_blocks(self, head: int, num_rows: int) -> int:
-        if num_rows:
-            self._check_row(num_rows - 1)
+        self._check_size(num_rows)
         return int(self._rows[head].starts[num_rows]) - num_rows
 
     def slice_heads(self, start: int, stop: int) -> BlockMaskPattern:
@@ -494,7 +518,7 @@ class BlockMaskPattern(BlockPattern):
     def block_mask(self, num_blocks: int) -> torch.Tensor:
         import torch
 
-        self._check_row(num_blocks - 1)
+        self._check_size(num_blocks)
         mask = torch.zeros(self.num_kv_heads, num_blocks, num_blocks, dtype=torch.bool)
         for g, table in enumerate(self._rows):
             for row in range(num_blocks):
