@@ -1,0 +1,119 @@
+"""The public attention function: arguments checked once, documents cut apart, a backend chosen."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from megatron_s2.kernels.reference import reference_attention
+from megatron_s2.kernels.torch_backend import blocked_attention
+from megatron_s2.pattern import BlockPattern
+
+_BACKENDS = {"reference": reference_attention, "torch": blocked_attention}
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def s2_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: BlockPattern,
+    softmax_scale: float | None = None,
+    sink_logits: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    q_start: int = 0,
+    return_lse: bool = True,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor] | Tensor:
+    """Causal attention in which each head sees the key blocks its `pattern` shows it (arXiv 2407.17678).
+
+    Args:
+        q: queries `[batch, seq_q, heads, head_dim]`, any strides; packed `[tokens, heads, head_dim]` when
+            `cu_seqlens` is given. float16, bfloat16, float32 or float64.
+        k: keys `[batch, seq_k, kv_heads, head_dim]` (packed `[tokens, kv_heads, head_dim]`). Never expanded:
+            query head h reads KV head h // (heads / kv_heads).
+        v: values, as `k`, with a head_dim of their own if need be.
+        pattern: which key blocks a query block of each KV head sees.
+        softmax_scale: factor on the scores; 1 / sqrt(head_dim) by default.
+        sink_logits: `[heads]`, a logit per query head that joins the softmax with no value (attention may
+            go nowhere). It counts in `lse`.
+        cu_seqlens: int `[documents + 1]`, token offsets of packed documents, from 0 to `tokens`,
+            non-decreasing. The pattern restarts at each document's first token.
+        q_start: position in tokens of the first query; keys start at 0. Not with `cu_seqlens`.
+        return_lse: also return the log-sum-exp.
+        backend: `auto`, `torch` or `reference`.
+
+    Returns:
+        `out` `[batch, seq_q, heads, v_head_dim]` (packed: `[tokens, heads, v_head_dim]`) in the dtype of `q`,
+        and with `return_lse` the natural-log `lse` of the scaled scores, `[batch, heads, seq_q]` (packed:
+        `[heads, tokens]`) in float32 (float64 for float64 inputs). Both are differentiable.
+
+    Raises:
+        ValueError: an argument does not fit the others; the message starts with its name.
+    """
+    _check_tensors(q, k, v, pattern, packed=cu_seqlens is not None)
+    if sink_logits is not None and sink_logits.shape != q.shape[-2:-1]:
+        raise ValueError(f"sink_logits {tuple(sink_logits.shape)}: must be [heads] = [{q.shape[-2]}]")
+    if backend != "auto" and backend not in _BACKENDS:
+        raise ValueError(f"backend {backend!r}: must be auto, {' or '.join(_BACKENDS)}")
+    scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
+    attention = _BACKENDS["torch" if backend == "auto" else backend]
+
+    if cu_seqlens is None:
+        if q_start < 0 or q_start + q.shape[1] > k.shape[1]:
+            raise ValueError(
+                f"q_start {q_start}: must be >= 0 and leave room for {q.shape[1]} queries "
+                f"in {k.shape[1]} keys"
+            )
+        out, lse = attention(q, k, v, pattern, scale, sink_logits, [(0, q.shape[1])], q_start)
+    else:
+        documents = _documents(cu_seqlens, q.shape[0], q_start)
+        out, lse = attention(q[None], k[None], v[None], pattern, scale, sink_logits, documents, 0)
+        out, lse = out[0], lse[0]
+    return (out, lse) if return_lse else out
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, packed: bool) -> None:
+    layout = "[tokens, heads, head_dim] with cu_seqlens" if packed else "[batch, seq, heads, head_dim]"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != (3 if packed else 4):
+            raise ValueError(f"{name} {tuple(x.shape)}: must be {layout}")
+        if x.dtype not in _DTYPES or x.dtype != q.dtype:
+            raise ValueError(
+                f"{name} {x.dtype}: must be float16, bfloat16, float32 or float64, the same for q, k and v"
+            )
+        if x.device != q.device:
+            raise ValueError(f"{name} on {x.device}: must be on the device of q, {q.device}")
+    heads, kv_heads = q.shape[-2], k.shape[-2]
+    if k.shape[:-1] != v.shape[:-1]:
+        raise ValueError(f"v {tuple(v.shape)}: must match k {tuple(k.shape)} but for head_dim")
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"k {tuple(k.shape)}: must have the head_dim of q, {q.shape[-1]}")
+    if q.shape[0] != k.shape[0]:
+        raise ValueError(
+            f"k {tuple(k.shape)}: must have the {'tokens' if packed else 'batch'} of q, {q.shape[0]}"
+        )
+    if heads % kv_heads:
+        raise ValueError(f"k with {kv_heads} heads: must divide the {heads} heads of q")
+    if pattern.num_kv_heads != kv_heads:
+        raise ValueError(
+            f"pattern for {pattern.num_kv_heads} KV heads: must be for the {kv_heads} heads of k"
+        )
+
+
+def _documents(cu_seqlens: Tensor, tokens: int, q_start: int) -> list[tuple[int, int]]:
+    if q_start:
+        raise ValueError(f"q_start {q_start}: must be 0 with cu_seqlens")
+    if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"cu_seqlens {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}: must be int [documents + 1]"
+        )
+    offsets = cu_seqlens.tolist()
+    if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != tokens or offsets != sorted(offsets):
+        raise ValueError(
+            f"cu_seqlens {offsets[:4]} … {offsets[-1:]}: must not decrease, from 0 to {tokens} tokens"
+        )
+    return [(start, stop) for start, stop in pairwise(offsets) if stop > start]
