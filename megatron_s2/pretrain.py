@@ -1,0 +1,190 @@
+"""The entry point: unmodified `megatron.training.pretrain` with S2 attention, on whatever machine this is.
+
+`torchrun … scripts/pretrain_gpt.py <Megatron flags> <--s2-… flags>` or, in one process without torchrun,
+`python -m megatron_s2.pretrain …`. Every Megatron flag means what it means there.
+"""
+
+import os
+import signal
+import sys
+import time
+import traceback
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from megatron_s2.runtime.checks import check_paths
+from megatron_s2.runtime.flags import Machine, describe, runnable_arguments
+from megatron_s2.runtime.patches import apply_patches, quiet_known_warnings
+
+# What Megatron can do and this entry point does not, so that it is refused instead of half done.
+_UNSUPPORTED = {
+    "sft": "--sft",
+    "fim_data": "--fim-data",
+    "mtp_num_layers": "--mtp-num-layers",
+    "hybrid_layer_pattern": "--hybrid-layer-pattern",
+    "hybrid_override_pattern": "--hybrid-override-pattern",
+    "hybrid_context_parallel": "--hybrid-context-parallel",
+    "overlap_moe_expert_parallel_comm": "--overlap-moe-expert-parallel-comm",
+    "perform_rl_step": "--perform-rl-step",
+    "logits_load_dir": "--logits-load-dir",
+    "logits_save_dir": "--logits-save-dir",
+    "inprocess_restart": "--inprocess-restart",
+    "yaml_cfg": "--yaml-cfg",
+}
+_SECONDS_RANK_0_HAS_TO_SPEAK = 10.0
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trains as the command line says.
+
+    Bad input ends the process with status 2 and one line on stderr; Ctrl-C with status 130.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            train(words)
+        except BaseException:
+            # A Ctrl-C that arrived while a collective was waiting shows first as the peer's lost connection;
+            # the sleep lets Python deliver the signal itself.
+            time.sleep(0)
+            raise
+    except KeyboardInterrupt:
+        _leave_quietly()
+
+
+def train(argv: Sequence[str]) -> None:
+    """Prepares this process and runs `megatron.training.pretrain` on the command line `argv`."""
+    quiet_known_warnings()
+    machine = Machine.detect()
+    try:
+        argv, added = runnable_arguments(argv, machine)
+    except ValueError as error:
+        _refuse(str(error))
+    if _rank() == 0 and (line := describe(machine, added)):
+        print(line, flush=True)
+
+    if not machine.gpu:
+        from megatron_s2.runtime.cpu import enable_cpu_runtime
+
+        enable_cpu_runtime()
+    apply_patches(cpu=not machine.gpu)
+
+    try:
+        container = _configure(argv)
+    except ValueError as error:
+        _refuse(str(error))
+    except AssertionError as error:
+        _refuse(_failed_assertion(error))
+
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+
+    from megatron_s2 import gpt
+
+    pretrain(
+        container,
+        gpt.datasets,
+        ModelType.encoder_or_decoder,
+        gpt.forward_step,
+        store=None if "WORLD_SIZE" in os.environ else torch.distributed.HashStore(),
+    )
+    torch.distributed.destroy_process_group()
+
+
+def _configure(argv: Sequence[str]):
+    """Parses and validates the command line, in the steps of Megatron's `parse_and_validate_args`.
+
+    The steps are called one by one to check the input between them: paths before Megatron looks at anything,
+    S2 flags before it opens log writers and reads the tokenizer.
+    """
+    from megatron.training import arguments
+    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.checkpointing import load_args_from_checkpoint
+    from megatron.training.global_vars import set_global_variables
+
+    args = _parse(argv)
+    _refuse_unsupported(args)
+    check_paths(args)
+    if args.use_checkpoint_args:
+        load_args_from_checkpoint(args)
+    args.tokenizer_type = args.tokenizer_type or "GPT2BPETokenizer"
+    args.enable_one_logger &= find_spec("one_logger") is not None  # else Megatron says it is missing
+    arguments.validate_args(args)
+    config = arguments.core_transformer_config_from_args(args)
+    set_global_variables(args)
+    return pretrain_cfg_container_from_args(args, gpt_config_from_args(args, config=config))
+
+
+def _parse(argv: Sequence[str]) -> Namespace:
+    """Megatron's own parser on `argv`; what it refuses raises ValueError instead of printing 847 options."""
+    from megatron.training.arguments import parse_args
+
+    def refuse_by_exception(message: str) -> None:
+        raise ValueError(message)
+
+    def extend(parser: ArgumentParser) -> ArgumentParser:
+        parser.error = refuse_by_exception
+        return parser
+
+    outer, sys.argv = sys.argv, [sys.argv[0], *argv]  # Megatron parses sys.argv and nothing else
+    try:
+        return parse_args(extend)
+    finally:
+        sys.argv = outer
+
+
+def _refuse_unsupported(args: Namespace) -> None:
+    for name, flag in _UNSUPPORTED.items():
+        if getattr(args, name, None):
+            raise ValueError(f"{flag}: not supported by megatron-s2; use Megatron-LM's own pretrain_gpt.py")
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _failed_assertion(error: AssertionError) -> str:
+    """What an assertion of Megatron's validation says; where it says nothing, its condition.
+
+    Raises the assertion again when it is not Megatron's: then it is a bug, not bad input.
+    """
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    if "megatron" not in Path(frame.filename).parts:
+        raise error
+    if str(error):
+        return str(error)
+    return f"Megatron requires {(frame.line or '').removeprefix('assert ').rstrip(', \\')}"
+
+
+def _refuse(message: str) -> None:
+    """Ends this rank with status 2; rank 0 says why, in one line.
+
+    A launcher kills the other ranks as soon as one has ended, so they give rank 0 time to be first. If it
+    does not end, the input is bad only here (a path that another node lacks), and this rank says so.
+    """
+    line = f"error: {' '.join(message.split())}"
+    if _rank() == 0:
+        print(line, file=sys.stderr, flush=True)
+    else:
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(2))
+        time.sleep(_SECONDS_RANK_0_HAS_TO_SPEAK)
+        print(f"{line} (on rank {_rank()})", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def _leave_quietly() -> None:
+    """Ends after Ctrl-C as a shell expects it, without waiting for peers that may be gone."""
+    print("megatron-s2: interrupted", file=sys.stderr, flush=True) if _rank() == 0 else None
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        with suppress(RuntimeError):
+            torch.distributed.destroy_process_group()
+    sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
