@@ -1,0 +1,169 @@
+"""S2 attention as a Megatron core attention module."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from megatron.core.utils import divide, get_pg_rank, get_pg_size
+from torch import Tensor
+
+from megatron_s2.kernels import s2_attention
+from megatron_s2.settings import S2Settings
+
+_CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
+
+
+class S2CoreAttention(MegatronModule):
+    """Core attention of one layer: S2, or dense causal where `settings` keep the layer dense.
+
+    Which of the two, and which phases its heads have, follows from the layer's global number and this
+    tensor-parallel rank's global heads, so no parallel layout changes the model. The pattern is no state:
+    checkpoints hold only the sink logits, where there are any.
+
+    Args:
+        settings: S2 settings of the whole model, bound by the layer spec.
+        backend: implementation of S2 attention.
+        config, layer_number, attn_mask_type, attention_type, attention_dropout, softmax_scale, cp_comm_type,
+            pg_collection: Megatron's contract of a core attention module.
+
+    Raises:
+        ValueError: what is asked for is not causal self-attention, or needs dropout or context parallelism.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        *,
+        settings: S2Settings,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(config=config)
+        dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        if attention_type != "self":
+            raise ValueError(f"attention_type {attention_type}: must be self: S2 attention is causal")
+        if dropout:
+            raise ValueError(f"--attention-dropout {dropout}: must be 0 with S2 attention")
+        if config.context_parallel_size > 1:
+            raise ValueError(
+                f"--context-parallel-size {config.context_parallel_size}: must be 1 with S2 attention"
+            )
+        if pg_collection is None:
+            pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp"])
+        self.tp_group = pg_collection.tp
+        self.layer_number = layer_number
+        self.attn_mask_type = attn_mask_type
+        self.softmax_scale = softmax_scale
+        self.backend = backend
+        self.is_dense = settings.is_dense(layer_number)
+        self.pattern = settings.pattern(layer_number).tp_slice(
+            get_pg_rank(self.tp_group), get_pg_size(self.tp_group)
+        )
+        self.current_max_attn_logits = None  # read by Megatron's qk-clip, which is refused with S2
+        self._add_sink_logits(divide(config.num_attention_heads, get_pg_size(self.tp_group)))
+
+    def _add_sink_logits(self, heads: int) -> None:
+        """Sink logits under Megatron's name, `[heads of this rank]`; learned ones start at 0."""
+        kind = self.config.softmax_type
+        if kind == "vanilla":
+            self.softmax_offset = None
+            return
+        zeros = torch.zeros(heads, dtype=self.config.params_dtype, device=torch.cuda.current_device())
+        if kind == "off-by-one":
+            self.softmax_offset = zeros
+            return
+        self.softmax_offset = torch.nn.Parameter(zeros)
+        set_tensor_model_parallel_attributes(self.softmax_offset, is_parallel=True, dim=0, stride=1)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Causal attention over this rank's heads, after the rotary embedding.
+
+        Args:
+            query: `[seq_q, batch, heads, head_dim]`; packed `[tokens, heads, head_dim]`.
+            key, value: `[seq_k, batch, kv_heads, head_dim]`; packed `[tokens, kv_heads, head_dim]`. With more
+                keys than queries (inference) the queries are the last positions.
+            attention_mask: not read; causality and documents say everything.
+            attn_mask_type: causal, or without a mask for a single query.
+            attention_bias: must be None.
+            packed_seq_params: document boundaries of packed sequences (thd).
+
+        Returns:
+            `[seq_q, batch, heads * head_dim]`; packed `[tokens, heads * head_dim]`.
+        """
+        if attention_bias is not None:
+            raise ValueError("attention_bias: must be None: S2 attention takes no bias")
+        mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
+        if mask_type not in _CAUSAL and not (mask_type == AttnMaskType.no_mask and query.shape[0] == 1):
+            raise ValueError(f"attn_mask_type {mask_type.name}: must be causal with S2 attention")
+        if packed_seq_params is not None:
+            return self._packed(query, key, value, packed_seq_params)
+        q, k, v = (x.transpose(0, 1) for x in (query, key, value))
+        if self.is_dense and self.softmax_offset is None and q.shape[1] == k.shape[1]:
+            out = _dense_causal(q, k, v, self.softmax_scale)
+        else:
+            out = self._attend(q, k, v, q_start=k.shape[1] - q.shape[1])
+        return out.transpose(0, 1).flatten(2)
+
+    def _packed(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedSeqParams) -> Tensor:
+        if packed.qkv_format != "thd":
+            raise ValueError(f"qkv_format {packed.qkv_format}: must be thd")
+        boundaries = packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
+        return self._attend(q, k, v, cu_seqlens=boundaries).flatten(1)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, **where) -> Tensor:
+        return s2_attention(
+            q,
+            k,
+            v,
+            self.pattern,
+            softmax_scale=self.softmax_scale,
+            sink_logits=self.softmax_offset,
+            return_lse=False,
+            backend=self.backend,
+            **where,
+        )
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        """The sink logits, split over tensor-parallel ranks by head (Megatron's checkpoint contract)."""
+        learned = (
+            self.state_dict(prefix="", keep_vars=True) if self.config.softmax_type == "learnable" else {}
+        )
+        return make_sharded_tensors_for_checkpoint(
+            learned,
+            prefix,
+            {"softmax_offset": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+
+
+def _dense_causal(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    """Dense causal attention of `[batch, seq, heads, head_dim]` through PyTorch's fused kernels."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out.transpose(1, 2)

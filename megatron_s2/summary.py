@@ -1,0 +1,69 @@
+"""The table that a run prints at its start: what S2 attention replaced, and what that saves."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+from megatron_s2.pattern import dense_pairs
+from megatron_s2.settings import S2Settings
+
+
+def startup_table(settings: S2Settings, seq_len: int, head_dim: int, bytes_per_element: int) -> str:
+    """What replaced dense attention, the pattern of each group of layers, and the cost beside dense.
+
+    Args:
+        settings: S2 attention of the model.
+        seq_len: tokens per sequence.
+        head_dim: size of one head of keys and values.
+        bytes_per_element: of a cached key or value.
+    """
+    sparse = settings.sparse_layers
+    dense = [n for n in range(1, settings.num_layers + 1) if settings.is_dense(n)]
+    rows = [
+        ("core attention", f"S2 in {len(sparse)} of {settings.num_layers} layers"),
+        *([("dense layers", _ranges(dense))] if dense else []),
+    ]
+    groups: dict[str, list[int]] = {}
+    for layer in sparse:
+        groups.setdefault(settings.pattern(layer).describe(), []).append(layer)
+    rows += [(f"layers {_ranges(layers)}", text) for text, layers in groups.items()]
+    rows += [
+        ("distant past seen", _coverage(settings)),
+        ("attention FLOPs", _beside(settings.mean_pairs(seq_len), dense_pairs(seq_len), seq_len)),
+        ("keys and values", _kv_bytes(settings, seq_len, head_dim, bytes_per_element)),
+    ]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"  {name:<{width}}  {text}" for name, text in rows]
+    return "\n".join(["S2 attention (arXiv 2407.17678)", *lines])
+
+
+def _coverage(settings: S2Settings) -> str:
+    one, all_layers = settings.first_pattern.coverage(), settings.coverage()
+    text = f"{one.fraction:.0%} by one S2 layer, {all_layers.fraction:.0%} by all layers together"
+    if all_layers.lost:
+        text += f" (WARNING: {all_layers.lost} of every {all_layers.period} distant blocks are seen by none)"
+    return text
+
+
+def _beside(ours: float, dense: float, seq_len: int) -> str:
+    return f"{ours / dense:.1%} of dense at {seq_len} tokens ({dense / ours:.1f}x fewer)"
+
+
+def _kv_bytes(settings: S2Settings, seq_len: int, head_dim: int, bytes_per_element: int) -> str:
+    """What the last query of a sequence reads, over all layers: the KV cache of generation."""
+    ours = sum(
+        settings.pattern(n).kv_bytes(seq_len, head_dim, bytes_per_element)
+        for n in range(1, settings.num_layers + 1)
+    )
+    dense = settings.num_layers * settings.dense_pattern.kv_bytes(seq_len, head_dim, bytes_per_element)
+    return (
+        f"{ours / 2**20:.4g} MiB per sequence of {seq_len} tokens in generation, {ours / dense:.1%} of dense "
+        f"({dense / 2**20:.4g} MiB)"
+    )
+
+
+def _ranges(numbers: list[int]) -> str:
+    """`1-3, 7` for [1, 2, 3, 7]; steps of a rotation as `1, 3, 5, …`."""
+    runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+    parts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    return ", ".join(parts[:6]) + (", …" if len(parts) > 6 else "")
