@@ -1,0 +1,46 @@
+"""The documentation keeps its word: its Python prints what stands beside it, its links exist."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parent.parent / "docs"
+COMPUTED = [DOCS / "how-s2-works.md"]  # whose numbers are all printed by their own Python blocks
+MOST_IMAGE_BYTES = 150_000
+
+
+def python_blocks() -> list:
+    return [
+        pytest.param(page, block, id=f"{page.stem}-{number}")
+        for page in COMPUTED
+        for number, block in enumerate(re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.M | re.S))
+    ]
+
+
+@pytest.mark.parametrize(("page", "block"), python_blocks())
+def test_each_python_block_prints_what_the_page_says(page, block, tmp_path):
+    if "picture" in block:
+        pytest.importorskip("matplotlib")
+    (tmp_path / "docs" / "images").mkdir(parents=True)
+    done = subprocess.run(
+        [sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout in page.read_text(), f"{page.name} should say:\n{done.stdout}"
+    drawn = {image.name for image in (tmp_path / "docs" / "images").iterdir()}
+    assert drawn == set(re.findall(r"docs/images/([\w.-]+)", block))
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)
+def test_what_a_page_links_to_exists(page):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_pictures_are_small():
+    for image in (DOCS / "images").iterdir():
+        assert image.stat().st_size < MOST_IMAGE_BYTES, image.name
