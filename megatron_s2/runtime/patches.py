@@ -10,11 +10,14 @@ from importlib.util import find_spec
 
 import torch
 
+from megatron_s2.settings import S2Settings
+
 
 def apply_patches(cpu: bool) -> None:
     """Applies every workaround; `cpu` adds those that are right only without a GPU."""
     skip_compiling_dataset_helpers()
     let_distributed_optimizer_resume_with_torch_adam()
+    keep_adam_step_when_distributed_optimizer_resumes()
     if cpu:
         let_pretrain_start_without_cuda()
         skip_jit_warmup()
@@ -25,9 +28,9 @@ def quiet_known_warnings() -> None:
 
     Megatron says about ten times at import that Transformer Engine and Apex are not installed (which
     implementation runs is decided by flags, and this package says it once), that it assumes rank 0 where
-    there is one process, that parts this package doesn't use are experimental, and that its distributed
-    optimizer looks at the `.grad` of views. Touches the filters of
-    `warnings` and one logger of torch. Call it before importing Megatron.
+    there is one process, that parts this package doesn't use are experimental, that its distributed optimizer
+    looks at the `.grad` of views, and that its checkpoints call older functions of torch. Touches the filters
+    of `warnings` and one logger of torch. Call it before importing Megatron.
     """
     for message in (
         "Transformer Engine and Apex are not installed",
@@ -37,6 +40,9 @@ def quiet_known_warnings() -> None:
         "Could not determine rank from torch.distributed",
         "MimoModelConfig is experimental",
         r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed",
+        ".*assuming the intent is to load in a single process",
+        "The argument order of load has been changed",
+        "Please use DTensor instead and we are deprecating ShardedTensor",
     ):
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("torch.utils.cpp_extension").addFilter(
@@ -86,6 +92,35 @@ def let_distributed_optimizer_resume_with_torch_adam() -> None:
     distrib_optimizer.DistributedOptimizer.state_dict = state_dict
 
 
+def keep_adam_step_when_distributed_optimizer_resumes() -> None:
+    """A resume with the distributed optimizer and torch's Adam gets Adam's step count wrong (seen in 0.19.2).
+
+    The step is saved once, with the parameter groups. On loading, all parameters get one and the same tensor
+    for it, so each later update counts once per parameter; then `_set_main_param_and_optimizer_states` copies
+    over it the 0 of the template that described what to load, so bias correction starts again; and for fp32
+    parameters, which are views that require gradients, torch refuses the copy outside `no_grad` and the
+    resume ends there. Here every parameter keeps the loaded step, as a tensor of its own. Touches that method
+    of `megatron.core.optimizer.distrib_optimizer.DistributedOptimizer`.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    original = DistributedOptimizer._set_main_param_and_optimizer_states
+    if hasattr(original, "before_megatron_s2"):
+        return
+
+    def set_states(self, model_param, tensors):
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        tensors = {name: tensor for name, tensor in tensors.items() if name != "step"}
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = tensors["step"] = state["step"].clone()
+        with torch.no_grad():
+            original(self, model_param, tensors)
+
+    set_states.before_megatron_s2 = original
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states
+
+
 def let_pretrain_start_without_cuda() -> None:
     """`pretrain()` gives no way to pass `allow_no_cuda` to `initialize_megatron` (seen in 0.19.2).
 
@@ -109,3 +144,34 @@ def skip_jit_warmup() -> None:
     from megatron.training import training
 
     training.set_jit_fusion_options = lambda *args, **kwargs: None
+
+
+def count_s2_flops(settings: S2Settings) -> None:
+    """`--log-throughput` counts core attention as dense and causal (0.19.2 has no hook to say otherwise).
+
+    Its formula takes the sum of squared sequence lengths and halves it for the causal mask. Here each length
+    contributes twice the pairs that core attention computes instead, mean over layers and heads: with packed
+    sequences too. Touches `num_floating_point_operations` and `update_seqlen_stats_from_cu_seqlens` of
+    `megatron.training.training`; calling it again replaces the settings.
+    """
+    from megatron.training import training
+
+    count, update = (
+        getattr(function, "before_megatron_s2", function)
+        for function in (training.num_floating_point_operations, training.update_seqlen_stats_from_cu_seqlens)
+    )
+
+    def count_visible(args, batch_size, seqlen_squared_sum_in_batch=None, total_real_tokens_in_batch=None):
+        if seqlen_squared_sum_in_batch is None:
+            seqlen_squared_sum_in_batch = batch_size * 2 * settings.mean_pairs(args.seq_length)
+        return count(args, batch_size, seqlen_squared_sum_in_batch, total_real_tokens_in_batch)
+
+    def update_visible(cu_seqlens):
+        update(cu_seqlens)
+        if cu_seqlens is not None and cu_seqlens.numel() > 1:
+            lengths = cu_seqlens.diff().tolist()
+            training._seqlen_stats_in_iteration[1] += sum(2 * settings.mean_pairs(n) - n * n for n in lengths)
+
+    count_visible.before_megatron_s2, update_visible.before_megatron_s2 = count, update
+    training.num_floating_point_operations = count_visible
+    training.update_seqlen_stats_from_cu_seqlens = update_visible
