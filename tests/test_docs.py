@@ -1,11 +1,14 @@
 """The documentation keeps its word: its Python prints what stands beside it, its links exist."""
 
+import argparse
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from megatron_s2.arguments import add_s2_args
 
 DOCS = Path(__file__).parent.parent / "docs"
 COMPUTED = [DOCS / "how-s2-works.md"]  # whose numbers are all printed by their own Python blocks
@@ -44,3 +47,11 @@ def test_what_a_page_links_to_exists(page):
 def test_pictures_are_small():
     for image in (DOCS / "images").iterdir():
         assert image.stat().st_size < MOST_IMAGE_BYTES, image.name
+
+
+def test_the_table_of_flags_has_every_flag_and_no_other():
+    parser = argparse.ArgumentParser()
+    add_s2_args(parser)
+    flags = {flag for flag in parser._option_string_actions if flag.startswith("--s2-")}
+    page = (DOCS / "how-s2-works.md").read_text()
+    assert set(re.findall(r"^\| `(--s2-[a-z0-9-]+)`", page, re.M)) == flags
