@@ -1,0 +1,23 @@
+"""Checks of a place to write to, made before any work is done for it."""
+
+import os
+
+from megatron_s2.data.errors import InputError
+
+
+def check_writable(flag: str, directory: str) -> None:
+    """Raise InputError, naming `flag`, unless `directory` can be written to or be made."""
+    nearest = os.path.abspath(directory)
+    while not os.path.exists(nearest):
+        nearest = os.path.dirname(nearest)
+    if not os.path.isdir(nearest):
+        raise InputError(f"{flag} {directory}: {nearest} is a file; give another directory")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"{flag} {directory}: {nearest} is not writable; give another directory")
+
+
+def check_absent(flag: str, value: str, paths: list[str]) -> None:
+    """Raise InputError, naming `flag`, if any of `paths` exists."""
+    for path in paths:
+        if os.path.exists(path):
+            raise InputError(f"{flag} {value}: {path} exists already; add --overwrite to replace it")

@@ -1,0 +1,250 @@
+"""From documents to Megatron's indexed dataset: tokenized by several processes, the same for any number."""
+
+import contextlib
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+
+from megatron_s2.data.documents import Corpus, Tally
+from megatron_s2.data.errors import InputError
+from megatron_s2.data.output import check_absent, check_writable
+from megatron_s2.data.progress import Progress
+
+# Those of Megatron's tokenizers that --tokenizer-model alone describes.
+TOKENIZER_TYPES = (
+    "HuggingFaceTokenizer",
+    "SentencePieceTokenizer",
+    "GPTSentencePieceTokenizer",
+    "Llama2Tokenizer",
+)
+
+_BATCH_BYTES = 1 << 18
+_BATCHES_AHEAD_PER_WORKER = 4
+
+
+@dataclass(frozen=True)
+class IndexedDataset:
+    """A dataset on disk: `{prefix}.bin` and `{prefix}.idx`; `prefix` is what `--data-path` takes."""
+
+    prefix: str
+    tokens: int
+    dtype: str
+    tally: Tally
+    seconds: float
+
+
+def preprocess_data(
+    corpus: Corpus,
+    output_prefix: str,
+    tokenizer_type: str,
+    tokenizer_model: str,
+    *,
+    append_eod: bool = False,
+    workers: int = 1,
+    overwrite: bool = False,
+) -> IndexedDataset:
+    """Tokenize every document of `corpus` and write `{output_prefix}_{json_key}_document.bin` and `.idx`.
+
+    The order is the corpus's and the bytes are the same for any number of `workers`; at most a few
+    batches are in memory. Token ids are uint16 where the vocabulary allows, else int32, as Megatron
+    chooses. Nothing appears under the final names before all is written. Megatron's index cache of an
+    earlier dataset of that name is removed, for Megatron would go on using it with the new tokens.
+
+    Raises:
+        InputError: an unknown tokenizer, `append_eod` with one that has no end-of-document token,
+            `workers` below 1, no document in the corpus, a place that cannot be written, or a dataset
+            that is there already without `overwrite`.
+    """
+    if workers < 1:
+        raise InputError(f"--workers {workers}: must be at least 1")
+    directory, name = os.path.split(output_prefix)
+    if not name:
+        raise InputError(f"--output-prefix {output_prefix!r}: must end in a file name, as in data/mytext")
+    prefix = f"{output_prefix}_{corpus.json_key}_document"
+    check_writable("--output-prefix", directory or ".")
+    if not overwrite:
+        check_absent("--output-prefix", output_prefix, [f"{prefix}.bin", f"{prefix}.idx"])
+    tokenizer = load_tokenizer(tokenizer_type, tokenizer_model)
+    if append_eod and tokenizer.eod is None:
+        raise InputError(f"--append-eod: {tokenizer_model} has no end-of-document (eos) token; leave it out")
+
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    dtype = DType.optimal_dtype(tokenizer.vocab_size)
+    encoder = _Encoder(tokenizer, append_eod, dtype)
+
+    os.makedirs(directory or ".", exist_ok=True)
+    partial = f"{prefix}.{os.getpid()}.partial"
+    tally = Tally()
+    try:
+        builder = IndexedDatasetBuilder(f"{partial}.bin", dtype=dtype)
+        tokens = 0
+        with (
+            contextlib.closing(builder.data_file),
+            contextlib.closing(_encoded(encoder, _batches(corpus, tally), workers)) as batches,
+            Progress("tokenizing") as progress,
+        ):
+            for size, documents in batches:
+                for document in documents:
+                    builder.add_document(document, [len(document)])
+                    tokens += len(document)
+                progress.add(len(documents), size)
+            seconds = progress.seconds
+        if tokens == 0:
+            raise InputError(f"--input {corpus.path}: no document with text in it ({tally.skipped()})")
+        builder.finalize(f"{partial}.idx")
+        _publish(partial, prefix)
+    finally:
+        for suffix in (".bin", ".idx"):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(partial + suffix)
+    return IndexedDataset(prefix, tokens, dtype.__name__, tally, seconds)
+
+
+def load_tokenizer(tokenizer_type: str, tokenizer_model: str):
+    """Megatron's own tokenizer object for `--tokenizer-type` and `--tokenizer-model`, as training builds it.
+
+    `tokenizer_model` is a path or, for HuggingFaceTokenizer, also `organisation/name` on the Hub.
+
+    Raises:
+        InputError: the type is none of `TOKENIZER_TYPES`, or the model is not there or cannot be loaded.
+    """
+    if tokenizer_type not in TOKENIZER_TYPES:
+        raise InputError(f"--tokenizer-type {tokenizer_type}: must be one of {', '.join(TOKENIZER_TYPES)}")
+    if not os.path.exists(tokenizer_model) and not (
+        tokenizer_type == "HuggingFaceTokenizer" and _names_hub_model(tokenizer_model)
+    ):
+        raise InputError(
+            f"--tokenizer-model {tokenizer_model}: does not exist; scripts/train_tokenizer.py makes one"
+        )
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+    from megatron.training.config import TokenizerConfig
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()  # it remarks on every document longer than the model's context
+    config = TokenizerConfig(
+        tokenizer_type=tokenizer_type, tokenizer_model=tokenizer_model, pad_vocab_size=False
+    )
+    try:
+        return build_tokenizer(config)
+    except (ValueError, RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"--tokenizer-model {tokenizer_model}: cannot be loaded as {tokenizer_type}: {reason}"
+        ) from error
+
+
+def _names_hub_model(model: str) -> bool:
+    organisation, _, name = model.partition("/")
+    return bool(organisation and name) and "/" not in name and not os.path.exists(organisation)
+
+
+class _Encoder:
+    """Texts of a batch -> their token ids, each an array of `dtype` [tokens]."""
+
+    def __init__(self, tokenizer, append_eod: bool, dtype: type):
+        self._tokenizer = tokenizer
+        self._ending = [tokenizer.eod] if append_eod else []
+        self._dtype = dtype
+
+    def __call__(self, texts: list[str]) -> list:
+        import numpy
+
+        return [
+            numpy.array([*self._tokenizer.tokenize(text), *self._ending], dtype=self._dtype) for text in texts
+        ]
+
+
+def _batches(corpus: Corpus, tally: Tally) -> Iterator[tuple[int, list[str]]]:
+    """Yield (bytes, texts); how texts are grouped changes nothing but the speed."""
+    texts, begun_at = [], 0
+    for text in corpus.read(tally):
+        texts.append(text)
+        if tally.bytes - begun_at >= _BATCH_BYTES:
+            yield tally.bytes - begun_at, texts
+            texts, begun_at = [], tally.bytes
+    if texts:
+        yield tally.bytes - begun_at, texts
+
+
+def _encoded(
+    encoder: _Encoder, batches: Iterator[tuple[int, list[str]]], workers: int
+) -> Iterator[tuple[int, list]]:
+    """Yield (bytes, encoded documents) in the order of `batches`, which is read only a little ahead."""
+    if workers == 1:
+        for size, texts in batches:
+            yield size, encoder(texts)
+        return
+    with _process_pool(encoder, workers) as pool:
+        ahead = deque()
+        try:
+            for size, texts in batches:
+                ahead.append((size, pool.submit(_encode_in_worker, texts)))
+                if len(ahead) >= workers * _BATCHES_AHEAD_PER_WORKER:
+                    size, future = ahead.popleft()
+                    yield size, future.result()
+            for size, future in ahead:
+                yield size, future.result()
+        except BrokenProcessPool as error:
+            raise InputError(
+                f"--workers {workers}: a worker was killed, most likely for lack of memory; use fewer"
+            ) from error
+
+
+@contextlib.contextmanager
+def _process_pool(encoder: _Encoder, workers: int) -> Iterator[ProcessPoolExecutor]:
+    # Forked workers have the tokenizer at once; a fresh process would import for seconds.
+    # The Rust tokenizer's own threads do not survive a fork and gain nothing for one text at a time.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    pool = ProcessPoolExecutor(
+        workers,
+        mp_context=multiprocessing.get_context("fork"),
+        initializer=_start_worker,
+        initargs=(encoder,),
+    )
+    # Ctrl-C reaches the workers too. With the signal blocked while they are made, they never see it,
+    # and this process alone ends the work.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        pool.submit(int)  # the first task makes all the workers
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        yield pool
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        pool.shutdown(cancel_futures=True)
+
+
+_worker_encoder: _Encoder | None = None  # set in worker processes only
+
+
+def _start_worker(encoder: _Encoder) -> None:
+    global _worker_encoder
+    _worker_encoder = encoder
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    """A worker whose parent was killed would wait for its next task for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _encode_in_worker(texts: list[str]) -> list:
+    return _worker_encoder(texts)
+
+
+def _publish(partial: str, prefix: str) -> None:
+    """Give the finished files their names: the index last, since readers take it for a whole dataset."""
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(f"{prefix}.idx")
+    shutil.rmtree(os.path.join(prefix, "cache"), ignore_errors=True)
+    os.replace(f"{partial}.bin", f"{prefix}.bin")
+    os.replace(f"{partial}.idx", f"{prefix}.idx")

@@ -1,0 +1,55 @@
+"""Tokenize raw text into the indexed dataset that Megatron's `--data-path` reads."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from megatron_s2.data.command import CommandParser, add_corpus_arguments, corpus_from, run_command
+from megatron_s2.data.preprocess import TOKENIZER_TYPES, preprocess_data
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = CommandParser(description=__doc__)
+    add_corpus_arguments(parser)
+    parser.add_argument(
+        "--output-prefix",
+        required=True,
+        metavar="P",
+        help="writes P_text_document.bin and .idx (text: --json-key)",
+    )
+    parser.add_argument("--tokenizer-type", required=True, choices=TOKENIZER_TYPES, help="as for training")
+    parser.add_argument(
+        "--tokenizer-model", required=True, help="as for training: a directory, file or Hub name"
+    )
+    parser.add_argument("--append-eod", action="store_true", help="end each document with the eod token")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="processes that tokenize (default: one per CPU, %(default)s here)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a dataset that is there already")
+    args = parser.parse_args(argv)
+
+    from megatron_s2.runtime.patches import (
+        quiet_known_warnings,
+    )  # imports torch: bad flags need not wait for it
+
+    quiet_known_warnings()
+    dataset = preprocess_data(
+        corpus_from(args),
+        args.output_prefix,
+        args.tokenizer_type,
+        args.tokenizer_model,
+        append_eod=args.append_eod,
+        workers=args.workers,
+        overwrite=args.overwrite,
+    )
+    print(
+        f"{dataset.prefix}: {dataset.tally.documents} documents, {dataset.tokens} tokens ({dataset.dtype}), "
+        f"{dataset.tally.bytes / 1e6:.1f} MB in {dataset.seconds:.1f} s; {dataset.tally.skipped()}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,55 @@
+"""A small corpus and a tokenizer trained on it, for the tests of the data commands."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from megatron_s2.data.documents import Corpus
+from megatron_s2.data.tokenizer import train_tokenizer
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+@pytest.fixture(scope="session")
+def scripts():
+    """The directory of the commands."""
+    return SCRIPTS
+
+
+@pytest.fixture(scope="session")
+def script_main():
+    """From the name of a script to its `main(argv)`, to be run in this process."""
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module.main
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def texts():
+    return [
+        f"def f{i}(x):\n    return x + {i * i}  # Größe 🙂 {'ab' * (i % 7)}\n" * (i % 5 + 1)
+        for i in range(300)
+    ]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory, texts):
+    directory = tmp_path_factory.mktemp("corpus")
+    for number, text in enumerate(texts):
+        (directory / f"{number:04}.py").write_text(text, encoding="utf-8")
+    (directory / "empty.py").write_text("")
+    (directory / "binary.py").write_bytes(b"\xff\xfe")
+    return Corpus(str(directory))
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory, corpus):
+    directory = str(tmp_path_factory.mktemp("tokenizer") / "bpe")
+    train_tokenizer(corpus, 400, directory)
+    return directory

@@ -1,0 +1,156 @@
+"""What counts as a document, in which order, and what is skipped and counted."""
+
+import json
+import os
+
+import pytest
+
+from megatron_s2.data.documents import Corpus, Tally
+from megatron_s2.data.errors import InputError
+
+
+def read(path, **options):
+    tally = Tally()
+    return list(Corpus(str(path), **options).read(tally)), tally
+
+
+def write_lines(path, *lines):
+    path.write_bytes(b"\n".join(line.encode() if isinstance(line, str) else line for line in lines))
+    return path
+
+
+def test_each_line_of_a_json_lines_file_is_a_document(tmp_path):
+    file = write_lines(tmp_path / "a.jsonl", '{"text": "one"}', "", '{"text": "two\\n", "id": 2}', "")
+    assert read(file) == (["one", "two\n"], Tally(documents=2, bytes=7))
+
+
+def test_the_key_of_the_text_can_be_chosen(tmp_path):
+    file = write_lines(tmp_path / "a.json", '{"text": "no", "body": "yes"}')
+    assert read(file, json_key="body")[0] == ["yes"]
+
+
+def test_a_byte_order_mark_before_the_first_line_is_no_error(tmp_path):
+    file = write_lines(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"text": "one"}')
+    assert read(file)[0] == ["one"]
+
+
+def test_a_directory_is_walked_depth_first_in_sorted_order(tmp_path):
+    for name in ("b.txt", "a/z.txt", "a/c/x.txt", "c.txt", "a/B.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert read(tmp_path)[0] == ["a/B.txt", "a/c/x.txt", "a/z.txt", "b.txt", "c.txt"]
+
+
+def test_text_comes_through_as_it_is(tmp_path):
+    text = "\ufeffwindows\r\nold mac\rgrüße 🙂\t \n\n"
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    assert read(tmp_path) == ([text], Tally(documents=1, bytes=len(text.encode())))
+
+
+def test_json_lines_in_a_directory_are_read_line_by_line(tmp_path):
+    write_lines(tmp_path / "shard0.jsonl", '{"text": "one"}', '{"text": "two"}')
+    (tmp_path / "shard1.txt").write_text('{"text": "three"}')
+    assert read(tmp_path)[0] == ["one", "two", '{"text": "three"}']
+
+
+def test_pattern_exclude_and_hidden_names(tmp_path):
+    for name in ("a.py", "a.txt", "site-packages/b.py", "test_c.py", ".git/d.py", ".e.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert read(tmp_path, pattern="*.py", exclude=("site-packages", "test_*"))[0] == ["a.py"]
+    assert read(tmp_path, pattern=".*.py")[0] == [".e.py"]
+
+
+def test_nothing_is_read_twice_through_symbolic_links(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.txt").write_text("a")
+    (tmp_path / "sub" / "up").symlink_to(tmp_path)
+    (tmp_path / "sub" / "z.txt").symlink_to("a.txt")
+    (tmp_path / "zub").symlink_to("sub")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    assert read(tmp_path) == (["a"], Tally(documents=1, bytes=1, repeated=3))
+
+
+def test_links_out_of_the_directory_are_followed(tmp_path):
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "a.txt").write_text("a")
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "inside" / "link").symlink_to(tmp_path / "outside")
+    assert read(tmp_path / "inside")[0] == ["a"]
+
+
+def test_a_fifo_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    assert read(tmp_path) == ([], Tally())
+
+
+def test_what_is_no_text_is_skipped_and_counted(tmp_path):
+    (tmp_path / "empty").write_bytes(b"")
+    (tmp_path / "blank").write_bytes(b" \n\t\r\n")
+    (tmp_path / "latin1").write_bytes("grüße".encode("latin-1"))
+    (tmp_path / "binary").write_bytes(b"ELF\0\0")
+    (tmp_path / "text").write_bytes(b"text")
+    assert read(tmp_path) == (["text"], Tally(documents=1, bytes=4, empty=2, undecodable=2))
+
+
+def test_what_is_no_text_in_json_lines_is_skipped_and_counted(tmp_path):
+    lines = [json.dumps({"text": text}) for text in ("", " \n", "a\0b", "\ud800", "text")]
+    assert read(write_lines(tmp_path / "a.jsonl", *lines)) == (
+        ["text"],
+        Tally(documents=1, bytes=4, empty=2, undecodable=2),
+    )
+
+
+def test_files_that_may_not_be_opened_are_skipped_and_counted(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "secret.txt").write_text("b")
+    real_open = open
+
+    def refusing(path, *args):  # the mode bits would not stop a test run by root
+        if str(path).endswith("secret.txt"):
+            raise PermissionError(path)
+        return real_open(path, *args)
+
+    monkeypatch.setattr("builtins.open", refusing)
+    assert read(tmp_path) == (["a"], Tally(documents=1, bytes=1, unreadable=1))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "cut o', "not a line of JSON"),
+        (b'{"text": "\xfc"}', "not a line of JSON"),
+        ('["text"]', "must be a JSON object, is list"),
+        ('{"body": "x"}', "has no key 'text' (--json-key); it has ['body']"),
+        ('{"text": 3}', "'text' (--json-key) must hold a string, is int"),
+        ('{"text": null}', "'text' (--json-key) must hold a string, is NoneType"),
+    ],
+    ids=["broken", "not-utf8", "list", "other-key", "number", "null"],
+)
+def test_a_bad_line_is_named(tmp_path, line, message):
+    file = write_lines(tmp_path / "a.jsonl", '{"text": "fine"}', "", line)
+    with pytest.raises(InputError) as error:
+        read(file)
+    assert str(error.value).startswith(f"{file}:3: {message}")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "missing", ""])
+def test_a_path_that_does_not_exist_is_refused(tmp_path, name):
+    path = str(tmp_path / name) if name else ""
+    with pytest.raises(InputError, match=r"--input .*: does not exist"):
+        Corpus(path)
+
+
+def test_a_file_that_is_not_json_lines_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(InputError, match=r"--input .*a\.txt: must be a directory or a file of JSON lines"):
+        Corpus(str(tmp_path / "a.txt"))
+
+
+def test_size_is_what_the_files_take_on_disk(tmp_path):
+    (tmp_path / "a.txt").write_text("four")
+    (tmp_path / "b.txt").write_bytes(b"\xff\xff")
+    (tmp_path / "link.txt").symlink_to("a.txt")
+    assert Corpus(str(tmp_path)).size() == 6

@@ -1,0 +1,285 @@
+"""The indexed dataset: what Megatron reads is the text, whatever the workers; nothing half-made is left."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from megatron_s2.data.command import run_command
+from megatron_s2.data.documents import Corpus
+from megatron_s2.data.errors import InputError
+from megatron_s2.data.preprocess import load_tokenizer, preprocess_data
+
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+
+def preprocess(corpus, tokenizer_dir, prefix, **options):
+    return preprocess_data(corpus, str(prefix), "HuggingFaceTokenizer", tokenizer_dir, **options)
+
+
+def arguments(corpus, tokenizer_dir, prefix, *more):
+    tokenizer = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer_dir]
+    return ["--input", corpus.path, "--output-prefix", str(prefix), *tokenizer, *more]
+
+
+def test_the_dataset_decodes_to_the_documents(corpus, texts, tokenizer_dir, tmp_path):
+    made = preprocess(corpus, tokenizer_dir, tmp_path / "py")
+    assert made.prefix == str(tmp_path / "py_text_document")
+    assert sorted(os.listdir(tmp_path)) == ["py_text_document.bin", "py_text_document.idx"]
+    assert (made.tally.documents, made.tally.empty, made.tally.undecodable) == (len(texts), 1, 1)
+
+    dataset = IndexedDataset(made.prefix)
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", tokenizer_dir)
+    assert [tokenizer.detokenize(tokens.tolist()) for tokens in dataset] == texts
+    assert dataset.document_indices.tolist() == list(range(len(texts) + 1))
+    assert sum(len(tokens) for tokens in dataset) == made.tokens
+
+
+def test_append_eod_ends_each_document_and_adds_nothing_else(corpus, tokenizer_dir, tmp_path):
+    plain = IndexedDataset(preprocess(corpus, tokenizer_dir, tmp_path / "plain").prefix)
+    ended = IndexedDataset(preprocess(corpus, tokenizer_dir, tmp_path / "ended", append_eod=True).prefix)
+    assert [tokens.tolist() for tokens in ended] == [[*tokens, 0] for tokens in plain]
+
+
+@pytest.mark.parametrize("workers", [2, 5])
+def test_any_number_of_workers_writes_the_same_bytes(corpus, tokenizer_dir, tmp_path, monkeypatch, workers):
+    monkeypatch.setattr("megatron_s2.data.preprocess._BATCH_BYTES", 1000)
+    preprocess(corpus, tokenizer_dir, tmp_path / "one", append_eod=True, workers=1)
+    preprocess(corpus, tokenizer_dir, tmp_path / "many", append_eod=True, workers=workers)
+    for suffix in ("bin", "idx"):
+        one, many = (tmp_path / f"{name}_text_document.{suffix}" for name in ("one", "many"))
+        assert one.read_bytes() == many.read_bytes()
+
+
+def test_the_json_key_names_the_dataset(tokenizer_dir, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"body": "some text"}))
+    corpus = Corpus(str(tmp_path / "a.jsonl"), json_key="body")
+    assert preprocess(corpus, tokenizer_dir, tmp_path / "a").prefix == str(tmp_path / "a_body_document")
+
+
+@pytest.mark.parametrize(("vocabulary", "dtype"), [(65_499, "uint16"), (65_500, "int32")])
+def test_token_ids_take_two_bytes_where_the_vocabulary_allows(
+    corpus, tmp_path, monkeypatch, vocabulary, dtype
+):
+    class Characters:
+        vocab_size, eod = vocabulary, vocabulary - 1
+
+        def tokenize(self, text):
+            return [ord(character) % vocabulary for character in text]
+
+    monkeypatch.setattr("megatron_s2.data.preprocess.load_tokenizer", lambda *model: Characters())
+    made = preprocess(corpus, "unused", tmp_path / "py", append_eod=True)
+    assert made.dtype == dtype
+    dataset = IndexedDataset(made.prefix)  # kept: its arrays are views of files that it closes when it goes
+    assert dataset[0].dtype == numpy.dtype(dtype)
+    assert dataset[0][-1] == vocabulary - 1
+
+
+def test_megatron_trains_from_it(corpus, tokenizer_dir, tmp_path):
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+    made = preprocess(corpus, tokenizer_dir, tmp_path / "py", append_eod=True)
+    config = GPTDatasetConfig(
+        random_seed=1,
+        sequence_length=64,
+        blend=([made.prefix], None),
+        split="90,10,0",
+        tokenizer=load_tokenizer("HuggingFaceTokenizer", tokenizer_dir),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+    )
+    train, valid, _ = BlendedMegatronDatasetBuilder(GPTDataset, [50, 5, 0], lambda: True, config).build()
+    assert len(train) >= 50
+    assert len(valid) >= 5
+    sample = train[0]
+    assert sample["tokens"].shape == (64,)
+    assert sample["tokens"][1:].equal(sample["labels"][:-1])
+    assert any((train[index]["labels"] == 0).any() for index in range(20)), "documents end within samples"
+    assert all(train[index]["loss_mask"].all() for index in range(20)), "ending a document is learnt too"
+
+
+def test_an_old_dataset_is_replaced_only_when_asked_and_with_megatrons_cache_of_it(
+    corpus, tokenizer_dir, tmp_path
+):
+    made = preprocess(corpus, tokenizer_dir, tmp_path / "py")
+    before = Path(f"{made.prefix}.bin").read_bytes()
+    stale = Path(made.prefix, "cache", "GPTDataset_indices", "hash-train-sample_index.npy")
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    with pytest.raises(InputError, match="exists already; add --overwrite"):
+        preprocess(corpus, tokenizer_dir, tmp_path / "py", append_eod=True)
+    assert Path(f"{made.prefix}.bin").read_bytes() == before
+    assert stale.exists()
+    preprocess(corpus, tokenizer_dir, tmp_path / "py", append_eod=True, overwrite=True)
+    assert len(Path(f"{made.prefix}.bin").read_bytes()) == len(before) + 2 * made.tally.documents
+    assert not stale.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--input", "nowhere"], "--input nowhere: does not exist"),
+        (["--input", "empty"], "--input empty: no document with text in it (skipped 1 empty, "),
+        (["--input", "broken.jsonl"], "broken.jsonl:2: not a line of JSON: "),
+        (["--input", "broken.jsonl", "--workers", "2"], "broken.jsonl:2: not a line of JSON: "),
+        (["--json-key", "body"], "fine.jsonl:1: has no key 'body' (--json-key); it has ['text']"),
+        (
+            ["--tokenizer-model", "nowhere"],
+            "--tokenizer-model nowhere: does not exist; scripts/train_tokenizer.py ",
+        ),
+        (
+            ["--tokenizer-model", "empty"],
+            "--tokenizer-model empty: cannot be loaded as HuggingFaceTokenizer: ",
+        ),
+        (["--tokenizer-type", "Unknown"], "argument --tokenizer-type: invalid choice: 'Unknown'"),
+        (["--workers", "0"], "--workers 0: must be at least 1"),
+        (["--output-prefix", "out/"], "--output-prefix 'out/': must end in a file name, as in data/mytext"),
+        (["--output-prefix", "fine.jsonl/x"], "--output-prefix fine.jsonl: "),
+        (["--output-prefix", "there"], "--output-prefix there: there_text_document.idx exists already"),
+    ],
+    ids=lambda value: "=".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line_and_status_2(
+    tmp_path, monkeypatch, capfd, script_main, tokenizer_dir, changes, message
+):
+    monkeypatch.chdir(tmp_path)
+    Path("fine.jsonl").write_text('{"text": "fine"}')
+    Path("broken.jsonl").write_text('{"text": "fine"}\n{"text"')
+    Path("empty").mkdir()
+    Path("empty/a").write_text("")
+    Path("there_text_document.idx").touch()
+    before = sorted(os.listdir())
+    words = [*arguments(Corpus("fine.jsonl"), tokenizer_dir, "out"), *changes]
+    try:
+        status = run_command(script_main("preprocess_data"), words)
+    except SystemExit as stop:  # how argparse reports bad flags
+        status = stop.code
+    *progress, last = capfd.readouterr().err.splitlines()
+    assert status == 2
+    assert last.startswith(f"error: {message}")
+    assert all(line.startswith("tokenizing: ") for line in progress)
+    assert sorted(os.listdir()) == before
+
+
+def test_append_eod_needs_a_tokenizer_that_has_one(corpus, tokenizer_dir, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        content = json.loads(Path(tokenizer_dir, name).read_text())
+        content.pop("eos_token", None)
+        (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"--append-eod: .* has no end-of-document"):
+        preprocess(corpus, str(tmp_path), tmp_path / "py", append_eod=True)
+
+
+@pytest.fixture
+def start(tmp_path, corpus, tokenizer_dir, script_main):
+    """Start the command in a process of its own, on endless input; wait until it writes."""
+    started = []
+
+    def begin(workers):
+        def command():
+            os.setsid()
+            sys.stderr = open(tmp_path / "stderr", "w")  # noqa: SIM115 (closed with the process)
+            Corpus.read = lambda self, tally: _without_end(tally)
+            words = arguments(corpus, tokenizer_dir, tmp_path / "out" / "py", "--workers", str(workers))
+            sys.exit(run_command(script_main("preprocess_data"), words))
+
+        process = multiprocessing.get_context("fork").Process(target=command)
+        process.start()
+        started.append(process)
+        wait_until(lambda: any(path.stat().st_size for path in (tmp_path / "out").glob("*.partial.bin")))
+        return process
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def _without_end(tally):
+    while True:
+        tally.documents += 1
+        tally.bytes += 50_000
+        yield "x = 1\n" * 8_000
+
+
+def wait_until(condition, seconds=20.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def processes_in_session(session):
+    members = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, owner = stat.read_text().rpartition(")")[2].split()[:4]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(owner) == session and state != "Z":
+            members.append(stat.parent.name)
+    return members
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_leaves_nothing_and_ends_quietly(start, tmp_path, workers, number, status):
+    process = start(workers)
+    os.killpg(process.pid, number)  # as a terminal does: to the workers as well
+    process.join(20)
+    assert process.exitcode == status
+    assert os.listdir(tmp_path / "out") == []
+    assert "Traceback" not in (tmp_path / "stderr").read_text()
+    wait_until(lambda: not processes_in_session(process.pid))
+
+
+def test_workers_end_with_a_parent_that_was_killed(start, tmp_path):
+    process = start(workers=3)
+    assert len(processes_in_session(process.pid)) == 4
+    process.kill()
+    process.join(20)
+    wait_until(lambda: not processes_in_session(process.pid))
+    assert all(".partial." in name for name in os.listdir(tmp_path / "out"))
+
+
+def test_a_worker_that_was_killed_is_reported(start, tmp_path):
+    process = start(workers=3)
+    worker = next(pid for pid in processes_in_session(process.pid) if int(pid) != process.pid)
+    os.kill(int(worker), signal.SIGKILL)
+    process.join(20)
+    assert process.exitcode == 2
+    assert (
+        (tmp_path / "stderr")
+        .read_text()
+        .splitlines()[-1]
+        .startswith("error: --workers 3: a worker was killed")
+    )
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_the_commands_say_only_what_the_user_needs(scripts, corpus, tmp_path):
+    def run(script, *words):
+        command = [sys.executable, scripts / script, "--input", corpus.path, *words]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+
+    trained = run("train_tokenizer.py", "--vocab-size", "300", "--output", "tok")
+    made = run(
+        *("preprocess_data.py", "--output-prefix", "data/py", "--append-eod", "--workers", "2"),
+        *("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "tok"),
+    )
+    for result, label in ((trained, "training tokenizer"), (made, "tokenizing")):
+        assert len(result.stdout.splitlines()) == 1
+        assert "300 documents" in result.stdout
+        assert "skipped 1 empty, 1 undecodable, 0 unreadable, 0 repeated" in result.stdout
+        assert result.stderr.splitlines()[-1].startswith(f"{label}: 300 documents, ")
+        assert len(result.stderr.splitlines()) == 1
