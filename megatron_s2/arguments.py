@@ -80,8 +80,8 @@ def add_s2_args(parser: ArgumentParser) -> ArgumentParser:
         "--s2-learnable-sink",
         action="store_true",
         default=None,
-        help="A learned logit per head, from 0 on, that takes part in the softmax without a value; the same as "
-        "--softmax-type learnable.",
+        help="A learned logit per head, from 0 on, that takes part in the softmax without a value; the same "
+        "as --softmax-type learnable.",
     )
     add(
         "--s2-backend",

@@ -23,8 +23,7 @@ from megatron.core.utils import (
     get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
 )
-from megatron.training import get_args, get_timers, get_tokenizer
-from megatron.training.training import update_seqlen_stats_from_cu_seqlens
+from megatron.training import get_args, get_timers, get_tokenizer, training
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 # A loss this many times the largest seen so far counts as a spike (`--check-for-spiky-loss`).
@@ -100,7 +99,7 @@ def _packed_sequences(batch: dict[str, torch.Tensor], args: Namespace) -> Packed
     """Document boundaries as attention takes them; the unpadded ones are counted for the throughput."""
     boundaries = batch["cu_seqlens"].squeeze(0)
     padded = batch["cu_seqlens_padded"]
-    update_seqlen_stats_from_cu_seqlens(boundaries)
+    training.update_seqlen_stats_from_cu_seqlens(boundaries)
     if padded is not None:
         boundaries = padded = padded.squeeze(0)
     longest = int(batch["max_seqlen"].item())

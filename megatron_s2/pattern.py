@@ -423,7 +423,7 @@ class S2Pattern(BlockPattern):
         return visible & (cols <= rows)
 
     def describe(self) -> str:
-        """One line for people: `block 64, window 8 (512 tokens), stride 16, phases 0 2 4 …`."""
+        """One line for people, without the phases: `block 64, window 8 (512 tokens), stride 16`."""
         stride = str(self.vert_stride) if isinstance(self.vert_stride, int) else _short(self.strides)
         parts = [
             f"block {self.block_size}",
@@ -434,7 +434,11 @@ class S2Pattern(BlockPattern):
             parts.append(f"sinks {self.sink_blocks}")
         if self.num_dense_heads:
             parts.append(f"dense heads {self.num_dense_heads}")
-        return ", ".join([*parts, f"phases {_short(self.head_phases)}"])
+        return ", ".join(parts)
+
+    def describe_phases(self) -> str:
+        """The phases of the KV heads for people: `phases 0 2 4 6`."""
+        return f"phases {_short(self.head_phases)}"
 
 
 def _short(values: Sequence[int], most: int = 8) -> str:

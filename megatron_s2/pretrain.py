@@ -17,9 +17,12 @@ from pathlib import Path
 
 import torch
 
+from megatron_s2.arguments import add_s2_args, validate_s2_args
 from megatron_s2.runtime.checks import check_paths
 from megatron_s2.runtime.flags import Machine, describe, runnable_arguments
-from megatron_s2.runtime.patches import apply_patches, quiet_known_warnings
+from megatron_s2.runtime.patches import apply_patches, count_s2_flops, quiet_known_warnings
+from megatron_s2.settings import S2Settings
+from megatron_s2.summary import startup_table
 
 # What Megatron can do and this entry point does not, so that it is refused instead of half done.
 _UNSUPPORTED = {
@@ -107,6 +110,9 @@ def _configure(argv: Sequence[str]):
     from megatron.training.checkpointing import load_args_from_checkpoint
     from megatron.training.global_vars import set_global_variables
 
+    from megatron_s2.config import S2TransformerConfig, s2_settings
+    from megatron_s2.layers.specs import s2_layer_spec
+
     args = _parse(argv)
     _refuse_unsupported(args)
     check_paths(args)
@@ -114,10 +120,29 @@ def _configure(argv: Sequence[str]):
         load_args_from_checkpoint(args)
     args.tokenizer_type = args.tokenizer_type or "GPT2BPETokenizer"
     args.enable_one_logger &= find_spec("one_logger") is not None  # else Megatron says it is missing
+    settled = validate_s2_args(args, argv)
     arguments.validate_args(args)
-    config = arguments.core_transformer_config_from_args(args)
+    config = arguments.core_transformer_config_from_args(
+        args, config_class=S2TransformerConfig if args.s2_attention else None
+    )
     set_global_variables(args)
-    return pretrain_cfg_container_from_args(args, gpt_config_from_args(args, config=config))
+    model = gpt_config_from_args(args, config=config)
+    if args.s2_attention:
+        model.transformer_layer_spec = s2_layer_spec
+        settings = s2_settings(config)
+        count_s2_flops(settings)
+        _show_table(args, settings, settled)
+    return pretrain_cfg_container_from_args(args, model)
+
+
+def _show_table(args: Namespace, settings: S2Settings, settled: list[str]) -> None:
+    if _rank():
+        return
+    element = torch.finfo(args.params_dtype).bits // 8
+    print(startup_table(settings, args.seq_length, args.kv_channels, element))
+    if settled:
+        print(f"  set for S2: {' '.join(settled)}")
+    sys.stdout.flush()
 
 
 def _parse(argv: Sequence[str]) -> Namespace:
@@ -129,7 +154,7 @@ def _parse(argv: Sequence[str]) -> Namespace:
 
     def extend(parser: ArgumentParser) -> ArgumentParser:
         parser.error = refuse_by_exception
-        return parser
+        return add_s2_args(parser)
 
     outer, sys.argv = sys.argv, [sys.argv[0], *argv]  # Megatron parses sys.argv and nothing else
     try:

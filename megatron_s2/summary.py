@@ -22,10 +22,11 @@ def startup_table(settings: S2Settings, seq_len: int, head_dim: int, bytes_per_e
     rows = [
         ("core attention", f"S2 in {len(sparse)} of {settings.num_layers} layers"),
         *([("dense layers", _ranges(dense))] if dense else []),
+        ("pattern", settings.first_pattern.describe()),
     ]
     groups: dict[str, list[int]] = {}
     for layer in sparse:
-        groups.setdefault(settings.pattern(layer).describe(), []).append(layer)
+        groups.setdefault(settings.pattern(layer).describe_phases(), []).append(layer)
     rows += [(f"layers {_ranges(layers)}", text) for text, layers in groups.items()]
     rows += [
         ("distant past seen", _coverage(settings)),
@@ -57,9 +58,13 @@ def _kv_bytes(settings: S2Settings, seq_len: int, head_dim: int, bytes_per_eleme
     )
     dense = settings.num_layers * settings.dense_pattern.kv_bytes(seq_len, head_dim, bytes_per_element)
     return (
-        f"{ours / 2**20:.4g} MiB per sequence of {seq_len} tokens in generation, {ours / dense:.1%} of dense "
-        f"({dense / 2**20:.4g} MiB)"
+        f"{_bytes(ours)} per sequence of {seq_len} tokens in generation, {ours / dense:.1%} of dense "
+        f"({_bytes(dense)})"
     )
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -522,16 +522,15 @@ def test_patterns_are_values():
     assert a_pattern(num_dense_heads=1).is_dense(3)
 
 
-def test_describe_names_everything_that_was_chosen():
+def test_descriptions_name_everything_that_was_chosen():
     p = S2Pattern(
         num_kv_heads=10, block_size=64, local_blocks=8, vert_stride=16, sink_blocks=2, num_dense_heads=2
     )
-    assert p.describe() == (
-        "block 64, window 8 (512 tokens), stride 16, sinks 2, dense heads 2, phases 0 2 4 6 8 10 12 14 …"
-    )
-    assert a_pattern(vert_stride=(2, 4, 2, 4)).describe() == (
-        "block 16, window 2 (32 tokens), stride 2 4 2 4, phases 0 0 1 2"
-    )
+    assert p.describe() == "block 64, window 8 (512 tokens), stride 16, sinks 2, dense heads 2"
+    assert p.describe_phases() == "phases 0 2 4 6 8 10 12 14 …"
+    mixed = a_pattern(vert_stride=(2, 4, 2, 4))
+    assert mixed.describe() == "block 16, window 2 (32 tokens), stride 2 4 2 4"
+    assert mixed.describe_phases() == "phases 0 0 1 2"
 
 
 # Cost

@@ -18,9 +18,9 @@ def s2_layer_spec(
     """The layer spec that Megatron would choose for `config` (local or Transformer Engine, MLP or MoE), with
     S2 core attention.
 
-    Also for a stock Megatron-LM checkout: `--spec megatron_s2.layers.specs s2_layer_spec`. Its parser knows no
-    `--s2-...` flags, so there the settings are the defaults of `S2Settings`. A module of your own sets others:
-    `my_spec = functools.partial(s2_layer_spec, block_size=32, vert_stride=8)`.
+    Also for a stock Megatron-LM checkout: `--spec megatron_s2.layers.specs s2_layer_spec`. Its parser knows
+    no `--s2-...` flags, so there the settings are the defaults of `S2Settings`. A module of your own sets
+    others: `my_spec = functools.partial(s2_layer_spec, block_size=32, vert_stride=8)`.
 
     Args:
         config: the model configuration; S2 settings come from its transformer configuration.
