@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         try:
             train(words)
+            torch.distributed.destroy_process_group()
         except BaseException:
             # A Ctrl-C that arrived while a collective was waiting shows first as the peer's lost connection;
             # the sleep lets Python deliver the signal itself.
@@ -61,7 +62,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def train(argv: Sequence[str]) -> None:
-    """Prepares this process and runs `megatron.training.pretrain` on the command line `argv`."""
+    """Prepares this process and runs `megatron.training.pretrain` on the command line `argv`.
+
+    The process group and Megatron's own global state are left as they are then.
+    """
     quiet_known_warnings()
     machine = Machine.detect()
     try:
@@ -85,7 +89,7 @@ def train(argv: Sequence[str]) -> None:
         _refuse(_failed_assertion(error))
 
     from megatron.core.enums import ModelType
-    from megatron.training import pretrain
+    from megatron.training import get_tensorboard_writer, pretrain
 
     from megatron_s2 import gpt
 
@@ -96,7 +100,8 @@ def train(argv: Sequence[str]) -> None:
         gpt.forward_step,
         store=None if "WORLD_SIZE" in os.environ else torch.distributed.HashStore(),
     )
-    torch.distributed.destroy_process_group()
+    if (writer := get_tensorboard_writer()) is not None:
+        writer.close()
 
 
 def _configure(argv: Sequence[str]):

@@ -1,0 +1,179 @@
+"""Runs tiny Megatron trainings for tests: the real command, or several configurations in one process group.
+
+`launch` starts what a user starts and gives back its exit status and output. A start costs 8 s (imports), so
+tests that only compare losses hand all their configurations to `train_all`, which starts once per number of
+ranks. Losses come from the tensorboard files, as the float32 values Megatron computed.
+
+Run as a script, this file is one rank of `train_all`.
+"""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PRETRAIN = ROOT / "scripts" / "pretrain_gpt.py"
+
+# A model small enough that ten steps take a second, with what today's models have: grouped-query attention,
+# rotary embedding, RMSNorm, SwiGLU. No dropout, so that runs which should agree can.
+TINY = shlex.split("""
+    --num-layers 2 --hidden-size 64 --num-attention-heads 4 --group-query-attention --num-query-groups 2
+    --seq-length 128 --max-position-embeddings 128 --position-embedding-type rope --normalization RMSNorm
+    --swiglu --disable-bias-linear --untie-embeddings-and-output-weights
+    --attention-dropout 0 --hidden-dropout 0 --seed 1234
+    --micro-batch-size 2 --global-batch-size 4 --train-iters 10 --lr 1e-3 --min-lr 1e-4
+    --lr-decay-style cosine --eval-iters 1 --eval-interval 1000 --log-interval 1 --num-workers 0
+    --tokenizer-type NullTokenizer --vocab-size 255
+""")
+MOCK_DATA = ["--mock-data"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training: its exit status, everything it printed, and where it logged."""
+
+    status: int
+    output: str
+    log_dir: Path
+
+    def scalar(self, tag: str) -> dict[int, float]:
+        """What the run logged under a tensorboard tag, by iteration."""
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(self.log_dir))
+        events.Reload()
+        return {event.step: event.value for event in events.Scalars(tag)}
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """The training loss of each iteration."""
+        return self.scalar("lm loss")
+
+
+class Launched:
+    """A training that runs now, in processes of its own."""
+
+    def __init__(self, log_dir: Path, flags: Sequence[str], ranks: int = 1):
+        self._log_dir = log_dir
+        log_dir.mkdir(parents=True, exist_ok=True)
+        self._output = log_dir / "output.txt"
+        with self._output.open("w") as output:
+            self._process = subprocess.Popen(
+                [*_launcher(ranks), str(PRETRAIN), *flags, "--tensorboard-dir", str(log_dir)],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env=_environment(),
+                start_new_session=True,
+            )
+
+    def wait_for(self, text: str, timeout: float = 120.0) -> None:
+        """Waits until the output contains `text`; raises TimeoutError, with the output, if it never does."""
+        deadline = time.monotonic() + timeout
+        while text not in self._output.read_text():
+            if time.monotonic() > deadline or self._process.poll() is not None:
+                raise TimeoutError(f"no {text!r} in the output:\n{self._output.read_text()}")
+            time.sleep(0.01)
+
+    def send(self, number: signal.Signals) -> None:
+        """Sends a signal to every process of the run, as a terminal does."""
+        os.killpg(self._process.pid, number)
+
+    def wait(self, timeout: float = 120.0) -> Run:
+        """Waits for the end; a run that takes longer is killed and raises subprocess.TimeoutExpired."""
+        try:
+            status = self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.send(signal.SIGKILL)
+            raise
+        return Run(status, self._output.read_text(), self._log_dir)
+
+
+def launch(log_dir: Path, *flags: str, ranks: int = 1, data: Sequence[str] = MOCK_DATA) -> Run:
+    """Runs the user's command with the tiny configuration, `flags` added (a later flag wins)."""
+    return Launched(log_dir, [*TINY, *data, *flags], ranks).wait()
+
+
+def train_all(
+    log_dir: Path,
+    runs: Mapping[str, Sequence[str]],
+    ranks: int = 1,
+    data: Sequence[str] = MOCK_DATA,
+) -> dict[str, Run]:
+    """Runs the tiny configuration once per entry of `runs` (name: flags), in order, in one group of ranks.
+
+    A run may load what an earlier one saved. Each must end well or be refused by its input; any other end
+    raises RuntimeError with the output.
+    """
+    log_dir.mkdir(parents=True, exist_ok=True)
+    jobs = [{"log_dir": str(log_dir / name), "flags": [*TINY, *data, *flags]} for name, flags in runs.items()]
+    job_file = log_dir / "jobs.json"
+    job_file.write_text(json.dumps(jobs))
+    group = subprocess.run(
+        [*_launcher(ranks), __file__, str(job_file)],
+        cwd=ROOT,
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    finished = {}
+    for name in runs:
+        status, output = log_dir / name / "status.txt", log_dir / name / "output.txt"
+        if not status.exists():
+            printed = output.read_text() if output.exists() else ""
+            raise RuntimeError(f"run {name!r} did not end:\n{printed}\n{group.stdout}\n{group.stderr}")
+        finished[name] = Run(int(status.read_text()), output.read_text(), log_dir / name)
+    return finished
+
+
+def _launcher(ranks: int) -> list[str]:
+    if ranks == 1:
+        return [sys.executable]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+
+
+def _environment() -> dict[str, str]:
+    """One thread per rank: several ranks share few cores, and waiting threads would slow each other down."""
+    inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def _run_jobs(job_file: Path) -> None:
+    """One rank of `train_all`: the jobs one after another, each with its output in a file of its own."""
+    from megatron_s2.pretrain import train
+
+    rank = int(os.environ.get("RANK", "0"))
+    for job in json.loads(job_file.read_text()):
+        log_dir = Path(job["log_dir"])
+        log_dir.mkdir(exist_ok=True)
+        with (log_dir / ("output.txt" if rank == 0 else f"output.{rank}.txt")).open("w") as output:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+            status = 0
+            try:
+                train([*job["flags"], "--tensorboard-dir", str(log_dir)])
+            except SystemExit as refused:
+                status = refused.code
+            sys.stdout.flush()
+        _forget_run()
+        if rank == 0:
+            (log_dir / "status.txt").write_text(str(status))
+
+
+def _forget_run() -> None:
+    """Puts Megatron's module-level state back to what it was before a run; the process group stays."""
+    from megatron.training import training
+
+    training.destroy_global_state()
+
+
+if __name__ == "__main__":
+    _run_jobs(Path(sys.argv[1]))
