@@ -1,0 +1,130 @@
+# The environment of the scripts: finds a Python, makes .venv, installs this package into it.
+#
+# Sourced, not run. `enter_environment EXTRAS` (extras of setup.py: plot; dev) leaves the caller in
+# the root of the repository with the environment first on PATH. Only what is missing is done, each
+# step is announced in one line, and a run that was interrupted is made good by the next.
+#
+# PYTHON             the Python to make the environment with, instead of searching for one
+# MEGATRON_S2_VENV   absolute path of the environment; for .ci/run, which makes one from nothing
+
+ROOT=$(cd "${BASH_SOURCE[0]%/*}/../.." && pwd -P)
+
+say() { printf '== %s\n' "$*" >&2; }
+
+die() {
+    printf 'error: %s\n' "$*" >&2
+    exit 1
+}
+
+# Prints "MINOR yes|no", the second: can it make environments? Fails below 3.12, or if it does not run.
+probe_python() {
+    "$1" -c '
+import sys
+from importlib.util import find_spec
+
+if sys.version_info < (3, 12):
+    sys.exit(1)
+print(sys.version_info[1], "yes" if find_spec("venv") and find_spec("ensurepip") else "no")
+' 2>/dev/null </dev/null
+}
+
+# Every candidate, one per line: those on PATH in its order (a name may be there and still not run,
+# as pyenv's shims do), then pyenv's own. None from the environment that is to be made.
+list_pythons() {
+    local name minor candidate
+    {
+        for name in python3 python; do type -aP "$name" || true; done
+        for minor in {12..20}; do type -aP "python3.$minor" || true; done
+        for candidate in "${PYENV_ROOT:-$HOME/.pyenv}"/versions/*/bin/python; do
+            if [[ -x $candidate ]]; then printf '%s\n' "$candidate"; fi
+        done
+    } | while IFS= read -r candidate; do
+        if [[ $candidate != "$VENV"/* ]]; then printf '%s\n' "$candidate"; fi
+    done
+}
+
+# Prints the path of the Python to use: $PYTHON, or the lowest version >= 3.12 there is, because the
+# packages needed have wheels for the older ones first.
+find_python() {
+    local candidate found minor complete best= best_minor=999 incomplete=
+    if [[ -n ${PYTHON:-} ]]; then
+        found=$(probe_python "$PYTHON") || die "PYTHON=$PYTHON: must be a Python >= 3.12 that runs"
+        [[ $found == *yes ]] || die "PYTHON=$PYTHON: cannot make environments: its venv or ensurepip is" \
+            "missing; on Debian and Ubuntu: sudo apt install python3.${found% *}-venv"
+        type -P "$PYTHON"
+        return
+    fi
+    while IFS= read -r candidate; do
+        found=$(probe_python "$candidate") || continue
+        read -r minor complete <<<"$found"
+        if [[ $complete == no ]]; then
+            incomplete=${incomplete:-"$candidate python3.$minor"}
+        elif ((minor < best_minor)); then
+            best=$candidate best_minor=$minor
+        fi
+    done < <(list_pythons)
+    if [[ -n $best ]]; then
+        printf '%s\n' "$best"
+    elif [[ -n $incomplete ]]; then
+        die "${incomplete% *} cannot make environments: its venv or ensurepip is missing; on Debian and" \
+            "Ubuntu: sudo apt install ${incomplete##* }-venv; or set PYTHON to another Python >= 3.12"
+    else
+        die "no Python >= 3.12 on PATH or in ${PYENV_ROOT:-$HOME/.pyenv}/versions; install one, or set" \
+            "PYTHON to its path"
+    fi
+}
+
+# Does the environment work, was it made at this place (its scripts name it), and was no installation
+# into it broken off half-way?
+environment_is_sound() {
+    [[ ! -e $VENV/.installing ]] && probe_python "$VENV/bin/python" >/dev/null || return 1
+    [[ -e $VENV/bin/pip ]] || "$VENV/bin/python" -m ensurepip --default-pip >/dev/null 2>&1 || return 1
+    [[ $("$VENV/bin/pip" --version 2>/dev/null) == *" from $VENV/"* ]]
+}
+
+make_environment() {
+    local python
+    python=$(find_python) || exit 1
+    if [[ -e $VENV/pyvenv.cfg ]]; then
+        say "$VENV is broken or half made: removing it"
+        rm -rf "$VENV"
+    fi
+    say "making $VENV with $python ($("$python" -V))"
+    "$python" -m venv "$VENV" || die "$python -m venv $VENV failed"
+}
+
+# Installs the package, editable, with the extras $1, unless that was done for this very setup.py.
+install_package() {
+    local stamp=$VENV/.installed-$1 checksum
+    checksum=$(cksum <"$ROOT/setup.py")
+    if [[ -e $stamp && $(<"$stamp") == "$checksum" ]]; then return; fi
+    say "installing megatron-s2 [$1] and what it needs (the first time: minutes, about 5 GB)"
+    touch "$VENV/.installing"
+    trap 'exit 130' INT TERM # pip failing leaves a sound environment; pip interrupted does not
+    if ! "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$ROOT[$1]"; then
+        rm "$VENV/.installing"
+        die "installing into $VENV failed, see above; run this again when that is mended"
+    fi
+    trap - INT TERM
+    printf '%s\n' "$checksum" >"$stamp"
+    rm "$VENV/.installing"
+}
+
+enter_environment() {
+    local place
+    VENV=${MEGATRON_S2_VENV:-$ROOT/.venv}
+    place=$(cd "${VENV%/*}" && pwd -P)
+    VENV=$place/${VENV##*/}
+    # Two scripts started together must not install into, or remove, one environment at once.
+    exec 9<"$place"
+    if type -P flock >/dev/null && ! flock --nonblock 9; then
+        say "waiting for another script that prepares $VENV"
+        flock 9
+    fi
+    environment_is_sound || make_environment
+    install_package "$1"
+    exec 9<&-
+    export PATH="$VENV/bin:$PATH" VIRTUAL_ENV="$VENV"
+    unset PYTHONHOME
+    cd "$ROOT"
+}

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Formatting, lint and tests. Arguments go to pytest: `bash scripts/test.sh tests/data -k worker`.
+# Tests that need a GPU run where there is one.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/lib/env.sh"
+enter_environment dev
+
+say "ruff"
+ruff format --check .
+ruff check .
+say "pytest $*"
+exec python -m pytest "$@"
