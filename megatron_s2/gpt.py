@@ -6,6 +6,7 @@ which is not part of the installed package.
 
 import json
 from argparse import Namespace
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -152,15 +153,20 @@ def _check_loss(loss: torch.Tensor) -> None:
         )
 
 
+def _watched(**what) -> AbstractContextManager:
+    """Megatron's straggler detector, where it was asked for; it dumps every passing exception as a list."""
+    return _straggler_timer(**what) if get_args().log_straggler else nullcontext()
+
+
 def forward_step(data_iterator, model):
     """One forward pass of one pipeline stage; returns its output and what turns that into a loss."""
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
-    with _straggler_timer(bdata=True):
+    with _watched(bdata=True):
         batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     timers("batch-generator").stop()
 
-    with _straggler_timer:
+    with _watched():
         output = model(
             batch.tokens,
             batch.position_ids,
