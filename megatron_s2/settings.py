@@ -47,7 +47,7 @@ class S2Settings:
 
     @cached_property
     def first_pattern(self) -> S2Pattern:
-        """The pattern at layer 1 (were it sparse); the others differ by their rotation."""
+        """The pattern of the first S2 layer; the others differ by their rotation."""
         return S2Pattern(
             num_kv_heads=self.num_kv_heads,
             block_size=self.block_size,
@@ -69,23 +69,22 @@ class S2Settings:
         return bool(every) or layer_number in self.dense_layers
 
     def pattern(self, layer_number: int) -> S2Pattern:
-        """The pattern of layer `layer_number` (from 1), over all KV heads of the model."""
-        return (
-            self.dense_pattern
-            if self.is_dense(layer_number)
-            else self.first_pattern.for_layer(layer_number - 1)
-        )
+        """The pattern of layer `layer_number` (from 1), over all KV heads of the model.
 
-    @property
+        Default phases rotate from S2 layer to S2 layer, whatever dense layers lie between.
+        """
+        if self.is_dense(layer_number):
+            return self.dense_pattern
+        return self.first_pattern.for_layer(self.sparse_layers.index(layer_number))
+
+    @cached_property
     def sparse_layers(self) -> list[int]:
         """Numbers of the layers with S2 attention."""
         return [layer for layer in range(1, self.num_layers + 1) if not self.is_dense(layer)]
 
     def coverage(self) -> Coverage:
-        """Which share of the distant past the layers of the model see together."""
-        if len(self.sparse_layers) < self.num_layers:
-            return Coverage(period=1, lost=0)
-        return self.first_pattern.coverage(self.num_layers)
+        """Which share of the distant past the S2 layers of the model see together."""
+        return self.first_pattern.coverage(max(1, len(self.sparse_layers)))
 
     def mean_pairs(self, seq_len: int) -> float:
         """Query-key pairs of core attention on `seq_len` tokens, mean over layers and heads."""

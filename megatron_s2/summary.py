@@ -39,10 +39,10 @@ def startup_table(settings: S2Settings, seq_len: int, head_dim: int, bytes_per_e
 
 
 def _coverage(settings: S2Settings) -> str:
-    one, all_layers = settings.first_pattern.coverage(), settings.coverage()
-    text = f"{one.fraction:.0%} by one S2 layer, {all_layers.fraction:.0%} by all layers together"
-    if all_layers.lost:
-        text += f" (WARNING: {all_layers.lost} of every {all_layers.period} distant blocks are seen by none)"
+    one, together = settings.first_pattern.coverage(), settings.coverage()
+    text = f"{one.fraction:.0%} by one S2 layer, {together.fraction:.0%} by all S2 layers together"
+    if together.lost and len(settings.sparse_layers) == settings.num_layers:
+        text += f" (WARNING: {together.lost} of every {together.period} distant blocks are seen by no layer)"
     return text
 
 

@@ -1,0 +1,77 @@
+"""The losses of a run, read from the tensorboard files that Megatron writes, and their picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+TRAIN_LOSS = "lm loss"
+VALIDATION_LOSS = "lm loss validation"
+
+
+def read_scalars(log_dir: str | Path, tag: str) -> dict[int, float]:
+    """What a run logged under a tensorboard tag, by iteration; a later run's value replaces an earlier one's.
+
+    Args:
+        log_dir: the run's `--tensorboard-dir`; resumed runs add files to it.
+        tag: name of the scalar, as tensorboard shows it.
+
+    Raises:
+        ValueError: nothing was logged under that tag.
+    """
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(log_dir), size_guidance={"scalars": 0})
+    events.Reload()
+    if tag not in events.Tags()["scalars"]:
+        raise ValueError(f"{log_dir}: must hold tensorboard scalars named {tag!r}")
+    return {event.step: event.value for event in events.Scalars(tag)}
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Training and validation loss in nats per token, by iteration."""
+
+    train: dict[int, float]
+    validation: dict[int, float]
+
+    @classmethod
+    def read(cls, log_dir: str | Path) -> Losses:
+        """Raises ValueError when either was not logged."""
+        return cls(read_scalars(log_dir, TRAIN_LOSS), read_scalars(log_dir, VALIDATION_LOSS))
+
+    @property
+    def untrained(self) -> float:
+        """Loss of the first batch, before the first update: that of the untrained model."""
+        return self.train[min(self.train)]
+
+    @property
+    def last_validation(self) -> float:
+        return self.validation[max(self.validation)]
+
+    def __str__(self) -> str:
+        return (
+            f"validation loss {self.last_validation:.3f} after {max(self.validation)} steps; the untrained "
+            f"model's loss was {self.untrained:.3f}: {self.untrained - self.last_validation:.2f} nats better"
+        )
+
+
+def draw_losses(losses: Losses, path: str | Path, title: str | None = None) -> None:
+    """Draws both losses over the iterations to `path`, a PNG or an SVG by its suffix (needs matplotlib)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(*zip(*sorted(losses.train.items())), color="#7fb2dd", linewidth=1.2, label="train")
+    axes.plot(
+        *zip(*sorted(losses.validation.items())),
+        color="#12355b",
+        marker="o",
+        markersize=4,
+        label="validation",
+    )
+    axes.set(xlabel="iteration", ylabel="loss (nats per token)", title=title)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e9edf2")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,25 @@
+"""Draw the training and validation loss of a run from its tensorboard files."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_s2.curves import Losses, draw_losses
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tensorboard-dir", required=True, type=Path, help="as given to the training")
+    parser.add_argument("--output", required=True, type=Path, help="a .png or .svg file")
+    parser.add_argument("--title", help="above the picture")
+    args = parser.parse_args()
+    try:
+        losses = Losses.read(args.tensorboard_dir)
+    except ValueError as error:
+        parser.exit(2, f"error: --tensorboard-dir {error}\n")
+    draw_losses(losses, args.output, args.title)
+    print(losses)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
