@@ -26,7 +26,7 @@ while (($#)); do
 done
 [[ $STEPS =~ ^[1-9][0-9]*$ ]] || die "--steps $STEPS: must be a whole number >= 1"
 [[ -z $DATA || -e $DATA ]] || die "--data $DATA: does not exist"
-DATA=${DATA:+$(realpath "$DATA")}
+[[ -z $DATA ]] || DATA=$(realpath "$DATA")
 [[ $OUT == runs/quickstart ]] && OUT=$ROOT/$OUT || OUT=$(realpath -m "$OUT")
 
 enter_environment dev
@@ -35,19 +35,19 @@ mkdir -p "$OUT/data"
 
 if [[ -z $DATA ]]; then
     DATA=$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
-    PATTERN=(--pattern '*.py')
+    FILES=(--pattern '*.py' --exclude site-packages)
 else
-    PATTERN=()
+    FILES=()
 fi
-CORPUS="$DATA ${PATTERN[*]-}"
+CORPUS="$DATA ${FILES[*]-}"
 if [[ -e $OUT/data/corpus && $(<"$OUT/data/corpus") == "$CORPUS" ]]; then
     say "tokenizer and dataset of $DATA are in $OUT/data already"
 else
     rm -rf "$OUT/data" && mkdir -p "$OUT/data"
     say "1/4 tokenizer: a byte-level BPE of 4096 tokens from $DATA"
-    python scripts/train_tokenizer.py --input "$DATA" "${PATTERN[@]}" --vocab-size 4096 --output "$OUT/data/tokenizer"
+    python scripts/train_tokenizer.py --input "$DATA" "${FILES[@]}" --vocab-size 4096 --output "$OUT/data/tokenizer"
     say "2/4 dataset: the same text, tokenized, in Megatron's indexed format"
-    python scripts/preprocess_data.py --input "$DATA" "${PATTERN[@]}" --output-prefix "$OUT/data/corpus_of" \
+    python scripts/preprocess_data.py --input "$DATA" "${FILES[@]}" --output-prefix "$OUT/data/corpus_of" \
         --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$OUT/data/tokenizer" --append-eod
     printf '%s\n' "$CORPUS" >"$OUT/data/corpus"
 fi
@@ -69,7 +69,7 @@ FLAGS=(
     --normalization RMSNorm --swiglu --disable-bias-linear --hidden-dropout 0
     --s2-attention --s2-block-size "$BLOCK" --s2-local-blocks "$WINDOW" --s2-vert-stride "$STRIDE"
     --micro-batch-size 4 --global-batch-size $((RANKS * 8)) --use-distributed-optimizer "${PRECISION[@]}"
-    --lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --lr-decay-iters $((STEPS + MORE)) --lr-warmup-iters $((STEPS / 20))
+    --train-iters $((STEPS + MORE)) --lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --lr-warmup-iters $((STEPS / 20))
     --weight-decay 0.1 --clip-grad 1.0 --seed 1234
     --data-path "$OUT/data/corpus_of_text_document" --data-cache-path "$OUT/data/cache" --split 97,2,1
     --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$OUT/data/tokenizer"
@@ -89,9 +89,9 @@ train() {
 
 rm -rf "$OUT/checkpoint" "$OUT/tensorboard"
 say "3/4 training $STEPS steps on $RANKS ranks ($( ((GPUS > 0)) && echo GPU || echo CPU)); log: $OUT/train.log"
-train train --train-iters "$STEPS"
+train train --exit-interval "$STEPS"
 say "4/4 resuming from the checkpoint for $MORE more; log: $OUT/resume.log"
-train resume --train-iters $((STEPS + MORE))
+train resume
 
 SUMMARY=$(python scripts/plot_losses.py --tensorboard-dir "$OUT/tensorboard" --output "$OUT/loss.png" --title "S2 GPT, quickstart")
 python scripts/plot_pattern.py --output "$OUT/pattern.png" --num-query-groups "$KV_HEADS" --layers 2 \

@@ -28,8 +28,10 @@ def main() -> None:
                     f"   step {iteration}/{total}  loss {float(loss):.3f}  about {left:.0f} s left",
                     flush=True,
                 )
-        elif validation := _VALIDATION.search(line):
-            print(f"   validation loss {float(validation[2]):.3f}", flush=True)
+        elif evaluation := _EVALUATION.search(line):
+            print(
+                f"   {'test' if evaluation[1] else 'validation'} loss {float(evaluation[2]):.3f}", flush=True
+            )
         elif saved := _SAVED.search(line):
             print(f"   checkpoint saved at step {saved[1]}", flush=True)
         elif _SHOWN.search(line) or (in_table and line.startswith("  ")):
