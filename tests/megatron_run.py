@@ -14,25 +14,26 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PRETRAIN = ROOT / "scripts" / "pretrain_gpt.py"
 
-# A model small enough that ten steps take a second, with what today's models have: grouped-query attention,
-# rotary embedding, RMSNorm, SwiGLU. No dropout, so that runs which should agree can.
-TINY = shlex.split("""
+# Small enough that ten steps take a second; no dropout, so that runs which should agree can.
+TINY = """
     --num-layers 2 --hidden-size 64 --num-attention-heads 4 --group-query-attention --num-query-groups 2
-    --seq-length 128 --max-position-embeddings 128 --position-embedding-type rope --normalization RMSNorm
-    --swiglu --disable-bias-linear --untie-embeddings-and-output-weights
-    --attention-dropout 0 --hidden-dropout 0 --seed 1234
+    --seq-length 128 --max-position-embeddings 128 --attention-dropout 0 --hidden-dropout 0 --seed 1234
     --micro-batch-size 2 --global-batch-size 4 --train-iters 10 --lr 1e-3 --min-lr 1e-4
     --lr-decay-style cosine --eval-iters 1 --eval-interval 1000 --log-interval 1 --num-workers 0
     --tokenizer-type NullTokenizer --vocab-size 255
-""")
-MOCK_DATA = ["--mock-data"]
+"""
+MODERN = """
+    --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear
+    --untie-embeddings-and-output-weights
+"""
+MOCK_DATA = "--mock-data"
 
 
 @dataclass(frozen=True)
@@ -58,15 +59,17 @@ class Run:
 
 
 class Launched:
-    """A training that runs now, in processes of its own."""
+    """A training that runs now in processes of its own: the user's command on the tiny flags and `flags`."""
 
-    def __init__(self, log_dir: Path, flags: Sequence[str], ranks: int = 1):
+    def __init__(
+        self, log_dir: Path, flags: str = "", ranks: int = 1, model: str = MODERN, data: str = MOCK_DATA
+    ):
         self._log_dir = log_dir
         log_dir.mkdir(parents=True, exist_ok=True)
         self._output = log_dir / "output.txt"
         with self._output.open("w") as output:
             self._process = subprocess.Popen(
-                [*_launcher(ranks), str(PRETRAIN), *flags, "--tensorboard-dir", str(log_dir)],
+                [*_launcher(ranks), str(PRETRAIN), *_words(log_dir, TINY, model, data, flags)],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd=ROOT,
@@ -96,24 +99,24 @@ class Launched:
         return Run(status, self._output.read_text(), self._log_dir)
 
 
-def launch(log_dir: Path, *flags: str, ranks: int = 1, data: Sequence[str] = MOCK_DATA) -> Run:
-    """Runs the user's command with the tiny configuration, `flags` added (a later flag wins)."""
-    return Launched(log_dir, [*TINY, *data, *flags], ranks).wait()
+def launch(log_dir: Path, flags: str = "", ranks: int = 1, model: str = MODERN, data: str = MOCK_DATA) -> Run:
+    """Runs the user's command to its end. Of a flag that occurs twice, the later value counts."""
+    return Launched(log_dir, flags, ranks, model, data).wait()
 
 
 def train_all(
-    log_dir: Path,
-    runs: Mapping[str, Sequence[str]],
-    ranks: int = 1,
-    data: Sequence[str] = MOCK_DATA,
+    log_dir: Path, runs: Mapping[str, str], ranks: int = 1, model: str = MODERN, data: str = MOCK_DATA
 ) -> dict[str, Run]:
     """Runs the tiny configuration once per entry of `runs` (name: flags), in order, in one group of ranks.
 
-    A run may load what an earlier one saved. Each must end well or be refused by its input; any other end
+    A run may load what an earlier one saved. Each must end well or be refused for its input; any other end
     raises RuntimeError with the output.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
-    jobs = [{"log_dir": str(log_dir / name), "flags": [*TINY, *data, *flags]} for name, flags in runs.items()]
+    jobs = [
+        {"log_dir": str(log_dir / name), "flags": _words(log_dir / name, TINY, model, data, flags)}
+        for name, flags in runs.items()
+    ]
     job_file = log_dir / "jobs.json"
     job_file.write_text(json.dumps(jobs))
     group = subprocess.run(
@@ -132,6 +135,10 @@ def train_all(
             raise RuntimeError(f"run {name!r} did not end:\n{printed}\n{group.stdout}\n{group.stderr}")
         finished[name] = Run(int(status.read_text()), output.read_text(), log_dir / name)
     return finished
+
+
+def _words(log_dir: Path, *flags: str) -> list[str]:
+    return [*shlex.split(" ".join(flags)), "--tensorboard-dir", str(log_dir)]
 
 
 def _launcher(ranks: int) -> list[str]:
@@ -159,9 +166,9 @@ def _run_jobs(job_file: Path) -> None:
             os.dup2(output.fileno(), 2)
             status = 0
             try:
-                train([*job["flags"], "--tensorboard-dir", str(log_dir)])
-            except SystemExit as refused:
-                status = refused.code
+                train(job["flags"])
+            except SystemExit as ended:
+                status = ended.code or 0
             sys.stdout.flush()
         _forget_run()
         if rank == 0:

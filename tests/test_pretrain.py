@@ -1,0 +1,186 @@
+"""Stock Megatron through our entry point, on CPU: parallelism, precision, resume, refusals, signals."""
+
+import signal
+from pathlib import Path
+
+import pytest
+from megatron_run import Launched, Run, launch, train_all
+
+# Four layers, so that two pipeline stages of two interleaved chunks have one each. Runs that should agree
+# start from the same saved weights: pipeline stages would otherwise draw theirs from seeds of their own.
+FOUR_LAYERS = "--num-layers 4"
+FROM = "--num-layers 4 --finetune --no-load-optim --no-load-rng --load"
+OLDER_MODEL = "--position-embedding-type learned_absolute --normalization LayerNorm"
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory) -> dict[str, Run]:
+    directory = tmp_path_factory.mktemp("one")
+    start, saved, sharded = (directory / f"checkpoint-{name}" for name in ("start", "saved", "sharded"))
+    schedule = "--train-iters 60 --save-interval 20"
+    recompute = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+    return train_all(
+        directory,
+        {
+            "start": f"{FOUR_LAYERS} --train-iters 1 --save {start} --save-interval 1",
+            "control": f"{FROM} {start}",
+            "recompute": f"{FROM} {start} {recompute}",
+            "bf16": f"{FROM} {start} --bf16",
+            "whole": f"{schedule} --save {saved}",
+            "resumed": f"{schedule} --load {saved} --ckpt-step 20",
+            "whole-sharded": f"{schedule} --use-distributed-optimizer --save {sharded}",
+            "resumed-sharded": f"{schedule} --use-distributed-optimizer --load {sharded} --ckpt-step 20",
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def start(one_rank) -> Path:
+    return one_rank["start"].log_dir.parent / "checkpoint-start"
+
+
+@pytest.fixture(scope="module")
+def two_ranks(start, tmp_path_factory) -> dict[str, Run]:
+    directory = tmp_path_factory.mktemp("two")
+    saved = directory / "checkpoint-saved"
+    pipeline = "--pipeline-model-parallel-size 2"
+    schedule = "--use-distributed-optimizer --bf16 --train-iters 10 --save-interval 5"
+    return train_all(
+        directory,
+        {
+            "tensor": f"{FROM} {start} --tensor-model-parallel-size 2",
+            "pipeline": f"{FROM} {start} {pipeline}",
+            "interleaved": f"{FROM} {start} {pipeline} --num-layers-per-virtual-pipeline-stage 1",
+            "data": f"{FROM} {start} --use-distributed-optimizer",
+            "data-overlapped": f"{FROM} {start} --use-distributed-optimizer --overlap-grad-reduce "
+            "--overlap-param-gather",
+            "data-bf16": f"{FROM} {start} --use-distributed-optimizer --bf16",
+            "whole": f"{schedule} --save {saved}",
+            "resumed": f"{schedule} --load {saved} --ckpt-step 5",
+        },
+        ranks=2,
+    )
+
+
+def assert_same_losses(run: Run, control: Run, relative: float) -> None:
+    assert len(control.losses) == 10
+    assert run.losses == pytest.approx(control.losses, rel=relative)
+
+
+def assert_continues(resumed: Run, whole: Run, after: int) -> None:
+    """Bit-equal: every loss after the checkpoint is the uninterrupted run's, to the last bit of a float32."""
+    assert resumed.losses == {step: loss for step, loss in whole.losses.items() if step > after}
+
+
+def test_the_model_learns(one_rank):
+    losses = one_rank["control"].losses
+    assert losses[10] < losses[1] - 0.2
+
+
+@pytest.mark.parametrize("layout", ["tensor", "pipeline", "interleaved", "data", "data-overlapped"])
+def test_two_ranks_train_as_one(two_ranks, one_rank, layout):
+    assert_same_losses(two_ranks[layout], one_rank["control"], relative=1e-4)
+
+
+def test_full_recompute_changes_nothing(one_rank):
+    assert one_rank["recompute"].losses == one_rank["control"].losses
+
+
+def test_bf16_follows_fp32(one_rank, two_ranks):
+    assert_same_losses(one_rank["bf16"], one_rank["control"], relative=1e-2)
+    assert_same_losses(two_ranks["data-bf16"], one_rank["bf16"], relative=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["", "-sharded"], ids=["optimizer", "distributed-optimizer"])
+def test_a_resumed_run_is_the_uninterrupted_one(one_rank, optimizer):
+    assert_continues(one_rank[f"resumed{optimizer}"], one_rank[f"whole{optimizer}"], after=20)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_on_two_ranks_in_bf16(two_ranks):
+    assert_continues(two_ranks["resumed"], two_ranks["whole"], after=5)
+
+
+@pytest.mark.parametrize("optimizer", ["", "--use-distributed-optimizer"])
+def test_a_killed_run_goes_on_from_its_last_save(one_rank, tmp_path, optimizer):
+    flags = f"--train-iters 60 --save-interval 20 --save {tmp_path}/run --load {tmp_path}/run {optimizer}"
+    killed = Launched(tmp_path / "killed", flags)
+    killed.wait_for("iteration       31/")
+    killed.send(signal.SIGKILL)
+    assert killed.wait().status == -signal.SIGKILL
+    assert (tmp_path / "run" / "latest_checkpointed_iteration.txt").read_text() == "20"
+
+    resumed = launch(tmp_path / "resumed", flags)
+    whole = one_rank["whole-sharded" if optimizer else "whole"]
+    assert_continues(resumed, whole, after=20)
+
+
+def test_the_user_sees_one_line_about_the_cpu_and_no_warnings(tmp_path):
+    run = launch(tmp_path, "--train-iters 2", model=OLDER_MODEL)
+    assert run.status == 0, run.output
+    lines = run.output.splitlines()
+    assert [line for line in lines if line.startswith("megatron-s2:")] == [lines[0]]
+    assert "no GPU found, training on CPU (gloo); set: --distributed-backend gloo" in lines[0]
+    assert "Warning:" not in run.output
+
+
+REFUSED = {
+    "--data-path": "--data-path /nowhere/text",
+    "--load": "--load /nowhere/run",
+    "--tokenizer-model": "--tokenizer-type HuggingFaceTokenizer --tokenizer-model /nowhere/tokenizer",
+    "--fp8-format": "--fp8-format hybrid",
+    "--sft": "--sft",
+    "unrecognized arguments: --no-such-flag": "--no-such-flag 3",
+    "argument --lr: invalid float value": "--lr fast",
+    "max_position_embeddings (64)": "--max-position-embeddings 64",
+    "args.min_lr <= args.lr": "--min-lr 1",
+}
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory) -> dict[str, Run]:
+    runs = {f"run-{i}": flags for i, flags in enumerate(REFUSED.values())}
+    finished = train_all(tmp_path_factory.mktemp("refused"), runs, data="")
+    return dict(zip(REFUSED, finished.values()))
+
+
+def assert_refused(run: Run, what: str) -> None:
+    errors = [line for line in run.output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, run.output
+    assert what in errors[0]
+    assert "Traceback" not in run.output
+    assert "building" not in run.output
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_bad_input_is_refused_in_one_line(refused, what):
+    assert refused[what].status == 2
+    assert_refused(refused[what], what)
+
+
+def test_several_ranks_refuse_with_one_voice(tmp_path):
+    run = launch(tmp_path, "--data-path /nowhere/text", ranks=2, data="")
+    assert run.status != 0
+    assert "exitcode  : 2" in run.output
+    launchers_words = run.output[: run.output.index("torch/distributed/")]
+    assert_refused(Run(run.status, launchers_words, run.log_dir), "--data-path /nowhere/text")
+
+
+def test_ctrl_c_ends_a_run_quietly(tmp_path):
+    run = Launched(tmp_path, "--train-iters 100000")
+    run.wait_for("iteration        3/")
+    run.send(signal.SIGINT)
+    ended = run.wait(timeout=30)
+    assert ended.status == 130
+    assert "Traceback" not in ended.output
+
+
+def test_megatrons_exit_signal_handler_still_saves(tmp_path):
+    run = Launched(
+        tmp_path,
+        f"--train-iters 100000 --exit-signal-handler --save {tmp_path}/run --save-interval 100000",
+    )
+    run.wait_for("iteration        3/")
+    run.send(signal.SIGTERM)
+    ended = run.wait(timeout=60)
+    assert ended.status == 0, ended.output
+    assert (tmp_path / "run" / "latest_checkpointed_iteration.txt").exists()
