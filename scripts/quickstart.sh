@@ -3,7 +3,7 @@
 #
 #   bash scripts/quickstart.sh [--steps N] [--out DIR] [--data DIR_OR_JSONL]
 #
-# --steps N             training steps before the resume (default 200)
+# --steps N             training steps before the resume (default 150)
 # --out DIR             where everything goes (default runs/quickstart)
 # --data DIR_OR_JSONL   your own text: a directory of text files, or a .jsonl file with a key "text"
 #                       (default: the source of Python's standard library, which is on the machine)
@@ -12,7 +12,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib/env.sh"
 
 usage() { sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
-STEPS=200 OUT=runs/quickstart DATA=
+STEPS=150 OUT=runs/quickstart DATA=
 while (($#)); do
     case $1 in
         --steps | --out | --data)
@@ -71,7 +71,7 @@ FLAGS=(
     --micro-batch-size 4 --global-batch-size $((RANKS * 8)) --use-distributed-optimizer "${PRECISION[@]}"
     --train-iters $((STEPS + MORE)) --lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --lr-warmup-iters $((STEPS / 20))
     --weight-decay 0.1 --clip-grad 1.0 --seed 1234
-    --data-path "$OUT/data/corpus_of_text_document" --data-cache-path "$OUT/data/cache" --split 97,2,1
+    --data-path "$OUT/data/corpus_of_text_document" --data-cache-path "$OUT/data/cache" --split 98,2,0
     --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$OUT/data/tokenizer"
     --log-interval 1 --log-throughput --eval-interval $((STEPS / 4 > 0 ? STEPS / 4 : 1)) --eval-iters 4
     --tensorboard-dir "$OUT/tensorboard" --num-workers 1

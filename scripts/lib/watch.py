@@ -4,39 +4,38 @@ import re
 import sys
 import time
 
-_STEP = re.compile(
-    r"iteration\s+(\d+)/\s*(\d+) .*?elapsed time per iteration \(ms\): ([\d.]+).*?lm loss: ([-+.\deE]+|nan)"
-)
-_VALIDATION = re.compile(
-    r"validation loss at (?:iteration|the end)?.*?(\d+).*?lm loss value: ([-+.\deE]+|nan)"
-)
-_SHOWN = re.compile(r"^(megatron-s2:|S2 attention|error:|Traceback|\s*\w*(Error|Exception)\b)")
+_STEP = re.compile(r"iteration\s+(\d+)/\s*(\d+) .*?lm loss: (\S+)")
+_EVALUATION = re.compile(r"validation loss at iteration \d+( on test set)?.*?lm loss value: (\S+)")
 _SAVED = re.compile(r"successfully saved checkpoint from iteration\s+(\d+)")
+_SHOWN = re.compile(
+    r"^(megatron-s2:|error:|Traceback|\[rank\d+\]: \w*(Error|Exception)\b|\w*(Error|Exception)\b)"
+)
+_TABLE = re.compile(r"^S2 attention")
 _SECONDS_BETWEEN_STEPS = 5.0
 
 
 def main() -> None:
-    last_shown, in_table = 0.0, False
+    first, last_shown, in_table = None, 0.0, False
     for line in sys.stdin:
+        in_table = bool(_TABLE.search(line)) or (in_table and line.startswith("  "))
         if step := _STEP.search(line):
-            iteration, total, milliseconds, loss = step.groups()
-            now = time.monotonic()
+            iteration, total, now = int(step[1]), int(step[2]), time.monotonic()
+            first = first or (iteration, now)
             if now - last_shown >= _SECONDS_BETWEEN_STEPS or iteration == total:
                 last_shown = now
-                left = (int(total) - int(iteration)) * float(milliseconds) / 1000
-                print(
-                    f"   step {iteration}/{total}  loss {float(loss):.3f}  about {left:.0f} s left",
-                    flush=True,
-                )
+                pace = (now - first[1]) / max(1, iteration - first[0])
+                left = f"about {(total - iteration) * pace:.0f} s left" if pace else ""
+                say(f"step {iteration}/{total}  loss {float(step[3]):.3f}  {left}")
         elif evaluation := _EVALUATION.search(line):
-            print(
-                f"   {'test' if evaluation[1] else 'validation'} loss {float(evaluation[2]):.3f}", flush=True
-            )
+            say(f"{'test' if evaluation[1] else 'validation'} loss {float(evaluation[2]):.3f}")
         elif saved := _SAVED.search(line):
-            print(f"   checkpoint saved at step {saved[1]}", flush=True)
-        elif _SHOWN.search(line) or (in_table and line.startswith("  ")):
-            print(f"   {line.rstrip()}", flush=True)
-        in_table = line.startswith("S2 attention") or (in_table and line.startswith("  "))
+            say(f"checkpoint saved at step {saved[1]}")
+        elif in_table or _SHOWN.search(line):
+            say(line.rstrip())
+
+
+def say(text: str) -> None:
+    print(f"   {text}", flush=True)
 
 
 if __name__ == "__main__":
