@@ -55,8 +55,8 @@ def s2_attention(
         ValueError: an argument does not fit the others; the message starts with its name.
     """
     _check_tensors(q, k, v, pattern, packed=cu_seqlens is not None)
-    if sink_logits is not None and sink_logits.shape != q.shape[-2:-1]:
-        raise ValueError(f"sink_logits {tuple(sink_logits.shape)}: must be [heads] = [{q.shape[-2]}]")
+    if sink_logits is not None:
+        _check_sinks(sink_logits, q)
     if backend != "auto" and backend not in _BACKENDS:
         raise ValueError(f"backend {backend!r}: must be auto, {' or '.join(_BACKENDS)}")
     scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
@@ -90,18 +90,30 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, packe
     heads, kv_heads = q.shape[-2], k.shape[-2]
     if k.shape[:-1] != v.shape[:-1]:
         raise ValueError(f"v {tuple(v.shape)}: must match k {tuple(k.shape)} but for head_dim")
+    for name, x in (("q", q), ("v", v)):
+        if x.shape[-1] < 1:
+            raise ValueError(f"{name} {tuple(x.shape)}: must have a head_dim >= 1")
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(f"k {tuple(k.shape)}: must have the head_dim of q, {q.shape[-1]}")
     if q.shape[0] != k.shape[0]:
         raise ValueError(
             f"k {tuple(k.shape)}: must have the {'tokens' if packed else 'batch'} of q, {q.shape[0]}"
         )
-    if heads % kv_heads:
-        raise ValueError(f"k with {kv_heads} heads: must divide the {heads} heads of q")
     if pattern.num_kv_heads != kv_heads:
         raise ValueError(
             f"pattern for {pattern.num_kv_heads} KV heads: must be for the {kv_heads} heads of k"
         )
+    if heads % kv_heads:
+        raise ValueError(f"k with {kv_heads} heads: must divide the {heads} heads of q")
+
+
+def _check_sinks(sink_logits: Tensor, q: Tensor) -> None:
+    if sink_logits.shape != q.shape[-2:-1]:
+        raise ValueError(f"sink_logits {tuple(sink_logits.shape)}: must be [heads] = [{q.shape[-2]}]")
+    if sink_logits.dtype not in _DTYPES:
+        raise ValueError(f"sink_logits {sink_logits.dtype}: must be float16, bfloat16, float32 or float64")
+    if sink_logits.device != q.device:
+        raise ValueError(f"sink_logits on {sink_logits.device}: must be on the device of q, {q.device}")
 
 
 def _documents(cu_seqlens: Tensor, tokens: int, q_start: int) -> list[tuple[int, int]]:

@@ -311,8 +311,13 @@ def backward_calls(
 
 
 def _rows(x: Tensor, t: slice, sources: Sources) -> Tensor:
-    """Queries `t` of x in the width and precision of K."""
-    return _padded(x[:, :, t].to(sources.k.dtype), sources.k.shape[-1])
+    return _fitted(x[:, :, t], sources.k.shape[-1], sources.k.dtype)
+
+
+def _fitted(x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """x in this width and precision, the elements of a token side by side (the CPU kernel assumes it)."""
+    x = _padded(x.to(dtype), width)
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _padded(x: Tensor, width: int) -> Tensor:
@@ -485,7 +490,7 @@ class _Part:
         return x[:, self._keys, self._kv_heads].transpose(1, 2)
 
     def sources(self, k: Tensor, v: Tensor, width: int, compute: torch.dtype) -> Sources:
-        k, v = (_padded(self._window(x).to(compute), width) for x in (k, v))
+        k, v = (_fitted(self._window(x), width, compute) for x in (k, v))
         B = self.plan.pattern.block_size
         return Sources(k, v, *(_blocks(x, B)[:, :, self._shard].flatten(2, 3) for x in (k, v)))
 
@@ -503,7 +508,7 @@ class _Part:
 
 
 def _parts(q, k, pattern, scale, documents, q_start) -> Iterator[_Part]:
-    for document in documents:
+    for document in documents if q.numel() else ():
         for heads in equal_runs(pattern):
             yield _Part(q, k, pattern, heads, document, scale, q_start)
 
