@@ -122,6 +122,7 @@ def _configure(argv: Sequence[str]):
     _refuse_unsupported(args)
     check_paths(args)
     if args.use_checkpoint_args:
+        load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
         load_args_from_checkpoint(args)
     args.tokenizer_type = args.tokenizer_type or "GPT2BPETokenizer"
     args.enable_one_logger &= find_spec("one_logger") is not None  # else Megatron says it is missing

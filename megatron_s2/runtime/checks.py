@@ -10,13 +10,14 @@ from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-# Megatron's names of tokenizers whose `--tokenizer-model` is a file or directory.
+# Megatron's names of tokenizers that `--tokenizer-model` describes, as a file or (Hugging Face) also by name.
 _TOKENIZERS_FROM_FILE = (
     "SentencePieceTokenizer",
     "GPTSentencePieceTokenizer",
     "Llama2Tokenizer",
     "TikTokenizer",
 )
+_TOKENIZERS_FROM_MODEL = (*_TOKENIZERS_FROM_FILE, "HuggingFaceTokenizer")
 _REMOTE_SCHEMES = ("s3://", "msc://")
 
 
@@ -104,6 +105,15 @@ def _check_tokenizer(args: Namespace) -> None:
         if path := getattr(args, flag[2:].replace("-", "_")):
             _check_file(flag, path)
     model = args.tokenizer_model
+    if args.use_checkpoint_args and not args.tokenizer_type:
+        return  # the checkpoint names the tokenizer
+    if (args.tokenizer_type or "GPT2BPETokenizer") == "GPT2BPETokenizer" and not args.vocab_file:
+        raise ValueError(
+            "--vocab-file: must be given, with --merge-file, for GPT2BPETokenizer (Megatron's default); "
+            "or choose another --tokenizer-type"
+        )
+    if args.tokenizer_type in _TOKENIZERS_FROM_MODEL and not model:
+        raise ValueError(f"--tokenizer-model: must be given for --tokenizer-type {args.tokenizer_type}")
     if not model:
         return
     # A Hugging Face name such as "org/model" is looked up on the hub, so only what looks like a path is one.

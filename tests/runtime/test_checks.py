@@ -11,9 +11,9 @@ from megatron_s2.runtime.checks import check_paths
 def arguments(**given) -> Namespace:
     names = (
         "data_path train_data_path valid_data_path test_data_path data_args_path per_split_data_args_path "
-        "load save pretrained_checkpoint tokenizer_type tokenizer_model vocab_file merge_file"
+        "load save pretrained_checkpoint tokenizer_model vocab_file merge_file use_checkpoint_args"
     )
-    return Namespace(**{**dict.fromkeys(names.split()), **given})
+    return Namespace(**{**dict.fromkeys(names.split()), "tokenizer_type": "NullTokenizer", **given})
 
 
 @pytest.fixture
@@ -75,6 +75,23 @@ def test_what_does_not_exist_is_refused_by_its_flag(given):
     flag = "--" + next(name for name in given if name != "tokenizer_type").replace("_", "-")
     with pytest.raises(ValueError, match=f"^{flag} .*: there is no "):
         check_paths(arguments(**given))
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "flag"),
+    [
+        (None, "--vocab-file"),
+        ("GPT2BPETokenizer", "--vocab-file"),
+        ("HuggingFaceTokenizer", "--tokenizer-model"),
+    ],
+)
+def test_a_tokenizer_needs_its_files_named(tokenizer, flag):
+    with pytest.raises(ValueError, match=f"^{flag}: must be given"):
+        check_paths(arguments(tokenizer_type=tokenizer))
+
+
+def test_a_checkpoint_may_name_the_tokenizer():
+    check_paths(arguments(tokenizer_type=None, use_checkpoint_args=True))
 
 
 def test_both_files_of_a_dataset_are_needed(prefix, tmp_path):
