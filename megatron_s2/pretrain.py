@@ -173,6 +173,13 @@ def _refuse_unsupported(args: Namespace) -> None:
     for name, flag in _UNSUPPORTED.items():
         if getattr(args, name, None):
             raise ValueError(f"{flag}: not supported by megatron-s2; use Megatron-LM's own pretrain_gpt.py")
+    pipelined_packing = args.dataloader_inter_document_masking and args.pipeline_model_parallel_size > 1
+    if pipelined_packing and args.micro_batch_size not in (None, 1):
+        # Packing joins a micro-batch to one row, and stages expect from each other what was not joined.
+        raise ValueError(
+            f"--micro-batch-size {args.micro_batch_size}: must be 1 with --dataloader-inter-document-masking "
+            "and --pipeline-model-parallel-size > 1; use more micro-batches instead"
+        )
 
 
 def _rank() -> int:

@@ -77,7 +77,7 @@ class Launched:
                 start_new_session=True,
             )
 
-    def wait_for(self, text: str, timeout: float = 120.0) -> None:
+    def wait_for(self, text: str, timeout: float = 300.0) -> None:
         """Waits until the output contains `text`; raises TimeoutError, with the output, if it never does."""
         deadline = time.monotonic() + timeout
         while text not in self._output.read_text():
@@ -89,7 +89,7 @@ class Launched:
         """Sends a signal to every process of the run, as a terminal does."""
         os.killpg(self._process.pid, number)
 
-    def wait(self, timeout: float = 120.0) -> Run:
+    def wait(self, timeout: float = 300.0) -> Run:
         """Waits for the end; a run that takes longer is killed and raises subprocess.TimeoutExpired."""
         try:
             status = self._process.wait(timeout)
@@ -129,12 +129,17 @@ def train_all(
     )
     finished = {}
     for name in runs:
-        status, output = log_dir / name / "status.txt", log_dir / name / "output.txt"
+        run_dir = log_dir / name
+        status = run_dir / "status.txt"
         if not status.exists():
-            printed = output.read_text() if output.exists() else ""
-            raise RuntimeError(f"run {name!r} did not end:\n{printed}\n{group.stdout}\n{group.stderr}")
-        finished[name] = Run(int(status.read_text()), output.read_text(), log_dir / name)
+            printed = [_last_lines(file.read_text()) for file in sorted(run_dir.glob("output*.txt"))]
+            raise RuntimeError("\n".join([f"run {name!r} did not end", *printed, _last_lines(group.stderr)]))
+        finished[name] = Run(int(status.read_text()), (run_dir / "output.txt").read_text(), run_dir)
     return finished
+
+
+def _last_lines(text: str) -> str:
+    return "\n".join(text.splitlines()[-40:])
 
 
 def _words(log_dir: Path, *flags: str) -> list[str]:

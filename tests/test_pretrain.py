@@ -129,6 +129,7 @@ REFUSED = {
     "--tokenizer-model": "--tokenizer-type HuggingFaceTokenizer --tokenizer-model /nowhere/tokenizer",
     "--fp8-format": "--fp8-format hybrid",
     "--sft": "--sft",
+    "--micro-batch-size 2: must be 1": "--dataloader-inter-document-masking --pipeline-model-parallel-size 2",
     "unrecognized arguments: --no-such-flag": "--no-such-flag 3",
     "argument --lr: invalid float value": "--lr fast",
     "max_position_embeddings (64)": "--max-position-embeddings 64",
