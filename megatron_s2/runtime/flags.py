@@ -9,7 +9,7 @@ sees the final values; and what was added is exactly what the user could have ty
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
+from importlib import import_module
 
 
 @dataclass(frozen=True)
@@ -22,15 +22,24 @@ class Machine:
 
     @classmethod
     def detect(cls) -> "Machine":
-        """Asks torch for a GPU and the importer for NVIDIA's packages (PyPI's `apex` is something else)."""
+        """Asks torch for a GPU and imports NVIDIA's packages (`amp_C`: PyPI's `apex` is something else)."""
         import torch
 
         gpu = torch.cuda.is_available()
         return cls(
             gpu=gpu,
-            transformer_engine=gpu and find_spec("transformer_engine") is not None,
-            apex=gpu and find_spec("amp_C") is not None,
+            transformer_engine=gpu and _imports("transformer_engine.pytorch"),
+            apex=gpu and _imports("amp_C"),
         )
+
+
+def _imports(name: str) -> bool:
+    """Whether a package is there and fits: one built for another CUDA or torch fails in its own ways."""
+    try:
+        import_module(name)
+    except (ImportError, OSError, RuntimeError):
+        return False
+    return True
 
 
 @dataclass(frozen=True)
