@@ -203,7 +203,7 @@ def _refuse(message: str) -> None:
     """Ends this rank with status 2; rank 0 says why, in one line.
 
     A launcher kills the other ranks as soon as one has ended, so they give rank 0 time to be first. If it
-    does not end, the input is bad only here (a path that another node lacks), and this rank says so.
+    does not end, the input is bad only here (a path that this node lacks), and one rank of the node says so.
     """
     line = f"error: {' '.join(message.split())}"
     if _rank() == 0:
@@ -211,13 +211,15 @@ def _refuse(message: str) -> None:
     else:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(2))
         time.sleep(_SECONDS_RANK_0_HAS_TO_SPEAK)
-        print(f"{line} (on rank {_rank()})", file=sys.stderr, flush=True)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{line} (on rank {_rank()})", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
 def _leave_quietly() -> None:
     """Ends after Ctrl-C as a shell expects it, without waiting for peers that may be gone."""
-    print("megatron-s2: interrupted", file=sys.stderr, flush=True) if _rank() == 0 else None
+    if _rank() == 0:
+        print("megatron-s2: interrupted", file=sys.stderr, flush=True)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         with suppress(RuntimeError):
             torch.distributed.destroy_process_group()
