@@ -314,7 +314,9 @@ def widened(x: torch.Tensor) -> int:
     return x.nbytes // x.shape[-1] * (x.shape[-1] + 1)
 
 
-@pytest.mark.parametrize("pattern", [s2(), s2(sink_blocks=2), s2(num_dense_heads=1)], ids=S2Pattern.describe)
+@pytest.mark.parametrize(
+    "pattern", [s2(), s2(sink_blocks=2), s2(num_dense_heads=1), s2(local_blocks=16)], ids=S2Pattern.describe
+)
 def test_no_tensor_outgrows_the_queries(pattern):
     case = Case(pattern, batch=1, queries=4096, group=2, dim=32, sink_logits=True)
     inputs = case.inputs(torch.float32)

@@ -1,0 +1,34 @@
+"""What the runner needs to know about a benchmark."""
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+Row = dict
+
+
+class WrongResultError(Exception):
+    """What was to be measured computes something else than it claims; says what and by how much."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One entry of the registry.
+
+    Args:
+        name: subcommand of the runner and first part of the names of its result files.
+        help: what is measured, in a line.
+        add_arguments: adds the benchmark's own options.
+        run: measures, giving each row when it is complete. Raises WrongResultError before the first row of
+            whatever is wrong, ValueError for options that do not fit together.
+        table: rows as text for people.
+        plot: draws the rows of one machine into a directory and returns the pictures' paths.
+    """
+
+    name: str
+    help: str
+    add_arguments: Callable[[ArgumentParser], None]
+    run: Callable[[Namespace], Iterator[Row]]
+    table: Callable[[list[Row]], str]
+    plot: Callable[[list[Row], Path], list[Path]]

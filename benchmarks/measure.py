@@ -1,0 +1,72 @@
+"""Time and memory of functions, such that a noisy machine does less harm."""
+
+import multiprocessing
+import re
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+
+def interleaved_times[Name](
+    runs: dict[Name, Callable[[], Iterable[object]]], repeats: int
+) -> dict[Name, np.ndarray]:
+    """Seconds that each of several functions takes to each of its stages, `[repeats, stages]`.
+
+    A function is a generator that yields after every stage; times count from its start. The functions take
+    turns, so that a drift of the machine meets all of them alike, after one untimed call each.
+    """
+    for run in runs.values():
+        _stages(run)
+    times = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            times[name].append(_stages(run))
+    return {name: np.array(seconds) for name, seconds in times.items()}
+
+
+def _stages(run: Callable[[], Iterable[object]]) -> list[float]:
+    start = time.perf_counter()
+    return [time.perf_counter() - start for _ in run()]
+
+
+def summary(seconds: np.ndarray) -> dict:
+    """Median and spread of repeated measurements, as rows have them."""
+    p20, median, p80 = np.percentile(seconds, (20, 50, 80)).tolist()
+    return {"median": median, "p20": p20, "p80": p80, "repeats": len(seconds)}
+
+
+def peak_memory[Arguments](
+    prepare: Callable[[Arguments], Callable[[], object]], arguments: Arguments
+) -> int | None:
+    """Bytes of resident memory that a function adds at its peak to what was there when it began.
+
+    Args:
+        prepare: `prepare(arguments)` allocates the inputs and returns the function; called in a fresh
+            process, so it must be importable by name.
+
+    Returns:
+        None where the system does not tell (Linux does, through /proc).
+    """
+    if not _CLEAR_PEAK.exists():
+        return None
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+        return fresh.submit(_peak_memory_here, prepare, arguments).result()
+
+
+_CLEAR_PEAK = Path("/proc/self/clear_refs")
+
+
+def _peak_memory_here(prepare, arguments) -> int:
+    run = prepare(arguments)
+    _CLEAR_PEAK.write_text("5")  # sets VmHWM, the peak, to what is resident now
+    before = _status_bytes("VmRSS")
+    run()
+    return _status_bytes("VmHWM") - before
+
+
+def _status_bytes(field: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)[1])

@@ -1,0 +1,6 @@
+"""Every benchmark there is, by name."""
+
+from benchmarks import attention
+from benchmarks.benchmark import Benchmark
+
+BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in (attention.BENCHMARK,)}

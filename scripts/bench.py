@@ -1,0 +1,64 @@
+"""Runs benchmarks and draws their results: `scripts/bench.py attention`, `scripts/bench.py plot`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # benchmarks are part of the checkout, not of the installed package
+
+import torch  # noqa: E402  (needs the path above)
+
+from benchmarks.benchmark import WrongResultError  # noqa: E402
+from benchmarks.environment import facts  # noqa: E402
+from benchmarks.registry import BENCHMARKS  # noqa: E402
+from benchmarks.results import ResultFile, read_rows  # noqa: E402
+
+
+def main(argv: list[str] | None = None) -> int:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--out",
+        type=Path,
+        default=ROOT / "benchmarks" / "results",
+        help="directory of the result files (default: benchmarks/results)",
+    )
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for benchmark in BENCHMARKS.values():
+        command = commands.add_parser(benchmark.name, help=benchmark.help, parents=[common])
+        command.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+        benchmark.add_arguments(command)
+    commands.add_parser("plot", help="draws what is stored", parents=[common])
+    args = parser.parse_args(argv)
+    try:
+        plot(args.out) if args.command == "plot" else measure(args)
+    except (WrongResultError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, WrongResultError) else 2
+    return 0
+
+
+def measure(args: argparse.Namespace) -> None:
+    if args.threads < 1:
+        raise ValueError(f"--threads {args.threads}: must be >= 1")
+    torch.set_num_threads(args.threads)
+    benchmark = BENCHMARKS[args.command]
+    results = ResultFile(args.out, benchmark.name, facts())
+    rows = []
+    for row in benchmark.run(args):
+        results.append(row)
+        rows.append(row)
+    print(benchmark.table(rows))
+    print(f"rows: {results.path}")
+
+
+def plot(directory: Path) -> None:
+    for benchmark in BENCHMARKS.values():
+        for machine, rows in read_rows(directory, benchmark.name).items():
+            for path in benchmark.plot(rows, machine):
+                print(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
