@@ -106,9 +106,8 @@ def validate_s2_args(args: Namespace, argv: Sequence[str] = ()) -> list[str]:
     Raises:
         ValueError: `--flag value: must be …`.
     """
-    given = [
-        name for name in vars(args) if name.startswith("s2_") and getattr(args, name) not in (None, False)
-    ]
+    given = [name for name, value in vars(args).items() if name.startswith("s2_") and value is not None]
+    given.remove("s2_attention")
     if not args.s2_attention:
         if given:
             raise ValueError(f"{_flag(given[0])}: needs --s2-attention")

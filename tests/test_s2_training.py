@@ -1,0 +1,224 @@
+"""S2 GPTs through the user's command: equal to stock Megatron where they must be, and to themselves under
+every parallel layout, precision, recomputation and interruption."""
+
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from megatron_run import MOCK_DATA, Launched, Run, launch, train_all
+
+# Eight blocks per sequence, a window of two, so that most of the past is seen through the shards.
+S2 = "--s2-attention --s2-block-size 16 --s2-local-blocks 2 --s2-vert-stride 3"
+# Everything S2 has at once: sinks of both kinds, a dense head, a dense layer, one stride per KV head.
+RICH = f"{S2} 4 --s2-sink-blocks 1 --s2-num-dense-heads 1 --s2-dense-layers 2 --s2-learnable-sink"
+FOUR_LAYERS = "--num-layers 4"
+# Runs that should agree start from the same saved weights: pipeline stages draw theirs from their own seeds.
+FROM = f"{FOUR_LAYERS} --finetune --no-load-optim --no-load-rng --load"
+ONE_KV_HEAD = "--num-query-groups 1"
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory) -> str:
+    """Data flags for documents of 3 to 100 tokens, a few per sequence, each ending with the eod token."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    prefix = tmp_path_factory.mktemp("documents") / "short"
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
+    random = np.random.Generator(np.random.PCG64(7))
+    for _ in range(400):
+        length = int(random.integers(3, 100))
+        words = (random.integers(0, 50) + np.arange(length - 1) * random.integers(1, 4)) % 250
+        builder.add_document([*words, 254], [length])
+    builder.finalize(f"{prefix}.idx")
+    return f"--data-path {prefix} --split 100,0,0 --eval-iters 0"
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory) -> dict[str, Run]:
+    directory = tmp_path_factory.mktemp("one")
+    start, shared, saved, sharded = (
+        directory / f"checkpoint-{name}" for name in ("start", "shared", "saved", "sharded")
+    )
+    schedule = f"{RICH} --train-iters 60 --save-interval 20"
+    return train_all(
+        directory,
+        {
+            "start": f"{FOUR_LAYERS} {RICH} --train-iters 1 --save {start} --save-interval 1",
+            "rich": f"{FROM} {start} {RICH}",
+            "core recompute": f"{FROM} {start} {RICH} --recompute-granularity selective",
+            "full recompute": f"{FROM} {start} {RICH} --recompute-granularity full "
+            "--recompute-method uniform --recompute-num-layers 1",
+            "bf16": f"{FROM} {start} {RICH} --bf16",
+            "start shared": f"{FOUR_LAYERS} {ONE_KV_HEAD} {S2} --train-iters 1 --save {shared} "
+            "--save-interval 1",
+            "one KV head": f"{FROM} {shared} {ONE_KV_HEAD} {S2}",
+            "stock": "",
+            "stride 1": f"{S2.replace('stride 3', 'stride 1')}",
+            "dense layers": f"{S2} --s2-dense-layers 1,2",
+            "stride 3": S2,
+            "spec": "--spec user_specs small_s2",
+            "reference": f"{S2} --s2-backend reference",
+            "whole": f"{schedule} --save {saved}",
+            "whole-sharded": f"{schedule} --use-distributed-optimizer --save {sharded}",
+        },
+    )
+
+
+def checkpoint(one_rank: dict[str, Run], name: str) -> Path:
+    return one_rank["rich"].log_dir.parent / f"checkpoint-{name}"
+
+
+@pytest.fixture(scope="module")
+def two_ranks(one_rank, tmp_path_factory) -> dict[str, Run]:
+    start, shared = checkpoint(one_rank, "start"), checkpoint(one_rank, "shared")
+    pipeline = "--pipeline-model-parallel-size 2"
+    return train_all(
+        tmp_path_factory.mktemp("two"),
+        {
+            "tensor": f"{FROM} {start} {RICH} --tensor-model-parallel-size 2",
+            "pipeline": f"{FROM} {start} {RICH} {pipeline}",
+            "interleaved": f"{FROM} {start} {RICH} {pipeline} --num-layers-per-virtual-pipeline-stage 1",
+            "data": f"{FROM} {start} {RICH} --use-distributed-optimizer",
+            "tensor, one KV head": f"{FROM} {shared} {ONE_KV_HEAD} {S2} --tensor-model-parallel-size 2",
+            "data bf16": f"{FROM} {start} {RICH} --use-distributed-optimizer --bf16",
+        },
+        ranks=2,
+    )
+
+
+def assert_same_losses(run: Run, control: Run, relative: float) -> None:
+    assert len(control.losses) == 10
+    assert run.losses == pytest.approx(control.losses, rel=relative)
+
+
+@pytest.mark.parametrize("dense", ["stride 1", "dense layers"])
+def test_a_dense_pattern_trains_as_stock_megatron(one_rank, dense):
+    assert_same_losses(one_rank[dense], one_rank["stock"], relative=1e-5)
+
+
+def test_a_sparse_pattern_does_not(one_rank):
+    assert one_rank["stride 3"].losses != pytest.approx(one_rank["stock"].losses, rel=1e-4)
+    assert one_rank["stride 3"].losses[10] < one_rank["stride 3"].losses[1] - 0.2
+
+
+def test_the_torch_backend_trains_as_the_reference(one_rank):
+    assert_same_losses(one_rank["stride 3"], one_rank["reference"], relative=1e-5)
+
+
+def test_a_spec_alone_brings_s2_into_a_stock_command_line(one_rank):
+    assert one_rank["spec"].losses == one_rank["stride 3"].losses
+
+
+@pytest.mark.parametrize("layout", ["tensor", "pipeline", "interleaved", "data"])
+def test_two_ranks_train_as_one(two_ranks, one_rank, layout):
+    assert_same_losses(two_ranks[layout], one_rank["rich"], relative=1e-4)
+
+
+def test_ranks_that_share_a_kv_head_give_it_one_pattern(two_ranks, one_rank):
+    assert_same_losses(two_ranks["tensor, one KV head"], one_rank["one KV head"], relative=1e-4)
+
+
+@pytest.mark.parametrize("recompute", ["core recompute", "full recompute"])
+def test_recomputation_changes_nothing(one_rank, recompute):
+    assert one_rank[recompute].losses == one_rank["rich"].losses
+
+
+def test_bf16_follows_fp32(one_rank, two_ranks):
+    assert_same_losses(one_rank["bf16"], one_rank["rich"], relative=1e-2)
+    assert_same_losses(two_ranks["data bf16"], one_rank["bf16"], relative=1e-3)
+
+
+def test_packed_documents_see_only_themselves(documents, tmp_path):
+    packed = "--dataloader-inter-document-masking"
+    runs = train_all(
+        tmp_path,
+        {
+            "masked": "--reset-attention-mask --reset-position-ids",
+            "packed": f"{packed} {S2.replace('stride 3', 'stride 1')}",
+            "sparse": f"{packed} {S2}",
+            "sparse reference": f"{packed} {S2} --s2-backend reference",
+        },
+        data=documents,
+    )
+    assert_same_losses(runs["packed"], runs["masked"], relative=1e-5)
+    assert_same_losses(runs["sparse"], runs["sparse reference"], relative=1e-5)
+    assert runs["sparse"].losses != runs["packed"].losses
+
+
+@pytest.mark.parametrize("optimizer", ["", "--use-distributed-optimizer"])
+def test_a_killed_run_goes_on_bit_for_bit_from_its_last_save(one_rank, tmp_path, optimizer):
+    flags = (
+        f"{RICH} --train-iters 60 --save-interval 20 --save {tmp_path}/run --load {tmp_path}/run {optimizer}"
+    )
+    killed = Launched(tmp_path / "killed", flags)
+    killed.wait_for("iteration       31/")
+    killed.send(signal.SIGKILL)
+    assert killed.wait().status == -signal.SIGKILL
+    assert (tmp_path / "run" / "latest_checkpointed_iteration.txt").read_text() == "20"
+
+    resumed = launch(tmp_path / "resumed", flags)
+    whole = one_rank["whole-sharded" if optimizer else "whole"].losses
+    assert resumed.losses == {step: loss for step, loss in whole.items() if step > 20}
+
+
+def test_the_startup_table_says_what_was_replaced(one_rank):
+    lines = one_rank["rich"].output.splitlines()
+    table = lines[lines.index("S2 attention (arXiv 2407.17678)") :]
+    assert " ".join(table[1].split()) == "core attention S2 in 3 of 4 layers"
+    assert " ".join(table[2].split()) == "dense layers 2"
+    assert "block 16, window 2 (32 tokens), stride 3 1, sinks 1, dense heads 1" in table[3]
+    assert any("set for S2: --no-create-attention-mask-in-dataloader" in line for line in table[:12])
+
+
+REFUSED = {
+    "--s2-block-size 48: must be a power of two >= 16": f"{S2} --s2-block-size 48",
+    "--s2-block-size 8: must be a power of two >= 16": f"{S2} --s2-block-size 8",
+    "--s2-local-blocks 0: must be >= 1": f"{S2} --s2-local-blocks 0",
+    "--s2-vert-stride 0: must be >= 1": f"{S2} --s2-vert-stride 0",
+    "--s2-vert-stride (2, 3, 4): must be one or one per KV head (2)": f"{S2} --s2-vert-stride 2 3 4",
+    "--s2-sink-blocks -1: must be >= 0": f"{S2} --s2-sink-blocks -1",
+    "--s2-phases (-1, 0): must be >= 0": f"{S2} --s2-phases -1 0",
+    "--s2-num-dense-heads 3: must be between 0 and 2": f"{S2} --s2-num-dense-heads 3",
+    "--s2-dense-layers 3: must be between 1 and the 2 layers": f"{S2} --s2-dense-layers 1,3",
+    "argument --s2-dense-layers: invalid layer numbers value: 'first'": f"{S2} --s2-dense-layers first",
+    "--seq-length 128: must be at least one block (--s2-block-size 256)": f"{S2} --s2-block-size 256",
+    "--s2-vert-stride: needs --s2-attention": "--s2-vert-stride 3",
+    "--s2-sink-blocks: needs --s2-attention": "--s2-sink-blocks 0",
+    "--s2-learnable-sink: needs --s2-attention": "--s2-learnable-sink",
+    "--position-embedding-type relative: must be another with --s2-attention": f"{S2} "
+    "--position-embedding-type relative",
+    "--multi-latent-attention: must not be set with --s2-attention": f"{S2} --multi-latent-attention",
+    "--flash-decode: must not be set with --s2-attention": f"{S2} --flash-decode",
+    "--inference-dynamic-batching: must not be set": f"{S2} --inference-dynamic-batching",
+    "--reset-attention-mask: must not be set": f"{S2} --reset-attention-mask",
+    "--window-size: must not be set": f"{S2} --window-size 16,0",
+    "--attention-dropout 0.1: must be 0 with --s2-attention": f"{S2} --attention-dropout 0.1",
+    "--attention-backend local: must not be set": f"{S2} --attention-backend local",
+    "--context-parallel-size 2: must be 1 with --s2-attention": f"{S2} --context-parallel-size 2",
+    "--spec: must not be set with --s2-attention": f"{S2} --spec user_specs small_s2",
+    "--softmax-type off-by-one: must not be set": f"{S2} --s2-learnable-sink --softmax-type off-by-one",
+    "--load /nowhere/run": f"{S2} --load /nowhere/run",
+    "--data-path /nowhere/text": f"{S2} --data-path /nowhere/text",
+}
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory) -> dict[str, Run]:
+    runs = {
+        f"run-{i}": flags if "--data-path" in flags else f"{MOCK_DATA} {flags}"
+        for i, flags in enumerate(REFUSED.values())
+    }
+    finished = train_all(tmp_path_factory.mktemp("refused"), runs, data="")
+    return dict(zip(REFUSED, finished.values()))
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_bad_input_is_refused_in_one_line_before_anything_is_built(refused, message):
+    run = refused[message]
+    errors = [line for line in run.output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, run.output
+    assert errors[0].startswith(f"error: {message}")
+    assert run.status == 2
+    assert "Traceback" not in run.output
+    assert "building" not in run.output
