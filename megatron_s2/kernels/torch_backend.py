@@ -29,6 +29,7 @@ from itertools import groupby, pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_s2.pattern import BlockPattern, S2Pattern
 
@@ -256,17 +257,17 @@ def forward_calls(plan: Plan, q: Tensor, sources: Sources, out: Tensor, lse: Ten
         if isinstance(call, Causal):
             t = plan.queries(call.start, call.stop)
             k, v = _causal_keys(call, sources)
-            o, logsum = _flash_forward(_rows(q, t, sources), k, v, plan.scale, causal=True)
+            o, logsum = _flash_forward(_queries(q, t, sources), k, v, plan.scale, causal=True)
             out[:, :, t], lse[:, :, t] = o[..., : out.shape[-1]], logsum
         elif isinstance(call, Band):
             mask, fold = _band_mask(plan, q, sources), _band_fold(plan, sources)
             for part, t in _band_parts(call, plan, sources):
                 k, v = _windows(part, plan, sources)
-                o, logsum = _flash_forward(fold(_rows(q, t, sources)), k, v, plan.scale, mask=mask)
+                o, logsum = _flash_forward(fold(_queries(q, t, sources)), k, v, plan.scale, mask=mask)
                 out[:, :, t], lse[:, :, t] = fold(o)[..., : out.shape[-1]], fold(logsum)
         else:
             t = plan.queries(call.start, call.stop)
-            o, logsum = _flash_forward(_rows(q, t, sources), *_past_keys(call, plan, sources), plan.scale)
+            o, logsum = _flash_forward(_queries(q, t, sources), *_past_keys(call, plan, sources), plan.scale)
             _merge(out[:, :, t], lse[:, :, t], o[..., : out.shape[-1]], logsum)
 
 
@@ -284,7 +285,7 @@ def backward_calls(
     for call in plan.calls:
         if isinstance(call, Causal):
             t = plan.queries(call.start, call.stop)
-            dout_t, q_t, out_t = (_rows(x, t, sources) for x in (dout, q, out))
+            dout_t, q_t, out_t = (_queries(x, t, sources) for x in (dout, q, out))
             k, v = _causal_keys(call, sources)
             dq_t, *dkv = _flash_backward(dout_t, q_t, k, v, out_t, lse[:, :, t], plan.scale, causal=True)
             _add(dq[:, :, t], dq_t)
@@ -293,7 +294,7 @@ def backward_calls(
         elif isinstance(call, Band):
             mask, fold = _band_mask(plan, q, sources), _band_fold(plan, sources)
             for part, t in _band_parts(call, plan, sources):
-                dout_t, q_t, out_t = (fold(_rows(x, t, sources)) for x in (dout, q, out))
+                dout_t, q_t, out_t = (fold(_queries(x, t, sources)) for x in (dout, q, out))
                 k, v = _windows(part, plan, sources)
                 dq_t, *dkv = _flash_backward(
                     dout_t, q_t, k, v, out_t, fold(lse[:, :, t]), plan.scale, mask=mask
@@ -302,15 +303,15 @@ def backward_calls(
                 _add_windows(part, plan, grads, dkv)
         else:
             t = plan.queries(call.start, call.stop)
-            cut = _row_cut(q, t)
-            dout_t, q_t, out_t = (cut(_rows(x, t, sources)) for x in (dout, q, out))
+            cut = _query_cut(q, t)
+            dout_t, q_t, out_t = (cut(_queries(x, t, sources)) for x in (dout, q, out))
             k, v = (_spread(x, q_t.shape[1]) for x in _past_keys(call, plan, sources))
             dq_t, *dkv = _flash_backward(dout_t, q_t, k, v, out_t, cut(lse[:, :, t]), plan.scale)
             _add(dq[:, :, t], dq_t.reshape(*q.shape[:2], -1, dq_t.shape[-1]))
             _add_past(call, plan, grads, [_collected(part, sources.k.shape[1]) for part in dkv])
 
 
-def _rows(x: Tensor, t: slice, sources: Sources) -> Tensor:
+def _queries(x: Tensor, t: slice, sources: Sources) -> Tensor:
     return _fitted(x[:, :, t], sources.k.shape[-1], sources.k.dtype)
 
 
@@ -414,7 +415,7 @@ def _add_past(call: Past | Gathered, plan: Plan, grads: Sources, parts: list[Ten
             _add(grad, part)
 
 
-def _row_cut(q: Tensor, t: slice) -> Callable[[Tensor], Tensor]:
+def _query_cut(q: Tensor, t: slice) -> Callable[[Tensor], Tensor]:
     """Cuts `[batch, heads, rows, …]` into `[batch, heads * pieces, rows / pieces, …]`."""
     batch, heads = q.shape[:2]
     pieces = max(1, math.gcd(t.stop - t.start, _MIN_BACKWARD_HEADS) // (batch * heads))
@@ -495,12 +496,13 @@ class _Part:
         return Sources(k, v, *(_blocks(x, B)[:, :, self._shard].flatten(2, 3) for x in (k, v)))
 
     def gradients(self, dk: Tensor, dv: Tensor) -> Sources:
-        """Where to add the sources' gradients; `gather` brings the shard's home."""
+        """Where to add the sources' gradients: views of dk and dv, zeros for the shard (see `add_shard`)."""
         dk, dv = self._window(dk), self._window(dv)
         size = len(self._shard) * self.plan.pattern.block_size
         return Sources(dk, dv, *(x.new_zeros(*x.shape[:2], size, x.shape[3]) for x in (dk, dv)))
 
-    def gather(self, grads: Sources) -> None:
+    def add_shard(self, grads: Sources) -> None:
+        """Adds the gradients of the shard to those of the tokens it was picked from."""
         if self._shard:
             B = self.plan.pattern.block_size
             _add_blocks(grads.k, self._shard, grads.k_shard, B)
@@ -534,6 +536,7 @@ class _BlockedAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout, dlse):
         q, k, v, sink_logits, out, lse = ctx.saved_tensors
         pattern, scale, documents, q_start = ctx.rest
@@ -554,7 +557,7 @@ class _BlockedAttention(torch.autograd.Function):
             backward_calls(
                 part.plan, *query_side[:2], sources, query_side[2], part.lse(lse), query_side[3], grads
             )
-            part.gather(grads)
+            part.add_shard(grads)
         dsinks = None
         if sink_logits is not None and ctx.needs_input_grad[3]:
             # The sink has no value, so its dP is 0: dS = P (0 - delta).

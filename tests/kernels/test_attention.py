@@ -294,6 +294,14 @@ def test_upstream_gradients_may_be_expanded():
     require_equal(gradients("torch"), gradients("reference"))
 
 
+def test_a_second_derivative_is_refused():
+    inputs = Case(s2()).inputs(torch.float64)
+    q, k, v = (inputs[name].requires_grad_() for name in "qkv")
+    (dq,) = torch.autograd.grad(s2_attention(q, k, v, s2())[0].square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.sum().backward()
+
+
 # Memory.
 
 
