@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--s2-num-dense-heads", type=int, default=0)
     parser.add_argument("--blocks", type=int, default=32, help="how many blocks to draw, default %(default)s")
     parser.add_argument("--layers", type=int, default=1, help="layers that see together, default %(default)s")
-    args = parser.parse_args()
+    args, _ = parser.parse_known_args()  # a whole training command line will do
     try:
         pattern = S2Pattern(
             num_kv_heads=args.num_query_groups,

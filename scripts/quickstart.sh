@@ -31,7 +31,12 @@ done
 
 enter_environment dev
 trap 'say "interrupted; run it again to start over"; exit 130' INT TERM
+# What is in --out gets replaced, so it must be ours.
+if [[ -d $OUT && -n $(ls -A "$OUT") && ! -e $OUT/.quickstart ]]; then
+    die "--out $OUT: must be a new or empty directory, or that of an earlier quickstart"
+fi
 mkdir -p "$OUT/data"
+touch "$OUT/.quickstart"
 
 if [[ -z $DATA ]]; then
     DATA=$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
@@ -41,13 +46,13 @@ else
 fi
 CORPUS="$DATA ${FILES[*]-}"
 if [[ -e $OUT/data/corpus && $(<"$OUT/data/corpus") == "$CORPUS" ]]; then
-    say "tokenizer and dataset of $DATA are in $OUT/data already"
+    say "tokenizer and dataset of $DATA are in $OUT/data already (remove it to make them anew)"
 else
     rm -rf "$OUT/data" && mkdir -p "$OUT/data"
     say "1/4 tokenizer: a byte-level BPE of 4096 tokens from $DATA"
     python scripts/train_tokenizer.py --input "$DATA" "${FILES[@]}" --vocab-size 4096 --output "$OUT/data/tokenizer"
     say "2/4 dataset: the same text, tokenized, in Megatron's indexed format"
-    python scripts/preprocess_data.py --input "$DATA" "${FILES[@]}" --output-prefix "$OUT/data/corpus_of" \
+    python scripts/preprocess_data.py --input "$DATA" "${FILES[@]}" --output-prefix "$OUT/data/corpus" \
         --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$OUT/data/tokenizer" --append-eod
     printf '%s\n' "$CORPUS" >"$OUT/data/corpus"
 fi
@@ -60,21 +65,15 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((CORES > RANKS ? CORES / RANKS : 1))
 PRECISION=()
 if ((GPUS > 0)); then PRECISION=(--bf16); fi
 
-BLOCK=16 WINDOW=4 STRIDE=4 KV_HEADS=2
 MORE=$((STEPS / 10 > 0 ? STEPS / 10 : 1))
+EVERY=$((STEPS / 4 > 0 ? STEPS / 4 : 1))
+read -r -d '' -a MODEL <scripts/lib/quickstart.args || true
 FLAGS=(
-    --num-layers 4 --hidden-size 192 --ffn-hidden-size 512 --num-attention-heads 6
-    --group-query-attention --num-query-groups "$KV_HEADS"
-    --seq-length 512 --max-position-embeddings 512 --position-embedding-type rope
-    --normalization RMSNorm --swiglu --disable-bias-linear --hidden-dropout 0
-    --s2-attention --s2-block-size "$BLOCK" --s2-local-blocks "$WINDOW" --s2-vert-stride "$STRIDE"
-    --micro-batch-size 4 --global-batch-size $((RANKS * 8)) --use-distributed-optimizer "${PRECISION[@]}"
-    --train-iters $((STEPS + MORE)) --lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --lr-warmup-iters $((STEPS / 20))
-    --weight-decay 0.1 --clip-grad 1.0 --seed 1234
-    --data-path "$OUT/data/corpus_of_text_document" --data-cache-path "$OUT/data/cache" --split 98,2,0
-    --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$OUT/data/tokenizer"
-    --log-interval 1 --log-throughput --eval-interval $((STEPS / 4 > 0 ? STEPS / 4 : 1)) --eval-iters 4
-    --tensorboard-dir "$OUT/tensorboard" --num-workers 1
+    "${MODEL[@]}" "${PRECISION[@]}" --global-batch-size $((RANKS * 8))
+    --train-iters $((STEPS + MORE)) --lr-warmup-iters $((STEPS / 20))
+    --data-path "$OUT/data/corpus_text_document" --data-cache-path "$OUT/data/cache" --split 98,2,0
+    --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$OUT/data/tokenizer" --num-workers 1
+    --log-interval 1 --log-throughput --eval-interval "$EVERY" --eval-iters 4 --tensorboard-dir "$OUT/tensorboard"
     --save "$OUT/checkpoint" --load "$OUT/checkpoint" --save-interval "$STEPS" --ckpt-format torch_dist
 )
 
@@ -94,7 +93,6 @@ say "4/4 resuming from the checkpoint for $MORE more; log: $OUT/resume.log"
 train resume
 
 SUMMARY=$(python scripts/plot_losses.py --tensorboard-dir "$OUT/tensorboard" --output "$OUT/loss.png" --title "S2 GPT, quickstart")
-python scripts/plot_pattern.py --output "$OUT/pattern.png" --num-query-groups "$KV_HEADS" --layers 2 \
-    --s2-block-size "$BLOCK" --s2-local-blocks "$WINDOW" --s2-vert-stride "$STRIDE"
+python scripts/plot_pattern.py --output "$OUT/pattern.png" --layers 2 "${MODEL[@]}"
 say "$SUMMARY"
 say "look at $OUT/loss.png and $OUT/pattern.png; tensorboard --logdir $OUT/tensorboard; checkpoint: $OUT/checkpoint"
