@@ -128,7 +128,8 @@ def check(implementation: Implementation, case: Case, queries: int = 32) -> None
         WrongResultError: an error is larger than the house's rule allows.
     """
     q, k, v, dout = case.inputs()
-    rows = torch.linspace(0, case.seq_length - 1, min(queries, case.seq_length)).round().long()
+    # Not the first query: it sees one key, so its exact gradient is 0 and all else is rounding.
+    rows = torch.linspace(0, case.seq_length - 1, queries + 1)[1:].round().long().unique()
     visible = visible_keys(implementation.pattern(case), rows, case.seq_length)
     attention = implementation.prepare(case)
 
