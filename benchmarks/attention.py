@@ -194,7 +194,9 @@ def prepare_for_memory(arguments: tuple[str, Case, int]) -> Callable[[], object]
         *inputs, dout = case.inputs()
         return lambda: torch.autograd.grad(attention(*inputs), inputs, dout)
 
-    forward_and_backward(dataclasses.replace(case, seq_length=256))()
+    p = case.pattern
+    all_code = (p.local_blocks + max(p.strides) + 1) * p.block_size  # tokens at which shards are seen
+    forward_and_backward(dataclasses.replace(case, seq_length=min(all_code, case.seq_length)))()
     return forward_and_backward(case)
 
 
