@@ -1,0 +1,34 @@
+"""Megatron's own parser and validation on a command line, without starting a run."""
+
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from types import SimpleNamespace
+from unittest import mock
+
+from megatron_s2.arguments import add_s2_args
+from megatron_s2.runtime.patches import quiet_known_warnings
+
+quiet_known_warnings()  # Megatron, imported below, warns of what is not installed
+
+from megatron.training import arguments  # noqa: E402
+
+HOPPER = SimpleNamespace(major=9, minor=0)
+
+
+def parse(argv: Sequence[str], ranks: int = 1) -> Namespace:
+    """The namespace of a command line on one of `ranks` ranks; ends the process as argparse does."""
+    with (
+        mock.patch.object(sys, "argv", ["pretrain_gpt.py", *argv]),
+        mock.patch.dict("os.environ", WORLD_SIZE=str(ranks)),
+    ):
+        return arguments.parse_args(add_s2_args)
+
+
+def validate_on_gpus(args: Namespace) -> Namespace:
+    """Megatron's validation of parsed arguments, on a node that answers as one with Hopper GPUs does."""
+    with (
+        mock.patch("torch.cuda.get_device_properties", return_value=HOPPER),
+        mock.patch.dict("os.environ", CUDA_DEVICE_MAX_CONNECTIONS="1"),
+    ):
+        return arguments.validate_args(args)

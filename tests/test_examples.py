@@ -1,0 +1,177 @@
+"""Each recipe in examples/ starts a training that Megatron and S2 accept; the one for a laptop really runs.
+
+Of the other two, the command line is taken from the script, by stand-ins for the launchers, and goes through
+the parser, our checks and Megatron's own validation, as on the machine that the recipe is for.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+from megatron_arguments import parse, validate_on_gpus
+from megatron_run import ROOT
+
+from megatron_s2.arguments import settings_from_args, validate_s2_args
+from megatron_s2.runtime.checks import check_paths
+from megatron_s2.runtime.flags import Machine, runnable_arguments
+
+EXAMPLES = ROOT / "examples"
+RECIPES = {
+    "tiny-cpu": EXAMPLES / "tiny-cpu" / "train.sh",
+    "one-gpu": EXAMPLES / "one-gpu" / "train.sh",
+    "slurm": EXAMPLES / "slurm" / "train.sbatch",
+}
+RANKS = {"one-gpu": 1, "slurm": 32}
+NVIDIA_CONTAINER = Machine(gpu=True, transformer_engine=True, apex=True)
+PLAIN_GPU = Machine(gpu=True, transformer_engine=False, apex=False)
+SLURM = {
+    "SLURM_SUBMIT_DIR": str(ROOT),
+    "SLURM_NNODES": "4",
+    "SLURM_GPUS_ON_NODE": "8",
+    "SLURM_JOB_ID": "4711",
+    "SLURM_JOB_NODELIST": "node[3-6]",
+}
+LAUNCHER = '#!/bin/bash\nprintf "%s\\n" "${0##*/}" "$@"\n'
+SCONTROL = "#!/bin/bash\nprintf 'node3\\nnode4\\nnode5\\nnode6\\n'\n"
+
+
+def environment(first_on_path: Path | None = None) -> dict[str, str]:
+    places = [first_on_path, Path(sys.executable).parent, os.environ["PATH"]]
+    return {**os.environ, **SLURM, "PATH": ":".join(str(place) for place in places if place)}
+
+
+@pytest.fixture
+def launched(tmp_path):
+    """Runs a recipe with stand-ins for the launchers, and gives the words it would have launched."""
+    for name, script in {"torchrun": LAUNCHER, "srun": LAUNCHER, "scontrol": SCONTROL}.items():
+        (tmp_path / name).write_text(script)
+        (tmp_path / name).chmod(0o755)
+
+    def launch(recipe: str, *words: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            ["bash", str(RECIPES[recipe]), *words],
+            cwd=tmp_path,
+            env=environment(first_on_path=tmp_path),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    return launch
+
+
+def split(done: subprocess.CompletedProcess) -> tuple[list[str], list[str]]:
+    """The launcher's words and the training's."""
+    assert done.returncode == 0, done.stderr
+    words = done.stdout.splitlines()
+    script = words.index("scripts/pretrain_gpt.py")
+    return words[:script], words[script + 1 :]
+
+
+def accepted(argv: list[str], ranks: int, machine: Machine = NVIDIA_CONTAINER) -> Namespace:
+    """The arguments after everything that a run asks of them before it builds a model."""
+    argv, _ = runnable_arguments(argv, machine)
+    args = parse(argv, ranks)
+    check_paths(args)
+    validate_s2_args(args, argv)
+    return validate_on_gpus(args)
+
+
+@pytest.mark.parametrize("recipe", RANKS)
+def test_a_recipe_is_accepted_as_it_stands(launched, recipe):
+    _, argv = split(launched(recipe))
+    args = accepted(argv, RANKS[recipe])
+    assert args.s2_attention and args.bf16 and args.use_distributed_optimizer
+    assert args.mock_data and args.tokenizer_type == "NullTokenizer"
+    assert settings_from_args(args).dense_layers == (1, 2)
+    assert settings_from_args(args).coverage().lost == 0
+
+
+def test_one_gpu_needs_nothing_but_pytorch(launched):
+    _, argv = split(launched("one-gpu"))
+    args = accepted(argv, 1, PLAIN_GPU)
+    assert args.transformer_impl == "local"
+    assert args.seq_length == 32768
+
+
+def test_the_slurm_recipe_uses_every_rank(launched):
+    launcher, argv = split(launched("slurm"))
+    assert launcher[0] == "srun"
+    assert " ".join(launcher[launcher.index("torchrun") :]) == (
+        "torchrun --nnodes 4 --nproc-per-node 8 --rdzv-id 4711 --rdzv-backend c10d "
+        "--rdzv-endpoint node3:24711"
+    )
+    args = accepted(argv, RANKS["slurm"])
+    sizes = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.data_parallel_size
+    assert sizes == (8, 2, 2)
+    assert args.exit_signal_handler
+
+
+@pytest.mark.parametrize("recipe", RANKS)
+def test_the_users_data_takes_the_place_of_mock_data(launched, tmp_path, recipe):
+    for suffix in (".bin", ".idx"):
+        (tmp_path / f"text{suffix}").touch()
+    prefix, tokenizer = str(tmp_path / "text"), str(tmp_path)
+    _, argv = split(launched(recipe, "--data-prefix", prefix, "--tokenizer", tokenizer))
+    args = accepted(argv, RANKS[recipe])
+    assert args.data_path == [prefix] and not args.mock_data
+    assert (args.tokenizer_type, args.tokenizer_model) == ("HuggingFaceTokenizer", tokenizer)
+
+
+@pytest.mark.parametrize("recipe", RANKS)
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data-prefix", "text"], "--tokenizer: must be given with --data-prefix"),
+        (["--tokenizer", "words"], "--data-prefix: must be given with --tokenizer"),
+        (["--out"], "--out: needs a value"),
+    ],
+)
+def test_half_a_choice_of_data_is_refused(launched, recipe, words, message):
+    done = launched(recipe, *words)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("recipe", RANKS)
+def test_a_second_call_goes_on_where_the_first_ended(launched, recipe):
+    _, argv = split(launched(recipe, "--out", "runs/mine"))
+    args = accepted(argv, RANKS[recipe])
+    assert args.save == args.load == "runs/mine/checkpoint"
+    assert args.ckpt_format == "torch_dist"
+    assert args.tensorboard_dir == "runs/mine/tensorboard"
+
+
+@pytest.mark.parametrize("recipe", RANKS)
+def test_flags_of_the_user_count_more_than_the_recipes(launched, recipe):
+    _, argv = split(launched(recipe, "--lr", "1e-4", "--s2-vert-stride", "4", "--train-iters", "700"))
+    args = accepted(argv, RANKS[recipe])
+    assert (args.lr, args.s2_vert_stride, args.train_iters) == (1e-4, 4, 700)
+
+
+def test_sbatch_options_stand_where_slurm_reads_them():
+    """Slurm stops reading at the first line that is neither a comment nor empty."""
+    header = re.match(r"(#.*\n)+", RECIPES["slurm"].read_text())[0]
+    assert header.count("#SBATCH ") == RECIPES["slurm"].read_text().count("#SBATCH ") > 5
+
+
+def test_the_laptop_recipe_trains(tmp_path):
+    logs = tmp_path / "logs"
+    words = f"--train-iters 2 --eval-iters 1 --lr-warmup-iters 0 --tensorboard-dir {logs}".split()
+    done = subprocess.run(
+        ["bash", str(RECIPES["tiny-cpu"]), *words],
+        cwd=tmp_path,
+        env={**environment(), "PYTHONUNBUFFERED": "1"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "S2 in 3 of 4 layers" in done.stdout
+    assert re.search(r"iteration +2/ +2 .* lm loss: \d", done.stdout)
+    assert list(logs.iterdir())
