@@ -213,7 +213,7 @@ def _collected(grad: Tensor, kv_heads: int) -> Tensor:
 # The calls of one plan over the two sources, for KV heads of equal pattern. Query-side tensors are
 # [batch, heads, queries, dim] (lse without dim) of any strides and may have less than K's dim and precision.
 
-_MAX_WINDOW_ELEMENTS = 1 << 19  # of K in one Band call: windows overlap, so their gradients take memory
+_MAX_WINDOW_ELEMENTS = 1 << 18  # of K in one Band call: windows overlap, so their gradients take memory
 _MIN_BACKWARD_HEADS = 4  # PyTorch's backward gives each thread whole heads
 
 

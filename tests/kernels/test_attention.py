@@ -336,7 +336,7 @@ def test_no_tensor_outgrows_the_queries(pattern):
 def test_without_a_flash_kernel_score_matrices_stay_bounded(monkeypatch):
     without_flash_kernel(monkeypatch)
     monkeypatch.setattr(torch_backend, "_MAX_SCORES", 1 << 18)
-    monkeypatch.setattr(torch_backend, "_MAX_WINDOW_ELEMENTS", 1 << 18)
+    monkeypatch.setattr(torch_backend, "_MAX_WINDOW_ELEMENTS", 1 << 16)
     case = Case(s2(num_dense_heads=1), batch=1, queries=2048, group=2, dim=32)
     inputs = case.inputs(torch.float32)
     with LargestTensor() as largest:
