@@ -61,7 +61,7 @@ def test_a_long_rotation_is_cut_short():
 
 @pytest.mark.filterwarnings("ignore:S2 pattern. 3 of every 4 distant blocks")
 def test_flops_stand_beside_dense_ones():
-    """Four blocks that see themselves, and block 0 from the three after it: 4 * 136 + 3 * 256 of 2080 pairs."""
+    """Four blocks see themselves, and the last three block 0: 4 * 136 + 3 * 256 of 2080 pairs."""
     table = rows(seq_len=64, num_layers=1, block_size=16, local_blocks=1, vert_stride=4, phases=(0, 0, 0, 0))
     assert text(table["attention FLOPs"]) == "63.1% of dense at 64 tokens (1.6x fewer)"
 
