@@ -6,12 +6,9 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from unittest import mock
 
+from megatron.training import arguments
+
 from megatron_s2.arguments import add_s2_args
-from megatron_s2.runtime.patches import quiet_known_warnings
-
-quiet_known_warnings()  # Megatron, imported below, warns of what is not installed
-
-from megatron.training import arguments  # noqa: E402
 
 HOPPER = SimpleNamespace(major=9, minor=0)
 

@@ -97,7 +97,8 @@ def test_defaults_are_filled_in():
 def test_every_flag_reaches_the_settings():
     args, _ = validated(
         f"{S2} --s2-block-size 16 --s2-local-blocks 3 --s2-vert-stride 4 8 --s2-sink-blocks 1 "
-        "--s2-phases 1 5 --s2-num-dense-heads 1 --s2-dense-layers 1,2 --s2-dense-layer-freq 4 --s2-backend reference"
+        "--s2-phases 1 5 --s2-num-dense-heads 1 --s2-dense-layers 1,2 --s2-dense-layer-freq 4 "
+        "--s2-backend reference"
     )
     assert settings_from_args(args) == S2Settings(
         num_layers=8,
