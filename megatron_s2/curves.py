@@ -17,8 +17,10 @@ def read_scalars(log_dir: str | Path, tag: str) -> dict[int, float]:
         tag: name of the scalar, as tensorboard shows it.
 
     Raises:
-        ValueError: nothing was logged under that tag.
+        ValueError: there is no such directory, or nothing was logged under that tag.
     """
+    if not Path(log_dir).is_dir():
+        raise ValueError(f"{log_dir}: there is no such directory")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(log_dir), size_guidance={"scalars": 0})

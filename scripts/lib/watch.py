@@ -7,9 +7,7 @@ import time
 _STEP = re.compile(r"iteration\s+(\d+)/\s*(\d+) .*?lm loss: (\S+)")
 _EVALUATION = re.compile(r"validation loss at iteration \d+( on test set)?.*?lm loss value: (\S+)")
 _SAVED = re.compile(r"successfully saved checkpoint from iteration\s+(\d+)")
-_SHOWN = re.compile(
-    r"^(megatron-s2:|error:|Traceback|\[rank\d+\]: \w*(Error|Exception)\b|\w*(Error|Exception)\b)"
-)
+_SHOWN = re.compile(r"^(megatron-s2:|error:|Traceback|(\[rank\d+\]: )?[\w.]*(Error|Exception)\b)")
 _TABLE = re.compile(r"^S2 attention")
 _SECONDS_BETWEEN_STEPS = 5.0
 
