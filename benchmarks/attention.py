@@ -353,8 +353,8 @@ def plot(rows: list[Row], directory: Path) -> list[Path]:
                     axes[1].plot([t for t, *_ in pairs], speedups, marker="o", label=label, **look)
         sparse = {t: row["speedup_bound"] for (_, t, n), row in newest.items() if n != BASELINE}
         axes[1].plot(*zip(*sorted(sparse.items())), color="gray", linestyle=":", label="bound of the FLOPs")
-        axes[0].set(xscale="log", yscale="log", xlabel="tokens", ylabel="seconds")
-        axes[1].set(xscale="log", xlabel="tokens", ylabel=f"speed-up over {BASELINE}", ylim=(0, None))
+        axes[0].set(yscale="log", xlabel="tokens", ylabel="seconds")
+        axes[1].set(xlabel="tokens", ylabel=f"speed-up over {BASELINE}", ylim=(0, None))
         for axis in axes:
             axis.set_xscale("log", base=2)
             axis.grid(alpha=0.3)
