@@ -343,20 +343,21 @@ class S2Pattern(BlockPattern):
             warn_lost=False,
         )
 
-    # A head's shard: the sinks 0 .. sink_blocks-1, then every stride-th block from `_first_strided` on.
+    # A head's shard: the sinks 0 .. sink_blocks-1, then every stride-th block from `first_strided` on.
 
-    def _first_strided(self, head: int) -> int:
+    def first_strided(self, head: int) -> int:
+        """First block of the head's shard that is no sink."""
         return self.sink_blocks + -(self.sink_blocks + self.head_phases[head]) % self.strides[head]
 
     def shard_block(self, head: int, index: int) -> int:
         """The key block at position `index` of the head's shard."""
         if index < self.sink_blocks:
             return index
-        return self._first_strided(head) + (index - self.sink_blocks) * self.strides[head]
+        return self.first_strided(head) + (index - self.sink_blocks) * self.strides[head]
 
     def shard_size(self, head: int, num_blocks: int) -> int:
         """How many of the head's shard blocks lie among key blocks 0 .. num_blocks-1."""
-        first, stride = self._first_strided(head), self.strides[head]
+        first, stride = self.first_strided(head), self.strides[head]
         return min(max(num_blocks, 0), self.sink_blocks) + max(0, -(-(num_blocks - first) // stride))
 
     def shard_prefix(self, head: int, row: int) -> int:
@@ -386,7 +387,7 @@ class S2Pattern(BlockPattern):
         shard = (
             seen * (num_rows - L)
             - sinks * (sinks - 1) // 2
-            - strided * self._first_strided(head)
+            - strided * self.first_strided(head)
             - self.strides[head] * strided * (strided - 1) // 2
         )
         return window + shard

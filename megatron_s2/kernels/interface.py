@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -10,9 +12,10 @@ from torch import Tensor
 
 from megatron_s2.kernels.reference import reference_attention
 from megatron_s2.kernels.torch_backend import blocked_attention
-from megatron_s2.pattern import BlockPattern
+from megatron_s2.kernels.tuning import Tuning
+from megatron_s2.pattern import BlockPattern, S2Pattern
 
-_BACKENDS = {"reference": reference_attention, "torch": blocked_attention}
+_BACKENDS = ("reference", "torch", "triton")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -27,6 +30,7 @@ def s2_attention(
     q_start: int = 0,
     return_lse: bool = True,
     backend: str = "auto",
+    tuning: Tuning | None = None,
 ) -> tuple[Tensor, Tensor] | Tensor:
     """Causal attention in which each head sees the key blocks its `pattern` shows it (arXiv 2407.17678).
 
@@ -44,7 +48,9 @@ def s2_attention(
             non-decreasing. The pattern restarts at each document's first token.
         q_start: position in tokens of the first query; keys start at 0. Not with `cu_seqlens`.
         return_lse: also return the log-sum-exp.
-        backend: `auto`, `torch` or `reference`.
+        backend: `triton` (CUDA), `torch` (any device), `reference` (quadratic; for tests), or `auto`: triton
+            where it can, else torch.
+        tuning: pins how the Triton kernels are cut, for whoever measures; the shipped choice by default.
 
     Returns:
         `out` `[batch, seq_q, heads, v_head_dim]` (packed: `[tokens, heads, v_head_dim]`) in the dtype of `q`,
@@ -58,9 +64,12 @@ def s2_attention(
     if sink_logits is not None:
         _check_sinks(sink_logits, q)
     if backend != "auto" and backend not in _BACKENDS:
-        raise ValueError(f"backend {backend!r}: must be auto, {' or '.join(_BACKENDS)}")
+        raise ValueError(f"backend {backend!r}: must be auto, {', '.join(_BACKENDS[:-1])} or {_BACKENDS[-1]}")
     scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
-    attention = _BACKENDS["torch" if backend == "auto" else backend]
+    backend = _choose(q, v, pattern) if backend == "auto" else backend
+    if tuning is not None and backend != "triton":
+        raise ValueError(f"tuning {tuning}: must be None with backend {backend}, which has nothing to tune")
+    attention = _implementation(backend, tuning)
 
     if cu_seqlens is None:
         if q_start < 0 or q_start + q.shape[1] > k.shape[1]:
@@ -74,6 +83,20 @@ def s2_attention(
         out, lse = attention(q[None], k[None], v[None], pattern, scale, sink_logits, documents, 0)
         out, lse = out[0], lse[0]
     return (out, lse) if return_lse else out
+
+
+def _choose(q: Tensor, v: Tensor, pattern: BlockPattern) -> str:
+    """Triton on a GPU, for what its kernels take; torch for everything else."""
+    takes = q.dtype != torch.float64 and max(q.shape[-1], v.shape[-1]) <= 256
+    return "triton" if q.is_cuda and takes and isinstance(pattern, S2Pattern) else "torch"
+
+
+def _implementation(backend: str, tuning: Tuning | None) -> Callable[..., tuple[Tensor, Tensor]]:
+    if backend == "triton":
+        from megatron_s2.kernels.triton_backend import triton_attention
+
+        return partial(triton_attention, tuning=tuning)
+    return reference_attention if backend == "reference" else blocked_attention
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, packed: bool) -> None:

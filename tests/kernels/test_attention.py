@@ -3,138 +3,20 @@
 Case ids read B batch, T queries, H KV heads, HQ query heads, D head_dim, then what is special.
 """
 
-from dataclasses import dataclass
-
 import pytest
 import torch
+from attention_cases import Case, packed, random_mask, s2
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_s2 import BlockMaskPattern, S2Pattern, s2_attention
+from megatron_s2 import S2Pattern, s2_attention
 from megatron_s2.kernels import torch_backend
 from megatron_s2.kernels.compare import (
-    Results,
     attention_results,
     require_as_exact_as_plain,
     require_equal,
 )
-from megatron_s2.kernels.reference import masked_attention, visible_tokens
-from megatron_s2.pattern import BlockPattern
-
-
-def s2(num_kv_heads=2, local_blocks=2, vert_stride=4, **others) -> S2Pattern:
-    return S2Pattern(num_kv_heads, 16, local_blocks, vert_stride, warn_lost=False, **others)
-
-
-def random_mask(num_kv_heads: int, blocks: int) -> BlockMaskPattern:
-    mask = torch.rand(num_kv_heads, blocks, blocks, generator=torch.Generator().manual_seed(0)) < 0.3
-    return BlockMaskPattern((mask | torch.eye(blocks, dtype=torch.bool)).tril(), 16)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call of s2_attention; lengths in tokens."""
-
-    pattern: BlockPattern
-    special: str = ""
-    batch: int = 2
-    queries: int = 111
-    group: int = 2
-    dim: int = 16
-    v_dim: int | None = None
-    q_start: int = 0
-    unused_keys: int = 0
-    documents: tuple[int, ...] | None = None
-    sink_logits: bool = False
-    softmax_scale: float | None = None
-    layout: str = "batch first"
-
-    def __str__(self) -> str:
-        H = self.pattern.num_kv_heads
-        name = f"B{self.batch}-T{self.queries}-H{H}-HQ{H * self.group}-D{self.dim}"
-        return f"{name}-{self.special}" if self.special else name
-
-    @property
-    def keys(self) -> int:
-        return self.q_start + self.queries + self.unused_keys
-
-    def inputs(self, dtype: torch.dtype) -> dict[str, torch.Tensor | None]:
-        """q, k, v, sink_logits, dout and dlse, from a fixed seed."""
-        H = self.pattern.num_kv_heads
-        HQ, v_dim = H * self.group, self.v_dim or self.dim
-        draw = torch.Generator().manual_seed(0)
-
-        def tensor(tokens: int, heads: int, dim: int) -> torch.Tensor:
-            batch = () if self.documents else (self.batch,)
-            if self.layout == "sequence first":
-                x = torch.randn(tokens, *batch, heads, dim, generator=draw, dtype=torch.float64)
-                return x.to(dtype).transpose(0, 1)
-            if self.layout == "head_dim apart":
-                x = torch.randn(*batch, tokens, dim, heads, generator=draw, dtype=torch.float64)
-                return x.to(dtype).transpose(-1, -2)
-            return torch.randn(*batch, tokens, heads, dim, generator=draw, dtype=torch.float64).to(dtype)
-
-        q, k, v = (
-            tensor(*shape)
-            for shape in ((self.queries, HQ, self.dim), (self.keys, H, self.dim), (self.keys, H, v_dim))
-        )
-        dout = tensor(self.queries, HQ, v_dim)
-        return {
-            "q": q,
-            "k": k,
-            "v": v,
-            "sink_logits": torch.randn(HQ, generator=draw, dtype=torch.float64).to(dtype)
-            if self.sink_logits
-            else None,
-            "dout": dout,
-            "dlse": tensor(self.queries, HQ, 1)[..., 0].transpose(-1, -2),
-        }
-
-    def attention(self, backend: str):
-        """s2_attention as a function of the tensors alone."""
-        cu_seqlens = None if self.documents is None else torch.tensor(self.documents)
-
-        def attend(q, k, v, sink_logits):
-            return s2_attention(
-                q,
-                k,
-                v,
-                self.pattern,
-                softmax_scale=self.softmax_scale,
-                sink_logits=sink_logits,
-                cu_seqlens=cu_seqlens,
-                q_start=self.q_start,
-                backend=backend,
-            )
-
-        return attend
-
-    def plain_attention(self, q, k, v, sink_logits):
-        """What anyone would write in PyTorch, in the dtype of the inputs."""
-        packed = self.documents is not None
-        if packed:
-            q, k, v = q[None], k[None], v[None]
-        documents = list(zip(self.documents, self.documents[1:])) if packed else [(0, self.queries)]
-        visible = visible_tokens(self.pattern, q.shape[1], k.shape[1], documents, self.q_start)
-        scale = self.softmax_scale or self.dim**-0.5
-        out, lse = masked_attention(q, k, v, visible, scale, sink_logits)
-        return (out[0], lse[0]) if packed else (out, lse)
-
-    def results(self, backend: str, dtype=torch.float64, out=True, lse=True) -> Results:
-        """Results and gradients, those that come through `out` and those that come through `lse`."""
-        inputs = self.inputs(dtype)
-        inputs |= ({} if out else {"dout": None}) | ({} if lse else {"dlse": None})
-        attend = self.plain_attention if backend == "plain" else self.attention(backend)
-        return attention_results(attend, **inputs)
-
-
-def packed(*lengths: int) -> dict:
-    offsets = [0]
-    for length in lengths:
-        offsets.append(offsets[-1] + length)
-    return {"batch": 1, "queries": offsets[-1], "documents": tuple(offsets)}
-
 
 WINDOW, SHARD = 32, 64  # tokens of the window and between two shard blocks in `s2()`
 
@@ -410,7 +292,7 @@ def test_a_dtype_or_device_other_than_that_of_q_is_refused(name):
         ({"sink_logits": torch.zeros(4, 1)}, "must be [heads] = [4]"),
         ({"sink_logits": torch.zeros(4, dtype=torch.int32)}, "must be float16"),
         ({"sink_logits": torch.zeros(4, device="meta")}, "on the device of q, cpu"),
-        ({"backend": "cuda"}, "must be auto, reference or torch"),
+        ({"backend": "cuda"}, "must be auto, reference, torch or triton"),
         ({"q_start": -1}, "must be >= 0"),
         ({"q_start": 1}, "leave room for 40 queries in 40 keys"),
     ],
