@@ -21,6 +21,10 @@ _BYPASSES = {
         "--heterogeneous-layers-config-path",
         "its layers do not carry the S2 settings",
     ),
+    "heterogeneous_layers_config_encoded_json": (
+        "--heterogeneous-layers-config-encoded-json",
+        "its layers do not carry the S2 settings",
+    ),
     "use_kitchen_attention": ("--use-kitchen-attention", "it replaces the attention that S2 replaces"),
     "window_size": ("--window-size", "the window of S2 is --s2-local-blocks"),
     "reset_attention_mask": (
@@ -32,8 +36,10 @@ _BYPASSES = {
         "--log-max-attention-logit",
         "S2 attention does not report its largest logit",
     ),
-    "spec": ("--spec", "--s2-attention brings its own; use one of the two"),
 }
+_S2_FLAG = "--s2-attention"
+# What a checkpoint's attention depends on: the S2 flags, and Megatron's for sink logits.
+_CHECKPOINTED = ("s2_attention", *(f"s2_{name}" for name in S2Settings.__dataclass_fields__), "softmax_type")
 
 
 def add_s2_args(parser: ArgumentParser) -> ArgumentParser:
@@ -112,35 +118,120 @@ def validate_s2_args(args: Namespace, argv: Sequence[str] = ()) -> list[str]:
         if given:
             raise ValueError(f"{_flag(given[0])}: needs --s2-attention")
         return []
-    for name, (flag, why) in _BYPASSES.items():
-        if getattr(args, name, None):
-            raise ValueError(f"{flag}: must not be set with --s2-attention: {why}")
-    _check_choices(args)
+    if args.spec is not None:
+        raise ValueError(f"--spec: must not be set with {_S2_FLAG}, which brings its own; use one of the two")
+    refuse_bypasses(args, _S2_FLAG)
+    if args.s2_learnable_sink and args.softmax_type == "off-by-one":
+        raise ValueError("--softmax-type off-by-one: must not be set with --s2-learnable-sink")
 
-    defaults = S2Settings.__dataclass_fields__
-    for name in (n for n in vars(args) if n.startswith("s2_") and n.removeprefix("s2_") in defaults):
-        value = getattr(args, name)
-        if value is None:
-            value = defaults[name.removeprefix("s2_")].default
-        elif isinstance(value, list):
-            value = value[0] if name == "s2_vert_stride" and len(value) == 1 else tuple(value)
-        setattr(args, name, value)
-    args.s2_backend = args.s2_backend or "auto"
     settings = settings_from_args(args)
+    args.s2_backend = args.s2_backend or "auto"
     if args.seq_length is not None and args.seq_length < settings.block_size:
         raise ValueError(
             f"--seq-length {args.seq_length}: must be at least one block "
             f"(--s2-block-size {settings.block_size})"
         )
-    return _settle(args, argv)
+    if args.s2_learnable_sink:
+        args.softmax_type = "learnable"
+    return settle_for_s2(args, argv, _S2_FLAG)
+
+
+def refuse_bypasses(chosen: object, asked_by: str) -> None:
+    """Refuses what would attend past S2 attention or need what it lacks.
+
+    Args:
+        chosen: Megatron's parsed arguments, or its transformer configuration (whose fields have the names).
+        asked_by: the flag that asks for S2 attention.
+
+    Raises:
+        ValueError: `--flag value: must be …`.
+    """
+    for name, (flag, why) in _BYPASSES.items():
+        if getattr(chosen, name, None):
+            raise ValueError(f"{flag}: must not be set with {asked_by}: {why}")
+    if chosen.context_parallel_size > 1:
+        raise ValueError(
+            f"--context-parallel-size {chosen.context_parallel_size}: must be 1 with {asked_by} "
+            "(context parallelism of S2 attention is not available yet)"
+        )
+    if chosen.transformer_impl == "inference_optimized":
+        raise ValueError(
+            "--transformer-impl inference_optimized: must be local or transformer_engine with "
+            f"{asked_by}: it bypasses core attention"
+        )
+    if getattr(chosen.attention_backend, "name", None) == "local":
+        raise ValueError(
+            f"--attention-backend local: must not be set with {asked_by}: it puts dense attention back"
+        )
+    if getattr(chosen, "position_embedding_type", None) == "relative":
+        raise ValueError(
+            f"--position-embedding-type relative: must be another with {asked_by}: "
+            "S2 attention takes no attention bias"
+        )
+
+
+def settle_for_s2(args: Namespace, argv: Sequence[str], asked_by: str) -> list[str]:
+    """Sets the Megatron flags that S2 attention decides, where the user did not; returns them as flags.
+
+    Raises:
+        ValueError: the user asked for dropout inside attention.
+    """
+    settled = []
+    if args.attention_dropout:
+        if any(word.split("=")[0] == "--attention-dropout" for word in argv):
+            raise ValueError(
+                f"--attention-dropout {args.attention_dropout}: must be 0 with {asked_by}: S2 attention "
+                "has no dropout inside the softmax"
+            )
+        args.attention_dropout = 0.0
+        settled.append("--attention-dropout 0")
+    if args.create_attention_mask_in_dataloader:
+        # A mask of seq x seq per sample, which S2 attention would not read.
+        args.create_attention_mask_in_dataloader = False
+        settled.append("--no-create-attention-mask-in-dataloader")
+    return settled
+
+
+def take_from_checkpoint(args: Namespace, saved: Namespace) -> None:
+    """Takes the S2 flags of a checkpoint's arguments where the command line gives none
+    (`--use-checkpoint-args`; call it before `validate_s2_args`)."""
+    if not getattr(saved, "s2_attention", False):
+        return
+    args.s2_attention = True
+    for name in (n for n in vars(args) if n.startswith("s2_")):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(saved, name, None))
+    args.softmax_type = saved.softmax_type if args.softmax_type == "vanilla" else args.softmax_type
+
+
+def differences_from_checkpoint(args: Namespace, saved: Namespace) -> list[str]:
+    """Where the attention of validated arguments is not that of a checkpoint's arguments, one text each."""
+    mine, its = ({name: getattr(a, name, None) for name in _CHECKPOINTED} for a in (args, saved))
+    if bool(mine["s2_attention"]) != bool(its["s2_attention"]):
+        given, trained = ("not given", "with") if its["s2_attention"] else ("given", "without")
+        return [f"--s2-attention {given}: the checkpoint was trained {trained} it"]
+    if not mine["s2_attention"]:
+        return []
+    return [
+        f"{_flag(name)} {mine[name]}: the checkpoint was trained with {its[name]}"
+        for name in _CHECKPOINTED
+        if name in vars(args) and mine[name] != its[name]
+    ]
 
 
 def settings_from_args(args: Namespace) -> S2Settings:
-    """The S2 settings of validated arguments.
+    """The S2 settings of parsed arguments; fills in the defaults of those flags that were not given.
 
     Raises:
         ValueError: a flag is out of range; the message starts with it.
     """
+    for name, field in S2Settings.__dataclass_fields__.items():
+        value = getattr(args, f"s2_{name}", None)
+        if f"s2_{name}" in args and value is None:
+            setattr(args, f"s2_{name}", field.default)
+        elif isinstance(value, list):
+            single = name == "vert_stride" and len(value) == 1
+            setattr(args, f"s2_{name}", value[0] if single else tuple(value))
     kv_heads = args.num_query_groups if args.group_query_attention else args.num_attention_heads
     for flag, value in (("--num-layers", args.num_layers), ("--num-attention-heads", kv_heads)):
         if value is None:
@@ -166,46 +257,3 @@ def _layer_numbers(text: str) -> tuple[int, ...]:
 
 
 _layer_numbers.__name__ = "layer numbers"  # argparse names the type in its message
-
-
-def _check_choices(args: Namespace) -> None:
-    if args.context_parallel_size > 1:
-        raise ValueError(
-            f"--context-parallel-size {args.context_parallel_size}: must be 1 with --s2-attention "
-            "(context parallelism of S2 attention is not available yet)"
-        )
-    if args.transformer_impl == "inference_optimized":
-        raise ValueError(
-            "--transformer-impl inference_optimized: must be local or transformer_engine with "
-            "--s2-attention: it bypasses core attention"
-        )
-    if getattr(args.attention_backend, "name", None) == "local":
-        raise ValueError(
-            "--attention-backend local: must not be set with --s2-attention: it puts dense attention back"
-        )
-    if args.position_embedding_type == "relative":
-        raise ValueError(
-            "--position-embedding-type relative: must be another with --s2-attention: "
-            "S2 attention takes no attention bias"
-        )
-    if args.s2_learnable_sink and args.softmax_type == "off-by-one":
-        raise ValueError("--softmax-type off-by-one: must not be set with --s2-learnable-sink")
-
-
-def _settle(args: Namespace, argv: Sequence[str]) -> list[str]:
-    settled = []
-    if args.attention_dropout:
-        if any(word.split("=")[0] == "--attention-dropout" for word in argv):
-            raise ValueError(
-                f"--attention-dropout {args.attention_dropout}: must be 0 with --s2-attention, which has no "
-                "dropout inside the softmax"
-            )
-        args.attention_dropout = 0.0
-        settled.append("--attention-dropout 0")
-    if args.create_attention_mask_in_dataloader:
-        # A mask of seq x seq per sample, which S2 attention would not read.
-        args.create_attention_mask_in_dataloader = False
-        settled.append("--no-create-attention-mask-in-dataloader")
-    if args.s2_learnable_sink:
-        args.softmax_type = "learnable"
-    return settled

@@ -12,15 +12,24 @@ import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from megatron_s2.arguments import add_s2_args, validate_s2_args
+from megatron_s2.arguments import (
+    add_s2_args,
+    differences_from_checkpoint,
+    refuse_bypasses,
+    settle_for_s2,
+    take_from_checkpoint,
+    validate_s2_args,
+)
 from megatron_s2.runtime.checks import check_paths
 from megatron_s2.runtime.flags import Machine, describe, runnable_arguments
-from megatron_s2.runtime.patches import apply_patches, count_s2_flops, quiet_known_warnings
+from megatron_s2.runtime.patches import apply_patches, count_s2_flops, escape_help_texts, quiet_known_warnings
 from megatron_s2.settings import S2Settings
 from megatron_s2.summary import startup_table
 
@@ -121,12 +130,23 @@ def _configure(argv: Sequence[str]):
     args = _parse(argv)
     _refuse_unsupported(args)
     check_paths(args)
+    saved = _checkpoint_args(args)
     if args.use_checkpoint_args:
         load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
         load_args_from_checkpoint(args)
+        _refuse_unsupported(args)
+        if saved is not None:
+            take_from_checkpoint(args, saved)
     args.tokenizer_type = args.tokenizer_type or "GPT2BPETokenizer"
     args.enable_one_logger &= find_spec("one_logger") is not None  # else Megatron says it is missing
     settled = validate_s2_args(args, argv)
+    spec_settings = _s2_settings_of_spec(args)
+    if spec_settings is not None:
+        asked_by = f"--spec {' '.join(args.spec)}"
+        refuse_bypasses(args, asked_by)
+        settled = settle_for_s2(args, argv, asked_by)
+    elif saved is not None:
+        _compare_with_checkpoint(args, saved)
     arguments.validate_args(args)
     config = arguments.core_transformer_config_from_args(
         args, config_class=S2TransformerConfig if args.s2_attention else None
@@ -135,10 +155,49 @@ def _configure(argv: Sequence[str]):
     model = gpt_config_from_args(args, config=config)
     if args.s2_attention:
         model.transformer_layer_spec = s2_layer_spec
-        settings = s2_settings(config)
+    if args.s2_attention or spec_settings is not None:
+        settings = s2_settings(config, **(spec_settings or {}))
         count_s2_flops(settings)
         _show_table(args, settings, settled)
     return pretrain_cfg_container_from_args(args, model)
+
+
+def _s2_settings_of_spec(args: Namespace) -> dict | None:
+    """The settings that `--spec` binds to our layer spec, None where it names another spec or none."""
+    from megatron_s2.layers.specs import s2_layer_spec
+
+    if args.spec is None:
+        return None
+    try:
+        module, name = args.spec
+        spec = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"--spec {' '.join(args.spec)}: cannot be imported: {error}") from None
+    if spec is s2_layer_spec:
+        return {}
+    bound = isinstance(spec, partial) and spec.func is s2_layer_spec
+    return dict(spec.keywords) if bound else None
+
+
+def _checkpoint_args(args: Namespace) -> Namespace | None:
+    """The arguments in the checkpoint that this run loads, None where there is none yet."""
+    from megatron.training.checkpointing import _load_base_checkpoint, get_checkpoint_tracker_filename
+
+    if args.load is None or not Path(get_checkpoint_tracker_filename(args.load)).exists():
+        return None
+    state, *_ = _load_base_checkpoint(args.load, args, rank0=True)
+    return state.get("args") if state else None
+
+
+def _compare_with_checkpoint(args: Namespace, saved: Namespace) -> None:
+    """Refuses to continue a checkpoint with another attention; `--finetune` may, and says so."""
+    differences = differences_from_checkpoint(args, saved)
+    if not differences:
+        return
+    if not args.finetune:
+        raise ValueError(f"{differences[0]}; give the same, or --finetune to train on from its weights")
+    if _rank() == 0:
+        print(f"megatron-s2: --finetune changes the attention: {'; '.join(differences)}", flush=True)
 
 
 def _show_table(args: Namespace, settings: S2Settings, settled: list[str]) -> None:
@@ -160,6 +219,7 @@ def _parse(argv: Sequence[str]) -> Namespace:
 
     def extend(parser: ArgumentParser) -> ArgumentParser:
         parser.error = refuse_by_exception
+        escape_help_texts(parser)
         return add_s2_args(parser)
 
     outer, sys.argv = sys.argv, [sys.argv[0], *argv]  # Megatron parses sys.argv and nothing else

@@ -6,7 +6,7 @@ Pure: the flags, the Megatron configuration, the startup table and the planners 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from megatron_s2.pattern import Coverage, S2Pattern, dense_pairs
 
@@ -86,10 +86,23 @@ class S2Settings:
         """Which share of the distant past the S2 layers of the model see together."""
         return self.first_pattern.coverage(max(1, len(self.sparse_layers)))
 
+    @cached_property
+    def distinct_patterns(self) -> list[tuple[S2Pattern, int]]:
+        """The patterns of the S2 layers that differ, and how many layers have each."""
+        patterns = [self.pattern(layer) for layer in self.sparse_layers]
+        first_with = {pattern.head_phases: pattern for pattern in reversed(patterns)}
+        phases = [pattern.head_phases for pattern in patterns]
+        return [(first_with[p], phases.count(p)) for p in dict.fromkeys(phases)]
+
     def mean_pairs(self, seq_len: int) -> float:
         """Query-key pairs of core attention on `seq_len` tokens, mean over layers and heads."""
-        sparse = (
-            sum(sum(self.pattern(n).visible_pairs(seq_len)) for n in self.sparse_layers) / self.num_kv_heads
-        )
-        dense = (self.num_layers - len(self.sparse_layers)) * dense_pairs(seq_len)
-        return (sparse + dense) / self.num_layers
+        return _mean_pairs(self, seq_len)
+
+
+@lru_cache(maxsize=4096)
+def _mean_pairs(settings: S2Settings, seq_len: int) -> float:
+    sparse = sum(
+        layers * sum(pattern.visible_pairs(seq_len)) for pattern, layers in settings.distinct_patterns
+    )
+    dense = (settings.num_layers - len(settings.sparse_layers)) * dense_pairs(seq_len)
+    return (sparse / settings.num_kv_heads + dense) / settings.num_layers

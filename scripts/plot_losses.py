@@ -17,7 +17,10 @@ def main() -> None:
         losses = Losses.read(args.tensorboard_dir)
     except ValueError as error:
         parser.exit(2, f"error: --tensorboard-dir {error}\n")
-    draw_losses(losses, args.output, args.title)
+    try:
+        draw_losses(losses, args.output, args.title)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"error: --output {args.output}: {error}\n")
     print(losses)
 
 

@@ -10,30 +10,38 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib/env.sh"
 
+refuse() {
+    printf 'error: %s\n' "$*" >&2
+    exit 2
+}
 usage() { sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
 STEPS=150 OUT=runs/quickstart DATA=
 while (($#)); do
     case $1 in
         --steps | --out | --data)
-            (($# > 1)) || die "$1: needs a value"
+            (($# > 1)) || refuse "$1: needs a value"
             case $1 in --steps) STEPS=$2 ;; --out) OUT=$2 ;; --data) DATA=$2 ;; esac
             shift 2
             ;;
         -h | --help) usage && exit 0 ;;
-        *) die "$1: must be --steps, --out or --data" ;;
+        *) refuse "$1: must be --steps, --out or --data" ;;
     esac
 done
-[[ $STEPS =~ ^[1-9][0-9]*$ ]] || die "--steps $STEPS: must be a whole number >= 1"
-[[ -z $DATA || -e $DATA ]] || die "--data $DATA: does not exist"
+[[ $STEPS =~ ^[1-9][0-9]*$ ]] || refuse "--steps $STEPS: must be a whole number >= 1"
+[[ -z $DATA || -e $DATA ]] || refuse "--data $DATA: does not exist"
 [[ -z $DATA ]] || DATA=$(realpath "$DATA")
 [[ $OUT == runs/quickstart ]] && OUT=$ROOT/$OUT || OUT=$(realpath -m "$OUT")
 
 enter_environment dev
-trap 'say "interrupted; run it again to start over"; exit 130' INT TERM
+interrupted() {
+    say "interrupted; run it again to start over"
+    exit 130
+}
+trap interrupted INT TERM
 # What is in --out gets replaced, so it must be ours.
 if [[ -d $OUT && -n $(ls -A "$OUT") && ! -e $OUT/.quickstart ]]; then
-    die "--out $OUT: must be a new or empty directory, or that of an earlier quickstart"
+    refuse "--out $OUT: must be a new or empty directory, or that of an earlier quickstart"
 fi
 mkdir -p "$OUT/data"
 touch "$OUT/.quickstart"
@@ -81,9 +89,10 @@ FLAGS=(
 train() {
     local log=$OUT/$1.log
     shift
-    torchrun --standalone --nproc-per-node "$RANKS" scripts/pretrain_gpt.py "${FLAGS[@]}" "$@" 2>&1 \
-        | tee "$log" | python scripts/lib/watch.py \
-        || die "the training failed; its whole log is $log"
+    if torchrun --standalone --nproc-per-node "$RANKS" scripts/pretrain_gpt.py "${FLAGS[@]}" "$@" 2>&1 \
+        | tee -i "$log" | python scripts/lib/watch.py; then return; fi
+    if grep -q "^megatron-s2: interrupted" "$log"; then interrupted; fi
+    die "the training failed; its whole log is $log"
 }
 
 rm -rf "$OUT/checkpoint" "$OUT/tensorboard"
@@ -93,6 +102,6 @@ say "4/4 resuming from the checkpoint for $MORE more; log: $OUT/resume.log"
 train resume
 
 SUMMARY=$(python scripts/plot_losses.py --tensorboard-dir "$OUT/tensorboard" --output "$OUT/loss.png" --title "S2 GPT, quickstart")
-python scripts/plot_pattern.py --output "$OUT/pattern.png" --layers 2 "${MODEL[@]}"
+python scripts/plot_pattern.py --output "$OUT/pattern.png" "${MODEL[@]}" --layers 2
 say "$SUMMARY"
 say "look at $OUT/loss.png and $OUT/pattern.png; tensorboard --logdir $OUT/tensorboard; checkpoint: $OUT/checkpoint"

@@ -166,10 +166,10 @@ def test_a_flag_without_s2_attention_is_refused(name):
 
 
 BYPASSING_VALUES = {
+    "--heterogeneous-layers-config-encoded-json": "{}",
     "--experimental-attention-variant": "gated_delta_net",
     "--heterogeneous-layers-config-path": "layers.json",
     "--window-size": "16,0",
-    "--spec": "a_module a_spec",
 }
 
 
@@ -193,10 +193,10 @@ def test_what_would_bypass_s2_is_refused_with_the_reason(flag, why):
         "--s2-dense-layers 1,9": "--s2-dense-layers 9: must be between 1 and the 8 layers",
         "--s2-dense-layer-freq -1": "--s2-dense-layer-freq -1: must be >= 0",
         "--s2-block-size 256": "--seq-length 128: must be at least one block (--s2-block-size 256)",
-        "--attention-dropout 0.1": "--attention-dropout 0.1: must be 0 with --s2-attention, which has no "
-        "dropout inside the softmax",
-        "--attention-dropout=0.2": "--attention-dropout 0.2: must be 0 with --s2-attention, which has no "
-        "dropout inside the softmax",
+        "--attention-dropout 0.1": "--attention-dropout 0.1: must be 0 with --s2-attention: S2 attention "
+        "has no dropout inside the softmax",
+        "--attention-dropout=0.2": "--attention-dropout 0.2: must be 0 with --s2-attention: S2 attention "
+        "has no dropout inside the softmax",
         "--context-parallel-size 2": "--context-parallel-size 2: must be 1 with --s2-attention (context "
         "parallelism of S2 attention is not available yet)",
         "--transformer-impl inference_optimized": "--transformer-impl inference_optimized: must be local or "

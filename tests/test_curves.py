@@ -9,6 +9,8 @@ from megatron_run import ROOT
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_s2.curves import Losses, draw_losses, read_scalars
+from megatron_s2.pattern import S2Pattern
+from megatron_s2.picture import draw_pattern
 
 STARTS = {".png": b"\x89PNG", ".svg": b"<?xml"}
 
@@ -116,7 +118,24 @@ def test_a_training_command_line_is_enough_to_draw_its_pattern(tmp_path):
 def test_a_pattern_that_cannot_be_is_refused(tmp_path):
     flags = ["--num-query-groups", "2", "--s2-block-size", "48"]
     done = script("plot_pattern.py", "--output", tmp_path / "pattern.png", *flags)
-    assert (done.returncode, done.stderr) == (2, "error: block_size 48: must be a power of two >= 16\n")
+    assert (done.returncode, done.stderr) == (2, "error: --s2-block-size 48: must be a power of two >= 16\n")
+
+
+def test_a_pattern_is_drawn_from_the_flags_of_a_whole_training(tmp_path):
+    flags = "--num-query-groups 2 --lr 1e-3 --s2-attention --s2-vert-stride 2 8 --s2-phases 1 1"
+    assert script("plot_pattern.py", *flags.split(), "--output", tmp_path / "flags.svg").returncode == 0
+    pattern = S2Pattern(
+        num_kv_heads=2, block_size=64, local_blocks=8, vert_stride=(2, 8), phases=(1, 1), warn_lost=False
+    )
+    draw_pattern(pattern, tmp_path / "pattern.svg")
+    assert (tmp_path / "flags.svg").read_bytes() == (tmp_path / "pattern.svg").read_bytes()
+
+
+def test_a_picture_that_cannot_be_written_is_refused(tmp_path):
+    for output, what in ((tmp_path / "x.txt", "must end in"), (tmp_path / "no" / "x.png", "No such file")):
+        done = script("plot_pattern.py", "--output", output, "--num-query-groups", "2")
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ") and what in done.stderr
 
 
 # scripts/lib/watch.py: a log as Megatron writes it, and what people see of it.

@@ -8,6 +8,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
+from megatron_s2.arguments import refuse_bypasses
 from megatron_s2.config import s2_settings
 from megatron_s2.layers.core_attention import S2CoreAttention
 
@@ -28,8 +29,9 @@ def s2_layer_spec(
         settings: fields of `S2Settings` that count more than the configuration's.
 
     Raises:
-        ValueError: as `S2Settings`.
+        ValueError: as `S2Settings`, or the configuration would bypass S2 attention.
     """
+    refuse_bypasses(config.transformer, "S2 attention")
     spec = default_layer_spec(config, vp_stage)
     core_attention = partial(
         S2CoreAttention,

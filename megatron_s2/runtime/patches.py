@@ -6,6 +6,7 @@ twice. `apply_patches` calls them all and is the only thing an entry point needs
 
 import logging
 import warnings
+from argparse import ArgumentParser
 from importlib.util import find_spec
 
 import torch
@@ -175,3 +176,18 @@ def count_s2_flops(settings: S2Settings) -> None:
     count_visible.before_megatron_s2, update_visible.before_megatron_s2 = count, update
     training.num_floating_point_operations = count_visible
     training.update_seqlen_stats_from_cu_seqlens = update_visible
+
+
+def escape_help_texts(parser: ArgumentParser) -> None:
+    """`--help` ends with `unsupported format character` (seen in 0.19.2).
+
+    A help text of Megatron has a bare per cent sign. Touches the help of those options of `parser` that
+    argparse cannot format.
+    """
+    formatter = parser._get_formatter()
+    for action in parser._actions:
+        if action.help:
+            try:
+                formatter._expand_help(action)
+            except (ValueError, TypeError, KeyError):
+                action.help = action.help.replace("%", "%%")

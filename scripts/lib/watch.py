@@ -1,6 +1,7 @@
 """Reads a Megatron log from standard input and prints what a person waits for: the table, losses, errors."""
 
 import re
+import signal
 import sys
 import time
 
@@ -13,7 +14,8 @@ _SECONDS_BETWEEN_STEPS = 5.0
 
 
 def main() -> None:
-    first, last_shown, in_table = None, 0.0, False
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the ranks; what they say last is shown
+    first, last_shown, in_table, interrupted = None, 0.0, False, False
     for line in sys.stdin:
         in_table = bool(_TABLE.search(line)) or (in_table and line.startswith("  "))
         if step := _STEP.search(line):
@@ -28,8 +30,9 @@ def main() -> None:
             say(f"{'test' if evaluation[1] else 'validation'} loss {float(evaluation[2]):.3f}")
         elif saved := _SAVED.search(line):
             say(f"checkpoint saved at step {saved[1]}")
-        elif in_table or _SHOWN.search(line):
+        elif in_table or (_SHOWN.search(line) and not interrupted):
             say(line.rstrip())
+            interrupted = line.startswith("megatron-s2: interrupted")  # the launcher's traceback is no news
 
 
 def say(text: str) -> None:
