@@ -10,14 +10,14 @@ PLOT = ["matplotlib>=3.8"]
 setup(
     name="megatron-s2",
     version="0.1.0",
-    description="S2 attention, head-sharded context parallelism and optimizer offload for Megatron",
+    description="S2 attention for long-context pretraining with unmodified NVIDIA Megatron",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="BSD-3-Clause",
     python_requires=">=3.12",
     packages=find_packages(include=["megatron_s2", "megatron_s2.*"]),
     install_requires=[
-        "torch",
+        "torch>=2.13",
         "triton",
         "megatron-core[training]>=0.19",
         "safetensors",

@@ -1,4 +1,4 @@
-"""megatron-s2: S2 attention, head-sharded context parallelism and interleaved offload for Megatron.
+"""megatron-s2: S2 attention for long-context pretraining with unmodified Megatron.
 
 Everything here loads on first use, so that `import megatron_s2` needs neither torch nor Megatron.
 """

@@ -91,7 +91,7 @@ def add_s2_args(parser: ArgumentParser) -> ArgumentParser:
     )
     add(
         "--s2-backend",
-        choices=["auto", "torch", "reference"],
+        choices=["auto", "triton", "torch", "reference"],
         help="Implementation of S2 attention. Default auto.",
     )
     return parser

@@ -237,7 +237,8 @@ class S2Pattern(BlockPattern):
             0 <= self.num_dense_heads <= H, "num_dense_heads", self.num_dense_heads, f"between 0 and {H}"
         )
         _require(self.layer >= 0, "layer", self.layer, ">= 0")
-        if isinstance(self.vert_stride, int):
+        if hasattr(self.vert_stride, "__index__"):  # an int, or numpy's
+            object.__setattr__(self, "vert_stride", int(self.vert_stride))
             _require(self.vert_stride >= 1, "vert_stride", self.vert_stride, ">= 1")
         else:
             object.__setattr__(self, "vert_stride", tuple(self.vert_stride))

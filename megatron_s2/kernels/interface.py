@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 
@@ -26,7 +26,7 @@ def s2_attention(
     pattern: BlockPattern,
     softmax_scale: float | None = None,
     sink_logits: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
     q_start: int = 0,
     return_lse: bool = True,
     backend: str = "auto",
@@ -45,7 +45,8 @@ def s2_attention(
         sink_logits: `[heads]`, a logit per query head that joins the softmax with no value (attention may
             go nowhere). It counts in `lse`.
         cu_seqlens: int `[documents + 1]`, token offsets of packed documents, from 0 to `tokens`,
-            non-decreasing. The pattern restarts at each document's first token.
+            non-decreasing; a sequence of ints spares the device synchronisation that a tensor costs.
+            The pattern restarts at each document's first token.
         q_start: position in tokens of the first query; keys start at 0. Not with `cu_seqlens`.
         return_lse: also return the log-sum-exp.
         backend: `triton` (CUDA), `torch` (any device), `reference` (quadratic; for tests), or `auto`: triton
@@ -139,14 +140,16 @@ def _check_sinks(sink_logits: Tensor, q: Tensor) -> None:
         raise ValueError(f"sink_logits on {sink_logits.device}: must be on the device of q, {q.device}")
 
 
-def _documents(cu_seqlens: Tensor, tokens: int, q_start: int) -> list[tuple[int, int]]:
+def _documents(cu_seqlens: Tensor | Sequence[int], tokens: int, q_start: int) -> list[tuple[int, int]]:
     if q_start:
         raise ValueError(f"q_start {q_start}: must be 0 with cu_seqlens")
-    if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"cu_seqlens {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}: must be int [documents + 1]"
-        )
-    offsets = cu_seqlens.tolist()
+    if isinstance(cu_seqlens, Tensor):
+        if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"cu_seqlens {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}: must be int [documents + 1]"
+            )
+        cu_seqlens = cu_seqlens.tolist()
+    offsets = list(cu_seqlens)
     if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != tokens or offsets != sorted(offsets):
         raise ValueError(
             f"cu_seqlens {offsets[:4]} … {offsets[-1:]}: must not decrease, from 0 to {tokens} tokens"

@@ -129,8 +129,11 @@ class S2CoreAttention(MegatronModule):
     def _packed(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedSeqParams) -> Tensor:
         if packed.qkv_format != "thd":
             raise ValueError(f"qkv_format {packed.qkv_format}: must be thd")
-        boundaries = packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
-        return self._attend(q, k, v, cu_seqlens=boundaries).flatten(1)
+        if not hasattr(packed, "s2_boundaries"):
+            # All layers of a micro-batch, recomputed ones too, are given this object: one copy to the host.
+            padded = packed.cu_seqlens_q_padded
+            packed.s2_boundaries = (packed.cu_seqlens_q if padded is None else padded).tolist()
+        return self._attend(q, k, v, cu_seqlens=packed.s2_boundaries).flatten(1)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, **where) -> Tensor:
         return s2_attention(
