@@ -1,6 +1,8 @@
 """Every benchmark there is, by name."""
 
-from benchmarks import attention
+from benchmarks import attention, quickstart
 from benchmarks.benchmark import Benchmark
 
-BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in (attention.BENCHMARK,)}
+BENCHMARKS: dict[str, Benchmark] = {
+    benchmark.name: benchmark for benchmark in (attention.BENCHMARK, quickstart.BENCHMARK)
+}

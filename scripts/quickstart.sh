@@ -30,8 +30,14 @@ while (($#)); do
 done
 [[ $STEPS =~ ^[1-9][0-9]*$ ]] || refuse "--steps $STEPS: must be a whole number >= 1"
 [[ -z $DATA || -e $DATA ]] || refuse "--data $DATA: does not exist"
+[[ -z $DATA || -d $DATA || $DATA == *.jsonl ]] || refuse "--data $DATA: must be a directory or a .jsonl file"
 [[ -z $DATA ]] || DATA=$(realpath "$DATA")
 [[ $OUT == runs/quickstart ]] && OUT=$ROOT/$OUT || OUT=$(realpath -m "$OUT")
+
+# What is in --out gets replaced, so it must be ours.
+if [[ -d $OUT && -n $(ls -A "$OUT") && ! -e $OUT/.quickstart ]]; then
+    refuse "--out $OUT: must be a new or empty directory, or that of an earlier quickstart"
+fi
 
 enter_environment dev
 interrupted() {
@@ -39,10 +45,6 @@ interrupted() {
     exit 130
 }
 trap interrupted INT TERM
-# What is in --out gets replaced, so it must be ours.
-if [[ -d $OUT && -n $(ls -A "$OUT") && ! -e $OUT/.quickstart ]]; then
-    refuse "--out $OUT: must be a new or empty directory, or that of an earlier quickstart"
-fi
 mkdir -p "$OUT/data"
 touch "$OUT/.quickstart"
 
