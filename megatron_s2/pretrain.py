@@ -5,6 +5,7 @@
 """
 
 import os
+import re
 import signal
 import sys
 import time
@@ -27,9 +28,16 @@ from megatron_s2.arguments import (
     take_from_checkpoint,
     validate_s2_args,
 )
-from megatron_s2.runtime.checks import check_paths
+from megatron_s2.runtime.checks import check_model, check_paths, check_splits
 from megatron_s2.runtime.flags import Machine, describe, runnable_arguments
-from megatron_s2.runtime.patches import apply_patches, count_s2_flops, escape_help_texts, quiet_known_warnings
+from megatron_s2.runtime.patches import (
+    EmptySplitError,
+    apply_patches,
+    count_s2_flops,
+    escape_help_texts,
+    let_eval_interval_be_unset,
+    quiet_known_warnings,
+)
 from megatron_s2.settings import S2Settings
 from megatron_s2.summary import startup_table
 
@@ -102,13 +110,16 @@ def train(argv: Sequence[str]) -> None:
 
     from megatron_s2 import gpt
 
-    pretrain(
-        container,
-        gpt.datasets,
-        ModelType.encoder_or_decoder,
-        gpt.forward_step,
-        store=None if "WORLD_SIZE" in os.environ else torch.distributed.HashStore(),
-    )
+    try:
+        pretrain(
+            container,
+            gpt.datasets,
+            ModelType.encoder_or_decoder,
+            gpt.forward_step,
+            store=None if "WORLD_SIZE" in os.environ else torch.distributed.HashStore(),
+        )
+    except EmptySplitError as error:
+        _refuse(str(error))
     if (writer := get_tensorboard_writer()) is not None:
         writer.close()
 
@@ -139,7 +150,12 @@ def _configure(argv: Sequence[str]):
             take_from_checkpoint(args, saved)
     args.tokenizer_type = args.tokenizer_type or "GPT2BPETokenizer"
     args.enable_one_logger &= find_spec("one_logger") is not None  # else Megatron says it is missing
+    check_model(args)
+    check_splits(args)
+    let_eval_interval_be_unset(args)
     settled = validate_s2_args(args, argv)
+    if args.s2_backend == "triton" and not torch.cuda.is_available():
+        raise ValueError("--s2-backend triton: needs a GPU, and there is none here; use auto or torch")
     spec_settings = _s2_settings_of_spec(args)
     if spec_settings is not None:
         asked_by = f"--spec {' '.join(args.spec)}"
@@ -251,12 +267,19 @@ def _failed_assertion(error: AssertionError) -> str:
 
     Raises the assertion again when it is not Megatron's: then it is a bug, not bad input.
     """
+    import megatron.core
+
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    if "megatron" not in Path(frame.filename).parts:
+    if not Path(frame.filename).is_relative_to(Path(megatron.core.__file__).parents[1]):
         raise error
     if str(error):
         return str(error)
-    return f"Megatron requires {(frame.line or '').removeprefix('assert ').rstrip(', \\')}"
+    condition = (frame.line or "").removeprefix("assert ").rstrip(", \\")
+    return f"Megatron requires {re.sub(r'\bargs\.(\w+)', lambda name: _flag(name[1]), condition)}"
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _refuse(message: str) -> None:

@@ -138,6 +138,14 @@ def train_all(
     return finished
 
 
+def assert_same_losses(run: Run, control: Run, relative: float) -> None:
+    """Ten iterations each, and every loss within `relative` of the control's."""
+    import pytest
+
+    assert len(control.losses) == 10
+    assert run.losses == pytest.approx(control.losses, rel=relative)
+
+
 def _last_lines(text: str) -> str:
     return "\n".join(text.splitlines()[-40:])
 

@@ -3,8 +3,9 @@
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
-from megatron_run import Launched, Run, launch, train_all
+from megatron_run import Launched, Run, assert_same_losses, launch, train_all
 
 # Four layers, so that two pipeline stages of two interleaved chunks have one each. Runs that should agree
 # start from the same saved weights: pipeline stages would otherwise draw theirs from seeds of their own.
@@ -62,11 +63,6 @@ def two_ranks(start, tmp_path_factory) -> dict[str, Run]:
     )
 
 
-def assert_same_losses(run: Run, control: Run, relative: float) -> None:
-    assert len(control.losses) == 10
-    assert run.losses == pytest.approx(control.losses, rel=relative)
-
-
 def assert_continues(resumed: Run, whole: Run, after: int) -> None:
     """Bit-equal: every loss after the checkpoint is the uninterrupted run's, to the last bit of a float32."""
     assert resumed.losses == {step: loss for step, loss in whole.losses.items() if step > after}
@@ -100,20 +96,6 @@ def test_a_resumed_run_is_the_uninterrupted_one_on_two_ranks_in_bf16(two_ranks):
     assert_continues(two_ranks["resumed"], two_ranks["whole"], after=5)
 
 
-@pytest.mark.parametrize("optimizer", ["", "--use-distributed-optimizer"])
-def test_a_killed_run_goes_on_from_its_last_save(one_rank, tmp_path, optimizer):
-    flags = f"--train-iters 60 --save-interval 20 --save {tmp_path}/run --load {tmp_path}/run {optimizer}"
-    killed = Launched(tmp_path / "killed", flags)
-    killed.wait_for("iteration       31/")
-    killed.send(signal.SIGKILL)
-    assert killed.wait().status == -signal.SIGKILL
-    assert (tmp_path / "run" / "latest_checkpointed_iteration.txt").read_text() == "20"
-
-    resumed = launch(tmp_path / "resumed", flags)
-    whole = one_rank["whole-sharded" if optimizer else "whole"]
-    assert_continues(resumed, whole, after=20)
-
-
 def test_the_user_sees_one_line_about_the_cpu_and_no_warnings(tmp_path):
     run = launch(tmp_path, "--train-iters 2", model=OLDER_MODEL)
     assert run.status == 0, run.output
@@ -133,7 +115,14 @@ REFUSED = {
     "unrecognized arguments: --no-such-flag": "--no-such-flag 3",
     "argument --lr: invalid float value": "--lr fast",
     "max_position_embeddings (64)": "--max-position-embeddings 64",
-    "args.min_lr <= args.lr": "--min-lr 1",
+    "Megatron requires --min-lr <= --lr": "--min-lr 1",
+    "Megatron requires --save-interval is not None": "--save /nowhere/run",
+    "--num-query-groups 3: must divide --num-attention-heads 4": "--num-query-groups 3",
+    "--data-path: must be followed by a prefix": "--data-path",
+    "--optimizer-cpu-offload: needs a GPU": "--optimizer-cpu-offload",
+    "--recompute-modules layernorm: needs Transformer Engine": "--recompute-granularity selective "
+    "--recompute-modules core_attn layernorm",
+    "--config-logger-dir /nowhere/log": "--config-logger-dir /nowhere/log",
 }
 
 
@@ -142,6 +131,34 @@ def refused(tmp_path_factory) -> dict[str, Run]:
     runs = {f"run-{i}": flags for i, flags in enumerate(REFUSED.values())}
     finished = train_all(tmp_path_factory.mktemp("refused"), runs, data="")
     return dict(zip(REFUSED, finished.values()))
+
+
+def write_documents(prefix: Path, lengths: list[int]) -> Path:
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
+    for length in lengths:
+        builder.add_document(np.arange(length), [length])
+    builder.finalize(f"{prefix}.idx")
+    return prefix
+
+
+def test_data_that_leaves_a_split_empty_is_refused_and_not_waited_for(tmp_path):
+    few = write_documents(tmp_path / "few", [60] * 400)
+    hollow = write_documents(tmp_path / "hollow", [60] * 90 + [0] * 10)
+    runs = train_all(
+        tmp_path,
+        {
+            "no documents": f"--data-path {few} --split 969,30,1",
+            "no tokens": f"--data-path {hollow} --split 90,10,0",
+            "fine": f"--data-path {few} --split 90,10,0 --train-iters 2",
+        },
+        data="",
+    )
+    assert_refused(runs["no documents"], "--split 969,30,1: leaves the test split")
+    assert "error: --split 90,10,0: the valid split of " in runs["no tokens"].output
+    assert "Traceback" not in runs["no tokens"].output
+    assert [run.status for run in runs.values()] == [2, 2, 0]
 
 
 def assert_refused(run: Run, what: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from megatron_run import MOCK_DATA, Launched, Run, launch, train_all
+from megatron_run import MOCK_DATA, Launched, Run, assert_same_losses, launch, train_all
 
 # Eight blocks per sequence, a window of two, so that most of the past is seen through the shards.
 S2 = "--s2-attention --s2-block-size 16 --s2-local-blocks 2 --s2-vert-stride 3"
@@ -85,11 +85,6 @@ def two_ranks(one_rank, tmp_path_factory) -> dict[str, Run]:
         },
         ranks=2,
     )
-
-
-def assert_same_losses(run: Run, control: Run, relative: float) -> None:
-    assert len(control.losses) == 10
-    assert run.losses == pytest.approx(control.losses, rel=relative)
 
 
 @pytest.mark.parametrize("dense", ["stride 1", "dense layers"])

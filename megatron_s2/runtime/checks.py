@@ -1,11 +1,13 @@
-"""Refuses a run whose files are not there, before anything is built from them.
+"""Refuses, before anything is built, a run that Megatron would let start and then break or hang.
 
-Megatron finds a missing data file only after the model has been built, and takes a missing `--load` directory
-for a fresh start. These checks read the parsed arguments and the file system, nothing else.
+Megatron finds a missing data file only after the model has been built, takes a missing `--load` directory
+for a fresh start, and waits for ever for samples of a split without documents. These checks read the parsed
+arguments and the file system, nothing else.
 """
 
 import json
 import os
+import struct
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,6 +21,11 @@ _TOKENIZERS_FROM_FILE = (
 )
 _TOKENIZERS_FROM_MODEL = (*_TOKENIZERS_FROM_FILE, "HuggingFaceTokenizer")
 _REMOTE_SCHEMES = ("s3://", "msc://")
+# Head of an .idx file: magic, version, code of the token type, number of sequences (which a GPT splits by).
+_INDEX_HEAD = struct.Struct("<9sQBQ")
+_INDEX_MAGIC = b"MMIDIDX\x00\x00"
+_DEFAULT_SPLIT = "969, 30, 1"  # Megatron's, for --data-path
+_SPLITS = ("training", "validation", "test")
 
 
 def check_paths(args: Namespace) -> None:
@@ -30,6 +37,79 @@ def check_paths(args: Namespace) -> None:
     _check_data(args)
     _check_load(args)
     _check_tokenizer(args)
+
+
+def check_model(args: Namespace) -> None:
+    """Checks the parts of the model's description that Megatron takes without a look and breaks on later.
+
+    Raises:
+        ValueError: naming the flag, its value and what is allowed.
+    """
+    heads, groups = args.num_attention_heads, args.num_query_groups
+    if args.group_query_attention and heads and (groups < 1 or heads % groups):
+        raise ValueError(f"--num-query-groups {groups}: must divide --num-attention-heads {heads}")
+    if args.config_logger_dir:
+        raise ValueError(
+            f"--config-logger-dir {args.config_logger_dir}: Megatron cannot write it, because its "
+            "configuration holds process groups; remove it, all arguments are printed at the start"
+        )
+
+
+def check_splits(args: Namespace) -> None:
+    """Checks that every split that will be built has documents, by Megatron's own arithmetic.
+
+    Megatron builds each split that has a share, also when `--eval-iters 0` leaves it unread, and never ends
+    on one without documents. Files must be there: call `check_paths` first.
+
+    Raises:
+        ValueError: naming the flag, the prefix, the split without documents and what to do.
+    """
+    for flag, prefixes in _data_prefixes(args):
+        is_split = flag in ("--data-path", "--data-args-path")
+        if is_split and not args.split and flag != "--data-path":
+            raise ValueError(f"--split: must be given with {flag}")
+        split = args.split or _DEFAULT_SPLIT
+        shares = _shares(split) if is_split else [(0.0, 1.0)]
+        for prefix in prefixes:
+            if prefix.startswith(_REMOTE_SCHEMES):
+                continue
+            documents = _number_of_documents(flag, prefix)
+            if documents == 0:
+                raise ValueError(f"{flag} {prefix}: has no documents")
+            for name, share in zip(_SPLITS, shares):
+                if share and _boundary(share[0], documents) == _boundary(share[1], documents):
+                    raise ValueError(
+                        f"--split {split}: leaves the {name} split of {prefix} without documents (of its "
+                        f"{documents}); give it a larger share or none: --split 100,0,0 --eval-iters 0 "
+                        "trains on all"
+                    )
+
+
+def _boundary(share: float, documents: int) -> int:
+    return round(share * float(documents))
+
+
+def _shares(split: str) -> list[tuple[float, float] | None]:
+    """Where each split begins and ends, as parts of all documents; None for a split that is not built."""
+    from megatron.core.datasets import blended_megatron_dataset_config as config
+
+    try:
+        shares = [float(word) for word in split.split(",")]
+    except ValueError:
+        shares = []
+    if not 1 <= len(shares) <= len(_SPLITS) or min(shares) < 0 or sum(shares) == 0:
+        raise ValueError(
+            f"--split {split}: must be the shares of the training, validation and test split, such as 99,1,0"
+        )
+    return config.convert_split_vector_to_split_matrix(config.parse_and_normalize_split(split))
+
+
+def _number_of_documents(flag: str, prefix: str) -> int:
+    with open(f"{prefix}.idx", "rb") as index:
+        head = index.read(_INDEX_HEAD.size)
+    if len(head) < _INDEX_HEAD.size or not head.startswith(_INDEX_MAGIC):
+        raise ValueError(f"{flag} {prefix}: {prefix}.idx is no index that scripts/preprocess_data.py wrote")
+    return _INDEX_HEAD.unpack(head)[3]
 
 
 def _check_data(args: Namespace) -> None:
@@ -49,8 +129,11 @@ def _data_prefixes(args: Namespace) -> Iterator[tuple[str, list[str]]]:
     """Each flag that names data, with the prefixes it names."""
     for flag in ("--data-path", "--train-data-path", "--valid-data-path", "--test-data-path"):
         words = getattr(args, flag[2:].replace("-", "_"))
-        if words:
-            yield flag, _without_weights(words)
+        if words is None:
+            continue
+        if not words:
+            raise ValueError(f"{flag}: must be followed by a prefix, or weights and prefixes")
+        yield flag, _without_weights(words)
     if args.data_args_path:
         _check_file("--data-args-path", args.data_args_path)
         yield "--data-args-path", _without_weights(Path(args.data_args_path).read_text().split())

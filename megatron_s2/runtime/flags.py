@@ -10,6 +10,7 @@ sees the final values; and what was added is exactly what the user could have ty
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import takewhile
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,10 @@ _NEEDS_GPU = {
     "--record-memory-history": "remove it",
     "--log-energy": "remove it",
     "--async-save": "remove it",
+    "--optimizer-cpu-offload": "remove it",
 }
+# What `--recompute-modules` can name only with Transformer Engine: its code is called without asking.
+_RECOMPUTED_BY_TRANSFORMER_ENGINE = ("layernorm", "moe_act", "mla_up_proj", "gdn_norm_out")
 _HARMLESS_VALUES = {("--cuda-graph-impl", "none"), ("--cpu-offloading-num-layers", "0")}
 
 
@@ -130,6 +134,7 @@ def runnable_arguments(argv: Sequence[str], machine: Machine) -> tuple[list[str]
                 raise ValueError(f"{shown}: needs a GPU, and there is none here; {remedy}")
     if not machine.transformer_engine:
         fixes += _WITHOUT_TRANSFORMER_ENGINE
+        _refuse_recompute_modules(argv)
         if not machine.apex:
             fixes += _WITHOUT_APEX
             _refuse_sequence_parallel(argv)
@@ -145,6 +150,20 @@ def runnable_arguments(argv: Sequence[str], machine: Machine) -> tuple[list[str]
                 f"{fix.flag} {value}: needs {lacking}, and there is none here; use {fix.flag} {fix.value}"
             )
     return [*argv, *added], added
+
+
+def _refuse_recompute_modules(argv: Sequence[str]) -> None:
+    for position, word in enumerate(argv):
+        flag, equals, value = word.partition("=")
+        if flag != "--recompute-modules":
+            continue
+        following = takewhile(lambda word: not word.startswith("--"), argv[position + 1 :])
+        for module in [value] if equals else following:
+            if module in _RECOMPUTED_BY_TRANSFORMER_ENGINE:
+                raise ValueError(
+                    f"--recompute-modules {module}: needs Transformer Engine, and there is none here; "
+                    f"leave {module} out"
+                )
 
 
 def _refuse_sequence_parallel(argv: Sequence[str]) -> None:

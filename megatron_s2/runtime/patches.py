@@ -5,8 +5,9 @@ twice. `apply_patches` calls them all and is the only thing an entry point needs
 """
 
 import logging
+import sys
 import warnings
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from importlib.util import find_spec
 
 import torch
@@ -14,11 +15,16 @@ import torch
 from megatron_s2.settings import S2Settings
 
 
+class EmptySplitError(ValueError):
+    """A data set without tokens, which Megatron would try to repeat until there are enough."""
+
+
 def apply_patches(cpu: bool) -> None:
     """Applies every workaround; `cpu` adds those that are right only without a GPU."""
     skip_compiling_dataset_helpers()
     let_distributed_optimizer_resume_with_torch_adam()
     keep_adam_step_when_distributed_optimizer_resumes()
+    refuse_empty_splits()
     if cpu:
         let_pretrain_start_without_cuda()
         skip_jit_warmup()
@@ -120,6 +126,43 @@ def keep_adam_step_when_distributed_optimizer_resumes() -> None:
 
     set_states.before_megatron_s2 = original
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states
+
+
+def refuse_empty_splits() -> None:
+    """`GPTDataset` counts the epochs that give enough tokens, and never ends when there are none (0.19.2).
+
+    That is so for a split without documents, such as 1 of 1000 parts of 400 documents, and for documents
+    without tokens. Raises EmptySplitError there. Touches
+    `megatron.core.datasets.gpt_dataset.GPTDataset._get_num_epochs`.
+    """
+    from megatron.core.datasets.gpt_dataset import GPTDataset
+
+    original = GPTDataset._get_num_epochs
+    if hasattr(original, "before_megatron_s2"):
+        return
+
+    def num_epochs(self, num_tokens_per_epoch):
+        if num_tokens_per_epoch == 0:
+            split = f"--split {self.config.split}: " if self.config.split else ""
+            raise EmptySplitError(
+                f"{split}the {self.index_split.name} split of {self.dataset_path} has no tokens; give it a "
+                "larger share or none: --split 100,0,0 --eval-iters 0 trains on all"
+            )
+        return original(self, num_tokens_per_epoch)
+
+    num_epochs.before_megatron_s2 = original
+    GPTDataset._get_num_epochs = num_epochs
+
+
+def let_eval_interval_be_unset(args: Namespace) -> None:
+    """Without `--eval-interval`, its default, a run ends in `int // None` (seen in 0.19.2).
+
+    Megatron documents: "If not set, evaluation will not run during training". The training loop does so, but
+    the number of validation samples is divided by the interval. Here an interval that is not set, or 0,
+    becomes one that no run reaches; evaluation after training stays, as `--eval-iters` says. Touches
+    `args.eval_interval`; call it before Megatron validates the arguments.
+    """
+    args.eval_interval = args.eval_interval or sys.maxsize
 
 
 def let_pretrain_start_without_cuda() -> None:

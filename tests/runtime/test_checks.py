@@ -1,17 +1,18 @@
-"""A run whose files are not there is refused, by the flag that names them."""
+"""A run that would break or hang later is refused first, by the flag that names the cause."""
 
 import json
 from argparse import Namespace
 
+import numpy as np
 import pytest
 
-from megatron_s2.runtime.checks import check_paths
+from megatron_s2.runtime.checks import check_model, check_paths, check_splits
 
 
 def arguments(**given) -> Namespace:
     names = (
         "data_path train_data_path valid_data_path test_data_path data_args_path per_split_data_args_path "
-        "load save pretrained_checkpoint tokenizer_model vocab_file merge_file use_checkpoint_args"
+        "split load save pretrained_checkpoint tokenizer_model vocab_file merge_file use_checkpoint_args"
     )
     return Namespace(**{**dict.fromkeys(names.split()), "tokenizer_type": "NullTokenizer", **given})
 
@@ -109,3 +110,101 @@ def test_a_blend_file_is_read_to_its_last_entry(prefix, tmp_path):
     splits.write_text(json.dumps({"train": [prefix], "valid": [prefix]}))
     with pytest.raises(ValueError, match='must have the keys "train", "valid" and "test"'):
         check_paths(arguments(per_split_data_args_path=str(splits)))
+
+
+def test_a_data_flag_without_a_value_is_refused():
+    with pytest.raises(ValueError, match=r"^--data-path: must be followed by a prefix"):
+        check_paths(arguments(data_path=[]))
+
+
+# Splits.
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory):
+    """Prefixes of data with 0, 1 and 400 documents of three tokens."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    directory = tmp_path_factory.mktemp("documents")
+
+    def write(number: int) -> str:
+        prefix = str(directory / f"of-{number}")
+        builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
+        for _ in range(number):
+            builder.add_document([1, 2, 3], [3])
+        builder.finalize(f"{prefix}.idx")
+        return prefix
+
+    return {number: write(number) for number in (0, 1, 400)}
+
+
+@pytest.mark.parametrize(
+    ("number", "split", "empty"),
+    [(400, "969,30,1", "test"), (400, None, "test"), (1, "90,10", "validation"), (1, "1,99,0", "training")],
+)
+def test_a_split_without_documents_is_refused_with_what_to_do(documents, number, split, empty):
+    prefix = documents[number]
+    shown = split or "969, 30, 1"
+    with pytest.raises(ValueError) as refused:
+        check_splits(arguments(data_path=[prefix], split=split))
+    assert str(refused.value).startswith(
+        f"--split {shown}: leaves the {empty} split of {prefix} without documents (of its {number})"
+    )
+    assert "--split 100,0,0 --eval-iters 0 trains on all" in str(refused.value)
+
+
+def test_each_part_of_a_blend_needs_documents_in_each_split(documents):
+    with pytest.raises(ValueError, match=f"validation split of {documents[1]} "):
+        check_splits(arguments(data_path=["1", documents[400], "1", documents[1]], split="90,10,0"))
+
+
+def test_splits_with_documents_are_accepted(documents):
+    check_splits(arguments(data_path=[documents[400]], split="969,30,2"))
+    check_splits(arguments(data_path=[documents[1]], split="100,0,0"))
+    check_splits(arguments(train_data_path=[documents[1]], valid_data_path=[documents[1]]))
+    check_splits(arguments(data_path=["s3://bucket/text"], split="99,1,0"))
+
+
+def test_data_without_documents_is_refused_by_its_own_flag(documents):
+    with pytest.raises(ValueError, match=r"^--valid-data-path .*: has no documents"):
+        check_splits(arguments(train_data_path=[documents[1]], valid_data_path=[documents[0]]))
+
+
+@pytest.mark.parametrize("split", ["0,0,0", "1,2,3,4", "most,some", "1,-1,0"])
+def test_a_split_is_up_to_three_shares(documents, split):
+    with pytest.raises(ValueError, match=f"^--split {split}: must be the shares"):
+        check_splits(arguments(data_path=[documents[400]], split=split))
+
+
+def test_a_blend_file_needs_a_split(documents, tmp_path):
+    lines = tmp_path / "blend.txt"
+    lines.write_text(documents[400])
+    with pytest.raises(ValueError, match=r"^--split: must be given with --data-args-path"):
+        check_splits(arguments(data_args_path=str(lines)))
+
+
+def test_a_file_that_is_no_index_is_refused(prefix):
+    with pytest.raises(ValueError, match=r"^--data-path .*text\.idx is no index"):
+        check_splits(arguments(data_path=[prefix], split="1"))
+
+
+# The model.
+
+
+def model(**given):
+    known = {"num_attention_heads": 4, "group_query_attention": True, "num_query_groups": 2}
+    return Namespace(**{**known, "config_logger_dir": "", **given})
+
+
+def test_the_query_groups_divide_the_heads():
+    check_model(model())
+    check_model(model(group_query_attention=False, num_query_groups=3))
+    for groups in (0, 3, 8):
+        message = f"^--num-query-groups {groups}: must divide --num-attention-heads 4"
+        with pytest.raises(ValueError, match=message):
+            check_model(model(num_query_groups=groups))
+
+
+def test_the_config_logger_is_refused():
+    with pytest.raises(ValueError, match=r"^--config-logger-dir /tmp/c: Megatron cannot write it"):
+        check_model(model(config_logger_dir="/tmp/c"))

@@ -64,6 +64,7 @@ def test_what_the_user_gave_already_is_not_added(given):
         ["--cuda-graph-impl", "local"],
         ["--use-megatron-fsdp"],
         ["--async-save"],
+        ["--optimizer-cpu-offload"],
         ["--sequence-parallel", "--tensor-model-parallel-size", "2"],
     ],
     ids=" ".join,
@@ -79,3 +80,14 @@ def test_a_refused_flag_with_its_harmless_value_is_let_through():
 
 def test_a_flag_given_twice_counts_the_last_time():
     runnable_arguments(["--distributed-backend", "nccl", "--distributed-backend", "gloo"], CPU)
+
+
+@pytest.mark.parametrize("machine", [CPU, PLAIN_GPU], ids=["cpu", "gpu"])
+@pytest.mark.parametrize(
+    "words", ["--recompute-modules core_attn layernorm", "--recompute-modules=layernorm"]
+)
+def test_modules_that_only_transformer_engine_recomputes_are_refused(machine, words):
+    runnable_arguments(["--recompute-modules", "core_attn", "mlp", "--lr", "layernorm"], machine)
+    runnable_arguments(words.split(), NVIDIA_CONTAINER)
+    with pytest.raises(ValueError, match=r"^--recompute-modules layernorm: needs Transformer Engine"):
+        runnable_arguments(words.split(), machine)

@@ -4,21 +4,29 @@ That runs start, resume bit for bit and print no warnings, which needs most of t
 tests/test_pretrain.py.
 """
 
+import sys
 import warnings
+from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from megatron.core.datasets import utils
+from megatron.core.datasets.gpt_dataset import GPTDataset
+from megatron.core.datasets.utils import Split
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.training import training
 from megatron_arguments import parse
 
 from megatron_s2.runtime.patches import (
+    EmptySplitError,
     apply_patches,
     count_s2_flops,
     let_distributed_optimizer_resume_with_torch_adam,
+    let_eval_interval_be_unset,
     quiet_known_warnings,
+    refuse_empty_splits,
     skip_compiling_dataset_helpers,
     skip_jit_warmup,
 )
@@ -26,6 +34,7 @@ from megatron_s2.settings import S2Settings
 
 TOUCHED = [
     (utils, "compile_helpers"),
+    (GPTDataset, "_get_num_epochs"),
     (DistributedOptimizer, "state_dict"),
     (DistributedOptimizer, "_set_main_param_and_optimizer_states"),
     (training, "initialize_megatron"),
@@ -97,6 +106,26 @@ def test_only_known_warnings_are_silenced():
         warnings.warn("Transformer Engine and Apex are not installed. Falling back.", stacklevel=1)
         warnings.warn("something that matters", stacklevel=1)
     assert [str(warning.message) for warning in shown] == ["something that matters"]
+
+
+def test_a_split_without_tokens_is_refused_instead_of_repeated_for_ever():
+    refuse_empty_splits()
+    dataset = SimpleNamespace(
+        num_samples=4,
+        index_split=Split.valid,
+        dataset_path="data/text",
+        config=SimpleNamespace(split="99,1,0", sequence_length=128, add_extra_token_to_sequence=1),
+    )
+    assert GPTDataset._get_num_epochs(dataset, 200) == 3
+    with pytest.raises(EmptySplitError, match=r"^--split 99,1,0: the valid split of data/text has no tokens"):
+        GPTDataset._get_num_epochs(dataset, 0)
+
+
+@pytest.mark.parametrize(("given", "used"), [(None, sys.maxsize), (0, sys.maxsize), (7, 7)])
+def test_without_an_interval_no_iteration_is_evaluated(given, used):
+    args = Namespace(eval_interval=given)
+    let_eval_interval_be_unset(args)
+    assert args.eval_interval == used
 
 
 # Throughput.
