@@ -12,15 +12,17 @@ from functools import lru_cache
 import torch
 import triton
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from megatron_s2.kernels.triton_columns import s2_bwd_kernel_dkv_shard, s2_bwd_kernel_dkv_window
 from megatron_s2.kernels.triton_rows import s2_bwd_kernel_delta, s2_row_kernel
 from megatron_s2.kernels.triton_tiles import LOG2_E
 from megatron_s2.kernels.tuning import Tiles, Tuning, tuning_for
-from megatron_s2.pattern import BlockPattern, S2Pattern
+from megatron_s2.pattern import AttentionFlops, BlockPattern, S2Pattern, attention_flops
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_HEAD_DIM = 256
+_INTERPRETED_CAPABILITY = 9  # whose tiles Triton's interpreter runs
 
 
 def triton_attention(
@@ -57,7 +59,8 @@ def triton_attention(
         )
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     sink_logits = None if sink_logits is None else sink_logits.contiguous()
-    tuning = tuning or tuning_for(max(q.shape[-1], v.shape[-1]), q.element_size())
+    capability = torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else _INTERPRETED_CAPABILITY
+    tuning = tuning or tuning_for(capability, max(q.shape[-1], v.shape[-1]), q.element_size())
     packed = documents != [(0, q.shape[1])]
     cuts = [edge for document in documents for edge in document] if packed else []
     return torch.ops.megatron_s2.attention_forward(
@@ -177,19 +180,20 @@ def _columns(work: _Work, dout: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, 
         for x in (k, v)
     ]
     part_strides = [stride for part in parts for stride in part.stride()[:4]]
-    constants = work.constants(tiles) | {"HKV": kv_heads, "GROUP": q.shape[2] // kv_heads}
+    constants = work.constants(tiles) | {"HKV": kv_heads}
+    group = q.shape[2] // kv_heads
     pattern = (work.shape[1], work.shape[2], work.scale * LOG2_E.value)
     if shard:
         s2_bwd_kernel_dkv_shard[(len(shard), splits, batch * kv_heads)](
             q, k, v, dout, lse, delta, *parts, work.heads, work.table(shard),
             *_strides(q, k, v, dout), lse.stride(0), lse.stride(1), *part_strides,
-            q.shape[1], work.q_start, *pattern, -(-longest // splits), **constants,
+            q.shape[1], work.q_start, *pattern, -(-longest // splits), group, **constants,
         )  # fmt: skip
     del constants["COMPACT"]
     s2_bwd_kernel_dkv_window[(len(window), batch * kv_heads)](
         q, k, v, dout, lse, delta, dk, dv, *parts, work.heads, work.table(window),
         *_strides(q, k, v, dout), lse.stride(0), lse.stride(1), *_strides(dk, dv), *part_strides,
-        q.shape[1], k.shape[1], work.q_start, 0, *pattern, splits, ADD_SHARD=True, **constants,
+        q.shape[1], k.shape[1], work.q_start, 0, *pattern, splits, group, ADD_SHARD=True, **constants,
     )  # fmt: skip
 
 
@@ -287,3 +291,35 @@ def _backward(ctx, dout, dlse):
 
 
 attention_forward.register_autograd(_backward, setup_context=_save)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# FLOPs, on visible pairs: what `torch.utils.flop_counter` gets, with tensors given as their shapes.
+
+
+def _flops(q, k, v, shape: list[int], cuts: list[int], q_start: int) -> AttentionFlops:
+    block, window, sinks = shape[:3]
+    firsts, strides = shape[3::2], shape[4::2]
+    pattern = S2Pattern(
+        num_kv_heads=len(strides),
+        block_size=block,
+        local_blocks=window,
+        vert_stride=tuple(strides),
+        sink_blocks=sinks,
+        phases=tuple(-first % stride for first, stride in zip(firsts, strides)),
+        warn_lost=False,
+    )
+    lengths = [b - a for a, b in zip(cuts[::2], cuts[1::2])] if cuts else [q_start + q[1]]
+    before = sum(pattern.visible_pairs(q_start))
+    pairs = sum(sum(pattern.visible_pairs(length)) - before for length in lengths)
+    return attention_flops(q[0] * (q[2] // k[2]) * pairs, q[-1], v[-1])
+
+
+@register_flop_formula(torch.ops.megatron_s2.attention_forward)
+def _forward_flops(q, k, v, sink_logits, shape, scale, cuts, q_start, tuning, out_shape) -> int:
+    return _flops(q, k, v, shape, cuts, q_start).forward
+
+
+@register_flop_formula(torch.ops.megatron_s2.attention_backward)
+def _backward_flops(dout, dlse, q, k, v, out, lse, shape, scale, cuts, q_start, tuning, out_shape) -> int:
+    return _flops(q, k, v, shape, cuts, q_start).backward

@@ -42,7 +42,7 @@ def _column_tile(
 def s2_bwd_kernel_dkv_shard(
     p_q, p_ks, p_vs, p_do, p_lse, p_delta, p_dks, p_dvs, p_heads, p_tiles, s_qb, s_qt, s_qh, s_ksb, s_kst,
     s_ksh, s_vsb, s_vst, s_vsh, s_dob, s_dot, s_doh, s_lb, s_lh, s_pks, s_pkb, s_pkt, s_pkh, s_pvs, s_pvb,
-    s_pvt, s_pvh, seq_q, q_start, window, sinks, scale, span, HKV: tl.constexpr, GROUP: tl.constexpr,
+    s_pvt, s_pvh, seq_q, q_start, window, sinks, scale, span, group, HKV: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BLOCK: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, COMPACT: tl.constexpr, PACKED: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
@@ -62,10 +62,10 @@ def s2_bwd_kernel_dkv_shard(
     if i_n * BN >= tokens:
         return
     o_b = i_b.to(tl.int64)
-    p_q += o_b * s_qb + doc * s_qt + i_g * GROUP * s_qh
-    p_do += o_b * s_dob + doc * s_dot + i_g * GROUP * s_doh
-    p_lse += o_b * s_lb + i_g * GROUP * s_lh + doc
-    p_delta += o_b * s_lb + i_g * GROUP * s_lh + doc
+    p_q += o_b * s_qb + doc * s_qt + i_g * group * s_qh
+    p_do += o_b * s_dob + doc * s_dot + i_g * group * s_doh
+    p_lse += o_b * s_lb + i_g * group * s_lh + doc
+    p_delta += o_b * s_lb + i_g * group * s_lh + doc
     p_ks += o_b * s_ksb + doc * s_kst + i_g * s_ksh
     p_vs += o_b * s_vsb + doc * s_vst + i_g * s_vsh
 
@@ -85,25 +85,26 @@ def s2_bwd_kernel_dkv_shard(
     low = tl.maximum(cut, (shard_block(i_n * BN // BLOCK, first, stride, sinks) + window) * BLOCK)
     last = tl.minimum(i_n * BN + BN, tokens) - 1
     all_see = (shard_block(last // BLOCK, first, stride, sinks) + window) * BLOCK
+    high = tl.maximum(low, high)
     some = tl.minimum(high, low + (tl.maximum(all_see - low, 0) + BM - 1) // BM * BM)
-    for _ in range(GROUP):
-        for start in range(low, some, BM):
-            pos = start + tl.arange(0, BM)
-            mask = pos[None, :] // BLOCK - block[:, None] >= window
-            dk, dv = _column_tile(
-                dk, dv, b_k, b_v, p_q, p_do, p_lse, p_delta, s_qt, s_dot, pos - q_start, pos < high, m_d,
-                m_dv, mask, scale, o_d, o_dv, True, PREC,
-            )  # fmt: skip
-        for start in range(some, high, BM):
-            pos = start + tl.arange(0, BM)
-            dk, dv = _column_tile(
-                dk, dv, b_k, b_v, p_q, p_do, p_lse, p_delta, s_qt, s_dot, pos - q_start, pos < high, m_d,
-                m_dv, None, scale, o_d, o_dv, False, PREC,
-            )  # fmt: skip
-        p_q += s_qh
-        p_do += s_doh
-        p_lse += s_lh
-        p_delta += s_lh
+    # One loop over heads and tiles, not two: what the pipeline of an inner loop keeps for its start spills.
+    n_some = (some - low + BM - 1) // BM
+    for i in range(group * n_some):
+        i_h = (i // tl.maximum(n_some, 1)).to(tl.int64)
+        pos = low + i % tl.maximum(n_some, 1) * BM + tl.arange(0, BM)
+        mask = pos[None, :] // BLOCK - block[:, None] >= window
+        dk, dv = _column_tile(
+            dk, dv, b_k, b_v, p_q + i_h * s_qh, p_do + i_h * s_doh, p_lse + i_h * s_lh, p_delta + i_h * s_lh,
+            s_qt, s_dot, pos - q_start, pos < high, m_d, m_dv, mask, scale, o_d, o_dv, True, PREC,
+        )  # fmt: skip
+    n_all = (high - some + BM - 1) // BM
+    for i in range(group * n_all):
+        i_h = (i // tl.maximum(n_all, 1)).to(tl.int64)
+        pos = some + i % tl.maximum(n_all, 1) * BM + tl.arange(0, BM)
+        dk, dv = _column_tile(
+            dk, dv, b_k, b_v, p_q + i_h * s_qh, p_do + i_h * s_doh, p_lse + i_h * s_lh, p_delta + i_h * s_lh,
+            s_qt, s_dot, pos - q_start, pos < high, m_d, m_dv, None, scale, o_d, o_dv, False, PREC,
+        )  # fmt: skip
 
     o_t = (room + index)[:, None]
     p_dks += i_s.to(tl.int64) * s_pks + o_b * s_pkb + i_g * s_pkh
@@ -117,7 +118,7 @@ def s2_bwd_kernel_dkv_window(
     p_q, p_k, p_v, p_do, p_lse, p_delta, p_dk, p_dv, p_dks, p_dvs, p_heads, p_tiles, s_qb, s_qt, s_qh, s_kb,
     s_kt, s_kh, s_vb, s_vt, s_vh, s_dob, s_dot, s_doh, s_lb, s_lh, s_gkb, s_gkt, s_gkh, s_gvb, s_gvt, s_gvh,
     s_pks, s_pkb, s_pkt, s_pkh, s_pvs, s_pvb, s_pvt, s_pvh, seq_q, seq_k, q_start, k_start, window, sinks,
-    scale, splits, HKV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    scale, splits, group, HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BD: tl.constexpr, BDV: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     ADD_SHARD: tl.constexpr, PACKED: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
@@ -134,10 +135,10 @@ def s2_bwd_kernel_dkv_window(
         i_n = tl.load(p_tiles + 4 * i_n + 2)
     first, stride = tl.load(p_heads + 2 * i_g), tl.load(p_heads + 2 * i_g + 1)
     o_b = i_b.to(tl.int64)
-    p_q += o_b * s_qb + doc * s_qt + i_g * GROUP * s_qh
-    p_do += o_b * s_dob + doc * s_dot + i_g * GROUP * s_doh
-    p_lse += o_b * s_lb + i_g * GROUP * s_lh + doc
-    p_delta += o_b * s_lb + i_g * GROUP * s_lh + doc
+    p_q += o_b * s_qb + doc * s_qt + i_g * group * s_qh
+    p_do += o_b * s_dob + doc * s_dot + i_g * group * s_doh
+    p_lse += o_b * s_lb + i_g * group * s_lh + doc
+    p_delta += o_b * s_lb + i_g * group * s_lh + doc
     p_k += o_b * s_kb + doc * s_kt + i_g * s_kh
     p_v += o_b * s_vb + doc * s_vt + i_g * s_vh
 
@@ -161,28 +162,26 @@ def s2_bwd_kernel_dkv_window(
     high = tl.maximum(low, tl.minimum(((key1 - 1) // BLOCK + window) * BLOCK, end))
     inner = tl.minimum(high, low + (tl.maximum(key1 - low, 0) + BM - 1) // BM * BM)
     right = inner + tl.maximum(0, tl.minimum((key0 // BLOCK + window) * BLOCK, high) - inner) // BM * BM
+    # One loop over heads and tiles, as in the shard kernel.
     before = (inner - low + BM - 1) // BM
-    after = (high - right + BM - 1) // BM
-    for _ in range(GROUP):
-        for i in range(before + after):
-            start = tl.where(i < before, low + i * BM, right + (i - before) * BM)
-            pos = start + tl.arange(0, BM)
-            m_m = pos < tl.where(i < before, inner, high)
-            mask = (key[:, None] <= pos[None, :]) & (pos[None, :] // BLOCK - block[:, None] < window)
-            dk, dv = _column_tile(
-                dk, dv, b_k, b_v, p_q, p_do, p_lse, p_delta, s_qt, s_dot, pos - q_start, m_m, m_d, m_dv,
-                mask, scale, o_d, o_dv, True, PREC,
-            )  # fmt: skip
-        for start in range(inner, right, BM):
-            pos = start + tl.arange(0, BM)
-            dk, dv = _column_tile(
-                dk, dv, b_k, b_v, p_q, p_do, p_lse, p_delta, s_qt, s_dot, pos - q_start, pos < end, m_d,
-                m_dv, None, scale, o_d, o_dv, False, PREC,
-            )  # fmt: skip
-        p_q += s_qh
-        p_do += s_doh
-        p_lse += s_lh
-        p_delta += s_lh
+    n_some = before + (high - right + BM - 1) // BM
+    for i in range(group * n_some):
+        i_h, i_m = (i // tl.maximum(n_some, 1)).to(tl.int64), i % tl.maximum(n_some, 1)
+        pos = tl.where(i_m < before, low + i_m * BM, right + (i_m - before) * BM) + tl.arange(0, BM)
+        m_m = pos < tl.where(i_m < before, inner, high)
+        mask = (key[:, None] <= pos[None, :]) & (pos[None, :] // BLOCK - block[:, None] < window)
+        dk, dv = _column_tile(
+            dk, dv, b_k, b_v, p_q + i_h * s_qh, p_do + i_h * s_doh, p_lse + i_h * s_lh, p_delta + i_h * s_lh,
+            s_qt, s_dot, pos - q_start, m_m, m_d, m_dv, mask, scale, o_d, o_dv, True, PREC,
+        )  # fmt: skip
+    n_all = (right - inner) // BM
+    for i in range(group * n_all):
+        i_h = (i // tl.maximum(n_all, 1)).to(tl.int64)
+        pos = inner + i % tl.maximum(n_all, 1) * BM + tl.arange(0, BM)
+        dk, dv = _column_tile(
+            dk, dv, b_k, b_v, p_q + i_h * s_qh, p_do + i_h * s_doh, p_lse + i_h * s_lh, p_delta + i_h * s_lh,
+            s_qt, s_dot, pos - q_start, pos < end, m_d, m_dv, None, scale, o_d, o_dv, False, PREC,
+        )  # fmt: skip
     dk *= scale / LOG2_E
 
     if ADD_SHARD:

@@ -68,17 +68,25 @@ class Tuning:
 _COLUMN_PROGRAMS = 2048
 _SHORTEST_SPAN = 1024
 
-# By largest padded head_dim: forward, dQ, dK/dV, each (rows, keys, warps, stages).
-TUNINGS = {
-    64: Tuning(Tiles(128, 64, 4, 3), Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 3)),
-    128: Tuning(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2)),
-    256: Tuning(Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2), Tiles(32, 32, 4, 2)),
+# By largest head_dim: forward, dQ, dK/dV, each (rows, keys, warps, stages). None spills registers at head_dim
+# 64 and 128 in 16 bits: docs/kernel-resources.md.
+_HOPPER_ON = {
+    64: Tuning(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2)),
+    128: Tuning(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2)),
+    256: Tuning(Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 2)),
+}
+_AMPERE = _HOPPER_ON | {
+    128: Tuning(Tiles(128, 32, 8, 3), Tiles(128, 32, 8, 2), Tiles(64, 64, 8, 2)),
 }
 
 
-def tuning_for(head_dim: int, element_size: int) -> Tuning:
-    """The shipped choice; float32 takes smaller tiles, for its operands are twice as large."""
-    tuning = TUNINGS[min(d for d in TUNINGS if d >= head_dim)]
+def tuning_for(capability: int, head_dim: int, element_size: int) -> Tuning:
+    """The shipped choice for a chip (major compute capability).
+
+    float32 takes smaller tiles, for its operands are twice as large.
+    """
+    tunings = _HOPPER_ON if capability >= 9 else _AMPERE
+    tuning = tunings[min(d for d in tunings if d >= head_dim)]
     if element_size <= 2:
         return tuning
     return Tuning(

@@ -10,10 +10,13 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from attention_cases import Case, packed, random_mask, s2
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_s2 import s2_attention
 from megatron_s2.kernels.compare import attention_results, require_as_exact_as_plain, require_equal
@@ -60,7 +63,7 @@ CASES = [
     case(s2(sink_blocks=9), "sinks beyond the length", cut(32, 64)),
     case(s2(), "sink logits", cut(32, 32), sink_logits=True),
     case(s2(3, sink_blocks=3, num_dense_heads=1), "all sinks", cut(64, 32), queries=150, sink_logits=True),
-    case(s2(), "packed many short", cut(32, 32), **packed(*range(1, 8), 3, 40)),
+    case(s2(), "packed many short", cut(32, 32), **packed(*range(1, 6), 3, 40)),
     case(s2(), "packed with empty", cut(32, 64), sink_logits=True, **packed(0, 70, 0, 0, 33, 0)),
     case(s2(3, num_dense_heads=1, sink_blocks=3), "packed dense heads", cut(64, 32, 40), **packed(65, 100)),
     case(s2(), "packed one", cut(32, 32), **packed(111)),
@@ -227,6 +230,83 @@ def test_what_the_kernels_do_not_take_is_refused(change, allowed):
     assert str(error.value).startswith(allowed) and "use backend torch" in str(error.value)
 
 
+@on_device
+@pytest.mark.parametrize(
+    "options",
+    [{"q_start": 37}, packed(0, 70, 33), {"batch": 2, "v_dim": 24}],
+    ids=["q_start", "packed", "batch"],
+)
+def test_pytorch_counts_the_flops_of_visible_pairs_alone(options):
+    one = case(s2(3, sink_blocks=2, vert_stride=(1, 3, 5), phases=(0, 1, 3)), "", cut(32, 32), **options)
+    one.results("triton", torch.float32)  # the first call brings the operators with their formulas
+    with FlopCounterMode(display=False) as counter:
+        one.results("triton", torch.float32)
+    forward = torch.ops.megatron_s2.attention_forward
+    backward = torch.ops.megatron_s2.attention_backward
+    counted = counter.get_flop_counts()["Global"]
+
+    offsets = one.documents or (0, one.q_start + one.queries)
+    lengths = [b - a for a, b in pairwise(offsets)]
+    visible = [one.pattern.flops(n, 3 * one.group, one.dim, one.v_dim) for n in lengths]
+    unseen = one.pattern.flops(one.q_start, 3 * one.group, one.dim, one.v_dim)
+    assert counted[forward] == one.batch * (sum(x.forward for x in visible) - unseen.forward)
+    assert counted[backward] == one.batch * (sum(x.backward for x in visible) - unseen.backward)
+
+
+if INTERPRETED:
+
+    @pytest.fixture
+    def visits(monkeypatch):
+        """Visible pairs of every tile that the row kernels and the column kernels visit."""
+        from megatron_s2.kernels import triton_columns, triton_rows
+
+        found = {"forward": [], "dq": [], "dkv": []}
+
+        def data(x):
+            return x.handle.data
+
+        def count_row_tile(*args):
+            rows, keys, mask = len(data(args[3])), data(args[7]), args[10]
+            pairs = (
+                rows * keys.sum() if mask is None else np.broadcast_to(data(mask), (rows, len(keys))).sum()
+            )
+            found["forward" if args[4] is None else "dq"].append(int(pairs))
+            return row_tile(*args)
+
+        def count_column_tile(*args):
+            keys, rows, mask = len(data(args[2])), data(args[11]), args[14]
+            pairs = keys * rows.sum() if mask is None else (data(mask) & rows[None, :]).sum()
+            found["dkv"].append(int(pairs))
+            return column_tile(*args)
+
+        row_tile, column_tile = triton_rows._tile, triton_columns._column_tile
+        monkeypatch.setattr(triton_rows, "_tile", count_row_tile)
+        monkeypatch.setattr(triton_columns, "_column_tile", count_column_tile)
+        return found
+
+    VISITED = [s2(1), s2(1, sink_blocks=2, local_blocks=1), s2(1, vert_stride=1), s2(1, local_blocks=5)]
+
+    @pytest.mark.parametrize("tiles", [(16, 16), (64, 32), (32, 64)], ids=str)
+    @pytest.mark.parametrize("pattern", VISITED, ids=lambda pattern: pattern.describe())
+    def test_every_visible_pair_is_visited_once_and_no_tile_without_one(pattern, tiles, visits):
+        seen = case(pattern, "", cut(*tiles, span=64), queries=192, group=1)
+        seen.results("triton", torch.float32)
+        (pairs,) = pattern.visible_pairs(seen.queries)
+        for kernel, tile_pairs in visits.items():
+            assert min(tile_pairs) > 0, kernel
+            # A key tile wider than a block counts what lies past the end of the shard: zeros, never stored.
+            assert sum(tile_pairs) == pairs or (kernel == "dkv" and tiles[1] > pattern.block_size), kernel
+
+    @pytest.mark.parametrize("block", [16, 32])
+    @pytest.mark.parametrize("kernel", ["forward", "dq", "dkv"])
+    def test_tiles_of_a_block_visit_the_blocks_of_the_pattern(kernel, block, visits):
+        pattern = s2(3, sink_blocks=1, num_dense_heads=1, block_size=block)
+        seen = case(pattern, "", cut(block, block), queries=6 * block, group=1)
+        seen.results("triton", torch.float32)
+        blocks = sum(pattern.visible_blocks(head, row) for head in range(3) for row in range(6))
+        assert len(visits[kernel]) == blocks
+
+
 if not INTERPRETED:
 
     def test_every_test_of_this_file_in_the_interpreter():
@@ -247,7 +327,7 @@ if not INTERPRETED:
     def test_tuning_is_for_the_triton_backend_alone():
         q = torch.zeros(1, 8, 2, 16)
         with pytest.raises(ValueError, match=r"tuning .*: must be None with backend torch"):
-            s2_attention(q, q, q, s2(), tuning=tuning_for(16, 2))
+            s2_attention(q, q, q, s2(), tuning=tuning_for(9, 16, 2))
 
     @pytest.mark.parametrize(
         "bad",
@@ -259,10 +339,10 @@ if not INTERPRETED:
             Tiles(*bad)
 
     def test_tuning_survives_its_encoding():
-        for tuning in (tuning_for(128, 2), replace(tuning_for(128, 4), span=100)):
+        for tuning in (tuning_for(9, 128, 2), replace(tuning_for(8, 128, 4), span=100)):
             assert Tuning.decode(tuning.encode()) == tuning
 
     def test_long_shard_columns_are_cut_where_there_are_few_of_them():
-        tuning = tuning_for(128, 2)
+        tuning = tuning_for(9, 128, 2)
         assert [tuning.splits(columns, 65536) for columns in (1, 64, 1024, 100_000)] == [64, 32, 2, 1]
         assert tuning.splits(1, 100) == 1
