@@ -16,6 +16,10 @@ FOUR_LAYERS = "--num-layers 4"
 # Runs that should agree start from the same saved weights: pipeline stages draw theirs from their own seeds.
 FROM = f"{FOUR_LAYERS} --finetune --no-load-optim --no-load-rng --load"
 ONE_KV_HEAD = "--num-query-groups 1"
+# Every other layer has two experts, and each token goes to one of them.
+EXPERTS = "--num-experts 2 --moe-layer-freq 2 --moe-router-topk 1 --moe-router-pre-softmax"
+PACKED = "--dataloader-inter-document-masking"
+FULL_RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +41,8 @@ def documents(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory) -> dict[str, Run]:
     directory = tmp_path_factory.mktemp("one")
-    start, shared, saved, sharded = (
-        directory / f"checkpoint-{name}" for name in ("start", "shared", "saved", "sharded")
+    start, shared, experts, saved, sharded = (
+        directory / f"checkpoint-{name}" for name in ("start", "shared", "experts", "saved", "sharded")
     )
     schedule = f"{RICH} --train-iters 60 --save-interval 20"
     return train_all(
@@ -47,12 +51,14 @@ def one_rank(tmp_path_factory) -> dict[str, Run]:
             "start": f"{FOUR_LAYERS} {RICH} --train-iters 1 --save {start} --save-interval 1",
             "rich": f"{FROM} {start} {RICH}",
             "core recompute": f"{FROM} {start} {RICH} --recompute-granularity selective",
-            "full recompute": f"{FROM} {start} {RICH} --recompute-granularity full "
-            "--recompute-method uniform --recompute-num-layers 1",
+            "full recompute": f"{FROM} {start} {RICH} {FULL_RECOMPUTE}",
             "bf16": f"{FROM} {start} {RICH} --bf16",
             "start shared": f"{FOUR_LAYERS} {ONE_KV_HEAD} {S2} --train-iters 1 --save {shared} "
             "--save-interval 1",
             "one KV head": f"{FROM} {shared} {ONE_KV_HEAD} {S2}",
+            "start experts": f"{FOUR_LAYERS} {EXPERTS} {RICH} --train-iters 1 --save {experts} "
+            "--save-interval 1",
+            "experts": f"{FROM} {experts} {EXPERTS} {RICH}",
             "stock": "",
             "stride 1": f"{S2.replace('stride 3', 'stride 1')}",
             "dense layers": f"{S2} --s2-dense-layers 1,2",
@@ -71,7 +77,7 @@ def checkpoint(one_rank: dict[str, Run], name: str) -> Path:
 
 @pytest.fixture(scope="module")
 def two_ranks(one_rank, tmp_path_factory) -> dict[str, Run]:
-    start, shared = checkpoint(one_rank, "start"), checkpoint(one_rank, "shared")
+    start, shared, experts = (checkpoint(one_rank, name) for name in ("start", "shared", "experts"))
     pipeline = "--pipeline-model-parallel-size 2"
     return train_all(
         tmp_path_factory.mktemp("two"),
@@ -79,7 +85,10 @@ def two_ranks(one_rank, tmp_path_factory) -> dict[str, Run]:
             "tensor": f"{FROM} {start} {RICH} --tensor-model-parallel-size 2",
             "pipeline": f"{FROM} {start} {RICH} {pipeline}",
             "interleaved": f"{FROM} {start} {RICH} {pipeline} --num-layers-per-virtual-pipeline-stage 1",
+            "uneven pipeline": f"{FROM} {start} {RICH} {pipeline} --decoder-first-pipeline-num-layers 3",
             "data": f"{FROM} {start} {RICH} --use-distributed-optimizer",
+            "data, every rank the whole optimizer": f"{FROM} {start} {RICH}",
+            "experts": f"{FROM} {experts} {EXPERTS} {RICH}",
             "tensor, one KV head": f"{FROM} {shared} {ONE_KV_HEAD} {S2} --tensor-model-parallel-size 2",
             "data bf16": f"{FROM} {start} {RICH} --use-distributed-optimizer --bf16",
         },
@@ -105,13 +114,21 @@ def test_a_spec_alone_brings_s2_into_a_stock_command_line(one_rank):
     assert one_rank["spec"].losses == one_rank["stride 3"].losses
 
 
-@pytest.mark.parametrize("layout", ["tensor", "pipeline", "interleaved", "data"])
+@pytest.mark.parametrize(
+    "layout",
+    ["tensor", "pipeline", "interleaved", "uneven pipeline", "data", "data, every rank the whole optimizer"],
+)
 def test_two_ranks_train_as_one(two_ranks, one_rank, layout):
     assert_same_losses(two_ranks[layout], one_rank["rich"], relative=1e-4)
 
 
 def test_ranks_that_share_a_kv_head_give_it_one_pattern(two_ranks, one_rank):
     assert_same_losses(two_ranks["tensor, one KV head"], one_rank["one KV head"], relative=1e-4)
+
+
+def test_mixtures_of_experts_learn_and_two_ranks_train_as_one(two_ranks, one_rank):
+    assert one_rank["experts"].losses[10] < one_rank["experts"].losses[1] - 0.2
+    assert_same_losses(two_ranks["experts"], one_rank["experts"], relative=1e-4)
 
 
 @pytest.mark.parametrize("recompute", ["core recompute", "full recompute"])
@@ -125,20 +142,44 @@ def test_bf16_follows_fp32(one_rank, two_ranks):
 
 
 def test_packed_documents_see_only_themselves(documents, tmp_path):
-    packed = "--dataloader-inter-document-masking"
     runs = train_all(
         tmp_path,
         {
             "masked": "--reset-attention-mask --reset-position-ids",
-            "packed": f"{packed} {S2.replace('stride 3', 'stride 1')}",
-            "sparse": f"{packed} {S2}",
-            "sparse reference": f"{packed} {S2} --s2-backend reference",
+            "packed": f"{PACKED} {S2.replace('stride 3', 'stride 1')}",
+            "sparse": f"{PACKED} {S2}",
+            "sparse reference": f"{PACKED} {S2} --s2-backend reference",
         },
         data=documents,
     )
     assert_same_losses(runs["packed"], runs["masked"], relative=1e-5)
     assert_same_losses(runs["sparse"], runs["sparse reference"], relative=1e-5)
     assert runs["sparse"].losses != runs["packed"].losses
+
+
+@pytest.fixture(scope="module")
+def packed_runs(one_rank, documents, tmp_path_factory) -> dict[str, Run]:
+    directory = tmp_path_factory.mktemp("packed")
+    packed = f"{FROM} {checkpoint(one_rank, 'start')} {RICH} {PACKED}"
+    control = {"one rank": packed, "recompute": f"{packed} {FULL_RECOMPUTE}"}
+    layouts = {
+        "tensor": f"{packed} --tensor-model-parallel-size 2",
+        "pipeline": f"{packed} --pipeline-model-parallel-size 2 --micro-batch-size 1",
+        "data": packed,
+    }
+    return {
+        **train_all(directory / "one", control, data=documents),
+        **train_all(directory / "two", layouts, data=documents, ranks=2),
+    }
+
+
+@pytest.mark.parametrize("layout", ["tensor", "pipeline", "data"])
+def test_two_ranks_train_on_packed_documents_as_one(packed_runs, layout):
+    assert_same_losses(packed_runs[layout], packed_runs["one rank"], relative=1e-4)
+
+
+def test_recomputation_on_packed_documents_changes_nothing(packed_runs):
+    assert packed_runs["recompute"].losses == packed_runs["one rank"].losses
 
 
 @pytest.mark.parametrize("optimizer", ["", "--use-distributed-optimizer"])
@@ -168,31 +209,19 @@ def test_the_startup_table_says_what_was_replaced(one_rank):
 
 REFUSED = {
     "--s2-block-size 48: must be a power of two >= 16": f"{S2} --s2-block-size 48",
-    "--s2-block-size 8: must be a power of two >= 16": f"{S2} --s2-block-size 8",
     "--s2-local-blocks 0: must be >= 1": f"{S2} --s2-local-blocks 0",
     "--s2-vert-stride 0: must be >= 1": f"{S2} --s2-vert-stride 0",
-    "--s2-vert-stride (2, 3, 4): must be one or one per KV head (2)": f"{S2} --s2-vert-stride 2 3 4",
-    "--s2-sink-blocks -1: must be >= 0": f"{S2} --s2-sink-blocks -1",
     "--s2-phases (-1, 0): must be >= 0": f"{S2} --s2-phases -1 0",
-    "--s2-num-dense-heads 3: must be between 0 and 2": f"{S2} --s2-num-dense-heads 3",
     "--s2-dense-layers 3: must be between 1 and the 2 layers": f"{S2} --s2-dense-layers 1,3",
     "argument --s2-dense-layers: invalid layer numbers value: 'first'": f"{S2} --s2-dense-layers first",
     "--seq-length 128: must be at least one block (--s2-block-size 256)": f"{S2} --s2-block-size 256",
     "--s2-vert-stride: needs --s2-attention": "--s2-vert-stride 3",
-    "--s2-sink-blocks: needs --s2-attention": "--s2-sink-blocks 0",
-    "--s2-learnable-sink: needs --s2-attention": "--s2-learnable-sink",
     "--position-embedding-type relative: must be another with --s2-attention": f"{S2} "
     "--position-embedding-type relative",
     "--multi-latent-attention: must not be set with --s2-attention": f"{S2} --multi-latent-attention",
     "--flash-decode: must not be set with --s2-attention": f"{S2} --flash-decode",
-    "--inference-dynamic-batching: must not be set": f"{S2} --inference-dynamic-batching",
-    "--reset-attention-mask: must not be set": f"{S2} --reset-attention-mask",
-    "--window-size: must not be set": f"{S2} --window-size 16,0",
-    "--attention-dropout 0.1: must be 0 with --s2-attention": f"{S2} --attention-dropout 0.1",
-    "--attention-backend local: must not be set": f"{S2} --attention-backend local",
     "--context-parallel-size 2: must be 1 with --s2-attention": f"{S2} --context-parallel-size 2",
     "--spec: must not be set with --s2-attention": f"{S2} --spec user_specs small_s2",
-    "--softmax-type off-by-one: must not be set": f"{S2} --s2-learnable-sink --softmax-type off-by-one",
     "--load /nowhere/run": f"{S2} --load /nowhere/run",
     "--data-path /nowhere/text": f"{S2} --data-path /nowhere/text",
 }
