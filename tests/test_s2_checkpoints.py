@@ -32,6 +32,7 @@ def runs(tmp_path_factory) -> dict[str, Run]:
             "spec, flash decode": f"{SPEC} --flash-decode",
             "spec, dropout": f"{SPEC} --attention-dropout 0.1",
             "no such spec": "--spec nowhere at_all",
+            "no GPU": f"{S2} --s2-backend triton",
         },
         data=MOCK_DATA,
     )
@@ -56,6 +57,7 @@ def test_the_same_attention_continues_bit_for_bit(runs, run):
         ("spec, windowed", f"--window-size: must not be set with {SPEC}"),
         ("spec, flash decode", f"--flash-decode: must not be set with {SPEC}"),
         ("spec, dropout", f"--attention-dropout 0.1: must be 0 with {SPEC}"),
+        ("no GPU", "--s2-backend triton: needs a GPU"),
         ("no such spec", "--spec nowhere at_all: cannot be imported"),
     ],
 )
