@@ -117,7 +117,7 @@ def compiled(chip: str, kernel: str, head_dim: int, tiles: Tiles) -> Resources:
     binary = triton.compile(
         source,
         target=GPUTarget("cuda", CHIPS[chip].capability, 32),
-        options={"num_warps": tiles.warps, "num_stages": tiles.stages},
+        options={"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True},
     )
     registers, stack, local = _resource_usage(binary.asm["cubin"])
     return Resources(

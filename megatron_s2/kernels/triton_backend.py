@@ -138,6 +138,7 @@ class _Work:
             "PREC": "ieee" if self.q.dtype == torch.float32 else "tf32",
             "num_warps": tiles.warps,
             "num_stages": tiles.stages,
+            "enable_fp_fusion": True,
         }
 
 
@@ -267,6 +268,7 @@ def _delta(dout: Tensor, out: Tensor, dlse: Tensor | None, delta: Tensor) -> Non
     s2_bwd_kernel_delta[(-(-seq // rows), batch * heads)](
         dout, out, dlse, delta, *_strides(dout, out), seq,
         H=heads, DV=dim, BDV=max(16, triton.next_power_of_2(dim)), BM=rows, HAS_DLSE=dlse is not None,
+        enable_fp_fusion=True,
     )  # fmt: skip
 
 
