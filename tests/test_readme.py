@@ -52,6 +52,11 @@ def test_the_torch_backend_is_four_times_faster_than_dense_attention_in_a_fifth_
     assert f"{peaks[0] / 2**20:.0f} MiB, dense {peaks[1] / 2**20:.0f} MiB" in README
 
 
+def test_the_quickstart_takes_what_its_stored_run_took():
+    row = json.loads(sorted(RESULTS.glob("quickstart-*.jsonl"))[-1].read_text())
+    assert f"takes {row['seconds']:.0f} s on two CPU cores" in README
+
+
 def test_what_the_readme_links_to_exists():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert "://" in target or (ROOT / target).exists(), target
