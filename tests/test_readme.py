@@ -11,7 +11,7 @@ README = (ROOT / "README.md").read_text()
 
 def stored(implementation: str, seq_length: int, which: str) -> dict:
     """The last stored row of a case; batch 1."""
-    rows = [json.loads(line) for file in sorted(RESULTS.glob("*.jsonl")) for line in file.open()]
+    rows = [json.loads(line) for file in sorted(RESULTS.glob("attention-*.jsonl")) for line in file.open()]
     return [
         row
         for row in rows
