@@ -1,0 +1,68 @@
+"""Zigzag: which tokens of a sequence each context-parallel rank holds, in integers.
+
+The sequence is cut into 2P equal chunks and rank r of P holds chunks r and 2P-1-r, one after the other
+(Megatron's data loader deals them out so). A query's cost grows with its position, and every rank gets one
+early and one late chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Zigzag:
+    """The layout of `tokens` positions over `ranks` ranks.
+
+    Raises:
+        ValueError: the positions do not make 2 * ranks equal chunks.
+    """
+
+    ranks: int
+    tokens: int
+
+    def __post_init__(self) -> None:
+        if self.ranks < 1:
+            raise ValueError(f"ranks {self.ranks}: must be >= 1")
+        if self.tokens < 0 or self.tokens % (2 * self.ranks):
+            raise ValueError(
+                f"tokens {self.tokens}: must be a multiple of {2 * self.ranks} (two chunks for each of "
+                f"{self.ranks} ranks)"
+            )
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of a chunk."""
+        return self.tokens // (2 * self.ranks)
+
+    @property
+    def local_tokens(self) -> int:
+        """Tokens of a rank."""
+        return 2 * self.chunk
+
+    def chunks(self, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The (start, stop) of both chunks of a rank, in the order in which it holds them."""
+        C = self.chunk
+        late = 2 * self.ranks - 1 - rank
+        return (rank * C, (rank + 1) * C), (late * C, (late + 1) * C)
+
+    def owner(self, position: np.ndarray) -> np.ndarray:
+        """The rank that holds each position."""
+        chunk = np.asarray(position) // max(self.chunk, 1)
+        return np.minimum(chunk, 2 * self.ranks - 1 - chunk)
+
+    def local(self, position: np.ndarray) -> np.ndarray:
+        """Where each position lies among the tokens of its owner."""
+        chunk, offset = np.divmod(np.asarray(position), max(self.chunk, 1))
+        return offset + np.where(chunk < self.ranks, 0, self.chunk)
+
+    def positions(self, rank: int) -> np.ndarray:
+        """The positions that a rank holds, in order."""
+        return np.concatenate([np.arange(start, stop) for start, stop in self.chunks(rank)])
+
+    def chunk_places(self) -> list[int]:
+        """For each chunk of the sequence, its place among all ranks' chunks, rank after rank."""
+        P = self.ranks
+        return [2 * c if c < P else 2 * (2 * P - 1 - c) + 1 for c in range(2 * P)]
