@@ -12,6 +12,7 @@ every index below counts units.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -289,8 +290,22 @@ def assign_heads(pairs: tuple[int, ...], num_query_heads: int, ranks: int) -> He
     _improve(assigned, loads, cost)
     assigned = _search(assigned, cost)
     loads = [sum(cost[share] for share in mine) for mine in assigned]
-    ordered = (tuple(sorted(mine, key=lambda share: share.start)) for mine in assigned)
-    return HeadPlan(tuple(ordered), tuple(loads))
+    return HeadPlan(_contiguous(assigned, group), tuple(loads))
+
+
+def _contiguous(assigned: list[list[HeadShare]], group: int) -> tuple[tuple[HeadShare, ...], ...]:
+    """Deals each group's query heads out anew, as many to each rank, so that no rank has two shares of one
+    KV head and receives it twice."""
+    dealt: Counter[int] = Counter()
+    shares = []
+    for mine in assigned:
+        counts: Counter[int] = Counter()
+        for share in mine:
+            counts[share.kv_head] += share.stop - share.start
+        firsts = {g: g * group + dealt[g] for g in sorted(counts)}
+        shares.append(tuple(HeadShare(g, first, first + counts[g]) for g, first in firsts.items()))
+        dealt += counts
+    return tuple(shares)
 
 
 def _improve(assigned: list[list[HeadShare]], loads: list[int], cost: dict[HeadShare, int]) -> None:
