@@ -1,7 +1,8 @@
 """What megatron-s2 claims to be faster or smaller at, measured. `scripts/bench.py` runs it.
 
 registry      every benchmark, by name
-attention     S2 attention against dense attention on the same inputs
+attention     S2 attention against dense attention and others on the same inputs, made of
+              cases, implementations, exactness and attention_report
 measure       time and memory of a function
 environment   what a row must say about machine, versions and commit
 results       rows on disk

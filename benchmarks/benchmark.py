@@ -20,15 +20,18 @@ class Benchmark:
         name: subcommand of the runner and first part of the names of its result files.
         help: what is measured, in a line.
         add_arguments: adds the benchmark's own options.
-        run: measures, giving each row when it is complete. Raises WrongResultError before the first row of
+        run: `run(args, stored)` measures, giving each row when it is complete; `stored` are rows that earlier
+            runs of the same code on the same machine left. Raises WrongResultError before the first row of
             whatever is wrong, ValueError for options that do not fit together.
         table: rows as text for people.
         plot: draws the rows of one machine into a directory and returns the pictures' paths.
+        takes_device: `args.device` says where to measure, `cpu` or `cuda`.
     """
 
     name: str
     help: str
     add_arguments: Callable[[ArgumentParser], None]
-    run: Callable[[Namespace], Iterator[Row]]
+    run: Callable[[Namespace, list[Row]], Iterator[Row]]
     table: Callable[[list[Row]], str]
     plot: Callable[[list[Row], Path], list[Path]]
+    takes_device: bool = False

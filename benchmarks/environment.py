@@ -1,9 +1,11 @@
 """What every row says about where it comes from: machine, versions, commit, date."""
 
 import datetime
+import hashlib
 import os
 import platform
 import re
+import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,30 +15,43 @@ import torch
 import megatron_s2
 
 ROOT = Path(__file__).parent.parent
-_MEASURED_CODE = ("megatron_s2/pattern.py", "megatron_s2/kernels", "benchmarks/*.py", "scripts/bench.py")
+_MEASURED = (
+    "megatron_s2/pattern.py",
+    "megatron_s2/kernels/*.py",
+    "benchmarks/cases.py",
+    "benchmarks/implementations.py",
+    "benchmarks/exactness.py",
+    "benchmarks/measure.py",
+    "benchmarks/attention.py",
+)
 
 
-def facts() -> dict:
-    """The part of a row that is the same for a whole run."""
+def facts(device: str = "cpu") -> dict:
+    """The part of a row that is the same for a whole run on `cpu` or `cuda`."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
+        "machine": machine(device),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "triton": _version("triton"),
+            "cudnn": torch.backends.cudnn.version() if device == "cuda" else None,
+            "dkernel": _version("dkernel"),
             "megatron_s2": megatron_s2.__version__,
         },
         "commit": commit(),
     }
 
 
-def machine() -> dict:
+def machine(device: str) -> dict:
+    """`load` is the load average of the minute before: above 1, others were at work."""
     cores = len(os.sched_getaffinity(0))
     cpu = _cpu_model()
+    gpu = torch.cuda.get_device_name(0) if device == "cuda" else None
     return {
-        "name": re.sub(r"[^a-z0-9]+", "-", f"{cpu} {cores} cores".lower()).strip("-"),
+        "name": re.sub(r"[^a-z0-9]+", "-", (gpu or f"{cpu} {cores} cores").lower()).strip("-"),
         "cpu": cpu,
+        "gpu": gpu,
         "cores": cores,
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
@@ -56,13 +71,34 @@ def _version(package: str) -> str | None:
 
 
 def commit() -> dict:
-    """The checked-out commit, and whether the code that is measured differs from it."""
+    """Which code was measured: the commit, whether that code differs from it, and a hash of the code itself.
+
+    A copy of the sources without git has the last only.
+    """
+    files = sorted({path for pattern in _MEASURED for path in ROOT.glob(pattern)})
+    status = _git("status", "--porcelain", "--", *(str(path.relative_to(ROOT)) for path in files))
     return {
         "hash": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--", *_MEASURED_CODE)),
+        "dirty": None if status is None else bool(status),
+        "code": hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()[:16],
     }
 
 
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
+def _git(*arguments: str) -> str | None:
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        return None
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    return None if done.returncode else done.stdout.strip()
+
+
+def same_setting(row: dict, now: dict) -> bool:
+    """Whether a row was measured by the same code, on the same machine with the same versions and threads.
+
+    Rows from before the code's hash was stored never were.
+    """
+
+    def setting(facts: dict) -> tuple:
+        machine = {key: value for key, value in facts["machine"].items() if key != "load"}
+        return facts["commit"].get("code"), facts["versions"], machine
+
+    return setting(row) == setting(now)

@@ -8,6 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 
 
 def interleaved_times[Name](
@@ -70,3 +71,28 @@ def _peak_memory_here(prepare, arguments) -> int:
 def _status_bytes(field: str) -> int:
     status = Path("/proc/self/status").read_text()
     return 1024 * int(re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)[1])
+
+
+def cuda_times(run: Callable[[], object], repeats: int) -> np.ndarray:
+    """Seconds of about `repeats` runs, of more where they are short, by CUDA events (triton's do_bench).
+
+    The L2 cache is emptied before each. `run` must have run before.
+    """
+    from triton.testing import do_bench
+
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    milliseconds = 1000 * (time.perf_counter() - start)
+    times = do_bench(run, warmup=25, rep=max(100, (repeats + 0.5) * milliseconds), return_mode="all")
+    return np.array(times) / 1000
+
+
+def cuda_peak_memory(run: Callable[[], object]) -> int:
+    """Bytes of device memory that a function adds at its peak to what was there when it began."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return torch.cuda.max_memory_allocated() - before

@@ -15,16 +15,22 @@ class ResultFile:
         time = re.sub(r"[^0-9T]", "", facts["date"].removesuffix("+00:00"))
         self.path = directory / facts["machine"]["name"] / f"{benchmark}-{time}.jsonl"
 
-    def append(self, row: Row) -> None:
+    def append(self, row: Row) -> Row:
+        """Stores a row and returns it as it is stored."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps({**self.facts, **row})
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**self.facts, **row}) + "\n")
+            file.write(line + "\n")
+        return json.loads(line)
 
 
 def read_rows(directory: Path, benchmark: str) -> dict[Path, list[Row]]:
-    """All rows of a benchmark by machine directory, oldest run first."""
+    """All rows of a benchmark by machine directory, oldest run first.
+
+    A line without its end is what a run that was killed had begun, and no row.
+    """
     rows: dict[Path, list[Row]] = {}
     for path in sorted(directory.glob(f"*/{benchmark}-*.jsonl")):
-        lines = path.read_text(encoding="utf-8").splitlines()
+        *lines, _ = path.read_text(encoding="utf-8").split("\n")
         rows.setdefault(path.parent, []).extend(json.loads(line) for line in lines)
     return rows

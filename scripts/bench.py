@@ -10,7 +10,7 @@ sys.path.insert(0, str(ROOT))  # benchmarks are part of the checkout, not of the
 import torch  # noqa: E402  (needs the path above)
 
 from benchmarks.benchmark import WrongResultError  # noqa: E402
-from benchmarks.environment import facts  # noqa: E402
+from benchmarks.environment import facts, same_setting  # noqa: E402
 from benchmarks.registry import BENCHMARKS  # noqa: E402
 from benchmarks.results import ResultFile, read_rows  # noqa: E402
 
@@ -28,6 +28,16 @@ def main(argv: list[str] | None = None) -> int:
     for benchmark in BENCHMARKS.values():
         command = commands.add_parser(benchmark.name, help=benchmark.help, parents=[common])
         command.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+        command.add_argument(
+            "--again", action="store_true", help="measure what the same code on this machine has stored, too"
+        )
+        if benchmark.takes_device:
+            command.add_argument(
+                "--device",
+                choices=("auto", "cpu", "cuda"),
+                default="auto",
+                help="where to measure (default: cuda where there is one, else cpu)",
+            )
         benchmark.add_arguments(command)
     commands.add_parser("plot", help="draws what is stored", parents=[common])
     args = parser.parse_args(argv)
@@ -36,6 +46,9 @@ def main(argv: list[str] | None = None) -> int:
     except (WrongResultError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, WrongResultError) else 2
+    except KeyboardInterrupt:
+        print("interrupted: what was measured is stored, the same command goes on", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -44,13 +57,25 @@ def measure(args: argparse.Namespace) -> None:
         raise ValueError(f"--threads {args.threads}: must be >= 1")
     torch.set_num_threads(args.threads)
     benchmark = BENCHMARKS[args.command]
-    results = ResultFile(args.out, benchmark.name, facts())
-    rows = []
-    for row in benchmark.run(args):
-        results.append(row)
-        rows.append(row)
-    print(benchmark.table(rows))
-    print(f"rows: {results.path}")
+    device = "cpu"
+    if benchmark.takes_device:
+        device = args.device = _device(args.device)
+    now = facts(device)
+    results = ResultFile(args.out, benchmark.name, now)
+    before = read_rows(args.out, benchmark.name).get(results.path.parent, [])
+    stored = [] if args.again else [row for row in before if same_setting(row, now)]
+    new = []
+    for row in benchmark.run(args, stored):
+        new.append(results.append(row))
+        print(f"{len(new)} rows", end="\r", file=sys.stderr, flush=True)
+    print(benchmark.table(stored + new))
+    print(f"rows: {results.path}" if new else "nothing new: all this is stored (--again measures it again)")
+
+
+def _device(asked: str) -> str:
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: must be cpu or auto here, PyTorch finds no CUDA device")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
 
 
 def plot(directory: Path) -> None:

@@ -1,0 +1,102 @@
+"""The fixed cases of the attention benchmark, by name: shape, precision and pattern; lengths are free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.benchmark import Row
+from megatron_s2 import S2Pattern
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PASSES = ("forward", "forward+backward")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """All about an attention call but its length and its device."""
+
+    pattern: S2Pattern
+    batch: int
+    heads: int
+    head_dim: int
+    dtype: str
+
+    def row(self) -> Row:
+        p = self.pattern
+        return {
+            "batch": self.batch,
+            "heads": self.heads,
+            "kv_heads": p.num_kv_heads,
+            "head_dim": self.head_dim,
+            "dtype": self.dtype,
+            "pattern": {
+                "block_size": p.block_size,
+                "local_blocks": p.local_blocks,
+                "vert_stride": list(p.strides),
+                "phases": list(p.head_phases),
+                "sink_blocks": p.sink_blocks,
+            },
+        }
+
+
+SHAPES = {
+    "cpu": Shape(S2Pattern(2, 64, 8, 16), batch=1, heads=8, head_dim=64, dtype="float32"),
+    "grouped": Shape(S2Pattern(8, 64, 8, 16), batch=1, heads=32, head_dim=128, dtype="bfloat16"),
+    # What DKernel's own benchmark runs by default; its phases are ours where heads = stride.
+    "dkernel": Shape(S2Pattern(16, 64, 8, 16), batch=4, heads=16, head_dim=128, dtype="bfloat16"),
+}
+DEFAULT_SHAPES = {"cpu": ["cpu"], "cuda": ["grouped", "dkernel"]}
+DEFAULT_LENGTHS = {"cpu": [4096, 16384], "cuda": [2**n for n in range(12, 19)]}
+
+
+def shape_name(row: Row) -> str | None:
+    """The fixed case that a row belongs to, by what it says of itself; None for a shape of somebody's own."""
+    for name, shape in SHAPES.items():
+        told = shape.row()
+        if all(row[key] == told[key] for key in told):
+            return name
+    return None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention call: a shape at a length, on `cpu` or `cuda`."""
+
+    shape: Shape
+    seq_length: int
+    device: str
+
+    @property
+    def pattern(self) -> S2Pattern:
+        return self.shape.pattern
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        """q, k, v and the gradient of the output, `[batch, seq, heads, head_dim]`, from a fixed seed."""
+        draw = torch.Generator(self.device).manual_seed(0)
+        heads, kv_heads = self.shape.heads, self.pattern.num_kv_heads
+        q, k, v, dout = (
+            torch.randn(
+                (self.shape.batch, self.seq_length, count, self.shape.head_dim),
+                generator=draw,
+                device=self.device,
+                dtype=DTYPES[self.shape.dtype],
+            )
+            for count in (heads, kv_heads, kv_heads, heads)
+        )
+        return *(x.requires_grad_() for x in (q, k, v)), dout
+
+    def input_bytes(self) -> int:
+        tokens = self.shape.batch * self.seq_length * 2 * (self.shape.heads + self.pattern.num_kv_heads)
+        return tokens * self.shape.head_dim * DTYPES[self.shape.dtype].itemsize
+
+    def flops(self, pattern: S2Pattern) -> dict[str, int]:
+        """By pass, on the visible pairs of `pattern` only."""
+        forward, backward = pattern.flops(self.seq_length, self.shape.heads, self.shape.head_dim)
+        batch = self.shape.batch
+        return dict(zip(PASSES, (batch * forward, batch * (forward + backward))))
+
+    def row(self) -> Row:
+        return {"seq_length": self.seq_length, "device": self.device, **self.shape.row()}

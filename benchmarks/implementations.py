@@ -1,0 +1,196 @@
+"""Every way to compute attention that is measured: ours, and what else there is, each forced by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from benchmarks.cases import DTYPES, Case
+from megatron_s2 import S2Pattern, s2_attention
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _always(case: Case) -> None:
+    """Runs wherever its device is there."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """A way to compute attention, inputs and output `[batch, seq, heads, head_dim]`.
+
+    Args:
+        name: as in rows.
+        devices: where it runs at all.
+        prepare: `prepare(case)` does what is needed once per shape and length (masks, above all) and returns
+            the attention. Timed apart.
+        sparse: sees what the case's pattern shows, otherwise the whole past.
+        ours: what the project answers for: an error in it ends the run. An error in another is a result.
+        missing: `missing(case)` says in a line why it cannot run here; None when it can.
+        forward_only: devices on which it has no backward.
+    """
+
+    name: str
+    devices: tuple[str, ...]
+    prepare: Callable[[Case], Attention]
+    sparse: bool = True
+    ours: bool = False
+    missing: Callable[[Case], str | None] = _always
+    forward_only: tuple[str, ...] = ()
+
+    def pattern(self, case: Case) -> S2Pattern:
+        """What this implementation claims to compute."""
+        return case.pattern if self.sparse else dataclasses.replace(case.pattern, vert_stride=1, phases=None)
+
+    def unavailable(self, case: Case, which: str) -> str | None:
+        """Why it cannot do a pass here; None when it can."""
+        if which != "forward" and case.device in self.forward_only:
+            return f"no backward on {case.device}"
+        return self.missing(case)
+
+
+def _s2(backend: str, case: Case) -> Attention:
+    return partial(s2_attention, pattern=case.pattern, return_lse=False, backend=backend)
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+def _sdpa(case: Case) -> Attention:
+    return _dense
+
+
+def _sdpa_on(backend: SDPBackend, case: Case) -> Attention:
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):  # raises where this backend cannot, and takes no other
+            return _dense(q, k, v)
+
+    return attention
+
+
+def _sdpa_refuses(can_use: Callable[..., bool], case: Case) -> str | None:
+    """PyTorch's own reasons, from a short call of the same shape."""
+    shape = case.shape
+    q, k = (
+        torch.empty(
+            (shape.batch, heads, min(case.seq_length, 1024), shape.head_dim),
+            device=case.device,
+            dtype=DTYPES[shape.dtype],
+            requires_grad=True,
+        )
+        for heads in (shape.heads, case.pattern.num_kv_heads)
+    )
+    with warnings.catch_warnings(record=True) as reasons:
+        warnings.simplefilter("always")
+        if can_use(SDPAParams(q, k, k, None, 0.0, True, True), debug=True):
+            return None
+    told = " ".join(str(reason.message).split(" (Triggered")[0] for reason in reasons)
+    return f"refused by PyTorch: {told or 'no reason given'}"
+
+
+def flex_block_mask(case: Case) -> BlockMask:
+    """The case's pattern for FlexAttention, in blocks of the pattern's own size.
+
+    Built from block indices, never from a token mask; only the diagonal blocks need the causal mask inside.
+    """
+    p = case.pattern
+    blocks = p.block_mask(p.num_blocks(case.seq_length)).to(case.device)
+    blocks = blocks.repeat_interleave(case.shape.heads // p.num_kv_heads, 0)[None]
+    diagonal = torch.eye(blocks.shape[-1], dtype=torch.bool, device=case.device).expand_as(blocks)
+
+    def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        order = chosen.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+        return chosen.sum(-1, dtype=torch.int32), order.to(torch.int32)
+
+    return BlockMask.from_kv_blocks(
+        *listed(diagonal),
+        *listed(blocks & ~diagonal),
+        BLOCK_SIZE=p.block_size,
+        mask_mod=lambda batch, head, query, key: query >= key,
+        seq_lengths=(case.seq_length, case.seq_length),
+    )
+
+
+def _flex(case: Case) -> Attention:
+    torch.compiler.reset()  # a length compiled before must not push this one over the limit of recompilations
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    mask = flex_block_mask(case)
+    forward_only = case.device in IMPLEMENTATIONS["flex"].forward_only
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.detach() if forward_only else x for x in (q, k, v))  # it refuses what wants a gradient
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return compiled(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
+
+    return attention
+
+
+def _no_compiler(case: Case) -> str | None:
+    if case.device == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        return "no C++ compiler, which FlexAttention needs on the CPU"
+    return None
+
+
+def _dkernel(case: Case) -> Attention:
+    from dkernel import SparseAttention
+
+    p, group = case.pattern, case.shape.heads // case.pattern.num_kv_heads
+    blocks = p.block_mask(p.num_blocks(case.seq_length)).repeat_interleave(group, 0)
+    attend = SparseAttention(p.block_size, blocks, seq_dim=1).to(case.device)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if group > 1:  # its training kernels take as many KV heads as query heads
+            k, v = (x.repeat_interleave(group, 2) for x in (k, v))
+        return attend(q, k, v)
+
+    return attention
+
+
+def _no_dkernel(case: Case) -> str | None:
+    return None if importlib.util.find_spec("dkernel") else "the package dkernel is not installed"
+
+
+_FLASH, _CUDNN = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
+
+IMPLEMENTATIONS = {
+    implementation.name: implementation
+    for implementation in (
+        Implementation("s2-torch", ("cpu",), partial(_s2, "torch"), ours=True),
+        Implementation("s2-triton", ("cuda",), partial(_s2, "triton"), ours=True),
+        Implementation("sdpa", ("cpu",), _sdpa, sparse=False),
+        Implementation(
+            "sdpa-flash",
+            ("cuda",),
+            partial(_sdpa_on, _FLASH),
+            sparse=False,
+            missing=partial(_sdpa_refuses, can_use_flash_attention),
+        ),
+        Implementation(
+            "sdpa-cudnn",
+            ("cuda",),
+            partial(_sdpa_on, _CUDNN),
+            sparse=False,
+            missing=partial(_sdpa_refuses, can_use_cudnn_attention),
+        ),
+        Implementation("flex", ("cpu", "cuda"), _flex, missing=_no_compiler, forward_only=("cpu",)),
+        Implementation("dkernel", ("cuda",), _dkernel, missing=_no_dkernel),
+    )
+}
+
+
+def names_on(device: str) -> list[str]:
+    return [name for name, implementation in IMPLEMENTATIONS.items() if device in implementation.devices]
