@@ -335,11 +335,15 @@ class S2Pattern(BlockPattern):
         _require(
             0 <= start < stop <= self.num_kv_heads, "heads", f"{start}:{stop}", f"in 0:{self.num_kv_heads}"
         )
+        return self.select_heads(range(start, stop))
+
+    def select_heads(self, heads: Sequence[int]) -> S2Pattern:
+        """The pattern of some KV heads alone, in this order, with the phases they have in the whole."""
         return replace(
             self,
-            num_kv_heads=stop - start,
-            vert_stride=self.strides[start:stop],
-            phases=self.head_phases[start:stop],
+            num_kv_heads=len(heads),
+            vert_stride=tuple(self.strides[g] for g in heads),
+            phases=tuple(self.head_phases[g] for g in heads),
             num_dense_heads=0,
             warn_lost=False,
         )
@@ -364,6 +368,10 @@ class S2Pattern(BlockPattern):
     def shard_prefix(self, head: int, row: int) -> int:
         """How many shard blocks query block `row` sees beyond its window: those before the window."""
         return self.shard_size(head, row - self.local_blocks + 1)
+
+    def window_start(self, position: int) -> int:
+        """Position of the first token in the window of the query at `position`."""
+        return max(0, position // self.block_size - self.local_blocks + 1) * self.block_size
 
     def row_blocks(self, head: int, row: int) -> list[int]:
         shard = [self.shard_block(head, n) for n in range(self.shard_prefix(head, row))]
@@ -481,7 +489,7 @@ class BlockMaskPattern(BlockPattern):
         )
         self.block_size = block_size
         self.num_kv_heads, self.max_blocks, _ = mask.shape
-        self._rows = [_CsrTable.from_mask(head) for head in mask]
+        self._rows = [CsrTable.from_mask(head) for head in mask]
 
     def _check_row(self, row: int) -> None:
         _require(0 <= row < self.max_blocks, "block", row, f"one of the mask's {self.max_blocks} blocks")
@@ -521,6 +529,24 @@ class BlockMaskPattern(BlockPattern):
         part._rows = self._rows[start:stop]
         return part
 
+    def past_lists(self) -> CsrTable:
+        """What is visible before the diagonal, for kernels that walk along rows and along columns.
+
+        Returns:
+            `starts` int64 `[2, num_kv_heads, max_blocks + 1]`: [0, g, i] is where in `blocks` the key blocks
+            of row i of KV head g begin, [1, g, j] where the rows of key block j do. The next one ends them.
+        """
+        import numpy as np
+
+        pairs = [table.past_pairs() for table in self._rows]
+        lists = [CsrTable.from_pairs(*pair, self.max_blocks) for pair in pairs]
+        lists += [CsrTable.from_pairs(*reversed(pair), self.max_blocks) for pair in pairs]
+        sizes = np.cumsum([0, *(len(part.blocks) for part in lists[:-1])])
+        starts = np.stack([part.starts for part in lists]).astype(np.int64) + sizes[:, None]
+        return CsrTable(
+            starts.reshape(2, self.num_kv_heads, -1), np.concatenate([part.blocks for part in lists])
+        )
+
     def block_mask(self, num_blocks: int) -> torch.Tensor:
         import torch
 
@@ -532,19 +558,33 @@ class BlockMaskPattern(BlockPattern):
         return mask
 
 
-class _CsrTable(NamedTuple):
+class CsrTable(NamedTuple):
     """Visible key blocks of every row of one head, one row after another."""
 
     starts: Sequence[int]  # [num_blocks + 1]
     blocks: Sequence[int]  # [visible blocks], ascending within a row
 
     @classmethod
-    def from_mask(cls, mask) -> _CsrTable:
+    def from_mask(cls, mask) -> CsrTable:
         import numpy as np
 
-        rows, blocks = np.nonzero(mask)
-        starts = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(mask)))])
-        return cls(starts, blocks.astype(np.int32))
+        return cls.from_pairs(*np.nonzero(mask), len(mask))
+
+    @classmethod
+    def from_pairs(cls, rows, blocks, num_rows: int) -> CsrTable:
+        """From one array of each; where blocks are equal, or rows, the other ascends."""
+        import numpy as np
+
+        starts = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=num_rows))])
+        return cls(starts, blocks[np.argsort(rows, kind="stable")].astype(np.int32))
+
+    def past_pairs(self):
+        """Row and block, an array of each, of everything but the diagonal."""
+        import numpy as np
+
+        rows = np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
+        past = rows != self.blocks
+        return rows[past], self.blocks[past]
 
     def row(self, row: int) -> list[int]:
         return self.blocks[self.starts[row] : self.starts[row + 1]].tolist()

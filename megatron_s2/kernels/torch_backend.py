@@ -89,6 +89,22 @@ def plan_head(pattern: BlockPattern, head: int, q_start: int, q_stop: int) -> li
     return [*_plan_window(pattern, q_start, q_stop), *_plan_shard(pattern, head, q_start, q_stop)]
 
 
+def plan_window(pattern: S2Pattern, head: int, q_start: int, q_stop: int) -> list[Call]:
+    """The part of `plan_head` that reads the window source, where that does not hold the whole past."""
+    if pattern.is_dense(head):
+        return list(_plan_start(q_start, q_stop, pattern.window_start(q_start)))
+    return list(_plan_window(pattern, q_start, q_stop))
+
+
+def plan_shard(pattern: S2Pattern, head: int, q_start: int, q_stop: int) -> list[Call]:
+    """The part of `plan_head` that reads the shard source: what `plan_window` leaves out."""
+    if not pattern.is_dense(head):
+        return list(_plan_shard(pattern, head, q_start, q_stop))
+    # A dense head's shard is every block in order, so its places are positions.
+    seen = pattern.window_start(q_start)
+    return [Past(q_start, q_stop, "shard", 0, seen)] if seen else []
+
+
 def _plan_start(q_start: int, q_stop: int, keys_start: int = 0) -> Iterator[Call]:
     """Queries that see every key from `keys_start` up to themselves."""
     yield Causal(q_start, q_stop)
@@ -106,7 +122,7 @@ def _plan_window(pattern: S2Pattern, q_start: int, q_stop: int) -> Iterator[Call
     ragged = [(start, min(first * B, q_stop)), (max(last * B, start), q_stop)]
     for a, b in dict.fromkeys(ragged):
         if a < b:
-            yield from _plan_start(a, b, (a // B - L + 1) * B)
+            yield from _plan_start(a, b, pattern.window_start(a))
     if first < last:
         yield Band(first, last)
 
@@ -312,10 +328,10 @@ def backward_calls(
 
 
 def _queries(x: Tensor, t: slice, sources: Sources) -> Tensor:
-    return _fitted(x[:, :, t], sources.k.shape[-1], sources.k.dtype)
+    return fitted(x[:, :, t], sources.k.shape[-1], sources.k.dtype)
 
 
-def _fitted(x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+def fitted(x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """x in this width and precision, the elements of a token side by side (the CPU kernel assumes it)."""
     x = _padded(x.to(dtype), width)
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -491,7 +507,7 @@ class _Part:
         return x[:, self._keys, self._kv_heads].transpose(1, 2)
 
     def sources(self, k: Tensor, v: Tensor, width: int, compute: torch.dtype) -> Sources:
-        k, v = (_fitted(self._window(x), width, compute) for x in (k, v))
+        k, v = (fitted(self._window(x), width, compute) for x in (k, v))
         B = self.plan.pattern.block_size
         return Sources(k, v, *(_blocks(x, B)[:, :, self._shard].flatten(2, 3) for x in (k, v)))
 

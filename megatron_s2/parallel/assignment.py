@@ -75,7 +75,9 @@ class GatherPlan:
             (`ranks * width` units).
         halo: units of the halo of each chunk.
         send_units: its units that other ranks (and itself) need as halo, destination after destination.
-        send_counts, recv_counts: `[ranks]`, units to and from each rank.
+        send_parts: `[2 * ranks]`, how many of them for each chunk of each destination. Both halos of one rank
+            may hold the same unit.
+        recv_counts: `[ranks]`, units from each rank.
         halo_unpack: for each unit of both halos its place among those received.
     """
 
@@ -90,9 +92,14 @@ class GatherPlan:
     unpack: np.ndarray
     halo: tuple[int, int]
     send_units: np.ndarray
-    send_counts: tuple[int, ...]
+    send_parts: tuple[int, ...]
     recv_counts: tuple[int, ...]
     halo_unpack: np.ndarray
+
+    @property
+    def send_counts(self) -> tuple[int, ...]:
+        """`[ranks]`, units to each rank."""
+        return tuple(a + b for a, b in zip(self.send_parts[::2], self.send_parts[1::2]))
 
     def __str__(self) -> str:
         others = [p for p in range(self.zigzag.ranks) if p != self.rank]
@@ -107,11 +114,6 @@ class GatherPlan:
         )
 
 
-def window_start(pattern: S2Pattern, position: int) -> int:
-    """Position of the first key that the window of the query at `position` holds."""
-    return max(0, (position // pattern.block_size - pattern.local_blocks + 1) * pattern.block_size)
-
-
 @lru_cache(maxsize=64)
 def plan_gather(pattern: S2Pattern, zigzag: Zigzag, rank: int, documents: Documents) -> GatherPlan:
     """The gather schedule of one rank for the documents of one sequence.
@@ -123,7 +125,7 @@ def plan_gather(pattern: S2Pattern, zigzag: Zigzag, rank: int, documents: Docume
     unit = math.gcd(pattern.block_size, zigzag.chunk, *(edge for document in documents for edge in document))
     shards, units, heads = _shards(pattern, documents, unit)
     owner = zigzag.owner(units * unit)
-    mine = owner == rank
+    owned = owner == rank
     counts = np.bincount(owner, minlength=zigzag.ranks)
     width = int(counts.max(initial=0))
     # A unit's number among those of its owner: its place in the stable sort by owner, less the owner's first.
@@ -132,9 +134,9 @@ def plan_gather(pattern: S2Pattern, zigzag: Zigzag, rank: int, documents: Docume
     place[order] = np.arange(len(order)) - (np.cumsum(counts) - counts)[owner[order]]
 
     halos = [_halo_units(pattern, zigzag, p, documents, unit) for p in range(zigzag.ranks)]
-    needs = [np.concatenate(both) for both in halos]
-    sends = [zigzag.local(n[zigzag.owner(n * unit) == rank] * unit) // unit for n in needs]
-    sources = zigzag.owner(needs[rank] * unit)
+    mine = [halo[zigzag.owner(halo * unit) == rank] for both in halos for halo in both]
+    sends = [zigzag.local(units * unit) // unit for units in mine]
+    sources = zigzag.owner(np.concatenate(halos[rank]) * unit)
     halo_unpack = np.empty(len(sources), dtype=np.int64)
     halo_unpack[np.argsort(sources, kind="stable")] = np.arange(len(sources))
     halo = tuple(len(h) for h in halos[rank])
@@ -145,24 +147,25 @@ def plan_gather(pattern: S2Pattern, zigzag: Zigzag, rank: int, documents: Docume
         pieces=_pieces(pattern, zigzag, rank, documents, [h * unit for h in halo]),
         shards=shards,
         width=width,
-        pack_units=zigzag.local(units[mine] * unit) // unit,
-        pack_heads=heads[mine],
+        pack_units=zigzag.local(units[owned] * unit) // unit,
+        pack_heads=heads[owned],
         unpack=owner * width + place,
         halo=halo,
         send_units=np.concatenate(sends),
-        send_counts=tuple(map(len, sends)),
+        send_parts=tuple(map(len, sends)),
         recv_counts=tuple(np.bincount(sources, minlength=zigzag.ranks).tolist()),
         halo_unpack=halo_unpack,
     )
 
 
 def _shards(pattern: S2Pattern, documents: Documents, unit: int):
-    """Places of all shards, and of every unit in them its position and head, head after head."""
+    """Places of all shards, and of every unit in them its position and head: document after document, in
+    each head after head, so that the shards of neighbouring equal heads lie side by side."""
     B = pattern.block_size
     places: list[list[Shard]] = [[] for _ in documents]
     units, heads, total = [], [], 0
-    for g in range(pattern.num_kv_heads):
-        for document, (start, stop) in zip(places, documents):
+    for document, (start, stop) in zip(places, documents):
+        for g in range(pattern.num_kv_heads):
             size = pattern.shard_prefix(g, (stop - start - 1) // B)
             blocks = _shard_blocks(pattern, g, size)
             firsts = (start + blocks * B) // unit
@@ -187,7 +190,7 @@ def _halo_units(
     halos = []
     for first, stop in zigzag.chunks(rank):
         start = max((a for a, _ in documents if a <= first), default=0) if stop > first else first
-        halos.append(np.arange(start + window_start(pattern, first - start), first, unit) // unit)
+        halos.append(np.arange(start + pattern.window_start(first - start), first, unit) // unit)
     return halos
 
 
@@ -200,7 +203,7 @@ def _pieces(
         for number, (start, stop) in enumerate(documents):
             a, b = max(start, first), min(stop, last)
             if a < b:
-                keys_start = window_start(pattern, a - start)
+                keys_start = pattern.window_start(a - start)
                 keys = (start + keys_start + origin, b + origin)
                 pieces.append(Piece(number, chunk, a + here, b + here, a - start, keys, keys_start))
     return tuple(pieces)
@@ -240,10 +243,8 @@ class HeadPlan:
         return [share.kv_head for share in self.shares[rank]]
 
     def __str__(self) -> str:
-        return "; ".join(
-            f"rank {rank}: query heads {', '.join(f'{s.start}-{s.stop - 1} of KV {s.kv_head}' for s in shares)}"
-            for rank, shares in enumerate(self.shares)
-        )
+        heads = [[f"{s.start}-{s.stop - 1} of KV {s.kv_head}" for s in shares] for shares in self.shares]
+        return "; ".join(f"rank {rank}: query heads {', '.join(mine)}" for rank, mine in enumerate(heads))
 
 
 _MOST_STEPS = 20_000
@@ -289,6 +290,7 @@ def assign_heads(pairs: tuple[int, ...], num_query_heads: int, ranks: int) -> He
     loads = [load for load, _, rank in sorted(emptiest, key=lambda entry: entry[2])]
     _improve(assigned, loads, cost)
     assigned = _search(assigned, cost)
+    _occupy(assigned)
     loads = [sum(cost[share] for share in mine) for mine in assigned]
     return HeadPlan(_contiguous(assigned, group), tuple(loads))
 
@@ -366,3 +368,10 @@ def _search(assigned: list[list[HeadShare]], cost: dict[HeadShare, int]) -> list
     if len(shares) * ranks <= _LARGEST_SEARCH:
         place(0)
     return assigned
+
+
+def _occupy(assigned: list[list[HeadShare]]) -> None:
+    """Gives every idle rank a share of a rank that has several, which costs nobody anything."""
+    for mine in assigned:
+        if not mine:
+            mine.append(max(assigned, key=len).pop())
