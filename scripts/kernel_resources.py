@@ -85,12 +85,13 @@ def _kernel(kernel: str, head_dim: int, tiles: Tiles) -> tuple[triton.JITFunctio
         "D": head_dim, "DV": head_dim, "BD": head_dim, "BDV": head_dim, "BLOCK": 64,
         "BM": tiles.rows, "BN": tiles.keys, "PACKED": False, "PREC": "tf32", "p_tiles": None,
     }  # fmt: skip
+    source = {"COMPACT": False, "CSR": False, "p_starts": None, "p_list": None}
     if kernel in ("forward", "dq"):
         absent = ["p_sink"] if kernel == "dq" else ["p_sink", "p_do", "p_delta"]
-        row = {"H": 32, "GROUP": 4, "DQ": kernel == "dq", "HAS_SINK": False, "COMPACT": False}
-        return triton_rows.s2_row_kernel, constants | row | dict.fromkeys(absent)
+        row = {"H": 32, "GROUP": 4, "DQ": kernel == "dq", "HAS_SINK": False}
+        return triton_rows.s2_row_kernel, constants | source | row | dict.fromkeys(absent)
     if kernel == "dkv shard":
-        return triton_columns.s2_bwd_kernel_dkv_shard, constants | {"HKV": 8, "COMPACT": False}
+        return triton_columns.s2_bwd_kernel_dkv_shard, constants | source | {"HKV": 8}
     return triton_columns.s2_bwd_kernel_dkv_window, constants | {"HKV": 8, "ADD_SHARD": True}
 
 

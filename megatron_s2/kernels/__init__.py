@@ -2,7 +2,7 @@
 
 reference   dense masked attention, quadratic memory: the truth that tests compare with
 torch       blocked, linear memory, any device; what training on a CPU uses
-triton      the same on a GPU, deterministic; imported when first used
+triton      the same on a GPU, deterministic; its kernels are imported when first used
 """
 
 from megatron_s2.kernels.interface import s2_attention

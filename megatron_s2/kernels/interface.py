@@ -12,8 +12,9 @@ from torch import Tensor
 
 from megatron_s2.kernels.reference import reference_attention
 from megatron_s2.kernels.torch_backend import blocked_attention
+from megatron_s2.kernels.triton_backend import triton_attention
 from megatron_s2.kernels.tuning import Tuning
-from megatron_s2.pattern import BlockPattern, S2Pattern
+from megatron_s2.pattern import BlockPattern
 
 _BACKENDS = ("reference", "torch", "triton")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -67,7 +68,7 @@ def s2_attention(
     if backend != "auto" and backend not in _BACKENDS:
         raise ValueError(f"backend {backend!r}: must be auto, {', '.join(_BACKENDS[:-1])} or {_BACKENDS[-1]}")
     scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
-    backend = _choose(q, v, pattern) if backend == "auto" else backend
+    backend = _choose(q, v) if backend == "auto" else backend
     if tuning is not None and backend != "triton":
         raise ValueError(f"tuning {tuning}: must be None with backend {backend}, which has nothing to tune")
     attention = _implementation(backend, tuning)
@@ -86,16 +87,14 @@ def s2_attention(
     return (out, lse) if return_lse else out
 
 
-def _choose(q: Tensor, v: Tensor, pattern: BlockPattern) -> str:
+def _choose(q: Tensor, v: Tensor) -> str:
     """Triton on a GPU, for what its kernels take; torch for everything else."""
     takes = q.dtype != torch.float64 and max(q.shape[-1], v.shape[-1]) <= 256
-    return "triton" if q.is_cuda and takes and isinstance(pattern, S2Pattern) else "torch"
+    return "triton" if q.is_cuda and takes else "torch"
 
 
 def _implementation(backend: str, tuning: Tuning | None) -> Callable[..., tuple[Tensor, Tensor]]:
     if backend == "triton":
-        from megatron_s2.kernels.triton_backend import triton_attention
-
         return partial(triton_attention, tuning=tuning)
     return reference_attention if backend == "reference" else blocked_attention
 

@@ -5,7 +5,8 @@ A key is seen by two sets of rows, and each has its kernel; together they see ev
     window  the rows whose window reaches the key: a run of at most `window` blocks
     shard   if the key's block is in the head's shard, every row after those: up to the end of the sequence.
             Such columns are long and few, so their rows are cut into `SPLITS` spans, one program each, whose
-            float32 parts the window kernel adds up in order. No atomics: two runs give equal bits
+            float32 parts the window kernel adds up in order. No atomics: two runs give equal bits.
+            With CSR, the rows in the list of the tile's block (it lies in one), cut evenly
 
 All query heads of the group are summed inside a program; K and V are read once for them.
 """
@@ -13,7 +14,16 @@ All query heads of the group are summed inside a program; K and V are read once 
 import triton
 import triton.language as tl
 
-from megatron_s2.kernels.triton_tiles import LOG2_E, in_shard, shard_block, shard_count, shard_token
+from megatron_s2.kernels.triton_tiles import (
+    LOG2_E,
+    first_at_least,
+    in_shard,
+    list_bounds,
+    listed_token,
+    shard_block,
+    shard_count,
+    shard_token,
+)
 
 
 @triton.jit
@@ -40,11 +50,12 @@ def _column_tile(
 
 @triton.jit
 def s2_bwd_kernel_dkv_shard(
-    p_q, p_ks, p_vs, p_do, p_lse, p_delta, p_dks, p_dvs, p_heads, p_tiles, s_qb, s_qt, s_qh, s_ksb, s_kst,
-    s_ksh, s_vsb, s_vst, s_vsh, s_dob, s_dot, s_doh, s_lb, s_lh, s_pks, s_pkb, s_pkt, s_pkh, s_pvs, s_pvb,
-    s_pvt, s_pvh, seq_q, q_start, window, sinks, scale, span, group, HKV: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BLOCK: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, COMPACT: tl.constexpr, PACKED: tl.constexpr, PREC: tl.constexpr,
+    p_q, p_ks, p_vs, p_do, p_lse, p_delta, p_dks, p_dvs, p_heads, p_starts, p_list, p_tiles, s_qb, s_qt, s_qh,
+    s_ksb, s_kst, s_ksh, s_vsb, s_vst, s_vsh, s_dob, s_dot, s_doh, s_lb, s_lh, s_pks, s_pkb, s_pkt, s_pkh,
+    s_pvs, s_pvb, s_pvt, s_pvh, seq_q, q_start, window, sinks, scale, span, group, num_blocks,
+    HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, COMPACT: tl.constexpr, CSR: tl.constexpr,
+    PACKED: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """One span of rows of one tile of BN shard tokens: parts of dK, dV `[split, batch, token, HKV, dim]`."""
     i_n, i_s = tl.program_id(0), tl.program_id(1)
@@ -80,13 +91,29 @@ def s2_bwd_kernel_dkv_shard(
     dk = tl.zeros([BN, BD], tl.float32)
     dv = tl.zeros([BN, BDV], tl.float32)
 
-    cut = q_start + i_s * span
-    high = tl.minimum(end, cut + span)
-    low = tl.maximum(cut, (shard_block(i_n * BN // BLOCK, first, stride, sinks) + window) * BLOCK)
-    last = tl.minimum(i_n * BN + BN, tokens) - 1
-    all_see = (shard_block(last // BLOCK, first, stride, sinks) + window) * BLOCK
-    high = tl.maximum(low, high)
-    some = tl.minimum(high, low + (tl.maximum(all_see - low, 0) + BM - 1) // BM * BM)
+    if CSR:
+        begin, past = list_bounds(p_starts, i_g, i_n * BN // BLOCK, num_blocks)
+        begin = first_at_least(p_list, begin, past, q_start // BLOCK)
+        past = first_at_least(p_list, begin, past, (end - 1) // BLOCK + 1)
+        share = (past - begin + tl.num_programs(1) - 1) // tl.num_programs(1)
+        begin += i_s * share
+        past = tl.minimum(past, begin + share)
+        # Count in the list's tokens, but for those of its rows before q_start and past the end.
+        row0 = tl.load(p_list + begin, mask=begin < past, other=0)
+        row1 = tl.load(p_list + past - 1, mask=begin < past, other=0)
+        p_list += begin
+        low = tl.maximum(0, q_start - row0 * BLOCK)
+        high = (past - begin).to(tl.int32) * BLOCK - tl.maximum(0, (row1 + 1) * BLOCK - end)
+        high = tl.where(begin < past, high, low)
+        some = low
+    else:
+        cut = q_start + i_s * span
+        high = tl.minimum(end, cut + span)
+        low = tl.maximum(cut, (shard_block(i_n * BN // BLOCK, first, stride, sinks) + window) * BLOCK)
+        last = tl.minimum(i_n * BN + BN, tokens) - 1
+        all_see = (shard_block(last // BLOCK, first, stride, sinks) + window) * BLOCK
+        high = tl.maximum(low, high)
+        some = tl.minimum(high, low + (tl.maximum(all_see - low, 0) + BM - 1) // BM * BM)
     # One loop over heads and tiles, not two: what the pipeline of an inner loop keeps for its start spills.
     n_some = (some - low + BM - 1) // BM
     for i in range(group * n_some):
@@ -101,9 +128,12 @@ def s2_bwd_kernel_dkv_shard(
     for i in range(group * n_all):
         i_h = (i // tl.maximum(n_all, 1)).to(tl.int64)
         pos = some + i % tl.maximum(n_all, 1) * BM + tl.arange(0, BM)
+        m_m = pos < high
+        if CSR:
+            pos = listed_token(pos, m_m, p_list, BLOCK)
         dk, dv = _column_tile(
             dk, dv, b_k, b_v, p_q + i_h * s_qh, p_do + i_h * s_doh, p_lse + i_h * s_lh, p_delta + i_h * s_lh,
-            s_qt, s_dot, pos - q_start, pos < high, m_d, m_dv, None, scale, o_d, o_dv, False, PREC,
+            s_qt, s_dot, pos - q_start, m_m, m_d, m_dv, None, scale, o_d, o_dv, False, PREC,
         )  # fmt: skip
 
     o_t = (room + index)[:, None]

@@ -3,7 +3,7 @@
 One program computes one tile of BM queries of one query head. Its keys come in two runs of tiles:
 
     shard   the blocks of the head's shard before the window of the tile's first row. Every row sees them:
-            no mask
+            no mask. With CSR, the blocks in the list of the tile's row: the tile lies in one block
     window  contiguous keys, from that window's first block to the tile's last query. A mask where the rows of
             the tile differ (blocks that later rows' windows have left, which only a shard block survives)
             and on the diagonal; none between
@@ -14,7 +14,15 @@ so a tile may span several sparse blocks, and a key tile several small shard blo
 import triton
 import triton.language as tl
 
-from megatron_s2.kernels.triton_tiles import LN_2, LOG2_E, shard_count, shard_token, window_run_visible
+from megatron_s2.kernels.triton_tiles import (
+    LN_2,
+    LOG2_E,
+    list_bounds,
+    listed_token,
+    shard_count,
+    shard_token,
+    window_run_visible,
+)
 
 
 @triton.jit
@@ -61,13 +69,23 @@ def _tile(
 
 
 @triton.jit
+def _listed_run(i_n, p_list, BLOCK: tl.constexpr, BN: tl.constexpr):
+    """Positions of tokens i_n .. i_n+BN-1 of a list's blocks; inside one block its number is read once."""
+    o_n = tl.arange(0, BN)
+    if BN <= BLOCK:
+        return listed_token(i_n, True, p_list, BLOCK) + o_n
+    return listed_token(i_n + o_n, o_n >= 0, p_list, BLOCK)
+
+
+@triton.jit
 def s2_row_kernel(
-    p_q, p_k, p_v, p_ks, p_vs, p_do, p_out, p_lse, p_delta, p_sink, p_heads, p_tiles, s_qb, s_qt, s_qh,
-    s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, s_ksb, s_kst, s_ksh, s_vsb, s_vst, s_vsh, s_dob, s_dot, s_doh, s_ob,
-    s_ot, s_oh, s_lb, s_lh, seq_q, q_start, k_start, window, sinks, scale, H: tl.constexpr,
-    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DQ: tl.constexpr, HAS_SINK: tl.constexpr,
-    COMPACT: tl.constexpr, PACKED: tl.constexpr, PREC: tl.constexpr,
+    p_q, p_k, p_v, p_ks, p_vs, p_do, p_out, p_lse, p_delta, p_sink, p_heads, p_starts, p_list, p_tiles, s_qb,
+    s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, s_ksb, s_kst, s_ksh, s_vsb, s_vst, s_vsh, s_dob, s_dot,
+    s_doh, s_ob, s_ot, s_oh, s_lb, s_lh, seq_q, q_start, k_start, window, sinks, scale, num_blocks,
+    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
+    BDV: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DQ: tl.constexpr,
+    HAS_SINK: tl.constexpr, COMPACT: tl.constexpr, CSR: tl.constexpr, PACKED: tl.constexpr,
+    PREC: tl.constexpr,
 ):  # fmt: skip
     """Forward: out `[batch, seq_q, H, DV]`, lse. With DQ, out is dQ `[batch, seq_q, H, D]`; lse is read."""
     # Late tiles have the most keys: they start first.
@@ -119,10 +137,18 @@ def s2_row_kernel(
     row0, row1 = start // BLOCK, (stop - 1) // BLOCK
     low = tl.maximum(0, row0 - window + 1)  # first block of the first row's window
 
-    tokens = shard_count(low, first, stride, sinks) * BLOCK
+    if CSR:
+        begin, past = list_bounds(p_starts, i_g, row0, num_blocks)
+        p_list += begin
+        tokens = (past - begin).to(tl.int32) * BLOCK
+    else:
+        tokens = shard_count(low, first, stride, sinks) * BLOCK
     whole = tokens // BN * BN
     for i_n in range(0, whole, BN):
-        t = shard_token(i_n + tl.arange(0, BN), first, stride, sinks, BLOCK, COMPACT).to(tl.int64)
+        if CSR:
+            t = _listed_run(i_n, p_list, BLOCK, BN).to(tl.int64)
+        else:
+            t = shard_token(i_n + tl.arange(0, BN), first, stride, sinks, BLOCK, COMPACT).to(tl.int64)
         acc, top, total = _tile(
             acc, top, total, b_q, b_do, p_ks + t[:, None] * s_kst + o_d, p_vs + t[:, None] * s_vst + o_dv,
             t >= 0, m_d, m_dv, None, scale, False, DQ, PREC,
@@ -131,7 +157,10 @@ def s2_row_kernel(
         if whole < tokens:
             index = whole + tl.arange(0, BN)
             m_k = index < tokens
-            t = shard_token(index, first, stride, sinks, BLOCK, COMPACT).to(tl.int64)
+            if CSR:
+                t = listed_token(index, m_k, p_list, BLOCK).to(tl.int64)
+            else:
+                t = shard_token(index, first, stride, sinks, BLOCK, COMPACT).to(tl.int64)
             acc, top, total = _tile(
                 acc, top, total, b_q, b_do, p_ks + t[:, None] * s_kst + o_d,
                 p_vs + t[:, None] * s_vst + o_dv, m_k, m_d, m_dv, m_k[None, :], scale, True, DQ, PREC,

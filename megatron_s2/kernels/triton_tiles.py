@@ -2,6 +2,10 @@
 
 The functions are those of `S2Pattern`, on device. A head's shard is described by two integers: `first`, its
 first block after the sinks, and `stride`.
+
+An arbitrary mask (CSR, a constant of each kernel) is a dense head with a window of one block, of whose shard
+a row sees the blocks in its list alone. Its tables hold what is visible before the diagonal: the blocks of
+each row, or the rows of each block.
 """
 
 import triton
@@ -35,6 +39,30 @@ def shard_token(index, first, stride, sinks, BLOCK: tl.constexpr, COMPACT: tl.co
     if COMPACT:
         return index
     return shard_block(index // BLOCK, first, stride, sinks) * BLOCK + index % BLOCK
+
+
+@triton.jit
+def list_bounds(p_starts, i_g, i, num_blocks):
+    """Where the list of row (or block) i of KV head i_g begins and ends."""
+    p = p_starts + i_g * (num_blocks + 1) + i
+    return tl.load(p), tl.load(p + 1)
+
+
+@triton.jit
+def first_at_least(p_list, begin, end, value):
+    """Place of the first entry >= value in the ascending entries begin .. end-1, or end."""
+    while begin < end:
+        middle = (begin + end) // 2
+        less = tl.load(p_list + middle) < value
+        begin = tl.where(less, middle + 1, begin)
+        end = tl.where(less, end, middle)
+    return begin
+
+
+@triton.jit
+def listed_token(index, m_i, p_list, BLOCK: tl.constexpr):
+    """Position of token `index` of the blocks of a list."""
+    return tl.load(p_list + index // BLOCK, mask=m_i, other=0) * BLOCK + index % BLOCK
 
 
 @triton.jit

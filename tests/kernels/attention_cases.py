@@ -15,9 +15,9 @@ def s2(num_kv_heads=2, local_blocks=2, vert_stride=4, block_size=16, **others) -
     return S2Pattern(num_kv_heads, block_size, local_blocks, vert_stride, warn_lost=False, **others)
 
 
-def random_mask(num_kv_heads: int, blocks: int) -> BlockMaskPattern:
+def random_mask(num_kv_heads: int, blocks: int, block_size: int = 16) -> BlockMaskPattern:
     mask = torch.rand(num_kv_heads, blocks, blocks, generator=torch.Generator().manual_seed(0)) < 0.3
-    return BlockMaskPattern((mask | torch.eye(blocks, dtype=torch.bool)).tril(), 16)
+    return BlockMaskPattern((mask | torch.eye(blocks, dtype=torch.bool)).tril(), block_size)
 
 
 @dataclass(frozen=True)

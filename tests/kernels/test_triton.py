@@ -1,7 +1,8 @@
 """Specification of the Triton kernels: they give what dense masked attention gives, as exactly as PyTorch.
 
 Without a GPU the kernels run in Triton's interpreter, which must be chosen before triton is imported: one
-test runs this very file again in a process of its own. On a GPU (`pytest -m gpu`) the same tests run there.
+test runs this file and its sisters again in a process of its own. On a GPU (`pytest -m gpu`) the same tests
+run there.
 
 Case ids read B batch, T queries, H KV heads, HQ query heads, D head_dim, then what is special.
 """
@@ -10,33 +11,17 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from attention_cases import Case, packed, random_mask, s2
-from torch.utils.flop_counter import FlopCounterMode
+from attention_cases import packed, random_mask, s2
+from triton_cases import DEVICE, INTERPRETED, LOW_PRECISION, case, cut, on_device, require_right
 
-from megatron_s2 import s2_attention
-from megatron_s2.kernels.compare import attention_results, require_as_exact_as_plain, require_equal
+from megatron_s2 import S2Pattern, s2_attention
+from megatron_s2.kernels.compare import require_equal
 from megatron_s2.kernels.tuning import Tiles, Tuning, tuning_for
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-on_device = pytest.mark.skipif(False, reason="") if INTERPRETED else pytest.mark.gpu
-# The interpreter multiplies the bits of a bfloat16 as if they were integers.
-LOW_PRECISION = [torch.float16] if INTERPRETED else [torch.bfloat16, torch.float16]
-
-
-def cut(rows: int, keys: int, span: int | None = None) -> Tuning:
-    """The same tiles for every kernel."""
-    return Tuning(*[Tiles(rows, keys, 4, 2)] * 3, span=span)
-
-
-def case(pattern, special: str, tuning: Tuning, **others) -> Case:
-    return Case(pattern, special, device=DEVICE, tuning=tuning, **{"batch": 1, **others})
-
 
 CASES = [
     *(case(s2(), "gqa", cut(32, 32), batch=2, group=group) for group in (1, 2, 4)),
@@ -81,6 +66,15 @@ CASES = [
     case(s2(), "sequence first", cut(32, 32), batch=2, layout="sequence first"),
     case(s2(), "head_dim apart", cut(32, 32), batch=2, layout="head_dim apart"),
     case(s2(), "scale", cut(32, 32), softmax_scale=0.7),
+    *(
+        case(random_mask(2, 8), f"mask {rows}x{keys}", cut(rows, keys, 64), queries=120)
+        for rows, keys in ((32, 16), (128, 64))
+    ),
+    case(random_mask(2, 8, 32), "mask of blocks 32", cut(16, 16), queries=150, group=1),
+    case(random_mask(3, 9), "mask q_start", cut(32, 64), queries=60, q_start=55, sink_logits=True, group=1),
+    case(random_mask(2, 9), "mask one query at the end", cut(64, 32), queries=1, q_start=142),
+    case(random_mask(2, 5), "mask packed", cut(16, 64, 32), sink_logits=True, **packed(40, 0, 70, 7)),
+    case(random_mask(1, 9), "mask unused keys", cut(64, 32), queries=70, q_start=40, unused_keys=31),
 ]  # fmt: skip
 
 # One for each kind of work the kernels do: numbers in low precision do not depend on more.
@@ -89,17 +83,8 @@ LOW_PRECISION_CASES = [
     case(s2(3, num_dense_heads=1), "sinks", cut(32, 64, 64), queries=150, sink_logits=True, group=1),
     case(s2(), "packed", cut(32, 32), **packed(0, 70, 5, 33)),
     case(s2(), "q_start", cut(32, 32), q_start=77, v_dim=24, layout="sequence first"),
+    case(random_mask(2, 9), "mask", cut(32, 32), queries=130),
 ]
-
-
-def require_right(case: Case, dtype: torch.dtype) -> None:
-    """float32 to 1e-5, where rounding is luck and logic is not; lower precision by flash-attention's rule."""
-    rounded = {name: x if x is None else x.double() for name, x in case.inputs(dtype).items()}
-    exact = attention_results(case.attention("reference"), **rounded)
-    if dtype == torch.float32:
-        require_equal(case.results("triton", dtype), exact, most=1e-5)
-    else:
-        require_as_exact_as_plain(case.results("triton", dtype), case.results("plain", dtype), exact)
 
 
 @on_device
@@ -182,43 +167,12 @@ def test_a_second_derivative_is_refused():
 
 
 @on_device
-@pytest.mark.parametrize("layout", ["batch first", "sequence first"])
-def test_the_operators_keep_what_torch_library_asks_of_them(layout):
-    from megatron_s2.kernels import triton_backend
-
-    one = case(s2(), "", cut(32, 32), queries=40, layout=layout, sink_logits=True)
-    inputs = one.inputs(torch.float32)
-    q, k, v, sink_logits = (inputs[name].requires_grad_() for name in ("q", "k", "v", "sink_logits"))
-    shape, code = triton_backend._shape_of(one.pattern), one.tuning.encode()
-    torch.library.opcheck(
-        torch.ops.megatron_s2.attention_forward, (q, k, v, sink_logits, shape, 0.25, [], 0, code)
-    )
-    out, lse = (x.detach() for x in s2_attention(q, k, v, one.pattern, backend="triton"))
-    torch.library.opcheck(
-        torch.ops.megatron_s2.attention_backward,
-        (
-            inputs["dout"],
-            inputs["dlse"],
-            *(x.detach() for x in (q, k, v)),
-            out,
-            lse,
-            shape,
-            0.25,
-            [],
-            0,
-            code,
-        ),
-    )
-
-
-@on_device
 @pytest.mark.parametrize(
     "change, allowed",
     [
         ({"dtype": torch.float64}, "q torch.float64: must be float16, bfloat16 or float32"),
         ({"dim": 257}, "q (1, 8, 4, 257): must have at most 256 as head_dim"),
         ({"v_dim": 300}, "v (1, 8, 2, 300): must have at most 256 as head_dim"),
-        ({"pattern": random_mask(2, 1)}, "pattern BlockMaskPattern: must be an S2Pattern"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -228,29 +182,6 @@ def test_what_the_kernels_do_not_take_is_refused(change, allowed):
     with pytest.raises(ValueError) as error:
         few.results("triton", dtype)
     assert str(error.value).startswith(allowed) and "use backend torch" in str(error.value)
-
-
-@on_device
-@pytest.mark.parametrize(
-    "options",
-    [{"q_start": 37}, packed(0, 70, 33), {"batch": 2, "v_dim": 24}],
-    ids=["q_start", "packed", "batch"],
-)
-def test_pytorch_counts_the_flops_of_visible_pairs_alone(options):
-    one = case(s2(3, sink_blocks=2, vert_stride=(1, 3, 5), phases=(0, 1, 3)), "", cut(32, 32), **options)
-    one.results("triton", torch.float32)  # the first call brings the operators with their formulas
-    with FlopCounterMode(display=False) as counter:
-        one.results("triton", torch.float32)
-    forward = torch.ops.megatron_s2.attention_forward
-    backward = torch.ops.megatron_s2.attention_backward
-    counted = counter.get_flop_counts()["Global"]
-
-    offsets = one.documents or (0, one.q_start + one.queries)
-    lengths = [b - a for a, b in pairwise(offsets)]
-    visible = [one.pattern.flops(n, 3 * one.group, one.dim, one.v_dim) for n in lengths]
-    unseen = one.pattern.flops(one.q_start, 3 * one.group, one.dim, one.v_dim)
-    assert counted[forward] == one.batch * (sum(x.forward for x in visible) - unseen.forward)
-    assert counted[backward] == one.batch * (sum(x.backward for x in visible) - unseen.backward)
 
 
 if INTERPRETED:
@@ -284,10 +215,16 @@ if INTERPRETED:
         monkeypatch.setattr(triton_columns, "_column_tile", count_column_tile)
         return found
 
-    VISITED = [s2(1), s2(1, sink_blocks=2, local_blocks=1), s2(1, vert_stride=1), s2(1, local_blocks=5)]
+    VISITED = {
+        "s2": s2(1),
+        "sinks": s2(1, sink_blocks=2, local_blocks=1),
+        "dense": s2(1, vert_stride=1),
+        "window": s2(1, local_blocks=5),
+        "mask": random_mask(1, 12),
+    }
 
     @pytest.mark.parametrize("tiles", [(16, 16), (64, 32), (32, 64)], ids=str)
-    @pytest.mark.parametrize("pattern", VISITED, ids=lambda pattern: pattern.describe())
+    @pytest.mark.parametrize("pattern", VISITED.values(), ids=VISITED)
     def test_every_visible_pair_is_visited_once_and_no_tile_without_one(pattern, tiles, visits):
         seen = case(pattern, "", cut(*tiles, span=64), queries=192, group=1)
         seen.results("triton", torch.float32)
@@ -295,23 +232,33 @@ if INTERPRETED:
         for kernel, tile_pairs in visits.items():
             assert min(tile_pairs) > 0, kernel
             # A key tile wider than a block counts what lies past the end of the shard: zeros, never stored.
-            assert sum(tile_pairs) == pairs or (kernel == "dkv" and tiles[1] > pattern.block_size), kernel
+            beyond = kernel == "dkv" and tiles[1] > pattern.block_size and isinstance(pattern, S2Pattern)
+            assert sum(tile_pairs) == pairs or beyond, kernel
 
     @pytest.mark.parametrize("block", [16, 32])
-    @pytest.mark.parametrize("kernel", ["forward", "dq", "dkv"])
-    def test_tiles_of_a_block_visit_the_blocks_of_the_pattern(kernel, block, visits):
+    @pytest.mark.parametrize("mask", [False, True], ids=["s2", "mask"])
+    def test_tiles_of_a_block_visit_the_blocks_of_the_pattern(mask, block, visits):
         pattern = s2(3, sink_blocks=1, num_dense_heads=1, block_size=block)
+        pattern = random_mask(3, 7, block) if mask else pattern
         seen = case(pattern, "", cut(block, block), queries=6 * block, group=1)
         seen.results("triton", torch.float32)
         blocks = sum(pattern.visible_blocks(head, row) for head in range(3) for row in range(6))
-        assert len(visits[kernel]) == blocks
+        assert {kernel: len(tiles) for kernel, tiles in visits.items()} == dict.fromkeys(visits, blocks)
 
 
 if not INTERPRETED:
 
-    def test_every_test_of_this_file_in_the_interpreter():
+    def test_every_test_of_this_file_and_its_sisters_in_the_interpreter():
         run = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", __file__],
+            [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-q",
+                "-x",
+                "--no-header",
+                *Path(__file__).parent.glob("test_triton*.py"),
+            ],
             env=os.environ | {"TRITON_INTERPRET": "1"},
             capture_output=True,
             text=True,

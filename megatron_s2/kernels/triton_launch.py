@@ -1,0 +1,191 @@
+"""Launches of the Triton kernels: grids, strides and constants of one call on one device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+
+from megatron_s2.kernels.triton_columns import s2_bwd_kernel_dkv_shard, s2_bwd_kernel_dkv_window
+from megatron_s2.kernels.triton_rows import s2_bwd_kernel_delta, s2_row_kernel
+from megatron_s2.kernels.triton_tiles import LOG2_E
+from megatron_s2.kernels.tuning import Tiles, Tuning
+
+# Chosen, as Triton does, when the kernels are first imported.
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+@lru_cache(maxsize=256)
+def _on_device(values: tuple[int, ...], width: int, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=device).view(-1, width)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One call, unpacked: what every launch needs."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    shape: list[int]
+    scale: float
+    cuts: list[int]
+    q_start: int
+    tuning: Tuning
+    starts: Tensor | None = None  # of a mask, as `BlockMaskPattern.past_lists`
+    entries: Tensor | None = None
+    k_shard: Tensor | None = None  # a compact shard source; None where the shard is part of k and v
+    v_shard: Tensor | None = None
+    k_start: int = 0  # position of the first token of k and v
+
+    @property
+    def sources(self) -> list[Tensor]:
+        """Window and shard."""
+        shard = [self.k, self.v] if self.k_shard is None else [self.k_shard, self.v_shard]
+        return [self.k, self.v, *shard]
+
+    @property
+    def num_blocks(self) -> int:
+        """Rows of a mask."""
+        return 0 if self.starts is None else self.starts.shape[2] - 1
+
+    def lists(self, kernel: str) -> tuple[Tensor | None, Tensor | None]:
+        """Those of rows, or of key blocks for dK/dV."""
+        return None if self.starts is None else self.starts[int(kernel == "dkv")], self.entries
+
+    def tiles(self, kernel: str) -> Tiles:
+        """How a kernel is cut. What a list belongs to lies in one block: query rows, or keys in dK/dV."""
+        tiles = getattr(self.tuning, kernel)
+        if self.starts is None:
+            return tiles
+        block = self.shape[0]
+        if kernel == "dkv":
+            return replace(tiles, keys=min(tiles.keys, block))
+        return replace(tiles, rows=min(tiles.rows, block))
+
+    @property
+    def documents(self) -> list[tuple[int, int]]:
+        """(start, length) of each document."""
+        if not self.cuts:
+            return [(0, self.q.shape[1])]
+        return [(a, b - a) for a, b in zip(self.cuts[::2], self.cuts[1::2])]
+
+    @property
+    def heads(self) -> Tensor:
+        return _on_device(tuple(self.shape[3:]), 2, self.q.device)
+
+    def table(self, rows: list[tuple[int, ...]]) -> Tensor | None:
+        """Which document, and which tile of it, each program computes; None where there is one document."""
+        if not self.cuts:
+            return None
+        return _on_device(tuple(x for row in rows for x in row), len(rows[0]), self.q.device)
+
+    def shard_tokens(self, length: int) -> int:
+        """Tokens of the largest head's shard that some row of a document sees beyond its window."""
+        block, window, sinks = self.shape[:3]
+        before = max(0, (self.q_start + length - 1) // block - window + 1)
+        return block * max(
+            min(before, sinks) + max(0, -(-(before - first) // stride))
+            for first, stride in zip(self.shape[3::2], self.shape[4::2])
+        )
+
+    def constants(self, tiles: Tiles) -> dict:
+        """What all kernels are specialised for."""
+        D, DV = self.q.shape[-1], self.v.shape[-1]
+        return {
+            "D": D,
+            "DV": DV,
+            "BD": max(16, triton.next_power_of_2(D)),
+            "BDV": max(16, triton.next_power_of_2(DV)),
+            "BLOCK": self.shape[0],
+            "BM": tiles.rows,
+            "BN": tiles.keys,
+            "COMPACT": self.k_shard is not None,
+            "CSR": self.starts is not None,
+            "PACKED": bool(self.cuts),
+            "PREC": "ieee" if self.q.dtype == torch.float32 else "tf32",
+            "num_warps": tiles.warps,
+            "num_stages": tiles.stages,
+            "enable_fp_fusion": True,
+        }
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+def launch_rows(
+    work: Work, kernel: str, out: Tensor, lse: Tensor, sinks: Tensor | None, dout=None, delta=None
+) -> None:
+    q, tiles = work.q, work.tiles(kernel)
+    count = [
+        -(-(work.q_start + length) // tiles.rows) - work.q_start // tiles.rows for _, length in work.documents
+    ]
+    table = [(start, length, i) for (start, length), n in zip(work.documents, count) for i in range(n)]
+    s2_row_kernel[(len(table), q.shape[0] * q.shape[2])](
+        q, *work.sources, dout, out, lse, delta, sinks, work.heads, *work.lists(kernel),
+        work.table(table), *_strides(q, *work.sources, q if dout is None else dout, out),
+        lse.stride(0), lse.stride(1), q.shape[1], work.q_start, work.k_start, work.shape[1], work.shape[2],
+        work.scale * LOG2_E.value, work.num_blocks, H=q.shape[2], GROUP=q.shape[2] // work.k.shape[2],
+        DQ=dout is not None, HAS_SINK=sinks is not None, **work.constants(tiles),
+    )  # fmt: skip
+
+
+def launch_columns(
+    work: Work, dout: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor
+) -> list[Tensor]:
+    """Writes the gradients of the window source (with those of the shard, where that is part of it).
+
+    Returns:
+        dK and dV of the shard in float32, `[splits, batch, tokens, kv_heads, dim]`, yet to be added up.
+    """
+    q, k, v = work.q, work.k, work.v
+    batch, kv_heads = k.shape[0], k.shape[2]
+    tiles = work.tiles("dkv")
+    shard, window, room = [], [], 0
+    for start, length in work.documents:
+        tokens = work.shard_tokens(length)
+        shard += [(start, length, i, room) for i in range(-(-tokens // tiles.keys))]
+        keys = length if work.cuts else k.shape[1]
+        window += [(start, length, i, room) for i in range(-(-keys // tiles.keys))]
+        room += tokens
+    longest = max(length for _, length in work.documents)
+    splits = work.tuning.splits(len(shard) * batch * kv_heads, longest) if shard else 0
+    parts = [
+        q.new_empty(max(splits, 1), batch, max(room, 1), kv_heads, x.shape[-1], dtype=torch.float32)
+        for x in (k, v)
+    ]
+    part_strides = [stride for part in parts for stride in part.stride()[:4]]
+    constants = work.constants(tiles) | {"HKV": kv_heads}
+    group = q.shape[2] // kv_heads
+    pattern = (work.shape[1], work.shape[2], work.scale * LOG2_E.value)
+    if shard:
+        s2_bwd_kernel_dkv_shard[(len(shard), splits, batch * kv_heads)](
+            q, *work.sources[2:], dout, lse, delta, *parts, work.heads, *work.lists("dkv"),
+            work.table(shard), *_strides(q, *work.sources[2:], dout), lse.stride(0), lse.stride(1),
+            *part_strides, q.shape[1], work.q_start, *pattern, -(-longest // splits), group,
+            work.num_blocks, **constants,
+        )  # fmt: skip
+    add_shard = not constants.pop("COMPACT")
+    del constants["CSR"]
+    s2_bwd_kernel_dkv_window[(len(window), batch * kv_heads)](
+        q, k, v, dout, lse, delta, dk, dv, *parts, work.heads, work.table(window),
+        *_strides(q, k, v, dout), lse.stride(0), lse.stride(1), *_strides(dk, dv), *part_strides,
+        q.shape[1], k.shape[1], work.q_start, work.k_start, *pattern, splits, group, ADD_SHARD=add_shard,
+        **constants,
+    )  # fmt: skip
+    return parts
+
+
+def launch_delta(dout: Tensor, out: Tensor, dlse: Tensor | None, delta: Tensor) -> None:
+    batch, seq, heads, dim = out.shape
+    dlse = dlse if dlse is None else dlse.contiguous()
+    rows = 64
+    s2_bwd_kernel_delta[(-(-seq // rows), batch * heads)](
+        dout, out, dlse, delta, *_strides(dout, out), seq,
+        H=heads, DV=dim, BDV=max(16, triton.next_power_of_2(dim)), BM=rows, HAS_DLSE=dlse is not None,
+        enable_fp_fusion=True,
+    )  # fmt: skip

@@ -1,0 +1,130 @@
+"""Specification of the Triton operators inside PyTorch: compiled, checkpointed, counted.
+
+Run as `test_triton.py` is.
+"""
+
+import os
+import subprocess
+import sys
+from itertools import pairwise
+
+import pytest
+import torch
+from attention_cases import packed, random_mask, s2
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+from triton_cases import DEVICE, case, cut, on_device
+
+from megatron_s2 import BlockMaskPattern, s2_attention
+from megatron_s2.kernels.compare import Results, require_equal
+
+SMALL = case(s2(), "s2", cut(32, 32), queries=40, sink_logits=True)
+SMALL_MASK = case(random_mask(2, 3), "mask", cut(32, 32), queries=40, sink_logits=True)
+
+
+@on_device
+@pytest.mark.parametrize("layout", ["batch first", "sequence first"])
+@pytest.mark.parametrize("pattern", [s2(), random_mask(2, 3)], ids=["s2", "mask"])
+def test_the_operators_keep_what_torch_library_asks_of_them(pattern, layout):
+    from megatron_s2.kernels import triton_backend
+
+    one = case(pattern, "", cut(32, 32), queries=40, layout=layout, sink_logits=True)
+    inputs = one.inputs(torch.float32)
+    q, k, v, sink_logits = (inputs[name].requires_grad_() for name in ("q", "k", "v", "sink_logits"))
+    masked = isinstance(pattern, BlockMaskPattern)
+    lists = triton_backend._lists_of(pattern, q.device) if masked else (None, None)
+    rest = (*lists, triton_backend.shape_of(pattern), 0, 0.25, [], 0, one.tuning.encode())
+    torch.library.opcheck(torch.ops.megatron_s2.attention_forward, (q, k, v, sink_logits, *rest))
+    out, lse = (x.detach() for x in s2_attention(q, k, v, pattern, backend="triton"))
+    detached = (x.detach() for x in (q, k, v))
+    torch.library.opcheck(
+        torch.ops.megatron_s2.attention_backward,
+        (inputs["dout"], inputs["dlse"], *detached, out, lse, *rest),
+    )
+
+
+def through(attend, one) -> Results:
+    """Results and gradients of one call."""
+    inputs = one.inputs(torch.float32)
+    tensors = [inputs[name].requires_grad_() for name in ("q", "k", "v", "sink_logits")]
+    out, lse = attend(*tensors)
+    gradients = torch.autograd.grad([out, lse], tensors, [inputs["dout"], inputs["dlse"]])
+    return dict(zip(("out", "lse", "dq", "dk", "dv", "dsink_logits"), (out, lse, *gradients)))
+
+
+@on_device
+@pytest.mark.parametrize("one", [SMALL, SMALL_MASK], ids=lambda one: one.special)
+def test_torch_compile_takes_it_whole_and_changes_nothing(one):
+    attend = one.attention("triton")
+    eager = through(attend, one)
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    require_equal(through(compiled, one), eager, most=0)
+
+
+@on_device
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["saved tensors", "reentrant"])
+@pytest.mark.parametrize("one", [SMALL, SMALL_MASK], ids=lambda one: one.special)
+def test_activation_checkpointing_changes_no_bit(one, use_reentrant):
+    attend = one.attention("triton")
+
+    def recomputed(*tensors):
+        return checkpoint(attend, *tensors, use_reentrant=use_reentrant)
+
+    require_equal(backward(recomputed, one), backward(attend, one), most=0)
+
+
+def backward(attend, one) -> Results:
+    """Gradients of one call, accumulated in its inputs: a reentrant checkpoint refuses autograd.grad."""
+    inputs = one.inputs(torch.float32)
+    tensors = {name: inputs[name].requires_grad_() for name in ("q", "k", "v", "sink_logits")}
+    out, lse = attend(*tensors.values())
+    torch.autograd.backward([out, lse], [inputs["dout"], inputs["dlse"]])
+    return {"out": out, "lse": lse} | {f"d{name}": x.grad for name, x in tensors.items()}
+
+
+# FLOPs.
+
+
+@on_device
+@pytest.mark.parametrize("pattern", ["s2", "mask"])
+@pytest.mark.parametrize(
+    "options",
+    [{"q_start": 37}, packed(0, 70, 33), {"batch": 2, "v_dim": 24}],
+    ids=["q_start", "packed", "batch"],
+)
+def test_pytorch_counts_the_flops_of_visible_pairs_alone(options, pattern):
+    patterns = {
+        "s2": s2(3, sink_blocks=2, vert_stride=(1, 3, 5), phases=(0, 1, 3)),
+        "mask": random_mask(3, 10),
+    }
+    one = case(patterns[pattern], "", cut(32, 32), **options)
+    with FlopCounterMode(display=False) as counter:
+        one.results("triton", torch.float32)
+    forward = torch.ops.megatron_s2.attention_forward
+    backward = torch.ops.megatron_s2.attention_backward
+    counted = counter.get_flop_counts()["Global"]
+
+    offsets = one.documents or (0, one.q_start + one.queries)
+    lengths = [b - a for a, b in pairwise(offsets)]
+    visible = [one.pattern.flops(n, 3 * one.group, one.dim, one.v_dim) for n in lengths]
+    unseen = one.pattern.flops(one.q_start, 3 * one.group, one.dim, one.v_dim)
+    assert counted[forward] == one.batch * (sum(x.forward for x in visible) - unseen.forward)
+    assert counted[backward] == one.batch * (sum(x.backward for x in visible) - unseen.backward)
+
+
+FIRST_CALL = f"""
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from megatron_s2 import S2Pattern, s2_attention
+
+pattern = S2Pattern(num_kv_heads=2, block_size=16, local_blocks=2, vert_stride=2)
+q = torch.zeros(1, 20, 2, 16, device={DEVICE!r})
+with FlopCounterMode(display=False) as counter:
+    s2_attention(q, q, q, pattern, backend="triton")
+assert counter.get_total_flops() == pattern.flops(20, 2, 16).forward, counter.get_flop_counts()
+"""
+
+
+@on_device
+def test_the_flops_of_the_first_call_of_a_process_are_counted():
+    subprocess.run([sys.executable, "-c", FIRST_CALL], env=os.environ, check=True)
