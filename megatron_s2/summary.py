@@ -21,13 +21,13 @@ def startup_table(settings: S2Settings, seq_len: int, head_dim: int, bytes_per_e
     dense = [n for n in range(1, settings.num_layers + 1) if settings.is_dense(n)]
     rows = [
         ("core attention", f"S2 in {len(sparse)} of {settings.num_layers} layers"),
-        *([("dense layers", _ranges(dense))] if dense else []),
+        *([("dense layers", ranges(dense))] if dense else []),
         ("pattern", settings.first_pattern.describe()),
     ]
     groups: dict[str, list[int]] = {}
     for layer in sparse:
         groups.setdefault(settings.pattern(layer).describe_phases(), []).append(layer)
-    rows += [(f"layers {_ranges(layers)}", text) for text, layers in groups.items()]
+    rows += [(f"layers {ranges(layers)}", text) for text, layers in groups.items()]
     rows += [
         ("distant past seen", _coverage(settings)),
         ("attention FLOPs", _beside(settings.mean_pairs(seq_len), dense_pairs(seq_len), seq_len)),
@@ -67,7 +67,7 @@ def _bytes(count: float) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
 
 
-def _ranges(numbers: list[int]) -> str:
+def ranges(numbers: list[int]) -> str:
     """`1-3, 7` for [1, 2, 3, 7]; steps of a rotation as `1, 3, 5, …`."""
     runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
     parts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]

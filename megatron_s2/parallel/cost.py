@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from megatron_s2.parallel.assignment import HeadPlan, assign_heads, window_start
+from megatron_s2.parallel.assignment import HeadPlan, assign_heads
 from megatron_s2.parallel.layout import Zigzag
 from megatron_s2.pattern import S2Pattern
 
@@ -86,7 +86,7 @@ def exchange_bytes(schedule: str, pattern: S2Pattern, call: AttentionCall, rank:
         ValueError: another schedule; query heads that are no multiple of the KV heads; or, for `a2a`, fewer
             query heads than ranks.
     """
-    moved = traffic(schedule, pattern, call)
+    moved = transfers(schedule, pattern, call)
     gathered = (call.ranks - 1) * moved.gathered
     received, sent = (gathered + int(way[:, rank].sum()) for way in (moved.received, moved.sent))
     if schedule in ("ring", "all_gather"):
@@ -95,7 +95,7 @@ def exchange_bytes(schedule: str, pattern: S2Pattern, call: AttentionCall, rank:
 
 
 @dataclass(frozen=True, eq=False)
-class Traffic:
+class Transfers:
     """Bytes of one forward, of all ranks.
 
     Args:
@@ -109,7 +109,7 @@ class Traffic:
 
 
 @lru_cache(maxsize=256)
-def traffic(schedule: str, pattern: S2Pattern, call: AttentionCall, node_ranks: int = 1) -> Traffic:
+def transfers(schedule: str, pattern: S2Pattern, call: AttentionCall, node_ranks: int = 1) -> Transfers:
     """The bytes of one forward when nodes hold `node_ranks` neighbouring ranks each.
 
     Raises:
@@ -122,13 +122,72 @@ def traffic(schedule: str, pattern: S2Pattern, call: AttentionCall, node_ranks: 
             f"query_heads {call.query_heads}: must be a multiple of the {pattern.num_kv_heads} KV heads"
         )
     if schedule == "a2a":
-        return _a2a_traffic(head_plan(pattern, call), call, node_ranks)
+        return _a2a_transfers(head_plan(pattern, call), call, node_ranks)
     token_bytes = call.key_value_bytes
     if schedule == "gather":
         halo = token_bytes * pattern.num_kv_heads * _halo_tokens(pattern, call.zigzag, node_ranks)
-        return Traffic(token_bytes * gathered_tokens(pattern, call.zigzag), *halo)
+        return Transfers(token_bytes * gathered_tokens(pattern, call.zigzag), *halo)
     nothing = np.zeros((2, call.ranks), dtype=np.int64)
-    return Traffic(token_bytes * pattern.num_kv_heads * call.zigzag.local_tokens, nothing, nothing)
+    return Transfers(token_bytes * pattern.num_kv_heads * call.zigzag.local_tokens, nothing, nothing)
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """Visible pairs that each rank computes, `[ranks]`, over its query heads and the batch.
+
+    Args:
+        pairs: all of them.
+        window: those of the windows alone, in the schedules where queries stay; nothing in `a2a`.
+    """
+
+    pairs: np.ndarray
+    window: np.ndarray
+
+    @property
+    def imbalance(self) -> float:
+        """The largest number of pairs over the mean."""
+        return float(self.pairs.max() / self.pairs.mean())
+
+
+def work(schedule: str, pattern: S2Pattern, call: AttentionCall) -> Work:
+    """What each rank computes. The schedules in which queries stay where they are share one answer.
+
+    Raises:
+        ValueError: as `exchange_bytes`.
+    """
+    if schedule == "a2a":
+        costs = call.batch * np.array(head_plan(pattern, call).costs)
+        return Work(costs, np.zeros_like(costs))
+    heads = call.batch * call.query_heads // pattern.num_kv_heads
+    pairs = sum(_chunk_pairs(head, call.zigzag) for head in _heads(pattern))
+    window = pattern.num_kv_heads * _chunk_pairs(_window_alone(pattern, call.tokens), call.zigzag)
+    return Work(heads * _per_rank(pairs), heads * _per_rank(window))
+
+
+def key_value_tokens(schedule: str, pattern: S2Pattern, call: AttentionCall) -> np.ndarray:
+    """`[ranks]`, tokens of keys and values, over the KV heads, that a rank holds for the attention of one
+    sequence.
+
+    gather: its own, the gathered shards, the halo. a2a: the whole sequence of its heads. Both keep them for
+    the backward. ring: its own and those passing by. all_gather: all.
+    """
+    zigzag, heads = call.zigzag, pattern.num_kv_heads
+    if schedule == "gather":
+        shards = shard_tokens(pattern, zigzag)
+        return heads * (zigzag.local_tokens + halo_tokens(pattern, zigzag)) + shards
+    if schedule == "a2a":
+        plan = head_plan(pattern, call)
+        return call.tokens * np.array([len(plan.kv_heads(rank)) for rank in range(call.ranks)])
+    held = {"ring": 2 * zigzag.local_tokens, "all_gather": call.tokens}[schedule]
+    return np.full(call.ranks, heads * held)
+
+
+def query_tokens(schedule: str, pattern: S2Pattern, call: AttentionCall) -> np.ndarray:
+    """`[ranks]`, tokens of queries (and outputs), over the query heads, that a rank computes."""
+    if schedule == "a2a":
+        plan = head_plan(pattern, call)
+        return call.tokens * np.array([len(plan.query_heads(rank)) for rank in range(call.ranks)])
+    return np.full(call.ranks, call.zigzag.local_tokens * call.query_heads)
 
 
 def head_plan(pattern: S2Pattern, call: AttentionCall) -> HeadPlan:
@@ -163,20 +222,56 @@ def _heads(pattern: S2Pattern) -> list[S2Pattern]:
     return [replace(pattern.slice_heads(g, g + 1), layer=0) for g in range(pattern.num_kv_heads)]
 
 
+def _window_alone(pattern: S2Pattern, tokens: int) -> S2Pattern:
+    """One head with the window and an empty shard."""
+    blocks = pattern.num_blocks(tokens)
+    fields = {"num_kv_heads": 1, "vert_stride": blocks + 1, "phases": (1,), "num_dense_heads": 0}
+    return replace(pattern, **fields, sink_blocks=0, layer=0, warn_lost=False)
+
+
 def _per_rank(of_chunks: np.ndarray) -> np.ndarray:
     """Sums over the two chunks of each rank."""
     ranks = len(of_chunks) // 2
     return of_chunks[:ranks] + of_chunks[: ranks - 1 : -1]
 
 
-def _edges(zigzag: Zigzag) -> list[int]:
-    return [chunk * zigzag.chunk for chunk in range(2 * zigzag.ranks + 1)]
+def _edges(zigzag: Zigzag) -> np.ndarray:
+    """Where chunks begin, and the end of the last."""
+    return np.arange(2 * zigzag.ranks + 1) * zigzag.chunk
+
+
+def _shard_sizes(head: S2Pattern, blocks: np.ndarray) -> np.ndarray:
+    """`head.shard_size(0, n)` for each n of `blocks`."""
+    strided = -(-(blocks - head.first_strided(0)) // head.strides[0])
+    return np.clip(blocks, 0, head.sink_blocks) + np.maximum(strided, 0)
 
 
 @lru_cache(maxsize=1024)
 def _chunk_pairs(head: S2Pattern, zigzag: Zigzag) -> np.ndarray:
-    """`[chunks]`, visible pairs of the queries of each chunk, for one query head."""
-    return np.diff([head.visible_pairs(edge)[0] for edge in _edges(zigzag)])
+    """`[chunks]`, visible pairs of the queries of each chunk, for one query head.
+
+    Pairs before a position are those of its whole rows and those of the row it cuts. The n-th shard block, j,
+    is seen beyond the window by all rows from j + L on.
+    """
+    B, L, sinks, first, stride = (
+        head.block_size,
+        head.local_blocks,
+        head.sink_blocks,
+        head.first_strided(0),
+        head.strides[0],
+    )
+    rows, cut = np.divmod(_edges(zigzag), B)
+
+    seen = _shard_sizes(head, rows - L)  # shard blocks beyond the window of the last whole row
+    from_sinks = np.minimum(seen, sinks)
+    strided = seen - from_sinks
+    positions = from_sinks * (from_sinks - 1) // 2 + strided * first + stride * (strided * (strided - 1) // 2)
+    ramp = np.minimum(rows, L)
+    window = ramp * (ramp - 1) // 2 + (rows - ramp) * (L - 1)
+    past = window + seen * (rows - L) - positions
+    past_of_cut = _shard_sizes(head, rows - L + 1) + np.minimum(rows, L - 1)
+    triangles = rows * (B * (B + 1) // 2) + cut * (cut + 1) // 2
+    return np.diff(B * B * past + B * cut * past_of_cut + triangles)
 
 
 @lru_cache(maxsize=1024)
@@ -184,18 +279,14 @@ def _chunk_shard_tokens(head: S2Pattern, zigzag: Zigzag) -> np.ndarray:
     """`[chunks]`, tokens of the head's shard in each chunk. The shard ends where the last window starts."""
     B = head.block_size
     whole = head.shard_prefix(0, head.num_blocks(zigzag.tokens) - 1)
-
-    def before(position: int) -> int:
-        block, part = divmod(position, B)
-        size = head.shard_size(0, block)
-        return min(whole, size) * B + (part if size < min(whole, head.shard_size(0, block + 1)) else 0)
-
-    return np.diff([before(edge) for edge in _edges(zigzag)])
+    blocks, cut = np.divmod(_edges(zigzag), B)
+    size, with_cut = (np.minimum(_shard_sizes(head, blocks + more), whole) for more in (0, 1))
+    return np.diff(size * B + (with_cut - size) * cut)
 
 
 def _window_starts(pattern: S2Pattern, zigzag: Zigzag) -> np.ndarray:
     """`[chunks]`, the first position that the window of each chunk's first query reaches."""
-    return np.array([window_start(pattern, edge) for edge in _edges(zigzag)[:-1]])
+    return np.array([pattern.window_start(edge) for edge in _edges(zigzag)[:-1].tolist()])
 
 
 def _halo_tokens(pattern: S2Pattern, zigzag: Zigzag, node_ranks: int) -> np.ndarray:
@@ -235,7 +326,7 @@ def _halo_within(starts: np.ndarray, zigzag: Zigzag, group: int) -> np.ndarray:
     return np.stack([_per_rank(received), _per_rank(sent)])
 
 
-def _a2a_traffic(plan: HeadPlan, call: AttentionCall, node_ranks: int) -> Traffic:
+def _a2a_transfers(plan: HeadPlan, call: AttentionCall, node_ranks: int) -> Transfers:
     """Each rank gets the queries, keys and values of its heads from every other; their outputs go back."""
     rank = np.arange(call.ranks)
     first = rank // node_ranks * node_ranks
@@ -253,4 +344,4 @@ def _a2a_traffic(plan: HeadPlan, call: AttentionCall, node_ranks: int) -> Traffi
         return np.stack([node - values, summed[-1] - node])
 
     peers = from_others(np.ones_like(rank))
-    return Traffic(0, peers * inputs + from_others(outputs), from_others(inputs) + peers * outputs)
+    return Transfers(0, peers * inputs + from_others(outputs), from_others(inputs) + peers * outputs)
