@@ -261,6 +261,18 @@ def test_dkernel_that_is_not_installed_is_named(bench, monkeypatch):
     assert dkernel.unavailable(case, "forward") is None
 
 
+def test_a_backend_of_sdpa_that_pytorch_refuses_is_named_with_its_reason(bench):
+    from torch.nn.attention import SDPBackend
+
+    from benchmarks.cases import Case, Shape
+    from benchmarks.implementations import _sdpa_refuses
+
+    case = Case(Shape(S2Pattern(2, 16, 2, 4), 1, 4, 16, "float32"), 64, "cpu")
+    assert _sdpa_refuses(SDPBackend.FLASH_ATTENTION, case) is None
+    refused = _sdpa_refuses(SDPBackend.CUDNN_ATTENTION, case)
+    assert refused.startswith("refused by PyTorch: No viable backend")
+
+
 def test_too_long_a_comparison_is_made_at_a_shorter_length(bench):
     from benchmarks.cases import SHAPES, Case
     from benchmarks.exactness import checked_length
