@@ -63,14 +63,35 @@ def draw_pattern(
         ValueError: another suffix, or a number that `pattern_figure` refuses.
         ImportError: matplotlib is not installed.
     """
+    save_figure(pattern_figure(pattern, num_blocks, title, num_layers), path)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty white figure, sizes in inches.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("drawing needs matplotlib: python -m pip install 'megatron-s2[plot]'") from error
+    return Figure(figsize=(width, height), facecolor="white")
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a figure to a PNG or an SVG by its suffix; the same figure gives the same bytes.
+
+    Raises:
+        ValueError: another suffix.
+    """
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise ValueError(f"path {path}: must end in {' or '.join(SUFFIXES)}")
-    figure = pattern_figure(pattern, num_blocks, title, num_layers)
     import matplotlib
 
-    # The same pattern gives the same bytes, so that stored pictures change only when they must.
+    # So that stored pictures change only when they must.
     with matplotlib.rc_context({"svg.hashsalt": "megatron-s2"}):
         figure.savefig(path, dpi=_DPI, metadata={"Date": None} if suffix == ".svg" else None)
 
@@ -91,13 +112,6 @@ def pattern_figure(
         raise ValueError(f"num_layers {num_layers}: must be >= 1")
     if num_layers > 1 and not isinstance(pattern, S2Pattern):
         raise ValueError(f"num_layers {num_layers}: must be 1 for a {type(pattern).__name__}")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "drawing a pattern needs matplotlib: python -m pip install 'megatron-s2[plot]'"
-        ) from error
-
     heads = _heads_to_show(pattern.num_kv_heads)
     rows = 1 if len(heads) <= 2 else 2
     columns = -(-len(heads) // rows)
@@ -107,7 +121,7 @@ def pattern_figure(
     union_left = _LEFT + heads_width + _BETWEEN_HEADS_AND_UNION
     width = union_left + union_side + _RIGHT
     height = _TOP + union_side + _BOTTOM
-    figure = Figure(figsize=(width, height), facecolor="white")
+    figure = new_figure(width, height)
 
     def square(left: float, bottom: float, size: float) -> Axes:
         return figure.add_axes((left / width, bottom / height, size / width, size / height))
