@@ -27,7 +27,7 @@ from benchmarks.cases import (
 )
 from benchmarks.exactness import check
 from benchmarks.implementations import IMPLEMENTATIONS, Attention, Implementation, names_on
-from benchmarks.measure import cuda_peak_memory, cuda_times, interleaved_times, peak_memory, summary
+from benchmarks.measure import Company, cuda_peak_memory, cuda_times, interleaved_times, peak_memory, summary
 
 OUT_OF_MEMORY = "out of memory"
 # What kernels raise that were written for another PyTorch, Triton or GPU.
@@ -161,6 +161,7 @@ class Trial:
     peaks: dict[str, int | None] = field(init=False, default_factory=dict)
     setup_seconds: float | None = field(init=False, default=None)
     checked_at: int | None = field(init=False, default=None)
+    other_cpus: float | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         """Finds out by pass what cannot be measured, and why."""
@@ -222,6 +223,7 @@ class Trial:
                 **case.row(),
                 "not_measured": self.reasons.get(which),
                 "checked_at": self.checked_at,
+                "other_cpus": self.other_cpus,
                 "seconds": self.seconds.get(which),
                 "setup_seconds": self.setup_seconds,
                 "flops": flops[which],
@@ -267,9 +269,11 @@ def _measure_on_cpu(trials: list[Trial], case: Case, repeats: int) -> None:
             yield
 
     runs = {trial.implementation.name: partial(stages, _prepared(trial), trial.passes) for trial in trials}
-    times = interleaved_times(runs, repeats)
+    with Company() as company:
+        times = interleaved_times(runs, repeats)
     for trial in trials:
         name = trial.implementation.name
+        trial.other_cpus = company.cpus
         trial.seconds = dict(zip(trial.passes, map(summary, times[name].T)))
         if PASSES[1] in trial.passes:
             trial.peaks[PASSES[1]] = peak_memory(prepare_for_memory, (name, case, torch.get_num_threads()))

@@ -65,9 +65,10 @@ def table(rows: list[Row]) -> str:
                 row = newest.get((which, tokens, n))
                 speedups = [_speedup(newest, which, tokens, n, over) for over in dense]
                 lines.append(f"{which:<17} {tokens:>8} {n:<10} {_cells(row, speedups)}")
-    busy = sorted({row["date"] for row in rows if row["seconds"] and row["machine"]["load"] > 1})
-    if busy:
-        lines.append(f"others were at work on the machine when these runs began: {', '.join(busy)}")
+    for row in rows:
+        if row["seconds"] and (others := row.get("other_cpus")) and others > 0.1:
+            note = f"{row['seq_length']} tokens, {row['date']}: others kept {others} cores busy meanwhile"
+            lines += [note] if note not in lines else []
     return "\n".join(lines)
 
 

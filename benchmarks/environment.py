@@ -44,7 +44,7 @@ def facts(device: str = "cpu") -> dict:
 
 
 def machine(device: str) -> dict:
-    """`load` is the load average of the minute before: above 1, others were at work."""
+    """`load` is the load average of the minute before the run."""
     cores = len(os.sched_getaffinity(0))
     cpu = _cpu_model()
     gpu = torch.cuda.get_device_name(0) if device == "cuda" else None

@@ -1,10 +1,12 @@
 """Time and memory of functions, such that a noisy machine does less harm."""
 
 import multiprocessing
+import os
 import re
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +33,38 @@ def interleaved_times[Name](
 def _stages(run: Callable[[], Iterable[object]]) -> list[float]:
     start = time.perf_counter()
     return [time.perf_counter() - start for _ in run()]
+
+
+@dataclass
+class Company:
+    """What else the machine did while a block ran.
+
+    `cpus`: how many cores others kept busy on average, 0 on a machine of one's own; None where the system
+    does not tell (Linux does, through /proc).
+    """
+
+    cpus: float | None = None
+
+    def __enter__(self) -> "Company":
+        self._start = time.perf_counter(), _busy_seconds()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        (start, before), after = self._start, _busy_seconds()
+        if before is not None:
+            self.cpus = round(max(0.0, (after - before) / (time.perf_counter() - start)), 2)
+
+
+def _busy_seconds() -> float | None:
+    """CPU seconds of all processes but this one, since some moment."""
+    if not _STAT.exists():
+        return None
+    user, nice, system, _idle, _iowait, irq, softirq, steal, *_ = map(int, _STAT.read_text().split()[1:11])
+    own = os.times()
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - own.user - own.system
+
+
+_STAT = Path("/proc/stat")
 
 
 def summary(seconds: np.ndarray) -> dict:

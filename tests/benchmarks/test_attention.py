@@ -17,8 +17,8 @@ KEYS = {
     *("benchmark", "date", "machine", "versions", "commit"),
     *("implementation", "pass", "case", "device"),
     *("seq_length", "batch", "heads", "kv_heads", "head_dim", "dtype", "pattern"),
-    *("not_measured", "checked_at", "seconds", "setup_seconds", "flops", "dense_flops", "speedup_bound"),
-    *("input_bytes", "peak_bytes_above_inputs"),
+    *("not_measured", "checked_at", "other_cpus", "seconds", "setup_seconds"),
+    *("flops", "dense_flops", "speedup_bound", "input_bytes", "peak_bytes_above_inputs"),
 }
 
 
@@ -109,6 +109,13 @@ def test_the_table_shows_speed_ups_and_what_was_not_measured(run, attention):
         assert f" {speedup:.2f} " in line and f" {ours['speedup_bound']:.2f} " in line
 
 
+def test_the_table_says_when_others_were_at_work(run, attention):
+    rows = [{**row, "other_cpus": 0.0} for row in rows_in(run)]
+    assert "others" not in attention.BENCHMARK.table(rows)
+    rows[0]["other_cpus"] = 0.75
+    assert attention.BENCHMARK.table(rows).endswith("others kept 0.75 cores busy meanwhile")
+
+
 def test_pictures_come_from_the_stored_rows(run, bench, capsys):
     assert bench.main(["plot", "--out", str(run)]) == 0
     picture = Path(capsys.readouterr().out.strip())
@@ -117,8 +124,9 @@ def test_pictures_come_from_the_stored_rows(run, bench, capsys):
 
 
 def test_rows_from_before_a_field_was_added_are_still_shown(run, attention, tmp_path):
-    added = ("case", "device", "not_measured", "checked_at")
-    rows = [row for row in rows_in(run) if row["seconds"]]
+    added = ("case", "device", "not_measured", "checked_at", "other_cpus")
+    alone = [{**row, "other_cpus": 0.0} for row in rows_in(run)]
+    rows = [row for row in alone if row["seconds"]]
     old = [{key: value for key, value in row.items() if key not in added} for row in rows]
     assert attention.BENCHMARK.table(old) == attention.BENCHMARK.table(rows)
     assert attention.BENCHMARK.plot(old, tmp_path)

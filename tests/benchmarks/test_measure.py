@@ -1,5 +1,7 @@
 """Times are taken in turns, memory is counted above the inputs."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -18,6 +20,29 @@ def test_functions_take_turns_after_a_call_that_does_not_count(bench):
     assert calls == ["a", "b"] * 3
     assert {name: seconds.shape for name, seconds in times.items()} == {"a": (2, 2), "b": (2, 2)}
     assert all((np.diff(seconds) >= 0).all() for seconds in times.values())
+
+
+def test_the_work_of_others_is_counted_and_ones_own_is_not(bench, monkeypatch, tmp_path):
+    from benchmarks import measure
+
+    ticks, stat = measure.os.sysconf("SC_CLK_TCK"), tmp_path / "stat"
+    monkeypatch.setattr(measure, "_STAT", stat)
+    monkeypatch.setattr(measure.time, "perf_counter", iter([0.0, 10.0]).__next__)
+    own = iter([SimpleNamespace(user=1.0, system=1.0), SimpleNamespace(user=8.0, system=2.0)])
+    monkeypatch.setattr(measure.os, "times", own.__next__)
+    stat.write_text(f"cpu {2 * ticks} 0 0 {50 * ticks} 0 0 0 0 0 0\ncpu0 1\n")
+    with measure.Company() as company:  # 15 seconds more of user and system, 8 of them one's own, in 10
+        stat.write_text(f"cpu {14 * ticks} 0 {3 * ticks} {99 * ticks} {9 * ticks} 0 0 0 0 0\ncpu0 1\n")
+    assert company.cpus == 0.7
+
+
+def test_a_system_that_does_not_tell_how_busy_it_is(bench, monkeypatch, tmp_path):
+    from benchmarks import measure
+
+    monkeypatch.setattr(measure, "_STAT", tmp_path / "absent")
+    with measure.Company() as company:
+        pass
+    assert company.cpus is None
 
 
 def allocate_64_mib(inputs_mib: int):
