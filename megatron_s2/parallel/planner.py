@@ -200,6 +200,7 @@ def plan_layer(
     return LayerPlan(pattern, call, schedules, _choose(schedule, schedules, call, tensor_parallel))
 
 
+@lru_cache(maxsize=1024)
 def choose(
     schedule: str,
     pattern: S2Pattern,
@@ -240,9 +241,10 @@ def _choose(
 
 
 def time_text(seconds: float) -> str:
-    """Three digits of seconds or milliseconds, for people."""
-    unit, value = ("s", seconds) if seconds >= 1 else ("ms", 1e3 * seconds)
-    return f"{value:#.3g}".rstrip(".") + f" {unit}" if value < 1000 else f"{value:.0f} {unit}"
+    """Three digits of s, ms or us, for people."""
+    unit, scale = ("s", 1) if seconds >= 1 else ("ms", 1e3) if seconds >= 1e-3 else ("us", 1e6)
+    value = seconds * scale
+    return (f"{value:.0f}" if value >= 100 else f"{value:#.3g}") + f" {unit}"
 
 
 def mib_text(count: float) -> str:
@@ -373,13 +375,25 @@ def plan_model(
         ValueError: the message starts with the flag that does not fit.
     """
     cluster = cluster or Cluster()
+    for flag, value in (
+        ("--num-layers", settings.num_layers),
+        ("--seq-length", seq_length),
+        ("--num-attention-heads", num_attention_heads),
+        ("--kv-channels", head_dim),
+        ("--context-parallel-size", context_parallel),
+        ("--tensor-model-parallel-size", tensor_parallel),
+        ("--micro-batch-size", micro_batch),
+        ("--bytes-per-element", element_size),
+    ):
+        if value < 1:
+            raise ValueError(f"{flag} {value}: must be >= 1")
     for flag, value, unit, why in (
         ("--num-attention-heads", num_attention_heads, settings.num_kv_heads, "--num-query-groups"),
         ("--num-attention-heads", num_attention_heads, tensor_parallel, "--tensor-model-parallel-size"),
         ("--seq-length", seq_length, 2 * context_parallel, "2 x --context-parallel-size"),
     ):
-        if unit < 1 or value < 1 or value % unit:
-            raise ValueError(f"{flag} {value}: must be a positive multiple of {unit} ({why})")
+        if value % unit:
+            raise ValueError(f"{flag} {value}: must be a multiple of {unit} ({why})")
     kv_heads = settings.num_kv_heads
     if kv_heads % tensor_parallel and tensor_parallel % kv_heads:
         raise ValueError(
