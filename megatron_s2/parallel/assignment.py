@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from heapq import heappop, heappush
@@ -247,6 +247,7 @@ class HeadPlan:
         return "; ".join(f"rank {rank}: query heads {', '.join(mine)}" for rank, mine in enumerate(heads))
 
 
+_EVEN = 1.02  # imbalance at which no group is cut any further: each cut sends a KV head twice
 _MOST_STEPS = 20_000
 _LARGEST_SEARCH = 256  # shares x ranks beyond which the search has no chance
 
@@ -258,7 +259,8 @@ def assign_heads(pairs: tuple[int, ...], num_query_heads: int, ranks: int) -> He
     Longest processing time first (Graham 1969); then moves and swaps between two ranks as long as one of
     them lowers the larger of their costs; then a search over all assignments for something better, exact
     where few heads share few ranks and given up after `_MOST_STEPS` elsewhere. Where there are fewer KV
-    groups than ranks, each group's query heads are cut into as many parts as that takes.
+    groups than ranks, each group's query heads are cut into as many parts as that takes. Where that leaves
+    the ranks uneven, groups are cut into smaller parts, dear ones first.
 
     Args:
         pairs: visible pairs of each KV head, for one query head.
@@ -274,12 +276,35 @@ def assign_heads(pairs: tuple[int, ...], num_query_heads: int, ranks: int) -> He
             "when heads move"
         )
     group = num_query_heads // len(pairs)
-    parts = min(group, -(-ranks // len(pairs)))
-    shares = [
-        HeadShare(g, g * group + group * part // parts, g * group + group * (part + 1) // parts)
-        for g in range(len(pairs))
-        for part in range(parts)
-    ]
+    best = None
+    for way, parts in enumerate(_ways_to_cut(pairs, group, ranks)):
+        shares = [
+            HeadShare(g, g * group + group * part // count, g * group + group * (part + 1) // count)
+            for g, count in enumerate(parts)
+            for part in range(count)
+        ]
+        plan = _assign(shares, pairs, group, ranks, search=way == 0)
+        best = plan if best is None or plan.imbalance < best.imbalance else best
+        if best.imbalance <= _EVEN:
+            break
+    return best
+
+
+def _ways_to_cut(pairs: tuple[int, ...], group: int, ranks: int) -> Iterator[list[int]]:
+    """Into how many parts to cut each KV group: as few as ranks need, then so that no part costs more than a
+    rank's mean, half of it, and so on down to single query heads."""
+    fewest = min(group, -(-ranks // len(pairs)))
+    yield [fewest] * len(pairs)
+    finer, parts = 1, []
+    while fewest < group and parts != [group] * len(pairs):
+        parts = [min(group, max(fewest, -(-finer * ranks * cost // sum(pairs)))) for cost in pairs]
+        yield parts
+        finer *= 2
+
+
+def _assign(
+    shares: list[HeadShare], pairs: tuple[int, ...], group: int, ranks: int, search: bool
+) -> HeadPlan:
     cost = {share: pairs[share.kv_head] * (share.stop - share.start) for share in shares}
     assigned: list[list[HeadShare]] = [[] for _ in range(ranks)]
     emptiest = [(0, 0, rank) for rank in range(ranks)]  # load, shares, rank: an idle rank is first at load 0
@@ -289,7 +314,8 @@ def assign_heads(pairs: tuple[int, ...], num_query_heads: int, ranks: int) -> He
         heappush(emptiest, (load + cost[share], count + 1, rank))
     loads = [load for load, _, rank in sorted(emptiest, key=lambda entry: entry[2])]
     _improve(assigned, loads, cost)
-    assigned = _search(assigned, cost)
+    if search:
+        assigned = _search(assigned, cost)
     _occupy(assigned)
     loads = [sum(cost[share] for share in mine) for mine in assigned]
     return HeadPlan(_contiguous(assigned, group), tuple(loads))
