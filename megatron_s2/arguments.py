@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 
+from megatron_s2.parallel.planner import OURS, Cluster
 from megatron_s2.settings import S2Settings
 
 # Megatron paths that attend without asking core attention, or ask it for what S2 has no meaning for. With
@@ -26,6 +27,10 @@ _BYPASSES = {
         "its layers do not carry the S2 settings",
     ),
     "use_kitchen_attention": ("--use-kitchen-attention", "it replaces the attention that S2 replaces"),
+    "hierarchical_context_parallel_sizes": (
+        "--hierarchical-context-parallel-sizes",
+        "S2 attention has context-parallel schedules of its own (--s2-cp-schedule)",
+    ),
     "window_size": ("--window-size", "the window of S2 is --s2-local-blocks"),
     "reset_attention_mask": (
         "--reset-attention-mask",
@@ -94,7 +99,28 @@ def add_s2_args(parser: ArgumentParser) -> ArgumentParser:
         choices=["auto", "triton", "torch", "reference"],
         help="Implementation of S2 attention. Default auto.",
     )
+    _add_context_parallel_args(parser)
     return parser
+
+
+def _add_context_parallel_args(parser: ArgumentParser) -> None:
+    add = parser.add_argument_group("S2 attention under --context-parallel-size").add_argument
+    add(
+        "--s2-cp-schedule",
+        choices=["auto", *OURS],
+        help="gather: ranks exchange the shards and windows their heads need. a2a: heads move to the ranks. "
+        "Default auto: for each layer what the planner predicts to be faster (scripts/plan.py shows why).",
+    )
+    rates = Cluster()
+    for name, kind, meaning in (
+        ("gpus_per_node", int, "GPUs that share the fast link"),
+        ("intra_gigabytes_per_s", float, "GB/s (10**9 bytes) of a GPU to its own node, each direction"),
+        ("inter_gigabytes_per_s", float, "GB/s (10**9 bytes) of a GPU to other nodes, each direction"),
+        ("chip_tflops", float, "peak of a GPU in 10**12 FLOP/s"),
+        ("efficiency", float, "share of the peak that attention reaches"),
+    ):
+        default = getattr(rates, name)
+        add(_flag(f"s2_{name}"), type=kind, help=f"For the planner: {meaning}. Default {default} (DGX H100).")
 
 
 def validate_s2_args(args: Namespace, argv: Sequence[str] = ()) -> list[str]:
@@ -126,14 +152,53 @@ def validate_s2_args(args: Namespace, argv: Sequence[str] = ()) -> list[str]:
 
     settings = settings_from_args(args)
     args.s2_backend = args.s2_backend or "auto"
+    args.s2_cp_schedule = args.s2_cp_schedule or "auto"
+    cluster_from_args(args)
     if args.seq_length is not None and args.seq_length < settings.block_size:
         raise ValueError(
             f"--seq-length {args.seq_length}: must be at least one block "
             f"(--s2-block-size {settings.block_size})"
         )
+    if args.context_parallel_size > 1:
+        _check_context_parallel(args)
     if args.s2_learnable_sink:
         args.softmax_type = "learnable"
     return settle_for_s2(args, argv, _S2_FLAG)
+
+
+def cluster_from_args(args: Namespace) -> Cluster:
+    """The planner's rates of parsed arguments; fills in the defaults of those flags that were not given.
+
+    Raises:
+        ValueError: a rate is not positive; the message starts with its flag.
+    """
+    for name, default in vars(Cluster()).items():
+        if getattr(args, f"s2_{name}") is None:
+            setattr(args, f"s2_{name}", default)
+    try:
+        return Cluster(**{name: getattr(args, f"s2_{name}") for name in Cluster.__dataclass_fields__})
+    except ValueError as error:
+        name, rest = str(error).split(" ", 1)
+        raise ValueError(f"{_flag('s2_' + name)} {rest}") from None
+
+
+def _check_context_parallel(args: Namespace) -> None:
+    ranks = args.context_parallel_size
+    if args.s2_backend == "reference":
+        raise ValueError(
+            f"--s2-backend reference: must be auto, torch or triton with --context-parallel-size {ranks}"
+        )
+    if args.seq_length is not None and args.seq_length % (2 * ranks):
+        raise ValueError(
+            f"--seq-length {args.seq_length}: must be a multiple of 2 * --context-parallel-size = {2 * ranks}"
+        )
+    tensor_parallel = args.tensor_model_parallel_size
+    if args.s2_cp_schedule == "a2a" and args.num_attention_heads // tensor_parallel < ranks:
+        raise ValueError(
+            f"--s2-cp-schedule a2a: must be auto or gather where --context-parallel-size {ranks} is larger "
+            f"than --num-attention-heads {args.num_attention_heads} over --tensor-model-parallel-size "
+            f"{tensor_parallel}"
+        )
 
 
 def refuse_bypasses(chosen: object, asked_by: str) -> None:
@@ -149,11 +214,6 @@ def refuse_bypasses(chosen: object, asked_by: str) -> None:
     for name, (flag, why) in _BYPASSES.items():
         if getattr(chosen, name, None):
             raise ValueError(f"{flag}: must not be set with {asked_by}: {why}")
-    if chosen.context_parallel_size > 1:
-        raise ValueError(
-            f"--context-parallel-size {chosen.context_parallel_size}: must be 1 with {asked_by} "
-            "(context parallelism of S2 attention is not available yet)"
-        )
     if chosen.transformer_impl == "inference_optimized":
         raise ValueError(
             "--transformer-impl inference_optimized: must be local or transformer_engine with "
@@ -189,6 +249,11 @@ def settle_for_s2(args: Namespace, argv: Sequence[str], asked_by: str) -> list[s
         # A mask of seq x seq per sample, which S2 attention would not read.
         args.create_attention_mask_in_dataloader = False
         settled.append("--no-create-attention-mask-in-dataloader")
+    packed = getattr(args, "dataloader_inter_document_masking", False)
+    if packed and args.context_parallel_size > 1 and args.apply_rope_fusion:
+        # The fused kernel places packed tokens as if each document were dealt out on its own.
+        args.apply_rope_fusion = False
+        settled.append("--no-rope-fusion")
     return settled
 
 

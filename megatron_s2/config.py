@@ -10,12 +10,13 @@ from dataclasses import dataclass
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_s2.parallel.planner import Cluster
 from megatron_s2.settings import S2Settings
 
 
 @dataclass
 class S2TransformerConfig(TransformerConfig):
-    """Megatron's `TransformerConfig` with S2 attention; fields as in `S2Settings`, prefixed `s2_`.
+    """Megatron's `TransformerConfig` with S2 attention: fields of `S2Settings` and `Cluster`, prefixed `s2_`.
 
     Raises:
         ValueError: as `S2Settings`.
@@ -31,6 +32,12 @@ class S2TransformerConfig(TransformerConfig):
     s2_dense_layers: tuple[int, ...] = ()
     s2_dense_layer_freq: int = 0
     s2_backend: str = "auto"
+    s2_cp_schedule: str = "auto"
+    s2_gpus_per_node: int = Cluster.gpus_per_node
+    s2_intra_gigabytes_per_s: float = Cluster.intra_gigabytes_per_s
+    s2_inter_gigabytes_per_s: float = Cluster.inter_gigabytes_per_s
+    s2_chip_tflops: float = Cluster.chip_tflops
+    s2_efficiency: float = Cluster.efficiency
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,3 +60,9 @@ def s2_settings(config: TransformerConfig, **overrides) -> S2Settings:
     }
     whole = {"num_layers": config.num_layers, "num_kv_heads": config.num_query_groups}
     return S2Settings(**whole | chosen | overrides)
+
+
+def cluster_of(config: TransformerConfig) -> Cluster:
+    """The planner's rates of a transformer configuration; the defaults where it has no S2 fields."""
+    rates = {name: getattr(config, f"s2_{name}", default) for name, default in vars(Cluster()).items()}
+    return Cluster(**rates)

@@ -104,7 +104,7 @@ def _packed_sequences(batch: dict[str, torch.Tensor], args: Namespace) -> Packed
     if padded is not None:
         boundaries = padded = padded.squeeze(0)
     longest = int(batch["max_seqlen"].item())
-    return PackedSeqParams(
+    packed = PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=boundaries,
         cu_seqlens_kv=boundaries,
@@ -114,6 +114,9 @@ def _packed_sequences(batch: dict[str, torch.Tensor], args: Namespace) -> Packed
         max_seqlen_kv=longest,
         tokens_per_sample=args.seq_length,
     )
+    # Context parallelism deals out the row as one sequence (`use_per_sequence_balancing` in `get_batch`).
+    packed.s2_zigzag_over_row = True
+    return packed
 
 
 def loss_function(

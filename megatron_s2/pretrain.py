@@ -28,6 +28,8 @@ from megatron_s2.arguments import (
     take_from_checkpoint,
     validate_s2_args,
 )
+from megatron_s2.parallel.exchange import PeerLostError, Traffic
+from megatron_s2.parallel.planner import plan_model
 from megatron_s2.runtime.checks import check_model, check_paths, check_splits
 from megatron_s2.runtime.flags import Machine, describe, runnable_arguments
 from megatron_s2.runtime.patches import (
@@ -36,6 +38,7 @@ from megatron_s2.runtime.patches import (
     count_s2_flops,
     escape_help_texts,
     let_eval_interval_be_unset,
+    log_context_parallel_traffic,
     quiet_known_warnings,
 )
 from megatron_s2.settings import S2Settings
@@ -76,6 +79,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
     except KeyboardInterrupt:
         _leave_quietly()
+    except PeerLostError as error:
+        # What is left of the process groups may wait for that peer for ever.
+        print(f"error: {error} (on rank {_rank()})", file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 def train(argv: Sequence[str]) -> None:
@@ -169,12 +176,15 @@ def _configure(argv: Sequence[str]):
     )
     set_global_variables(args)
     model = gpt_config_from_args(args, config=config)
+    traffic = Traffic()
     if args.s2_attention:
-        model.transformer_layer_spec = s2_layer_spec
+        model.transformer_layer_spec = partial(s2_layer_spec, traffic=traffic)
+        if args.context_parallel_size > 1:
+            log_context_parallel_traffic(traffic)
     if args.s2_attention or spec_settings is not None:
         settings = s2_settings(config, **(spec_settings or {}))
         count_s2_flops(settings)
-        _show_table(args, settings, settled)
+        _show_table(args, config, settings, settled)
     return pretrain_cfg_container_from_args(args, model)
 
 
@@ -216,11 +226,27 @@ def _compare_with_checkpoint(args: Namespace, saved: Namespace) -> None:
         print(f"megatron-s2: --finetune changes the attention: {'; '.join(differences)}", flush=True)
 
 
-def _show_table(args: Namespace, settings: S2Settings, settled: list[str]) -> None:
+def _show_table(args: Namespace, config, settings: S2Settings, settled: list[str]) -> None:
     if _rank():
         return
+    from megatron_s2.config import cluster_of
+
     element = torch.finfo(args.params_dtype).bits // 8
-    print(startup_table(settings, args.seq_length, args.kv_channels, element))
+    plan = None
+    if args.context_parallel_size > 1:
+        plan = plan_model(
+            settings,
+            seq_length=args.seq_length,
+            num_attention_heads=args.num_attention_heads,
+            head_dim=args.kv_channels,
+            context_parallel=args.context_parallel_size,
+            tensor_parallel=args.tensor_model_parallel_size,
+            micro_batch=args.micro_batch_size,
+            element_size=element,
+            schedule=getattr(args, "s2_cp_schedule", None) or "auto",
+            cluster=cluster_of(config),
+        )
+    print(startup_table(settings, args.seq_length, args.kv_channels, element, plan))
     if settled:
         print(f"  set for S2: {' '.join(settled)}")
     sys.stdout.flush()
@@ -249,6 +275,11 @@ def _refuse_unsupported(args: Namespace) -> None:
     for name, flag in _UNSUPPORTED.items():
         if getattr(args, name, None):
             raise ValueError(f"{flag}: not supported by megatron-s2; use Megatron-LM's own pretrain_gpt.py")
+    if args.dataloader_inter_document_masking and args.context_parallel_size > 1 and not args.s2_attention:
+        raise ValueError(
+            f"--context-parallel-size {args.context_parallel_size}: must be 1 with "
+            "--dataloader-inter-document-masking, except with --s2-attention"
+        )
     pipelined_packing = args.dataloader_inter_document_masking and args.pipeline_model_parallel_size > 1
     if pipelined_packing and args.micro_batch_size not in (None, 1):
         # Packing joins a micro-batch to one row, and stages expect from each other what was not joined.

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from itertools import groupby
 
+from megatron_s2.parallel.planner import ModelPlan
 from megatron_s2.pattern import dense_pairs
 from megatron_s2.settings import S2Settings
 
 
-def startup_table(settings: S2Settings, seq_len: int, head_dim: int, bytes_per_element: int) -> str:
+def startup_table(
+    settings: S2Settings,
+    seq_len: int,
+    head_dim: int,
+    bytes_per_element: int,
+    context_parallel: ModelPlan | None = None,
+) -> str:
     """What replaced dense attention, the pattern of each group of layers, and the cost beside dense.
 
     Args:
+        context_parallel: what the ranks of context parallelism do, where there are several.
         settings: S2 attention of the model.
         seq_len: tokens per sequence.
         head_dim: size of one head of keys and values.
@@ -33,6 +41,11 @@ def startup_table(settings: S2Settings, seq_len: int, head_dim: int, bytes_per_e
         ("attention FLOPs", _beside(settings.mean_pairs(seq_len), dense_pairs(seq_len), seq_len)),
         ("keys and values", _kv_bytes(settings, seq_len, head_dim, bytes_per_element)),
     ]
+    if context_parallel is not None:
+        rows += [
+            (f"{context_parallel.call.ranks} ranks, layers {ranges(list(group.layers))}", str(group.plan))
+            for group in context_parallel.groups
+        ]
     width = max(len(name) for name, _ in rows)
     lines = [f"  {name:<{width}}  {text}" for name, text in rows]
     return "\n".join(["S2 attention (arXiv 2407.17678)", *lines])

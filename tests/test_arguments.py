@@ -11,6 +11,7 @@ from megatron_arguments import parse
 
 from megatron_s2.arguments import _BYPASSES, add_s2_args, settings_from_args, validate_s2_args
 from megatron_s2.config import S2TransformerConfig, s2_settings
+from megatron_s2.parallel.planner import Cluster
 from megatron_s2.settings import S2Settings
 
 MODEL = (
@@ -22,7 +23,8 @@ S2 = f"{MODEL} --s2-attention"
 OF_THE_MODEL = {"num_layers", "num_kv_heads"}
 CHOSEN = {field.name: field for field in fields(S2Settings) if field.name not in OF_THE_MODEL}
 # Flags that are no settings of the pattern.
-OTHER_FLAGS = {"attention", "learnable_sink", "backend"}
+RATES = {field.name: field for field in fields(Cluster)}
+OTHER_FLAGS = {"attention", "learnable_sink", "backend", "cp_schedule", *RATES}
 
 
 def validated(words: str):
@@ -55,13 +57,14 @@ def test_every_setting_has_its_flag_and_no_flag_is_without_meaning():
 def test_every_setting_is_a_field_of_the_configuration_with_the_same_default():
     configured = {f.name.removeprefix("s2_"): f for f in fields(S2TransformerConfig) if f.name[:3] == "s2_"}
     assert set(configured) == set(CHOSEN) | OTHER_FLAGS - {"learnable_sink"}  # that one sets --softmax-type
-    assert {name: configured[name].default for name in CHOSEN} == {n: f.default for n, f in CHOSEN.items()}
+    for name, field in (CHOSEN | RATES).items():
+        assert configured[name].default == field.default
 
 
-@pytest.mark.parametrize("name", CHOSEN)
+@pytest.mark.parametrize("name", [*CHOSEN, *RATES])
 def test_the_help_text_names_the_default_of_the_setting(name):
-    said = re.search(r"Default (\w+)", flags()[name].help)
-    default = CHOSEN[name].default
+    said = re.search(r"Default (\w+(?:\.\d+)?)", flags()[name].help)
+    default = (CHOSEN | RATES)[name].default
     if name == "phases":
         assert default is None and "By default phases spread over the KV heads" in flags()[name].help
     else:
@@ -158,9 +161,9 @@ def test_the_learnable_sink_is_megatrons(words):
 # What validation refuses.
 
 
-@pytest.mark.parametrize("name", [*CHOSEN, "learnable_sink", "backend"])
+@pytest.mark.parametrize("name", sorted({*CHOSEN, *OTHER_FLAGS} - {"attention"}))
 def test_a_flag_without_s2_attention_is_refused(name):
-    values = {"dense_layers": "1", "learnable_sink": "", "backend": "torch"}
+    values = {"dense_layers": "1", "learnable_sink": "", "backend": "torch", "cp_schedule": "auto"}
     flag = "--s2-" + name.replace("_", "-")
     assert refusal(f"{MODEL} {flag} {values.get(name, '0')}") == f"{flag}: needs --s2-attention"
 
@@ -170,6 +173,7 @@ BYPASSING_VALUES = {
     "--experimental-attention-variant": "gated_delta_net",
     "--heterogeneous-layers-config-path": "layers.json",
     "--window-size": "16,0",
+    "--hierarchical-context-parallel-sizes": "2 2",
 }
 
 
@@ -197,8 +201,14 @@ def test_what_would_bypass_s2_is_refused_with_the_reason(flag, why):
         "has no dropout inside the softmax",
         "--attention-dropout=0.2": "--attention-dropout 0.2: must be 0 with --s2-attention: S2 attention "
         "has no dropout inside the softmax",
-        "--context-parallel-size 2": "--context-parallel-size 2: must be 1 with --s2-attention (context "
-        "parallelism of S2 attention is not available yet)",
+        "--context-parallel-size 3": "--seq-length 128: must be a multiple of 2 * --context-parallel-size "
+        "= 6",
+        "--context-parallel-size 8 --s2-cp-schedule a2a": "--s2-cp-schedule a2a: must be auto or gather "
+        "where --context-parallel-size 8 is larger than --num-attention-heads 4 over "
+        "--tensor-model-parallel-size 1",
+        "--context-parallel-size 2 --s2-backend reference": "--s2-backend reference: must be auto, torch or "
+        "triton with --context-parallel-size 2",
+        "--s2-inter-gigabytes-per-s 0": "--s2-inter-gigabytes-per-s 0.0: must be positive",
         "--transformer-impl inference_optimized": "--transformer-impl inference_optimized: must be local or "
         "transformer_engine with --s2-attention: it bypasses core attention",
         "--attention-backend local": "--attention-backend local: must not be set with --s2-attention: it "

@@ -220,7 +220,10 @@ REFUSED = {
     "--position-embedding-type relative",
     "--multi-latent-attention: must not be set with --s2-attention": f"{S2} --multi-latent-attention",
     "--flash-decode: must not be set with --s2-attention": f"{S2} --flash-decode",
-    "--context-parallel-size 2: must be 1 with --s2-attention": f"{S2} --context-parallel-size 2",
+    "--seq-length 128: must be a multiple of 2 * --context-parallel-size = 6": f"{S2} "
+    "--context-parallel-size 3",
+    "--context-parallel-size 2: must be 1 with --dataloader-inter-document-masking": f"{PACKED} "
+    "--context-parallel-size 2",
     "--spec: must not be set with --s2-attention": f"{S2} --spec user_specs small_s2",
     "--load /nowhere/run": f"{S2} --load /nowhere/run",
     "--data-path /nowhere/text": f"{S2} --data-path /nowhere/text",

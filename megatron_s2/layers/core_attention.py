@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -15,6 +18,10 @@ from megatron.core.utils import divide, get_pg_rank, get_pg_size
 from torch import Tensor
 
 from megatron_s2.kernels import s2_attention
+from megatron_s2.parallel.assignment import Documents
+from megatron_s2.parallel.attention import call_of, context_parallel_attention
+from megatron_s2.parallel.exchange import Exchange, Traffic
+from megatron_s2.parallel.planner import Cluster, choose
 from megatron_s2.settings import S2Settings
 
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
@@ -30,11 +37,14 @@ class S2CoreAttention(MegatronModule):
     Args:
         settings: S2 settings of the whole model, bound by the layer spec.
         backend: implementation of S2 attention.
+        cp_schedule: how context-parallel ranks share the work: `auto`, `gather` or `a2a`.
+        cluster: rates by which `auto` chooses.
+        traffic: counts the bytes of context parallelism while training.
         config, layer_number, attn_mask_type, attention_type, attention_dropout, softmax_scale, cp_comm_type,
             pg_collection: Megatron's contract of a core attention module.
 
     Raises:
-        ValueError: what is asked for is not causal self-attention, or needs dropout or context parallelism.
+        ValueError: what is asked for is not causal self-attention, or needs dropout.
     """
 
     def __init__(
@@ -50,6 +60,9 @@ class S2CoreAttention(MegatronModule):
         *,
         settings: S2Settings,
         backend: str = "auto",
+        cp_schedule: str = "auto",
+        cluster: Cluster | None = None,
+        traffic: Traffic | None = None,
     ) -> None:
         super().__init__(config=config)
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
@@ -57,13 +70,14 @@ class S2CoreAttention(MegatronModule):
             raise ValueError(f"attention_type {attention_type}: must be self: S2 attention is causal")
         if dropout:
             raise ValueError(f"--attention-dropout {dropout}: must be 0 with S2 attention")
-        if config.context_parallel_size > 1:
-            raise ValueError(
-                f"--context-parallel-size {config.context_parallel_size}: must be 1 with S2 attention"
-            )
         if pg_collection is None:
-            pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp"])
+            pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
         self.tp_group = pg_collection.tp
+        self.context_parallel = None
+        if config.context_parallel_size > 1:
+            self.context_parallel = Exchange(pg_collection.cp, layer_number, traffic or Traffic())
+        self.cp_schedule = cp_schedule
+        self.cluster = cluster or Cluster()
         self.layer_number = layer_number
         self.attn_mask_type = attn_mask_type
         self.softmax_scale = softmax_scale
@@ -120,6 +134,8 @@ class S2CoreAttention(MegatronModule):
         if packed_seq_params is not None:
             return self._packed(query, key, value, packed_seq_params)
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))
+        if self.context_parallel is not None:
+            return self._attend_over_ranks(q, k, v).transpose(0, 1).flatten(2)
         if self.is_dense and self.softmax_offset is None and q.shape[1] == k.shape[1]:
             out = _dense_causal(q, k, v, self.softmax_scale)
         else:
@@ -133,7 +149,38 @@ class S2CoreAttention(MegatronModule):
             # All layers of a micro-batch, recomputed ones too, are given this object: one copy to the host.
             padded = packed.cu_seqlens_q_padded
             packed.s2_boundaries = (packed.cu_seqlens_q if padded is None else padded).tolist()
-        return self._attend(q, k, v, cu_seqlens=packed.s2_boundaries).flatten(1)
+        if self.context_parallel is None:
+            return self._attend(q, k, v, cu_seqlens=packed.s2_boundaries).flatten(1)
+        if not getattr(packed, "s2_zigzag_over_row", False):
+            raise ValueError(
+                "packed_seq_params: must come from megatron_s2's entry point with context parallelism, which "
+                "deals out the row of packed documents as one sequence"
+            )
+        documents = tuple((a, b) for a, b in pairwise(packed.s2_boundaries) if a < b)
+        return self._attend_over_ranks(q[None], k[None], v[None], documents)[0].flatten(1)
+
+    def _attend_over_ranks(
+        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None
+    ) -> Tensor:
+        exchange = self.context_parallel
+        if k.shape[1] != q.shape[1]:
+            raise ValueError("--context-parallel-size: must be 1 in generation with S2 attention")
+        if not self.training:
+            exchange = replace(exchange, traffic=Traffic())
+        call = call_of(q, v, exchange.ranks)
+        tensor_parallel = get_pg_size(self.tp_group)
+        return context_parallel_attention(
+            q,
+            k,
+            v,
+            self.pattern,
+            exchange,
+            choose(self.cp_schedule, self.pattern, call, self.cluster, tensor_parallel).schedule,
+            softmax_scale=self.softmax_scale,
+            sink_logits=self.softmax_offset,
+            documents=documents,
+            backend=self.backend,
+        )
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, **where) -> Tensor:
         return s2_attention(

@@ -17,7 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from megatron_s2.kernels import s2_attention
 from megatron_s2.kernels.torch_pieces import TorchPiece
-from megatron_s2.parallel.assignment import Documents, GatherPlan, HeadPlan, assign_heads, plan_gather
+from megatron_s2.parallel.assignment import Documents, GatherPlan, HeadPlan, plan_gather
+from megatron_s2.parallel.cost import AttentionCall, ExchangeBytes, exchange_bytes, head_plan
 from megatron_s2.parallel.exchange import Exchange
 from megatron_s2.parallel.heads import FromHeads, ToHeads
 from megatron_s2.parallel.layout import Zigzag
@@ -56,19 +57,49 @@ def context_parallel_attention(
     """
     if schedule not in ("gather", "a2a"):
         raise ValueError(f"schedule {schedule!r}: must be gather or a2a")
-    zigzag = Zigzag(exchange.ranks, q.shape[1] * exchange.ranks)
+    call = call_of(q, v, exchange.ranks)
+    zigzag = call.zigzag
     documents = documents or ((0, zigzag.tokens),)
     if documents[-1][1] != zigzag.tokens:
         raise ValueError(f"documents {documents[-1:]}: must end at the sequence's {zigzag.tokens} tokens")
     scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
-    if schedule == "gather":
-        plan = plan_gather(pattern, zigzag, exchange.rank, documents)
-        return _GatherAttention.apply(q, k, v, sink_logits, pattern, scale, plan, exchange)
-    pairs = tuple(
-        sum(column) for column in zip(*(pattern.visible_pairs(stop - start) for start, stop in documents))
+    plan = plan_gather(pattern, zigzag, exchange.rank, documents) if schedule == "gather" else None
+    if plan is None or len(documents) == 1:
+        moved = exchange_bytes(schedule, pattern, call, exchange.rank)
+    else:
+        moved = _packed_bytes(plan, pattern.num_kv_heads, call)
+    has_backward = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    exchange.traffic.predict(
+        exchange.layer, moved.forward_received + (moved.backward_received if has_backward else 0)
     )
-    heads = assign_heads(pairs, q.shape[2], exchange.ranks)
+    if plan is not None:
+        return _GatherAttention.apply(q, k, v, sink_logits, pattern, scale, plan, exchange)
+    heads = head_plan(pattern, call)
     return _attend_by_head(q, k, v, pattern, scale, sink_logits, documents, backend, heads, zigzag, exchange)
+
+
+def call_of(q: Tensor, v: Tensor, ranks: int) -> AttentionCall:
+    """The shapes of a call, as the planner takes them: q and v are this rank's."""
+    return AttentionCall(
+        ranks=ranks,
+        tokens=q.shape[1] * ranks,
+        batch=q.shape[0],
+        query_heads=q.shape[2],
+        head_dim=q.shape[3],
+        v_head_dim=v.shape[3],
+        element_size=q.element_size(),
+    )
+
+
+def _packed_bytes(plan: GatherPlan, kv_heads: int, call: AttentionCall) -> ExchangeBytes:
+    """What `exchange_bytes` is for one document per sequence, of a plan for several."""
+    unit = plan.unit * call.key_value_bytes
+    gathered = (call.ranks - 1) * plan.width * unit
+    received, sent = (
+        gathered + (sum(counts) - counts[plan.rank]) * kv_heads * unit
+        for counts in (plan.recv_counts, plan.send_counts)
+    )
+    return ExchangeBytes(received, sent, backward_received=sent, backward_sent=received)
 
 
 # ---------------------------------------------------------------------------------------------------------

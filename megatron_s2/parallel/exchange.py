@@ -21,7 +21,7 @@ class PeerLostError(RuntimeError):
 class Traffic:
     """Bytes that this rank exchanged with other ranks, by layer number; what a rank sends to itself is none.
 
-    `predicted` is what the plan said the same exchanges would receive and send together, before they began.
+    `predicted` is what the planner said the same attention calls would receive, before they began.
     """
 
     received: dict[int, int] = field(default_factory=dict)
@@ -35,6 +35,15 @@ class Traffic:
     def predict(self, layer: int, count: int) -> None:
         self.predicted[layer] = self.predicted.get(layer, 0) + count
 
+    def __str__(self) -> str:
+        received, sent, predicted = (
+            f"{sum(counts.values()) / 2**20:.2f} MiB" for counts in (self.received, self.sent, self.predicted)
+        )
+        return (
+            f"S2 context parallelism, this step and rank: {received} received (predicted {predicted}), "
+            f"{sent} sent"
+        )
+
     def clear(self) -> None:
         for counts in (self.received, self.sent, self.predicted):
             counts.clear()
@@ -45,7 +54,7 @@ class Exchange:
     """The context-parallel group of one layer.
 
     Args:
-        group: the ranks; None for a single rank without process groups.
+        group: the ranks.
         layer: number of the layer, for counters and messages.
         traffic: where bytes are counted.
     """

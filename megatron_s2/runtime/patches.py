@@ -12,6 +12,7 @@ from importlib.util import find_spec
 
 import torch
 
+from megatron_s2.parallel.exchange import Traffic
 from megatron_s2.settings import S2Settings
 
 
@@ -25,6 +26,7 @@ def apply_patches(cpu: bool) -> None:
     let_distributed_optimizer_resume_with_torch_adam()
     keep_adam_step_when_distributed_optimizer_resumes()
     refuse_empty_splits()
+    rotate_packed_tokens_of_a_row()
     if cpu:
         let_pretrain_start_without_cuda()
         skip_jit_warmup()
@@ -219,6 +221,74 @@ def count_s2_flops(settings: S2Settings) -> None:
     count_visible.before_megatron_s2, update_visible.before_megatron_s2 = count, update
     training.num_floating_point_operations = count_visible
     training.update_seqlen_stats_from_cu_seqlens = update_visible
+
+
+def rotate_packed_tokens_of_a_row() -> None:
+    """Rotary embedding misplaces packed documents under context parallelism (seen in 0.19.2).
+
+    It takes each document as dealt out over the ranks on its own, but the batches of
+    `--dataloader-inter-document-masking` deal out the row of all documents as one sequence
+    (`use_per_sequence_balancing`), since documents have any length. Here each token of a rank gets the angle
+    of its position in its document. Touches `_apply_rotary_pos_emb_thd` of
+    `megatron.core.models.common.embeddings.rope_utils`, for more than one context-parallel rank.
+    """
+    from megatron.core.models.common.embeddings import rope_utils
+
+    from megatron_s2.parallel.layout import Zigzag
+
+    original = rope_utils._apply_rotary_pos_emb_thd
+    if hasattr(original, "before_megatron_s2"):
+        return
+
+    def rotate(t, cu_seqlens, freqs, *args, cp_group=None, **kwargs):
+        if cp_group is None or cp_group.size() == 1:
+            return original(t, cu_seqlens, freqs, *args, cp_group=cp_group, **kwargs)
+        zigzag = Zigzag(cp_group.size(), t.shape[0] * cp_group.size())
+        rows = [torch.arange(a, b, device=t.device) for a, b in zigzag.chunks(cp_group.rank())]
+        rows = torch.cat(rows)
+        starts = cu_seqlens[torch.searchsorted(cu_seqlens, rows, right=True) - 1]
+        rotated = rope_utils._apply_rotary_pos_emb_bshd(t[:, None], freqs[rows - starts], *args, **kwargs)
+        return rotated[:, 0]
+
+    rotate.before_megatron_s2 = original
+    rope_utils._apply_rotary_pos_emb_thd = rotate
+
+
+def log_context_parallel_traffic(traffic: Traffic) -> None:
+    """Megatron logs no bytes (0.19.2 has no hook for more to log).
+
+    Each step the bytes that this rank received for S2 attention go to the log writers beside the planner's
+    prediction, and with `--log-throughput` in a line of the last rank to the output. Touches `training_log`
+    of `megatron.training.training`; calling it again replaces the counter.
+    """
+    from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer, training
+    from megatron.training.utils import print_rank_last
+
+    original = getattr(training.training_log, "before_megatron_s2", training.training_log)
+
+    def log_traffic_too(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs):
+        result = original(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs)
+        values = {
+            f"s2-context-parallel/{what}{where}": count
+            for what, counts in vars(traffic).items()
+            for where, count in [
+                *((f"-layer-{layer}", n) for layer, n in sorted(counts.items())),
+                ("", sum(counts.values())),
+            ]
+        }
+        if (writer := get_tensorboard_writer()) is not None:
+            for name, count in values.items():
+                writer.add_scalar(name, count, iteration)
+        if (writer := get_wandb_writer()) is not None:
+            writer.log(values, iteration)
+        settings = get_args()
+        if settings.log_throughput and iteration % settings.log_interval == 0:
+            print_rank_last(f" {traffic}")
+        traffic.clear()
+        return result
+
+    log_traffic_too.before_megatron_s2 = original
+    training.training_log = log_traffic_too
 
 
 def escape_help_texts(parser: ArgumentParser) -> None:

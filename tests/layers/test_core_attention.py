@@ -273,16 +273,21 @@ def test_what_is_not_causal_self_attention_is_refused(attention, fields, message
         attention(**fields)
 
 
-def test_context_parallelism_is_refused(attention, one_rank):
-    with pytest.raises(ValueError, match="--context-parallel-size 2: must be 1"):
-        S2CoreAttention(
-            SimpleNamespace(context_parallel_size=2, attention_dropout=0.0),
-            SPARSE,
-            AttnMaskType.causal,
-            "self",
-            pg_collection=one_rank,
-            settings=SETTINGS,
-        )
+@pytest.fixture
+def over_two_ranks(attention, one_rank):
+    one_rank.cp = SimpleNamespace(rank=lambda: 0, size=lambda: 2)
+    return attention(context_parallel_size=2)
+
+
+def test_packed_rows_dealt_out_in_another_way_are_refused_under_context_parallelism(over_two_ranks):
+    with pytest.raises(ValueError, match="packed_seq_params: must come from megatron_s2's entry point"):
+        over_two_ranks(*tensors(16), None, packed_seq_params=packed(16))
+
+
+def test_generation_is_refused_under_context_parallelism(over_two_ranks):
+    query, key, value = tensors(16, BATCH)
+    with pytest.raises(ValueError, match="--context-parallel-size: must be 1 in generation"):
+        over_two_ranks(query[-1:], key, value, None)
 
 
 @both_kinds

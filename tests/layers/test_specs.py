@@ -13,6 +13,7 @@ from megatron_s2.config import S2TransformerConfig
 from megatron_s2.layers import specs
 from megatron_s2.layers.core_attention import S2CoreAttention
 from megatron_s2.layers.specs import s2_layer_spec
+from megatron_s2.parallel.planner import Cluster
 from megatron_s2.settings import S2Settings
 
 CHOSEN = {
@@ -36,7 +37,13 @@ def core_attention(layer):
 
 def assert_s2(built: partial, settings: S2Settings, backend: str) -> None:
     assert built.func is S2CoreAttention
-    assert built.keywords == {"settings": settings, "backend": backend}
+    assert built.keywords == {
+        "settings": settings,
+        "backend": backend,
+        "cp_schedule": "auto",
+        "cluster": Cluster(),
+        "traffic": None,
+    }
 
 
 def test_the_local_spec_has_s2_core_attention():

@@ -9,7 +9,7 @@ import torch
 from kernels.attention_cases import Case, packed, s2
 from ranks import run_on_ranks
 
-from megatron_s2.kernels.compare import require_as_exact_as_plain, require_equal
+from megatron_s2.kernels.compare import require_equal
 from megatron_s2.parallel.attention import context_parallel_attention
 from megatron_s2.parallel.exchange import Exchange
 from megatron_s2.parallel.layout import Zigzag
