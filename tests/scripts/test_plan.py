@@ -1,0 +1,186 @@
+"""scripts/plan.py: flags in, table or JSON or picture out, one line where something does not fit."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_s2.parallel.planner import SCHEDULES
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "plan.py"
+MIB = 2**20
+# 128K tokens on 8 ranks, 32/8 heads of 128 in bf16, window 1024 tokens, stride 8.
+FLAGS = [
+    *("--seq-length", "131072", "--num-layers", "4", "--hidden-size", "4096", "--bf16"),
+    *("--num-attention-heads", "32", "--num-query-groups", "8", "--context-parallel-size", "8"),
+    *("--s2-attention", "--s2-block-size", "64", "--s2-local-blocks", "16", "--s2-vert-stride", "8"),
+]
+
+
+def load_main():
+    spec = importlib.util.spec_from_file_location("plan", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+main = load_main()
+
+
+def as_json(capsys, *more) -> dict:
+    main([*FLAGS, *map(str, more), "--json"])
+    return json.loads(capsys.readouterr().out)
+
+
+def refusal(capsys, *argv) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main(list(map(str, argv)))
+    assert ended.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    return line
+
+
+def test_json_has_each_layer_with_bytes_schedule_and_imbalance(capsys):
+    layers = as_json(capsys, "--s2-dense-layers", "2")["layers"]
+    assert [(layer["layer"], layer["dense"]) for layer in layers] == [
+        (1, False),
+        (2, True),
+        (3, False),
+        (4, False),
+    ]
+    first = layers[0]
+    assert {name: count / MIB for name, count in first["bytes_received_forward"].items()} == {
+        "gather": 63.5,
+        "a2a": 280,
+        "ring": 448,
+        "all_gather": 448,
+    }
+    assert first["schedule"] == "gather"
+    assert first["imbalance"] == first["schedules"]["gather"]["imbalance"] <= 1.02
+    assert first["schedules"]["gather"]["received_forward"] == {"least": 59.75 * MIB, "most": 63.5 * MIB}
+
+
+def test_what_cannot_be_had_is_null(capsys):
+    plan = as_json(capsys, "--context-parallel-size", 64)
+    layer = plan["layers"][0]
+    assert layer["bytes_received_forward"]["a2a"] is layer["schedules"]["a2a"] is None
+    assert plan["predicted_seconds"]["a2a"] is None
+    assert layer["schedule"] == "gather"
+    assert layer["why"] == "a2a cannot give 32 query heads of a tensor-parallel rank to 64 ranks"
+
+
+def test_the_schedule_that_is_asked_for_is_taken(capsys):
+    assert {layer["schedule"] for layer in as_json(capsys, "--s2-cp-schedule", "a2a")["layers"]} == {"a2a"}
+
+
+def test_element_size_batch_and_head_size_scale_the_bytes(capsys):
+    def ring(*more):
+        return as_json(capsys, *more)["layers"][0]["bytes_received_forward"]["ring"]
+
+    once = ring()
+    assert ring("--micro-batch-size", 3) == 3 * once
+    assert ring("--kv-channels", 64) == once // 2
+    fp32 = [word for word in FLAGS if word != "--bf16"]
+    main([*fp32, "--fp32", "--json"])
+    assert json.loads(capsys.readouterr().out)["call"]["element_size"] == 4
+    main([*fp32, "--bytes-per-element", "1", "--json"])
+    assert json.loads(capsys.readouterr().out)["call"]["element_size"] == 1
+
+
+def test_rates_change_the_prediction_alone(capsys):
+    default = as_json(capsys)
+    slow = as_json(capsys, "--s2-intra-gigabytes-per-s", 1, "--s2-efficiency", 0.1)
+    assert slow["predicted_seconds"]["chosen"] > default["predicted_seconds"]["chosen"]
+    bytes_of = [plan["layers"][0]["bytes_received_forward"] for plan in (slow, default)]
+    assert bytes_of[0] == bytes_of[1]
+
+
+def test_the_table_names_every_schedule_the_choice_and_why(capsys):
+    main([*FLAGS, "--s2-dense-layers", "1"])
+    out = capsys.readouterr().out
+    assert "layers 1: dense\n" in out
+    assert "layers 2-4: block 64, window 16 (1024 tokens), stride 8\n" in out
+    sparse = out.split("layers 2-4")[1].splitlines()
+    rows = {
+        line.split()[0]: line for line in sparse if line.startswith("  ") and line.split()[0] in SCHEDULES
+    }
+    assert set(rows) == set(SCHEDULES)
+    assert rows["gather"].split()[1] == "*"
+    assert "59.8-63.5" in rows["gather"]
+    assert "280.0" in rows["a2a"] and "448.0" in rows["ring"] and "448.0" in rows["all_gather"]
+    (why,) = [line for line in sparse if line.startswith("  gather: ")]
+    assert why.endswith("received in the forward: 63.5 MiB against 280.0 MiB")
+
+
+def test_it_needs_no_torch_no_megatron_and_no_matplotlib():
+    program = (
+        "import runpy, sys\n"
+        f"sys.argv = [{str(SCRIPT)!r}, *{FLAGS!r}]\n"
+        f"try: runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+        "except SystemExit as ended: assert not ended.code\n"
+        "print([name for name in ('torch', 'megatron', 'matplotlib', 'triton') if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_four_thousand_ranks(capsys):
+    plan = as_json(capsys, "--context-parallel-size", 4096, "--seq-length", 2**23, "--num-layers", 80)
+    assert len(plan["layers"]) == 80
+    assert all(layer["imbalance"] <= 1.02 for layer in plan["layers"])
+
+
+def test_a_picture_is_drawn(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "plan.png"
+    main([*FLAGS, "--plot", str(picture)])
+    assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert "layers 1-4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--sequence", 5], "unrecognized arguments: --sequence 5"),
+        (["--seq-length", 100], "--seq-length 100: must be a multiple of 16 (2 x --context-parallel-size)"),
+        (
+            ["--hidden-size", 100],
+            "--hidden-size 100: must be a multiple of --num-attention-heads 32, or --kv-",
+        ),
+        (["--num-attention-heads", 0, "--kv-channels", 8], "--num-attention-heads 0: must be >= 1"),
+        (["--s2-block-size", 48], "--s2-block-size 48: must be a power of two >= 16"),
+        (["--s2-efficiency", 2], "--s2-efficiency 2.0: must be at most 1"),
+        (
+            ["--s2-cp-schedule", "a2a", "--context-parallel-size", 64],
+            "--s2-cp-schedule a2a: must be auto or gather",
+        ),
+        (["--s2-cp-schedule", "ring"], "argument --s2-cp-schedule: invalid choice: 'ring'"),
+        (["--fp32"], "argument --fp32: not allowed with argument --bf16"),
+        (["--bytes-per-element", "x"], "argument --bytes-per-element: invalid int value: 'x'"),
+        (["--plot", "plan.gif"], "--plot plan.gif: must end in .png or .svg"),
+        (
+            ["--plot", "a.png", "--context-parallel-size", 1],
+            "--context-parallel-size 1: must be at least 2 with --plot",
+        ),
+    ],
+    ids=lambda value: None if isinstance(value, str) else " ".join(map(str, value)),
+)
+def test_wrong_flags_end_in_one_line(capsys, more, message):
+    assert refusal(capsys, *FLAGS, *more).startswith(f"error: {message}")
+
+
+def test_a_picture_that_cannot_be_written_is_named(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    missing = tmp_path / "missing" / "plan.png"
+    assert str(missing) in refusal(capsys, *FLAGS, "--plot", missing)
+
+
+def test_a_missing_flag_is_named(capsys):
+    line = refusal(capsys, "--num-layers", 2, "--context-parallel-size", 2)
+    assert line == "error: the following arguments are required: --seq-length, --num-attention-heads"
