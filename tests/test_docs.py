@@ -11,7 +11,8 @@ import pytest
 from megatron_s2.arguments import add_s2_args
 
 DOCS = Path(__file__).parent.parent / "docs"
-COMPUTED = [DOCS / "how-s2-works.md"]  # whose numbers are all printed by their own Python blocks
+# Whose numbers are all printed by their own Python blocks.
+COMPUTED = [DOCS / "how-s2-works.md", DOCS / "context-parallel.md"]
 MOST_IMAGE_BYTES = 150_000
 
 

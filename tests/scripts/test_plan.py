@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,15 @@ def test_the_table_names_every_schedule_the_choice_and_why(capsys):
     assert "280.0" in rows["a2a"] and "448.0" in rows["ring"] and "448.0" in rows["all_gather"]
     (why,) = [line for line in sparse if line.startswith("  gather: ")]
     assert why.endswith("received in the forward: 63.5 MiB against 280.0 MiB")
+
+
+def test_the_page_shows_what_the_command_prints(capsys):
+    page = (SCRIPT.parents[1] / "docs" / "context-parallel.md").read_text()
+    ((command, shown),) = re.findall(
+        r"^```console\n\$ python scripts/plan.py (.*?[^\\])\n(.*?)^```$", page, re.M | re.S
+    )
+    main(command.replace("\\\n", " ").split())
+    assert capsys.readouterr().out == shown
 
 
 def test_it_needs_no_torch_no_megatron_and_no_matplotlib():
