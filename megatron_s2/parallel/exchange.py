@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch.distributed as dist
 from torch import Tensor
 
-_SECONDS_TO_ANSWER = 10.0
+_SECONDS_TO_ANSWER = 5.0
 
 
 class PeerLostError(RuntimeError):

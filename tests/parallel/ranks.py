@@ -1,7 +1,5 @@
 """Runs a function on several ranks in processes of their own, inside pytest."""
 
-import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,15 +26,3 @@ def _run(rank: int, ranks: int, function: Callable, directory: Path, arguments: 
     torch.save(function(rank, *arguments), directory / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def environment(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """What a launcher would tell rank `rank`."""
-    told = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "MASTER_PORT": port}
-    return {**os.environ, "MASTER_ADDR": "127.0.0.1", **{name: str(x) for name, x in told.items()}}

@@ -8,8 +8,10 @@ import pytest
 import torch
 from kernels.attention_cases import Case, packed, s2
 from ranks import run_on_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from megatron_s2.kernels.compare import require_equal
+from megatron_s2.kernels.compare import attention_results, require_as_exact_as_plain, require_equal
 from megatron_s2.parallel.attention import context_parallel_attention
 from megatron_s2.parallel.exchange import Exchange
 from megatron_s2.parallel.layout import Zigzag
@@ -42,17 +44,21 @@ CASES = [
     Case(s2(), "sequence first", layout="sequence first", queries=240),
     Case(s2(), "scale", softmax_scale=0.7, queries=240),
 ]
-NAMES = ("out", "dq", "dk", "dv", "dsink_logits")
+NAMES = {"out", "dq", "dk", "dv", "dsink_logits"}
+LOW_PRECISION = [
+    Case(s2(4, num_dense_heads=1, sink_blocks=1), "everything", queries=768, sink_logits=True),
+    Case(s2(4), "packed", **packed(200, 136, 400, 32)),
+]
+ALL_HELD = Case(s2(4, local_blocks=1, vert_stride=8), "memory", batch=1, queries=4096, group=1)
 
 
-def compute(rank: int, ranks: int, cases: list[Case], dtypes: list[torch.dtype]) -> dict:
-    """The rank's part of all results, by (case id, schedule, dtype)."""
+def compute(rank: int, ranks: int, cases: list[tuple[Case, torch.dtype]]) -> dict:
+    """The rank's part of all results and its traffic, by (case id, schedule, dtype)."""
     group = torch.distributed.group.WORLD
     return {
         (str(case), schedule, dtype): one_case(case, Exchange(group), schedule, dtype)
-        for case in cases
+        for case, dtype in cases
         for schedule in SCHEDULES
-        for dtype in dtypes
         if schedule == "gather" or case.pattern.num_kv_heads * case.group >= ranks
     }
 
@@ -77,7 +83,8 @@ def one_case(case: Case, exchange: Exchange, schedule: str, dtype: torch.dtype) 
         documents=case.documents and tuple(zip(case.documents, case.documents[1:])),
     )
     grads = torch.autograd.grad(out, list(leaves.values()), dout)
-    return {"out": out.detach(), **{f"d{name}": grad for name, grad in zip(leaves, grads)}}
+    results = {"out": out.detach(), **{f"d{name}": grad for name, grad in zip(leaves, grads)}}
+    return results | {"traffic": exchange.traffic}
 
 
 def joined(parts: list[dict[str, torch.Tensor]], case: Case) -> dict[str, torch.Tensor]:
@@ -86,7 +93,7 @@ def joined(parts: list[dict[str, torch.Tensor]], case: Case) -> dict[str, torch.
         [torch.as_tensor(Zigzag(len(parts), case.queries).positions(r)) for r in range(len(parts))]
     )
     results = {}
-    for name in parts[0]:
+    for name in NAMES & parts[0].keys():
         if name == "dsink_logits":
             results[name] = sum(part[name] for part in parts)
         else:
@@ -99,17 +106,77 @@ def joined(parts: list[dict[str, torch.Tensor]], case: Case) -> dict[str, torch.
 @pytest.fixture(scope="module", params=RANKS, ids=lambda ranks: f"P{ranks}")
 def on_ranks(request, tmp_path_factory):
     ranks = request.param
-    directory = tmp_path_factory.mktemp(f"ranks{ranks}")
-    return run_on_ranks(ranks, compute, directory, ranks, CASES, [torch.float64])
+    cases = [(case, torch.float64) for case in CASES]
+    cases += [(case, dtype) for case in LOW_PRECISION for dtype in (torch.float32, torch.bfloat16)]
+    return run_on_ranks(ranks, compute, tmp_path_factory.mktemp(f"ranks{ranks}"), ranks, cases)
+
+
+def parts_of(on_ranks, case: Case, schedule: str, dtype=torch.float64) -> list[dict] | None:
+    """Each rank's results, None where there are more ranks than query heads to move."""
+    parts = [part.get((str(case), schedule, dtype)) for part in on_ranks]
+    if None in parts:
+        assert schedule == "a2a" and case.pattern.num_kv_heads * case.group < len(on_ranks)
+        return None
+    return parts
+
+
+def without_lse(results: dict) -> dict:
+    return {name: x for name, x in results.items() if name != "lse"}
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_ranks_compute_what_one_computes(on_ranks, case, schedule):
-    parts = [part.get((str(case), schedule, torch.float64)) for part in on_ranks]
-    if parts[0] is None:
-        assert case.pattern.num_kv_heads * case.group < len(on_ranks)
-        return
-    exact = case.results("reference", lse=False)
-    exact.pop("lse")
-    require_equal(joined(parts, case), exact)
+    if parts := parts_of(on_ranks, case, schedule):
+        require_equal(joined(parts, case), without_lse(case.results("reference", lse=False)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("case", LOW_PRECISION, ids=str)
+def test_ranks_are_as_exact_as_plain_pytorch(on_ranks, case, schedule, dtype):
+    got = joined(parts_of(on_ranks, case, schedule, dtype), case)
+    plain = without_lse(case.results("plain", dtype, lse=False))
+    inputs = {name: x if x is None else x.to(dtype).double() for name, x in case.inputs(dtype).items()}
+    exact = attention_results(case.plain_attention, **inputs | {"dlse": None})
+    require_as_exact_as_plain(got, plain, without_lse(exact))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_bytes_counted_are_the_bytes_predicted(on_ranks, case, schedule):
+    if parts := parts_of(on_ranks, case, schedule):
+        traffics = [part["traffic"] for part in parts]
+        assert all(traffic.received == traffic.predicted for traffic in traffics)
+        assert sum(t.received[0] for t in traffics) == sum(t.sent[0] for t in traffics) > 0
+
+
+class LargestTensor(TorchDispatchMode):
+    """Counts the elements of the largest tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
+        return result
+
+
+def largest_tensor(rank: int, schedule: str) -> int:
+    case, exchange = ALL_HELD, Exchange(torch.distributed.group.WORLD)
+    inputs = case.inputs(torch.float32)
+    mine = torch.as_tensor(Zigzag(exchange.ranks, case.queries).positions(rank))
+    q, k, v, dout = (inputs[name][:, mine] for name in ("q", "k", "v", "dout"))
+    del inputs
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    with LargestTensor() as largest:
+        context_parallel_attention(q, k, v, case.pattern, exchange, schedule).backward(dout)
+    return largest.elements
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_no_rank_holds_all_keys(tmp_path, schedule):
+    all_keys = ALL_HELD.queries * ALL_HELD.pattern.num_kv_heads * ALL_HELD.dim
+    assert max(run_on_ranks(4, largest_tensor, tmp_path, schedule)) < all_keys
