@@ -190,6 +190,7 @@ def query_tokens(schedule: str, pattern: S2Pattern, call: AttentionCall) -> np.n
     return np.full(call.ranks, call.zigzag.local_tokens * call.query_heads)
 
 
+@lru_cache(maxsize=256)
 def head_plan(pattern: S2Pattern, call: AttentionCall) -> HeadPlan:
     """Which heads each rank computes in the a2a schedule.
 

@@ -234,8 +234,7 @@ def _choose(
     mine, other = plans[name], gather if name == "a2a" else a2a
     prediction = (
         f"{time_text(mine.seconds)} predicted for forward and backward against {time_text(other.seconds)} "
-        f"of {other.schedule}; received in the forward: {mib_text(mine.received_forward.most)} against "
-        f"{mib_text(other.received_forward.most)}"
+        f"of {other.schedule}, which receives {mib_text(other.received_forward.most)}"
     )
     return Choice(name, prediction if asked == "auto" else f"as asked; {prediction}")
 

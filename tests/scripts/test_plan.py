@@ -115,7 +115,7 @@ def test_the_table_names_every_schedule_the_choice_and_why(capsys):
     assert "59.8-63.5" in rows["gather"]
     assert "280.0" in rows["a2a"] and "448.0" in rows["ring"] and "448.0" in rows["all_gather"]
     (why,) = [line for line in sparse if line.startswith("  gather: ")]
-    assert why.endswith("received in the forward: 63.5 MiB against 280.0 MiB")
+    assert why.endswith(" of a2a, which receives 280.0 MiB")
 
 
 def test_the_page_shows_what_the_command_prints(capsys):
