@@ -3,17 +3,20 @@
     python scripts/kernel_resources.py            writes docs/kernel-resources.md
     python scripts/kernel_resources.py --check    fails where that table is stale or over a chip's limits
 
-`--chips` and `--head-dims` check a part of the table.
+`--chips`, `--head-dims` and `--shipped` compile a part of the table; that the rest is of these kernels and
+tiles a fingerprint tells.
 """
 
 import argparse
+import ast
+import hashlib
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -22,12 +25,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_s2.kernels import triton_columns, triton_rows
-from megatron_s2.kernels.tuning import Tiles, tuning_for
+from megatron_s2.kernels import triton_columns, triton_rows, triton_tiles
+from megatron_s2.kernels.tuning import Tiles, candidates
 
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "kernel-resources.md"
 HEAD_DIMS = (64, 128)
 KERNELS = ("forward", "dq", "dkv shard", "dkv window")
+BLOCK = 64
+MASK_HEAD_DIM = 128  # where the kernels are compiled for an arbitrary mask too
 
 
 @dataclass(frozen=True)
@@ -47,13 +52,29 @@ CHIPS = {
 
 
 @dataclass(frozen=True)
-class Resources:
-    """What one compiled kernel takes of its chip."""
+class Case:
+    """One kernel in one configuration."""
 
     chip: str
     kernel: str
     head_dim: int
     tiles: Tiles
+    shipped: bool = True  # or only tried by autotuning
+    mask: bool = False  # for an arbitrary mask
+
+    def __str__(self) -> str:
+        return f"{self.chip} {self.kernel} head_dim {self.head_dim}"
+
+    def what(self) -> str:
+        """Its role, for people."""
+        return "mask" if self.mask else "shipped" if self.shipped else "tried"
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel takes of its chip."""
+
+    case: Case
     registers: int  # per thread
     local: int  # bytes of local memory per thread (its stack): where spills go
     shared: int  # bytes per program
@@ -61,7 +82,7 @@ class Resources:
 
     def problems(self) -> list[str]:
         """What is wrong with it, for people; nothing if all is well."""
-        chip, where = CHIPS[self.chip], f"{self.chip} {self.kernel} head_dim {self.head_dim}"
+        chip, where = CHIPS[self.case.chip], self.case
         checks = {
             f"{where}: spills {self.local} bytes per thread to local memory": self.local > 0,
             f"{where}: shared memory {self.shared}, at most {chip.shared}": self.shared > chip.shared,
@@ -71,21 +92,24 @@ class Resources:
 
     def row(self) -> str:
         """Its line of the table."""
-        tiles = f"{self.tiles.rows} x {self.tiles.keys} | {self.tiles.warps} | {self.tiles.stages}"
-        instruction = CHIPS[self.chip].tensor_core if self.tensor_core else "none"
+        case = self.case
+        tiles = f"{case.tiles.rows} x {case.tiles.keys} | {case.tiles.warps} | {case.tiles.stages}"
+        instruction = CHIPS[case.chip].tensor_core if self.tensor_core else "none"
         return (
-            f"| {self.chip} | {self.kernel} | {self.head_dim} | {tiles} | {self.registers} | {self.local} "
-            f"| {self.shared / 1024:.0f} KiB | `{instruction}` |"
+            f"| {case.chip} | {case.kernel} | {case.head_dim} | {case.what()} | {tiles} | {self.registers} "
+            f"| {self.local} | {self.shared / 1024:.0f} KiB | `{instruction}` |"
         )
 
 
-def _kernel(kernel: str, head_dim: int, tiles: Tiles) -> tuple[triton.JITFunction, dict[str, object]]:
+def _kernel(case: Case) -> tuple[triton.JITFunction, dict[str, object]]:
     """The function and its constants: GQA of 32 query heads over 8 KV heads, bfloat16, blocks of 64."""
+    kernel, head_dim, tiles = case.kernel, case.head_dim, case.tiles
     constants = {
-        "D": head_dim, "DV": head_dim, "BD": head_dim, "BDV": head_dim, "BLOCK": 64,
+        "D": head_dim, "DV": head_dim, "BD": head_dim, "BDV": head_dim, "BLOCK": BLOCK,
         "BM": tiles.rows, "BN": tiles.keys, "PACKED": False, "PREC": "tf32", "p_tiles": None,
     }  # fmt: skip
-    source = {"COMPACT": False, "CSR": False, "p_starts": None, "p_list": None}
+    lists = {} if case.mask else dict.fromkeys(("p_starts", "p_list"))
+    source = {"COMPACT": False, "CSR": case.mask, **lists}
     if kernel in ("forward", "dq"):
         absent = ["p_sink"] if kernel == "dq" else ["p_sink", "p_do", "p_delta"]
         row = {"H": 32, "GROUP": 4, "DQ": kernel == "dq", "HAS_SINK": False}
@@ -99,14 +123,17 @@ def _type(name: str, constants: dict[str, object]) -> str:
     if name in constants:
         return "constexpr"
     if name.startswith("p_"):
-        kind = {"p_heads": "i32"} | dict.fromkeys(("p_lse", "p_delta", "p_dks", "p_dvs"), "fp32")
+        kind = {"p_heads": "i32", "p_starts": "i64", "p_list": "i32"} | dict.fromkeys(
+            ("p_lse", "p_delta", "p_dks", "p_dvs"), "fp32"
+        )
         return "*" + kind.get(name, "bf16")
     return "fp32" if name == "scale" else "i32"
 
 
-def compiled(chip: str, kernel: str, head_dim: int, tiles: Tiles) -> Resources:
+def compiled(case: Case) -> Resources:
     """Compiles one kernel for one chip and asks the binary what it takes."""
-    function, constants = _kernel(kernel, head_dim, tiles)
+    function, constants = _kernel(case)
+    chip, tiles = CHIPS[case.chip], case.tiles
     names = function.arg_names
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name[:2] in ("p_", "s_")}
     source = ASTSource(
@@ -117,14 +144,13 @@ def compiled(chip: str, kernel: str, head_dim: int, tiles: Tiles) -> Resources:
     )
     binary = triton.compile(
         source,
-        target=GPUTarget("cuda", CHIPS[chip].capability, 32),
+        target=GPUTarget("cuda", chip.capability, 32),
         options={"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True},
     )
     registers, stack, local = _resource_usage(binary.asm["cubin"])
     return Resources(
-        chip, kernel, head_dim, tiles, registers, stack + local, binary.metadata.shared,
-        CHIPS[chip].tensor_core in binary.asm["ptx"],
-    )  # fmt: skip
+        case, registers, stack + local, binary.metadata.shared, chip.tensor_core in binary.asm["ptx"]
+    )
 
 
 def _resource_usage(cubin: bytes) -> tuple[int, ...]:
@@ -136,24 +162,40 @@ def _resource_usage(cubin: bytes) -> tuple[int, ...]:
     return tuple(int(re.search(rf"\b{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL"))
 
 
-def shipped(chip: str, kernel: str, head_dim: int) -> Resources:
-    """A kernel in the tiles it is launched with on the chip."""
-    tuning = tuning_for(CHIPS[chip].capability // 10, head_dim, 2)
-    return compiled(chip, kernel, head_dim, getattr(tuning, kernel.split()[0]))
+def cases(chips: Sequence[str], head_dims: Sequence[int], shipped: bool = False) -> list[Case]:
+    """Every configuration that ships, in the order of the table; or `shipped` ones alone, for S2 patterns."""
+    found = []
+    for chip, kernel, head_dim in product(chips, KERNELS, head_dims):
+        tiles = candidates(kernel.split()[0], CHIPS[chip].capability // 10, head_dim, 2)
+        found += [Case(chip, kernel, head_dim, x, x == tiles[0]) for x in tiles[: 1 if shipped else None]]
+        if (
+            not shipped and head_dim == MASK_HEAD_DIM and kernel != "dkv window"
+        ):  # which is the same with a mask
+            inside = {"keys": min(tiles[0].keys, BLOCK)} if "dkv" in kernel else {"rows": BLOCK}
+            found.append(Case(chip, kernel, head_dim, replace(tiles[0], **inside), mask=True))
+    return found
+
+
+def fingerprint() -> str:
+    """Of the kernels' code without its comments, what they are compiled for, and the compiler."""
+    sources = [
+        ast.unparse(ast.parse(Path(module.__file__).read_text(encoding="utf-8")))
+        for module in (triton_tiles, triton_rows, triton_columns)
+    ]
+    text = "\n".join([*sources, *map(repr, cases(tuple(CHIPS), HEAD_DIMS)), triton.__version__])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _use_cache(folder: str) -> None:
     triton.knobs.cache.dir = folder
 
 
-def measure(chips: Sequence[str], head_dims: Sequence[int], jobs: int) -> list[Resources]:
-    """All shipped kernels for these chips and head_dims, in the order of the table."""
-    cases = list(product(chips, KERNELS, head_dims))
+def measure(cases: Sequence[Case], jobs: int) -> list[Resources]:
     with (
         tempfile.TemporaryDirectory() as cache,
         ProcessPoolExecutor(jobs, get_context("spawn"), _use_cache, (cache,)) as pool,
     ):
-        return list(pool.map(shipped, *zip(*cases)))
+        return list(pool.map(compiled, cases))
 
 
 def page(rows: Sequence[Resources]) -> str:
@@ -163,11 +205,15 @@ def page(rows: Sequence[Resources]) -> str:
         "",
         "Written by `python scripts/kernel_resources.py`, which compiles them ahead of time (no GPU needed);",
         "its `--check` is a test. bfloat16, 32 query heads over 8 KV heads, blocks of 64, the tiles of",
-        "`megatron_s2/kernels/tuning.py`. Registers and local memory (spills) are per thread, shared memory",
-        f"per program. Triton {triton.__version__}.",
+        "`megatron_s2/kernels/tuning.py`: those shipped, those that autotuning tries beside them, and the",
+        "shipped ones as an arbitrary mask (`BlockMaskPattern`) has them. Registers and local memory",
+        f"(spills) are per thread, shared memory per program. Triton {triton.__version__}.",
         "",
-        "| chip | kernel | head_dim | rows x keys | warps | stages | registers | local | shared | in PTX |",
-        "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | --- |",
+        f"Fingerprint of kernels, tiles and compiler: `{fingerprint()}`.",
+        "",
+        "| chip | kernel | head_dim | tiles | rows x keys | warps | stages | registers | local | shared "
+        "| in PTX |",
+        "| --- | --- | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",
         *(row.row() for row in rows),
     ]
     return "\n".join(lines) + "\n"
@@ -178,18 +224,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="compare with the table instead of writing it")
     parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS), help="with --check")
     parser.add_argument("--head-dims", nargs="+", type=int, choices=HEAD_DIMS, default=HEAD_DIMS)
+    parser.add_argument("--shipped", action="store_true", help="neither what is only tried nor masks")
     parser.add_argument(
         "--jobs", type=int, default=2, help="kernels compiled at a time (default %(default)s)"
     )
     args = parser.parse_args(argv)
-    part = len(args.chips) < len(CHIPS) or len(args.head_dims) < len(HEAD_DIMS)
+    part = len(args.chips) < len(CHIPS) or len(args.head_dims) < len(HEAD_DIMS) or args.shipped
     if part and not args.check:
-        parser.error("--chips and --head-dims: only with --check; the table is written as a whole")
+        parser.error("--chips, --head-dims, --shipped: only with --check; the table is written as a whole")
 
-    rows = measure(args.chips, args.head_dims, args.jobs)
+    rows = measure(cases(args.chips, args.head_dims, args.shipped), args.jobs)
     problems = [problem for row in rows for problem in row.problems()]
     if args.check:
-        table = TABLE.read_text(encoding="utf-8").splitlines()
+        text = TABLE.read_text(encoding="utf-8")
+        table = text.splitlines()
+        if fingerprint() not in text:
+            problems.append(f"{TABLE.name} is of other kernels, tiles or Triton: fingerprint {fingerprint()}")
         problems += [f"{TABLE.name} is stale, now: {row.row()}" for row in rows if row.row() not in table]
     else:
         TABLE.write_text(page(rows), encoding="utf-8")

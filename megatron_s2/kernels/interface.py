@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from megatron_s2.kernels.reference import reference_attention
 from megatron_s2.kernels.torch_backend import blocked_attention
 from megatron_s2.kernels.triton_backend import triton_attention
 from megatron_s2.kernels.tuning import Tuning
-from megatron_s2.pattern import BlockPattern
+from megatron_s2.pattern import BlockMaskPattern, BlockPattern
 
 _BACKENDS = ("reference", "torch", "triton")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -31,7 +32,7 @@ def s2_attention(
     q_start: int = 0,
     return_lse: bool = True,
     backend: str = "auto",
-    tuning: Tuning | None = None,
+    tuning: Tuning | Literal["autotune"] | None = None,
 ) -> tuple[Tensor, Tensor] | Tensor:
     """Causal attention in which each head sees the key blocks its `pattern` shows it (arXiv 2407.17678).
 
@@ -46,13 +47,17 @@ def s2_attention(
         sink_logits: `[heads]`, a logit per query head that joins the softmax with no value (attention may
             go nowhere). It counts in `lse`.
         cu_seqlens: int `[documents + 1]`, token offsets of packed documents, from 0 to `tokens`,
-            non-decreasing; a sequence of ints spares the device synchronisation that a tensor costs.
-            The pattern restarts at each document's first token.
+            non-decreasing: Megatron fills them up by repeating the last, and an empty document has no
+            tokens. A sequence of ints spares the device synchronisation that a tensor costs. The pattern
+            restarts at each document's first token.
         q_start: position in tokens of the first query; keys start at 0. Not with `cu_seqlens`.
         return_lse: also return the log-sum-exp.
         backend: `triton` (CUDA), `torch` (any device), `reference` (quadratic; for tests), or `auto`: triton
             where it can, else torch.
-        tuning: pins how the Triton kernels are cut, for whoever measures; the shipped choice by default.
+        tuning: pins how the Triton kernels are cut. By default the shipped choice, the same bits everywhere;
+            with `autotune` the fastest of a few, measured on this GPU when first needed and kept in a file
+            (`megatron_s2.kernels.autotune`). Ranks on unlike GPUs, or without a common cache, may choose
+            differently, and bits depend on the choice. Nothing to do with another backend.
 
     Returns:
         `out` `[batch, seq_q, heads, v_head_dim]` (packed: `[tokens, heads, v_head_dim]`) in the dtype of `q`,
@@ -69,7 +74,9 @@ def s2_attention(
         raise ValueError(f"backend {backend!r}: must be auto, {', '.join(_BACKENDS[:-1])} or {_BACKENDS[-1]}")
     scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
     backend = _choose(q, v) if backend == "auto" else backend
-    if tuning is not None and backend != "triton":
+    if isinstance(tuning, str) and tuning != "autotune":
+        raise ValueError(f"tuning {tuning!r}: must be a Tuning, autotune or None")
+    if isinstance(tuning, Tuning) and backend != "triton":
         raise ValueError(f"tuning {tuning}: must be None with backend {backend}, which has nothing to tune")
     attention = _implementation(backend, tuning)
 
@@ -79,9 +86,11 @@ def s2_attention(
                 f"q_start {q_start}: must be >= 0 and leave room for {q.shape[1]} queries "
                 f"in {k.shape[1]} keys"
             )
+        _check_size(pattern, q_start + q.shape[1])
         out, lse = attention(q, k, v, pattern, scale, sink_logits, [(0, q.shape[1])], q_start)
     else:
         documents = _documents(cu_seqlens, q.shape[0], q_start)
+        _check_size(pattern, max((stop - start for start, stop in documents), default=0))
         out, lse = attention(q[None], k[None], v[None], pattern, scale, sink_logits, documents, 0)
         out, lse = out[0], lse[0]
     return (out, lse) if return_lse else out
@@ -93,7 +102,7 @@ def _choose(q: Tensor, v: Tensor) -> str:
     return "triton" if q.is_cuda and takes else "torch"
 
 
-def _implementation(backend: str, tuning: Tuning | None) -> Callable[..., tuple[Tensor, Tensor]]:
+def _implementation(backend: str, tuning: Tuning | str | None) -> Callable[..., tuple[Tensor, Tensor]]:
     if backend == "triton":
         return partial(triton_attention, tuning=tuning)
     return reference_attention if backend == "reference" else blocked_attention
@@ -128,6 +137,14 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, packe
         )
     if heads % kv_heads:
         raise ValueError(f"k with {kv_heads} heads: must divide the {heads} heads of q")
+
+
+def _check_size(pattern: BlockPattern, tokens: int) -> None:
+    if isinstance(pattern, BlockMaskPattern) and pattern.num_blocks(tokens) > pattern.max_blocks:
+        raise ValueError(
+            f"pattern of {pattern.max_blocks} blocks: must have the {pattern.num_blocks(tokens)} of {tokens} "
+            "tokens"
+        )
 
 
 def _check_sinks(sink_logits: Tensor, q: Tensor) -> None:

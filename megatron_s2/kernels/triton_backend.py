@@ -7,6 +7,7 @@ registered on import, for PyTorch's FLOP counter to know them; the first call im
 
 from __future__ import annotations
 
+from typing import Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -36,17 +37,13 @@ def triton_attention(
     sink_logits: Tensor | None,
     documents: list[tuple[int, int]],
     q_start: int,
-    tuning: Tuning | None = None,
+    tuning: Tuning | Literal["autotune"] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """S2 attention on a GPU; arguments and results as in `reference_attention`, and how kernels are cut.
 
     Raises:
         ValueError: device, dtype, head_dim or kind of pattern that the kernels do not take.
     """
-    from megatron_s2.kernels.triton_launch import INTERPRETED
-
-    if not q.is_cuda and not INTERPRETED:
-        raise ValueError(f"q on {q.device}: must be on a CUDA device with backend triton; use backend torch")
     if q.dtype not in _DTYPES:
         raise ValueError(
             f"q {q.dtype}: must be float16, bfloat16 or float32 with backend triton; use backend torch"
@@ -57,10 +54,17 @@ def triton_attention(
                 f"{name} {tuple(x.shape)}: must have at most {_MAX_HEAD_DIM} as head_dim "
                 "with backend triton; use backend torch"
             )
+    from megatron_s2.kernels.triton_launch import INTERPRETED
+
+    if not q.is_cuda and not INTERPRETED:
+        raise ValueError(f"q on {q.device}: must be on a CUDA device with backend triton; use backend torch")
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     sink_logits = None if sink_logits is None else sink_logits.contiguous()
-    capability = torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else _INTERPRETED_CAPABILITY
-    tuning = tuning or tuning_for(capability, max(q.shape[-1], v.shape[-1]), q.element_size())
+    if tuning == "autotune":
+        code = []
+    else:
+        head_dim = max(q.shape[-1], v.shape[-1])
+        code = (tuning or tuning_for(capability_of(q.device), head_dim, q.element_size())).encode()
     packed = documents != [(0, q.shape[1])]
     cuts = [edge for document in documents for edge in document] if packed else []
     if isinstance(pattern, S2Pattern):
@@ -68,8 +72,13 @@ def triton_attention(
     else:
         lists, pairs = _lists_of(pattern, q.device), _mask_pairs(pattern, documents, q_start)
     return torch.ops.megatron_s2.attention_forward(
-        q, k, v, sink_logits, *lists, shape_of(pattern), pairs, softmax_scale, cuts, q_start, tuning.encode()
+        q, k, v, sink_logits, *lists, shape_of(pattern), pairs, softmax_scale, cuts, q_start, code
     )
+
+
+def capability_of(device: torch.device) -> int:
+    """Major compute capability, whose tiles are used."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else _INTERPRETED_CAPABILITY
 
 
 def shape_of(pattern: BlockPattern) -> list[int]:
@@ -105,6 +114,11 @@ def _mask_pairs(pattern: BlockMaskPattern, documents: list[tuple[int, int]], q_s
 # Operators.
 
 
+def _decoded(code: list[int]) -> Tuning | None:
+    """None, an empty code, is for autotuning: in the operator, which `torch.compile` does not look into."""
+    return Tuning.decode(code) if code else None
+
+
 @torch.library.custom_op("megatron_s2::attention_forward", mutates_args=())
 def attention_forward(
     q: Tensor,
@@ -125,8 +139,11 @@ def attention_forward(
     if out.numel():
         from megatron_s2.kernels.triton_launch import Work, launch_rows
 
-        work = Work(q, k, v, shape, scale, cuts, q_start, Tuning.decode(tuning), starts, entries)
-        launch_rows(work, "forward", out, lse, sink_logits)
+        def launch(work: Work) -> None:
+            launch_rows(work, "forward", out, lse, sink_logits)
+
+        work = Work(q, k, v, shape, scale, cuts, q_start, _decoded(tuning), starts, entries)
+        launch(work.tuned("forward", launch))
     return out, lse
 
 
@@ -163,9 +180,13 @@ def attention_backward(
 
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     launch_delta(dout, out, dlse, delta)
-    work = Work(q, k, v, shape, scale, cuts, q_start, Tuning.decode(tuning), starts, entries)
-    launch_rows(work, "dq", dq, lse, None, dout, delta)
-    launch_columns(work, dout, lse, delta, dk, dv)
+    work = Work(q, k, v, shape, scale, cuts, q_start, _decoded(tuning), starts, entries)
+    launches = {
+        "dq": lambda w: launch_rows(w, "dq", dq, lse, None, dout, delta),
+        "dkv": lambda w: launch_columns(w, dout, lse, delta, dk, dv),
+    }
+    for kernel, launch in launches.items():
+        launch(work.tuned(kernel, launch))
     return dq, dk, dv, delta
 
 

@@ -2,20 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from statistics import median
 
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
+from megatron_s2.kernels.autotune import Autotuner, Key
+from megatron_s2.kernels.triton_backend import capability_of
 from megatron_s2.kernels.triton_columns import s2_bwd_kernel_dkv_shard, s2_bwd_kernel_dkv_window
 from megatron_s2.kernels.triton_rows import s2_bwd_kernel_delta, s2_row_kernel
 from megatron_s2.kernels.triton_tiles import LOG2_E
-from megatron_s2.kernels.tuning import Tiles, Tuning
+from megatron_s2.kernels.tuning import Tiles, Tuning, candidates, tuning_for
 
 # Chosen, as Triton does, when the kernels are first imported.
 INTERPRETED = triton.knobs.runtime.interpret
+
+
+def _seconds(launch: Callable[[], None]) -> float:
+    """Median of a few launches on the GPU; infinite where the chip has not what they need."""
+    try:
+        launch()
+    except OutOfResources:
+        return float("inf")
+    milliseconds = []
+    for _ in range(_REPEATS):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        launch()
+        stop.record()
+        stop.synchronize()
+        milliseconds.append(start.elapsed_time(stop))
+    return median(milliseconds) / 1000
+
+
+_REPEATS = 9
+AUTOTUNER = Autotuner(_seconds)
 
 
 @lru_cache(maxsize=256)
@@ -34,7 +60,7 @@ class Work:
     scale: float
     cuts: list[int]
     q_start: int
-    tuning: Tuning
+    tuning: Tuning | None  # None to be chosen by measuring
     starts: Tensor | None = None  # of a mask, as `BlockMaskPattern.past_lists`
     entries: Tensor | None = None
     k_shard: Tensor | None = None  # a compact shard source; None where the shard is part of k and v
@@ -65,6 +91,31 @@ class Work:
         if kernel == "dkv":
             return replace(tiles, keys=min(tiles.keys, block))
         return replace(tiles, rows=min(tiles.rows, block))
+
+    def tuned(self, kernel: str, launch: Callable[[Work], None]) -> Work:
+        """The same with a tuning: its own, or the fastest tiles of one kernel among the shipped ones."""
+        if self.tuning is not None:
+            return self
+        q, device = self.q, self.q.device
+        about = capability_of(device), max(q.shape[-1], self.v.shape[-1]), q.element_size()
+        shipped = tuning_for(*about)
+        key = Key(
+            kernel=kernel,
+            chip=torch.cuda.get_device_name(device) if q.is_cuda else "interpreter",
+            dtype=str(q.dtype),
+            head_dim=q.shape[-1],
+            v_head_dim=self.v.shape[-1],
+            block_size=self.shape[0],
+            group=q.shape[2] // self.k.shape[2],
+            mask=self.starts is not None,
+            triton=triton.__version__,
+            candidates=candidates(kernel, *about),
+        )
+
+        def work(tiles: Tiles) -> Work:
+            return replace(self, tuning=replace(shipped, **{kernel: tiles}))
+
+        return work(AUTOTUNER.choose(key, lambda tiles: launch(work(tiles))))
 
     @property
     def documents(self) -> list[tuple[int, int]]:

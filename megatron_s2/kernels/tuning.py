@@ -1,4 +1,5 @@
-"""How the Triton kernels are cut into tiles: the shipped table, or one configuration that a caller pins."""
+"""How the Triton kernels are cut into tiles: the shipped table, what autotuning may try beside it, or one
+configuration that a caller pins."""
 
 from __future__ import annotations
 
@@ -73,22 +74,57 @@ _SHORTEST_SPAN = 1024
 _HOPPER_ON = {
     64: Tuning(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2)),
     128: Tuning(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2)),
-    256: Tuning(Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 2)),
+    256: Tuning(Tiles(64, 32, 8, 2), Tiles(64, 16, 8, 2), Tiles(32, 32, 8, 2)),
 }
 _AMPERE = _HOPPER_ON | {
     128: Tuning(Tiles(128, 32, 8, 3), Tiles(128, 32, 8, 2), Tiles(64, 64, 8, 2)),
 }
 
 
-def tuning_for(capability: int, head_dim: int, element_size: int) -> Tuning:
-    """The shipped choice for a chip (major compute capability).
+KERNELS = ("forward", "dq", "dkv")
 
-    float32 takes smaller tiles, for its operands are twice as large.
-    """
-    tunings = _HOPPER_ON if capability >= 9 else _AMPERE
-    tuning = tunings[min(d for d in tunings if d >= head_dim)]
-    if element_size <= 2:
-        return tuning
-    return Tuning(
-        *(Tiles(x.rows // 2, min(x.keys, 32), x.warps, 2) for x in (tuning.forward, tuning.dq, tuning.dkv))
-    )
+# Multiplied without tensor cores, for full precision.
+_FLOAT32 = {
+    64: Tuning(Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2), Tiles(32, 16, 8, 2)),
+    128: Tuning(Tiles(32, 16, 8, 2), Tiles(32, 16, 8, 2), Tiles(32, 16, 8, 2)),
+    256: Tuning(Tiles(32, 16, 8, 2), Tiles(32, 16, 8, 2), Tiles(16, 16, 8, 2)),
+}
+
+# What autotuning tries after the shipped choice, by the same head_dim, under the same limits.
+_HOPPER_ALSO = {
+    64: {
+        "forward": (Tiles(128, 128, 8, 2), Tiles(64, 64, 4, 3)),
+        "dq": (Tiles(128, 32, 8, 3), Tiles(64, 64, 4, 3)),
+        "dkv": (Tiles(64, 128, 8, 2), Tiles(32, 64, 4, 3)),
+    },
+    128: {
+        "forward": (Tiles(64, 64, 4, 3),),
+        "dq": (Tiles(128, 32, 8, 3),),
+        "dkv": (Tiles(32, 64, 8, 2),),
+    },
+}
+_AMPERE_ALSO = {
+    64: {
+        "forward": (Tiles(64, 64, 4, 3),),
+        "dq": (Tiles(128, 32, 8, 3), Tiles(64, 64, 4, 3)),
+        "dkv": (Tiles(64, 128, 8, 2),),
+    },
+    128: {
+        "forward": (Tiles(64, 32, 4, 3),),
+        "dq": (Tiles(64, 32, 4, 2),),
+        "dkv": (Tiles(32, 64, 8, 2),),
+    },
+}
+
+
+def tuning_for(capability: int, head_dim: int, element_size: int) -> Tuning:
+    """The shipped choice for a chip (major compute capability), larger head_dim and bytes per element."""
+    tunings = _FLOAT32 if element_size > 2 else _HOPPER_ON if capability >= 9 else _AMPERE
+    return tunings[min(d for d in tunings if d >= head_dim)]
+
+
+def candidates(kernel: str, capability: int, head_dim: int, element_size: int) -> tuple[Tiles, ...]:
+    """The tiles among which autotuning chooses, the shipped ones first; arguments as of `tuning_for`."""
+    by_head_dim = {} if element_size > 2 else _HOPPER_ALSO if capability >= 9 else _AMPERE_ALSO
+    more = next((tiles[kernel] for most, tiles in by_head_dim.items() if head_dim <= most), ())
+    return (getattr(tuning_for(capability, head_dim, element_size), kernel), *more)

@@ -335,4 +335,4 @@ def test_packed_inputs_have_no_batch_and_no_q_start():
 
 def test_a_sequence_longer_than_the_mask_is_refused():
     tensors = {x: torch.zeros(shape) for x, shape in GOOD.items()}
-    refused("block", "one of the mask's 2 blocks", **tensors, pattern=random_mask(2, 2))
+    refused("pattern", "of 2 blocks: must have the 3 of 40 tokens", **tensors, pattern=random_mask(2, 2))

@@ -20,8 +20,8 @@ def kernel_resources(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_the_table_is_current_and_nothing_spills():
-    """head_dim 128 alone, to be quick; the script checks 64 too."""
-    check = kernel_resources("--check", "--head-dims", "128")
+    """What ships for head_dim 128 is compiled, to be quick; that the rest is current a fingerprint tells."""
+    check = kernel_resources("--check", "--head-dims", "128", "--shipped")
     assert check.returncode == 0, check.stderr
 
 
@@ -40,12 +40,35 @@ def resources(monkeypatch):
 
 def test_spills_size_and_missing_tensor_cores_are_problems(resources):
     tiles = resources.Tiles(128, 64, 8, 3)
-    bad = resources.Resources("sm_90", "dq", 128, tiles, 255, 16, 1 << 20, tensor_core=False)
+    case = resources.Case("sm_90", "dq", 128, tiles)
+    bad = resources.Resources(case, 255, 16, 1 << 20, tensor_core=False)
     where = "sm_90 dq head_dim 128: "
     assert bad.problems() == [
         where + "spills 16 bytes per thread to local memory",
         where + "shared memory 1048576, at most 232448",
         where + "no wgmma in its PTX",
     ]
-    good = resources.Resources("sm_90", "dq", 128, tiles, 200, 0, 1 << 17, tensor_core=True)
+    good = resources.Resources(case, 200, 0, 1 << 17, tensor_core=True)
     assert good.problems() == []
+
+
+def test_the_table_has_every_candidate_of_every_chip_and_head_dim(resources):
+    table = resources.TABLE.read_text()
+    assert resources.fingerprint() in table
+    rows = [line for line in table.splitlines() if line.startswith("| sm_")]
+    cases = resources.cases(tuple(resources.CHIPS), resources.HEAD_DIMS)
+    assert len(rows) == len(cases)
+    for case, row in zip(cases, rows):
+        tiles = f"{case.tiles.rows} x {case.tiles.keys} | {case.tiles.warps} | {case.tiles.stages}"
+        assert row.startswith(f"| {case.chip} | {case.kernel} | {case.head_dim} | {case.what()} | {tiles} |")
+
+
+def test_the_fingerprint_is_of_code_not_of_comments(resources, tmp_path, monkeypatch):
+    source = Path(resources.triton_rows.__file__).read_text()
+    copy = tmp_path / "triton_rows.py"
+    monkeypatch.setattr(resources.triton_rows, "__file__", str(copy))
+    before = [copy.write_text(source), resources.fingerprint()][1]
+    copy.write_text(source + "\n# more")
+    assert resources.fingerprint() == before
+    copy.write_text(source.replace("total += 1.0", "total += 2.0"))
+    assert resources.fingerprint() != before

@@ -166,24 +166,6 @@ def test_a_second_derivative_is_refused():
         dq.sum().backward()
 
 
-@on_device
-@pytest.mark.parametrize(
-    "change, allowed",
-    [
-        ({"dtype": torch.float64}, "q torch.float64: must be float16, bfloat16 or float32"),
-        ({"dim": 257}, "q (1, 8, 4, 257): must have at most 256 as head_dim"),
-        ({"v_dim": 300}, "v (1, 8, 2, 300): must have at most 256 as head_dim"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_what_the_kernels_do_not_take_is_refused(change, allowed):
-    dtype = change.pop("dtype", torch.float32)
-    few = replace(case(s2(), "", cut(32, 32), queries=8), **change)
-    with pytest.raises(ValueError) as error:
-        few.results("triton", dtype)
-    assert str(error.value).startswith(allowed) and "use backend torch" in str(error.value)
-
-
 if INTERPRETED:
 
     @pytest.fixture
@@ -270,11 +252,6 @@ if not INTERPRETED:
         q = torch.zeros(1, 8, 2, 16)
         with pytest.raises(ValueError, match=r"q on cpu: must be on a CUDA device .* use backend torch"):
             s2_attention(q, q, q, s2(), backend="triton")
-
-    def test_tuning_is_for_the_triton_backend_alone():
-        q = torch.zeros(1, 8, 2, 16)
-        with pytest.raises(ValueError, match=r"tuning .*: must be None with backend torch"):
-            s2_attention(q, q, q, s2(), tuning=tuning_for(9, 16, 2))
 
     @pytest.mark.parametrize(
         "bad",

@@ -1,4 +1,4 @@
-"""Specification of the Triton operators inside PyTorch: compiled, checkpointed, counted.
+"""Specification of the Triton operators inside PyTorch: compiled, checkpointed, counted, autotuned.
 
 Run as `test_triton.py` is.
 """
@@ -6,6 +6,7 @@ Run as `test_triton.py` is.
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -15,19 +16,23 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from triton_cases import DEVICE, case, cut, on_device
 
-from megatron_s2 import BlockMaskPattern, s2_attention
+from megatron_s2 import BlockMaskPattern, S2Pattern, s2_attention
+from megatron_s2.kernels import triton_backend
+from megatron_s2.kernels.autotune import Autotuner
 from megatron_s2.kernels.compare import Results, require_equal
+from megatron_s2.kernels.tuning import KERNELS, Tuning, candidates
 
 SMALL = case(s2(), "s2", cut(32, 32), queries=40, sink_logits=True)
 SMALL_MASK = case(random_mask(2, 3), "mask", cut(32, 32), queries=40, sink_logits=True)
 
 
 @on_device
-@pytest.mark.parametrize("layout", ["batch first", "sequence first"])
-@pytest.mark.parametrize("pattern", [s2(), random_mask(2, 3)], ids=["s2", "mask"])
+@pytest.mark.parametrize(
+    ("pattern", "layout"),
+    [(s2(), "batch first"), (s2(), "sequence first"), (random_mask(2, 3), "sequence first")],
+    ids=["s2", "s2 sequence first", "mask"],
+)
 def test_the_operators_keep_what_torch_library_asks_of_them(pattern, layout):
-    from megatron_s2.kernels import triton_backend
-
     one = case(pattern, "", cut(32, 32), queries=40, layout=layout, sink_logits=True)
     inputs = one.inputs(torch.float32)
     q, k, v, sink_logits = (inputs[name].requires_grad_() for name in ("q", "k", "v", "sink_logits"))
@@ -89,13 +94,13 @@ def backward(attend, one) -> Results:
 @pytest.mark.parametrize("pattern", ["s2", "mask"])
 @pytest.mark.parametrize(
     "options",
-    [{"q_start": 37}, packed(0, 70, 33), {"batch": 2, "v_dim": 24}],
+    [{"queries": 50, "q_start": 37}, packed(0, 40, 33), {"batch": 2, "queries": 50, "v_dim": 24}],
     ids=["q_start", "packed", "batch"],
 )
 def test_pytorch_counts_the_flops_of_visible_pairs_alone(options, pattern):
     patterns = {
         "s2": s2(3, sink_blocks=2, vert_stride=(1, 3, 5), phases=(0, 1, 3)),
-        "mask": random_mask(3, 10),
+        "mask": random_mask(3, 6),
     }
     one = case(patterns[pattern], "", cut(32, 32), **options)
     with FlopCounterMode(display=False) as counter:
@@ -128,3 +133,46 @@ assert counter.get_total_flops() == pattern.flops(20, 2, 16).forward, counter.ge
 @on_device
 def test_the_flops_of_the_first_call_of_a_process_are_counted():
     subprocess.run([sys.executable, "-c", FIRST_CALL], env=os.environ, check=True)
+
+
+# Autotuning.
+
+
+@pytest.fixture
+def tuned(monkeypatch, tmp_path):
+    """Keys and tiles that were launched to be measured; the last candidate of each kernel is the fastest."""
+    from megatron_s2.kernels import triton_launch
+
+    measured = []
+
+    class Recorder(Autotuner):
+        def choose(self, key, launch):
+            def recorded(tiles):
+                measured.append((key, tiles))
+                launch(tiles)
+
+            return super().choose(key, recorded)
+
+    def seconds(launch):
+        launch()
+        return 1 / len(measured)
+
+    monkeypatch.setattr(triton_launch, "AUTOTUNER", Recorder(seconds, tmp_path))
+    return measured
+
+
+@on_device
+@pytest.mark.parametrize("pattern", [s2(), random_mask(2, 3)], ids=["s2", "mask"])
+def test_autotuning_launches_all_candidates_and_gives_what_the_fastest_gives(pattern, tuned):
+    one = case(pattern, "", "autotune", queries=40)
+    results = one.results("triton", torch.float16)
+    about = triton_backend.capability_of(torch.device(DEVICE)), one.dim, 2
+    tried = [(kernel, tiles) for kernel in KERNELS for tiles in candidates(kernel, *about)]
+    assert [(key.kernel, tiles) for key, tiles in tuned] == tried
+    assert {key.mask for key, _ in tuned} == {not isinstance(pattern, S2Pattern)}
+
+    fastest = Tuning(*(candidates(kernel, *about)[-1] for kernel in KERNELS))
+    pinned = replace(one, tuning=fastest).results("triton", torch.float16)
+    require_equal(results, pinned, most=0)
+    require_equal(one.results("triton", torch.float16), pinned, most=0)
+    assert len(tuned) == len(tried), "chosen once, and a pinned tuning asks for nothing"

@@ -1,0 +1,70 @@
+"""Specification of the two-source contract: a window that begins anywhere and a compact shard are enough.
+
+Run as `test_triton.py` is. Context parallelism and generation hold less than K and V; what the kernels make
+of that is what they make of the whole.
+"""
+
+import pytest
+import torch
+from attention_cases import s2
+from triton_cases import case, cut, on_device
+
+TILES = [cut(32, 16, 64), cut(64, 32, 50)]
+PATTERN = s2(2, sink_blocks=1, phases=(0, 1))
+B, L = PATTERN.block_size, PATTERN.local_blocks
+
+
+def shard_tokens(x: torch.Tensor, rows: int) -> torch.Tensor:
+    """The compact shard source `[batch, tokens, kv_heads, dim]` of some rows; NaN past a head's end."""
+    sizes = [PATTERN.shard_prefix(head, rows - 1) for head in range(x.shape[2])]
+    shard = x.new_full((x.shape[0], max(sizes) * B, *x.shape[2:]), float("nan"))
+    for head, size in enumerate(sizes):
+        for n in range(size):
+            block = PATTERN.shard_block(head, n)
+            shard[:, n * B : n * B + B, head] = x[:, block * B : block * B + B, head]
+    return shard
+
+
+@on_device
+@pytest.mark.parametrize("tiles", TILES, ids=lambda tiles: f"{tiles.forward.rows}x{tiles.forward.keys}")
+@pytest.mark.parametrize("q_start", [128, 137], ids=["aligned", "unaligned"])
+def test_a_window_slice_and_a_compact_shard_give_what_the_whole_gives(q_start, tiles):
+    from megatron_s2.kernels.triton_backend import shape_of
+    from megatron_s2.kernels.triton_launch import Work, launch_columns, launch_delta, launch_rows
+
+    one = case(PATTERN, "", tiles, queries=70, q_start=q_start)
+    inputs = one.inputs(torch.float32)
+    q, k, v, dout = (inputs[name] for name in ("q", "k", "v", "dout"))
+    k_start = (q_start // B - L + 1) * B
+    rows = PATTERN.num_blocks(k.shape[1])
+    call = {"shape": shape_of(PATTERN), "scale": 0.25, "cuts": [], "q_start": q_start, "tuning": tiles}
+    whole = Work(q, k, v, **call)
+    sources = Work(
+        q, k[:, k_start:], v[:, k_start:], **call, k_start=k_start,
+        k_shard=shard_tokens(k, rows), v_shard=shard_tokens(v, rows),
+    )  # fmt: skip
+
+    out, lse = torch.empty_like(q), q.new_empty(1, q.shape[2], q.shape[1])
+    launch_rows(whole, "forward", out, lse, None)
+    out_2, lse_2 = torch.empty_like(out), torch.empty_like(lse)
+    launch_rows(sources, "forward", out_2, lse_2, None)
+    assert torch.equal(out, out_2) and torch.equal(lse, lse_2)
+
+    delta, dq, dq_2 = torch.empty_like(lse), torch.empty_like(q), torch.empty_like(q)
+    launch_delta(dout, out, None, delta)
+    launch_rows(whole, "dq", dq, lse, None, dout, delta)
+    launch_rows(sources, "dq", dq_2, lse, None, dout, delta)
+    assert torch.equal(dq, dq_2)
+
+    exact = [torch.empty_like(k), torch.empty_like(v)]
+    launch_columns(whole, dout, lse, delta, *exact)
+    window = [torch.empty_like(x[:, k_start:]) for x in (k, v)]
+    shards = launch_columns(sources, dout, lse, delta, *window)
+    for expected, of_window, of_shard in zip(exact, window, shards):
+        got = torch.zeros_like(expected)
+        got[:, k_start:] += of_window
+        for head in range(k.shape[2]):
+            for n in range(PATTERN.shard_prefix(head, rows - 1)):
+                block = PATTERN.shard_block(head, n)
+                got[:, block * B : block * B + B, head] += of_shard.sum(0)[:, n * B : n * B + B, head]
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
