@@ -95,6 +95,13 @@ def add_s2_args(parser: ArgumentParser) -> ArgumentParser:
         "as --softmax-type learnable.",
     )
     add(
+        "--s2-autotune",
+        action="store_true",
+        default=None,
+        help="Measure once which tiles of the Triton kernels are fastest on this GPU; the bits of results "
+        "depend on the choice. Default: the shipped ones.",
+    )
+    add(
         "--s2-backend",
         choices=["auto", "triton", "torch", "reference"],
         help="Implementation of S2 attention. Default auto.",
@@ -152,6 +159,7 @@ def validate_s2_args(args: Namespace, argv: Sequence[str] = ()) -> list[str]:
 
     settings = settings_from_args(args)
     args.s2_backend = args.s2_backend or "auto"
+    args.s2_autotune = bool(args.s2_autotune)
     args.s2_cp_schedule = args.s2_cp_schedule or "auto"
     cluster_from_args(args)
     if args.seq_length is not None and args.seq_length < settings.block_size:
@@ -187,6 +195,10 @@ def _check_context_parallel(args: Namespace) -> None:
     if args.s2_backend == "reference":
         raise ValueError(
             f"--s2-backend reference: must be auto, torch or triton with --context-parallel-size {ranks}"
+        )
+    if args.s2_autotune:
+        raise ValueError(
+            f"--s2-autotune: must not be set with --context-parallel-size {ranks}, where nothing is tuned"
         )
     if args.seq_length is not None and args.seq_length % (2 * ranks):
         raise ValueError(

@@ -32,6 +32,7 @@ class S2TransformerConfig(TransformerConfig):
     s2_dense_layers: tuple[int, ...] = ()
     s2_dense_layer_freq: int = 0
     s2_backend: str = "auto"
+    s2_autotune: bool = False
     s2_cp_schedule: str = "auto"
     s2_gpus_per_node: int = Cluster.gpus_per_node
     s2_intra_gigabytes_per_s: float = Cluster.intra_gigabytes_per_s

@@ -24,7 +24,7 @@ OF_THE_MODEL = {"num_layers", "num_kv_heads"}
 CHOSEN = {field.name: field for field in fields(S2Settings) if field.name not in OF_THE_MODEL}
 # Flags that are no settings of the pattern.
 RATES = {field.name: field for field in fields(Cluster)}
-OTHER_FLAGS = {"attention", "learnable_sink", "backend", "cp_schedule", *RATES}
+OTHER_FLAGS = {"attention", "learnable_sink", "backend", "autotune", "cp_schedule", *RATES}
 
 
 def validated(words: str):
@@ -93,7 +93,7 @@ def test_without_s2_nothing_is_changed():
 def test_defaults_are_filled_in():
     args, _ = validated(S2)
     assert {name: getattr(args, f"s2_{name}") for name in CHOSEN} == {n: f.default for n, f in CHOSEN.items()}
-    assert args.s2_backend == "auto"
+    assert args.s2_backend == "auto" and args.s2_autotune is False
     assert settings_from_args(args) == S2Settings(num_layers=8, num_kv_heads=2)
 
 
@@ -101,7 +101,7 @@ def test_every_flag_reaches_the_settings():
     args, _ = validated(
         f"{S2} --s2-block-size 16 --s2-local-blocks 3 --s2-vert-stride 4 8 --s2-sink-blocks 1 "
         "--s2-phases 1 5 --s2-num-dense-heads 1 --s2-dense-layers 1,2 --s2-dense-layer-freq 4 "
-        "--s2-backend reference"
+        "--s2-backend reference --s2-autotune"
     )
     assert settings_from_args(args) == S2Settings(
         num_layers=8,
@@ -115,7 +115,7 @@ def test_every_flag_reaches_the_settings():
         dense_layers=(1, 2),
         dense_layer_freq=4,
     )
-    assert args.s2_backend == "reference"
+    assert args.s2_backend == "reference" and args.s2_autotune
 
 
 def test_one_stride_is_a_number_and_several_are_one_per_head():
@@ -163,7 +163,8 @@ def test_the_learnable_sink_is_megatrons(words):
 
 @pytest.mark.parametrize("name", sorted({*CHOSEN, *OTHER_FLAGS} - {"attention"}))
 def test_a_flag_without_s2_attention_is_refused(name):
-    values = {"dense_layers": "1", "learnable_sink": "", "backend": "torch", "cp_schedule": "auto"}
+    values = {"dense_layers": "1", "backend": "torch", "cp_schedule": "auto"}
+    values |= dict.fromkeys(("learnable_sink", "autotune"), "")
     flag = "--s2-" + name.replace("_", "-")
     assert refusal(f"{MODEL} {flag} {values.get(name, '0')}") == f"{flag}: needs --s2-attention"
 
@@ -206,6 +207,8 @@ def test_what_would_bypass_s2_is_refused_with_the_reason(flag, why):
         "--context-parallel-size 8 --s2-cp-schedule a2a": "--s2-cp-schedule a2a: must be auto or gather "
         "where --context-parallel-size 8 is larger than --num-attention-heads 4 over "
         "--tensor-model-parallel-size 1",
+        "--context-parallel-size 2 --s2-autotune": "--s2-autotune: must not be set with "
+        "--context-parallel-size 2, where nothing is tuned",
         "--context-parallel-size 2 --s2-backend reference": "--s2-backend reference: must be auto, torch or "
         "triton with --context-parallel-size 2",
         "--s2-inter-gigabytes-per-s 0": "--s2-inter-gigabytes-per-s 0.0: must be positive",

@@ -37,6 +37,7 @@ class S2CoreAttention(MegatronModule):
     Args:
         settings: S2 settings of the whole model, bound by the layer spec.
         backend: implementation of S2 attention.
+        autotune: measure which tiles of the Triton kernels are fastest.
         cp_schedule: how context-parallel ranks share the work: `auto`, `gather` or `a2a`.
         cluster: rates by which `auto` chooses.
         traffic: counts the bytes of context parallelism while training.
@@ -60,6 +61,7 @@ class S2CoreAttention(MegatronModule):
         *,
         settings: S2Settings,
         backend: str = "auto",
+        autotune: bool = False,
         cp_schedule: str = "auto",
         cluster: Cluster | None = None,
         traffic: Traffic | None = None,
@@ -82,6 +84,7 @@ class S2CoreAttention(MegatronModule):
         self.attn_mask_type = attn_mask_type
         self.softmax_scale = softmax_scale
         self.backend = backend
+        self.tuning = "autotune" if autotune else None
         self.is_dense = settings.is_dense(layer_number)
         self.pattern = settings.pattern(layer_number).tp_slice(
             get_pg_rank(self.tp_group), get_pg_size(self.tp_group)
@@ -192,6 +195,7 @@ class S2CoreAttention(MegatronModule):
             sink_logits=self.softmax_offset,
             return_lse=False,
             backend=self.backend,
+            tuning=self.tuning,
             **where,
         )
 

@@ -39,6 +39,7 @@ def s2_layer_spec(
         S2CoreAttention,
         settings=s2_settings(config.transformer, **settings),
         backend=getattr(config.transformer, "s2_backend", "auto"),
+        autotune=getattr(config.transformer, "s2_autotune", False),
         cp_schedule=getattr(config.transformer, "s2_cp_schedule", "auto"),
         cluster=cluster_of(config.transformer),
         traffic=traffic,

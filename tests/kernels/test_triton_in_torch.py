@@ -6,6 +6,7 @@ Run as `test_triton.py` is.
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from itertools import pairwise
 
@@ -85,6 +86,19 @@ def backward(attend, one) -> Results:
     out, lse = attend(*tensors.values())
     torch.autograd.backward([out, lse], [inputs["dout"], inputs["dlse"]])
     return {"out": out, "lse": lse} | {f"d{name}": x.grad for name, x in tensors.items()}
+
+
+@on_device
+@pytest.mark.parametrize("pattern", [s2(sink_blocks=1), random_mask(2, 4)], ids=["s2", "mask"])
+def test_the_numerical_gradient_agrees(pattern):
+    """float32 limits it: differences of 1e-2 leave an error of about 1e-3."""
+    one = case(pattern, "", cut(16, 16), queries=45, dim=3, v_dim=2, q_start=3, sink_logits=True)
+    inputs = one.inputs(torch.float32)
+    tensors = [inputs[name].requires_grad_() for name in ("q", "k", "v", "sink_logits")]
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that float32 is not double
+        assert torch.autograd.gradcheck(
+            one.attention("triton"), tensors, eps=1e-2, atol=2e-2, rtol=1e-2, fast_mode=True
+        )
 
 
 # FLOPs.

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_s2 import s2_attention
+from megatron_s2.layers import core_attention
 from megatron_s2.layers.core_attention import S2CoreAttention
 from megatron_s2.settings import S2Settings
 
@@ -158,6 +159,19 @@ def test_a_single_query_needs_no_mask(attention, layer):
     q, k, v = tensors(100, BATCH)
     one = attention(layer)(q[-1:], k, v, None, attn_mask_type=AttnMaskType.no_mask)
     assert_equal(one, expected(layer, q, k, v)[-1:])
+
+
+@pytest.mark.parametrize(("autotune", "tuning"), [(False, None), (True, "autotune")])
+def test_tiles_are_measured_where_asked_for(attention, monkeypatch, autotune, tuning):
+    asked = []
+
+    def recorded(*args, **options):
+        asked.append(options["tuning"])
+        return s2_attention(*args, **options)
+
+    monkeypatch.setattr(core_attention, "s2_attention", recorded)
+    attention(kind=partial(OURS, autotune=autotune))(*tensors(32, BATCH), None)
+    assert asked == [tuning]
 
 
 def test_each_layer_has_its_own_pattern(attention):

@@ -40,6 +40,7 @@ def assert_s2(built: partial, settings: S2Settings, backend: str) -> None:
     assert built.keywords == {
         "settings": settings,
         "backend": backend,
+        "autotune": False,
         "cp_schedule": "auto",
         "cluster": Cluster(),
         "traffic": None,
@@ -50,6 +51,11 @@ def test_the_local_spec_has_s2_core_attention():
     spec = s2_layer_spec(model(**CHOSEN))
     assert spec.module is TransformerLayer
     assert_s2(core_attention(spec), SETTINGS, "reference")
+
+
+def test_autotuning_reaches_the_layers():
+    spec = s2_layer_spec(model(**CHOSEN, s2_autotune=True))
+    assert core_attention(spec).keywords["autotune"] is True
 
 
 def test_everything_else_is_as_megatron_chose_it():
