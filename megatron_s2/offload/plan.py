@@ -1,0 +1,311 @@
+"""Where each part of a rank's optimizer state lies, which device updates it, and in which order.
+
+A rank's state is flat: three float32 values per parameter (master weight, exp_avg, exp_avg_sq). It is cut
+into equal subgroups. A subgroup's *tier* is where its state lies between steps; its *device* is what updates
+it. Tiers follow from memory budgets alone, so that memory is the same at every fraction; devices follow from
+the fraction. Both are spread evenly. Plain values: neither torch nor a GPU is needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+STATE_BYTES = 12  # of a parameter: master weight, exp_avg and exp_avg_sq in float32
+WEIGHT_BYTES = 2  # of a parameter's model weight, bfloat16 or float16
+GRADIENT_BYTES = 4  # of a parameter's gradient, float32
+ALIGNMENT = 64  # elements; 256 bytes of float32, a multiple of what copies, AVX-512 and bfloat16 tiles want
+
+TIERS = ("gpu", "host", "nvme")
+DEVICES = ("cpu", "gpu")
+
+# 96 MiB of state, 2 ms at 50 GB/s: long against the start of a copy or a kernel (some 10 us) and of a Python
+# call, short against a step, so that filling and draining the pipeline cost little; two sets on the GPU take
+# 192 MiB.
+SUBGROUP_SIZE = 2**23
+BUFFER_SETS = 2
+RING_SLOTS = 4
+STAGING_SLOTS = 2
+GB = 10**9
+
+
+class TierSizes(NamedTuple):
+    """Parameters whose state lies in each tier."""
+
+    gpu: int
+    host: int
+    nvme: int
+
+    @property
+    def streamed(self) -> int:
+        """Parameters whose state does not stay on the GPU."""
+        return self.host + self.nvme
+
+
+@dataclass(frozen=True)
+class Subgroup:
+    """Elements `start` to `stop` of the rank's flat state.
+
+    Args:
+        index: its place among the subgroups.
+        start, stop: elements; start is a multiple of `ALIGNMENT`.
+        tier: where the state lies between steps: `gpu`, `host` or `nvme`.
+        device: what updates it: `cpu` or `gpu`. A subgroup of tier `gpu` is updated there.
+    """
+
+    index: int
+    start: int
+    stop: int
+    tier: str
+    device: str
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class OffloadPlan:
+    """All subgroups of a rank, and the buffers that moving them takes. Made by `make_plan`.
+
+    Args:
+        subgroup_size: elements of each subgroup but the last.
+        subgroups: in the order of their elements.
+        gradient_bytes: of one parameter's gradient on the host, 4 or 2.
+        buffer_sets: room on the GPU for the state of so many subgroups while they are updated.
+        ring_slots: room on the host for the state and gradients of so many subgroups of tier `nvme`.
+        staging_slots: room on the host for the updated 16-bit weights of so many subgroups.
+    """
+
+    subgroup_size: int
+    subgroups: tuple[Subgroup, ...]
+    gradient_bytes: int = GRADIENT_BYTES
+    buffer_sets: int = BUFFER_SETS
+    ring_slots: int = RING_SLOTS
+    staging_slots: int = STAGING_SLOTS
+
+    @property
+    def elements(self) -> int:
+        """Parameters of the rank."""
+        return self.subgroups[-1].stop
+
+    @property
+    def slot_elements(self) -> int:
+        """Elements that one buffer set, ring slot or staging slot has room for: the largest streamed
+        subgroup."""
+        return max((s.size for s in self.subgroups if s.tier != "gpu"), default=0)
+
+    @property
+    def tiers(self) -> TierSizes:
+        """Parameters in each tier."""
+        return TierSizes(*(sum(s.size for s in self.subgroups if s.tier == tier) for tier in TIERS))
+
+    @property
+    def fraction(self) -> float:
+        """Share of the streamed parameters (those not resident on the GPU) that the GPU updates."""
+        on_gpu = sum(s.size for s in self.subgroups if s.device == "gpu" and s.tier != "gpu")
+        return on_gpu / self.tiers.streamed if self.tiers.streamed else 0.0
+
+    @property
+    def gpu_bytes(self) -> int:
+        """GPU memory that state takes: resident subgroups and buffer sets, used or not. Gradients and weights
+        on the GPU are the model's own."""
+        return STATE_BYTES * (self.tiers.gpu + self.buffer_sets * self.slot_elements)
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory: state and gradients of tier `host`, the ring of tier `nvme`, and staged weights.
+
+        Gradients have room for every subgroup of tier `host`, so that a change of fraction needs no other
+        arenas. Those of tier `nvme` come down while the step runs, into the ring.
+        """
+        return _host_bytes(
+            self.tiers.host,
+            self.ring_slots * self.slot_elements if self.tiers.nvme else 0,
+            self.staging_slots * self.slot_elements,
+            self.gradient_bytes,
+        )
+
+    @property
+    def nvme_bytes(self) -> int:
+        """Bytes of the state on NVMe."""
+        return STATE_BYTES * self.tiers.nvme
+
+    def order(self, step: int) -> tuple[Subgroup, ...]:
+        """The subgroups in the order of step `step`: up in even steps, down in odd ones, so that a step
+        begins with what the one before it left in the ring."""
+        return self.subgroups if step % 2 == 0 else self.subgroups[::-1]
+
+    def with_fraction(self, fraction: float) -> OffloadPlan:
+        """The same tiers and buffers with the devices of another fraction, to the nearest subgroup.
+
+        Raises:
+            ValueError: the fraction is not between 0 and 1.
+        """
+        check_fraction(fraction)
+        streamed = sum(s.tier != "gpu" for s in self.subgroups)
+        return self.with_devices(spread(streamed, math.floor(fraction * streamed + 0.5)))
+
+    def with_devices(self, on_gpu: Sequence[bool]) -> OffloadPlan:
+        """The same tiers and buffers; `on_gpu` says of each streamed subgroup whether the GPU updates it.
+
+        Raises:
+            ValueError: not as many entries as streamed subgroups.
+        """
+        streamed = [s for s in self.subgroups if s.tier != "gpu"]
+        if len(on_gpu) != len(streamed):
+            raise ValueError(f"on_gpu has {len(on_gpu)} entries: must have {len(streamed)}, one per subgroup")
+        device = {s.index: "gpu" if gpu else "cpu" for s, gpu in zip(streamed, on_gpu)}
+        return replace(
+            self, subgroups=tuple(replace(s, device=device.get(s.index, "gpu")) for s in self.subgroups)
+        )
+
+    def __str__(self) -> str:
+        """What lies where, who updates it, and the memory it takes."""
+        lines = [
+            f"{self.elements} parameters in {_count(len(self.subgroups), 'subgroup')} of "
+            f"{self.subgroup_size}; the GPU updates {self.fraction:.1%} of those not resident on it"
+        ]
+        for tier in TIERS:
+            of_tier = [s for s in self.subgroups if s.tier == tier]
+            if of_tier:
+                on_gpu = sum(s.device == "gpu" for s in of_tier)
+                state = STATE_BYTES * sum(s.size for s in of_tier)
+                lines.append(
+                    f"  {tier:<4}  {_count(len(of_tier), 'subgroup')}, {state / GB:.3f} GB of state; "
+                    f"{on_gpu} updated on the GPU, {len(of_tier) - on_gpu} on the CPU"
+                )
+        memory = (
+            f"  memory: {self.gpu_bytes / GB:.3f} GB on the GPU, {self.host_bytes / GB:.3f} GB on the host"
+        )
+        if self.nvme_bytes:
+            memory += f", {self.nvme_bytes / GB:.3f} GB on NVMe"
+        return "\n".join([*lines, memory])
+
+
+def make_plan(
+    elements: int,
+    fraction: float = 0.0,
+    *,
+    subgroup_size: int = SUBGROUP_SIZE,
+    gpu_budget: int = 0,
+    host_budget: int | None = None,
+    nvme: bool = False,
+    gradient_bytes: int = GRADIENT_BYTES,
+    buffer_sets: int = BUFFER_SETS,
+    ring_slots: int = RING_SLOTS,
+) -> OffloadPlan:
+    """Cut a rank's state and place it: as much on the GPU as its budget holds, then on the host, then NVMe.
+
+    Args:
+        elements: parameters of the rank.
+        fraction: share of the streamed subgroups (those not resident on the GPU) that the GPU updates.
+        subgroup_size: elements of a subgroup, a multiple of `ALIGNMENT`.
+        gpu_budget: bytes of state that may stay on the GPU, beside the buffer sets.
+        host_budget: bytes that `OffloadPlan.host_bytes` may reach; None for no limit.
+        nvme: whether there is an NVMe tier for what the host budget does not hold.
+        gradient_bytes, buffer_sets, ring_slots: as in `OffloadPlan`.
+
+    Raises:
+        ValueError: an argument is out of range, or the host budget cannot hold the state (without NVMe) or
+            the ring (with it). The message names the flag, what is needed and what to do.
+    """
+    check_fraction(fraction)
+    if elements < 1:
+        raise ValueError(f"elements {elements}: must be >= 1")
+    if subgroup_size < ALIGNMENT or subgroup_size % ALIGNMENT:
+        raise ValueError(f"--s2-offload-subgroup-size {subgroup_size}: must be a multiple of {ALIGNMENT}")
+    if gradient_bytes not in (2, 4):
+        raise ValueError(f"gradient_bytes {gradient_bytes}: must be 2 or 4")
+    for name, value in (("buffer_sets", buffer_sets), ("ring_slots", ring_slots)):
+        if value < 1:
+            raise ValueError(f"{name} {value}: must be >= 1")
+    if gpu_budget < 0:
+        raise ValueError(f"--s2-offload-gpu-budget-gb {gpu_budget / GB:g}: must be >= 0")
+
+    edges = [*range(0, elements, subgroup_size), elements]
+    count = len(edges) - 1
+    largest = edges[1]
+    if gpu_budget >= STATE_BYTES * elements:
+        resident = count
+    else:
+        resident = min(gpu_budget // (STATE_BYTES * largest), count - 1)
+    is_resident = spread(count, resident)
+    streamed = [i for i in range(count) if not is_resident[i]]
+    on_host = _subgroups_on_host(
+        [edges[i + 1] - edges[i] for i in streamed], host_budget, nvme, gradient_bytes, ring_slots
+    )
+    tier = {i: "host" if host else "nvme" for i, host in zip(streamed, spread(len(streamed), on_host))}
+    subgroups = tuple(Subgroup(i, edges[i], edges[i + 1], tier.get(i, "gpu"), "gpu") for i in range(count))
+    plan = OffloadPlan(subgroup_size, subgroups, gradient_bytes, buffer_sets, ring_slots)
+    return plan.with_fraction(fraction)
+
+
+def spread(places: int, count: int) -> list[bool]:
+    """`count` of `places` marked as evenly as integers allow, the first among them where any is (Bresenham):
+    any n neighbours hold floor or ceil of n * count / places.
+
+    Raises:
+        ValueError: count is not between 0 and places.
+    """
+    if not 0 <= count <= places:
+        raise ValueError(f"count {count}: must be between 0 and {places}")
+    return [i * count % places < count for i in range(places)]
+
+
+def every(places: int, stride: int) -> list[bool]:
+    """The last of every `stride` places marked: the placement of stride-k schedules.
+
+    Raises:
+        ValueError: the stride is not positive.
+    """
+    if stride < 1:
+        raise ValueError(f"stride {stride}: must be >= 1")
+    return [i % stride == stride - 1 for i in range(places)]
+
+
+def check_fraction(fraction: float) -> None:
+    """Raise ValueError where `fraction` is not between 0 and 1."""
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"--s2-offload-gpu-fraction {fraction}: must be between 0 and 1")
+
+
+def _subgroups_on_host(
+    sizes: Sequence[int], budget: int | None, nvme: bool, gradient_bytes: int, ring_slots: int
+) -> int:
+    """How many of the streamed subgroups, of `sizes` elements, have their state on the host."""
+    if budget is None or not sizes:
+        return len(sizes)
+    largest = max(sizes)
+    staging = STAGING_SLOTS * largest
+    needed = _host_bytes(sum(sizes), 0, staging, gradient_bytes)
+    if needed <= budget:
+        return len(sizes)
+    flag = f"--s2-offload-host-budget-gb {budget / GB:g}"
+    if not nvme:
+        raise ValueError(
+            f"{flag}: the host must hold {needed / GB:.3f} GB ({sum(sizes)} parameters of "
+            f"{STATE_BYTES + gradient_bytes} bytes, and {WEIGHT_BYTES * staging / GB:.3f} GB of staged "
+            "weights); raise it, raise --s2-offload-gpu-budget-gb, or name a directory with "
+            "--s2-offload-nvme-dir"
+        )
+    moving = _host_bytes(0, ring_slots * largest, staging, gradient_bytes)
+    if moving > budget:
+        raise ValueError(
+            f"{flag}: the ring and the staged weights of subgroups of {largest} take {moving / GB:.3f} GB; "
+            "raise it, or lower --s2-offload-subgroup-size"
+        )
+    fitting = (budget - moving) // _host_bytes(largest, 0, 0, gradient_bytes)
+    return min(fitting, len(sizes) - 1)
+
+
+def _host_bytes(elements: int, ring: int, staging: int, gradient_bytes: int) -> int:
+    """Host memory of so many elements of tier `host`, of the ring and of staged weights."""
+    return (STATE_BYTES + gradient_bytes) * (elements + ring) + WEIGHT_BYTES * staging
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -1,0 +1,136 @@
+"""Timelines of an optimizer step: events on queues, and the Chrome-trace file that Perfetto opens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+# What works side by side. Transfers between host and GPU, updates, transfers between NVMe and host.
+QUEUES = ("h2d", "d2h", "cpu", "gpu", "nvme_read", "nvme_write")
+QUEUE_NAMES = {
+    "h2d": "host to GPU",
+    "d2h": "GPU to host",
+    "cpu": "CPU",
+    "gpu": "GPU",
+    "nvme_read": "NVMe read",
+    "nvme_write": "NVMe write",
+}
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that one queue did.
+
+    Args:
+        queue: one of `QUEUES`.
+        name: what was done, then to which subgroup: `state 12`, `weights 12`, `gradients 12`, `update 12`.
+        start, end: seconds from the beginning of the timeline.
+
+    Raises:
+        ValueError: no such queue, or an end before the start.
+    """
+
+    queue: str
+    name: str
+    start: float
+    end: float
+
+    def __post_init__(self) -> None:
+        if self.queue not in QUEUES:
+            raise ValueError(f"queue {self.queue}: must be one of {', '.join(QUEUES)}")
+        if not self.start <= self.end:
+            raise ValueError(f"event {self.name}: ends at {self.end}, before its start at {self.start}")
+
+
+def span(events: Sequence[Event]) -> float:
+    """Seconds from the first start to the last end."""
+    if not events:
+        return 0.0
+    return max(event.end for event in events) - min(event.start for event in events)
+
+
+def busy_shares(events: Sequence[Event]) -> dict[str, float]:
+    """Share of the span in which each queue that has events was busy, in the order of `QUEUES`.
+
+    Events of one queue that overlap count once.
+    """
+    whole = span(events)
+    shares = {}
+    for queue in QUEUES:
+        of_queue = sorted((event.start, event.end) for event in events if event.queue == queue)
+        if of_queue:
+            busy, until = 0.0, of_queue[0][0]
+            for start, end in of_queue:
+                busy += max(0.0, end - max(start, until))
+                until = max(until, end)
+            shares[queue] = busy / whole if whole else 0.0
+    return shares
+
+
+def bottleneck(events: Sequence[Event]) -> str:
+    """One line that names the busiest queue.
+
+    Raises:
+        ValueError: there are no events.
+    """
+    shares = busy_shares(events)
+    if not shares:
+        raise ValueError("a timeline without events has no bottleneck")
+    busiest = max(shares, key=shares.get)
+    return f"{QUEUE_NAMES[busiest]} is busiest, {shares[busiest]:.0%} of {span(events):.4g} s"
+
+
+def write_trace(path: str | Path, timelines: Mapping[str, Sequence[Event]]) -> None:
+    """Write timelines, such as `predicted` and `measured`, as Chrome-trace JSON: one process each, one thread
+    per queue. Times are microseconds, to the nanosecond.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    rows: list[dict[str, object]] = []
+    for process, (name, events) in enumerate(timelines.items()):
+        rows.append({"ph": "M", "pid": process, "name": "process_name", "args": {"name": name}})
+        rows.append(
+            {"ph": "M", "pid": process, "name": "process_sort_index", "args": {"sort_index": process}}
+        )
+        used = {event.queue for event in events}
+        for thread, queue in enumerate(QUEUES):
+            if queue in used:
+                where = {"ph": "M", "pid": process, "tid": thread}
+                rows.append({**where, "name": "thread_name", "args": {"name": queue}})
+                rows.append({**where, "name": "thread_sort_index", "args": {"sort_index": thread}})
+        for event in events:
+            start, end = round(event.start * 1e6, 3), round(event.end * 1e6, 3)
+            rows.append(
+                {
+                    "ph": "X",
+                    "pid": process,
+                    "tid": QUEUES.index(event.queue),
+                    "name": event.name,
+                    "ts": start,
+                    "dur": round(end - start, 3),
+                }
+            )
+    Path(path).write_text(json.dumps({"traceEvents": rows, "displayTimeUnit": "ms"}), encoding="utf-8")
+
+
+def read_trace(path: str | Path) -> dict[str, list[Event]]:
+    """The timelines of a file that `write_trace` wrote, each in the order of its events' starts.
+
+    Raises:
+        ValueError: the file is no such trace.
+        OSError: it cannot be read.
+    """
+    try:
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))["traceEvents"]
+        names = {row["pid"]: row["args"]["name"] for row in rows if row["name"] == "process_name"}
+        timelines: dict[str, list[Event]] = {name: [] for name in names.values()}
+        for row in rows:
+            if row["ph"] == "X":
+                start, end = row["ts"] / 1e6, (row["ts"] + row["dur"]) / 1e6
+                timelines[names[row["pid"]]].append(Event(QUEUES[row["tid"]], row["name"], start, end))
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{path}: is not a trace of an optimizer step: {error!r}") from error
+    return {name: sorted(events, key=lambda event: event.start) for name, events in timelines.items()}
