@@ -21,6 +21,7 @@ from megatron_s2.kernels.tuning import Tiles, Tuning, candidates, tuning_for
 
 # Chosen, as Triton does, when the kernels are first imported.
 INTERPRETED = triton.knobs.runtime.interpret
+_REPEATS = 9  # launches to time one choice of tiles
 
 
 def _seconds(launch: Callable[[], None]) -> float:
@@ -40,7 +41,6 @@ def _seconds(launch: Callable[[], None]) -> float:
     return median(milliseconds) / 1000
 
 
-_REPEATS = 9
 AUTOTUNER = Autotuner(_seconds)
 
 
