@@ -164,11 +164,13 @@ MIXES = {
     "two dense": (*(SPARSE,) * 6, *(DENSE,) * 2),
     "half dense": (*(SPARSE,) * 4, *(DENSE,) * 4),
     "three strides": (DENSE, DENSE // 2, DENSE // 4, SPARSE, SPARSE, SPARSE, DENSE // 2, SPARSE),
+    "dearest first errs": (3, 3, 2, 2, 2),
+    "dearest first errs on three": (5, 5, 4, 4, 3, 3, 3),
     "sixteen": (*(SPARSE,) * 11, *(DENSE,) * 5),
 }
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("ranks", [2, 3, 4, 5])
 @pytest.mark.parametrize("mix", MIXES)
 def test_no_worse_than_the_best_of_a_thousand_random_assignments(mix, ranks):
     pairs = MIXES[mix]

@@ -263,12 +263,16 @@ def test_a_gather_waits_for_halos_and_for_what_of_the_shards_the_windows_do_not_
     assert seconds_of("gather", cluster) == pytest.approx(expected)
 
 
-def test_heads_wait_for_both_moves():
-    moved = transfers("a2a", SMALL, SMALL_CALL, node_ranks=2)
-    between = np.maximum(moved.received, moved.sent)
-    waiting = between[0] / 1e9 + between[1] / 0.5e9
-    attention = compute_seconds(work("a2a", SMALL, SMALL_CALL).pairs)
-    assert seconds_of("a2a", SLOW) == pytest.approx([(waiting + one).max() for one in attention])
+def test_heads_wait_for_both_moves_and_for_what_is_sent_where_that_is_more():
+    pattern = replace(SMALL, num_kv_heads=3, num_dense_heads=1)
+    call = replace(SMALL_CALL, ranks=2, tokens=480, query_heads=9)
+    moved = transfers("a2a", pattern, call, node_ranks=2)
+    received, sent = (way.sum(axis=0) for way in (moved.received, moved.sent))
+    attention = compute_seconds(work("a2a", pattern, call).pairs)
+    expected = [(np.maximum(received, sent) / 1e9 + one).max() for one in attention]
+    assert all((received / 1e9 + one).max() < both for one, both in zip(attention, expected))
+    plan = plan_layer(pattern, call, SLOW).schedules["a2a"]
+    assert [plan.forward_seconds, plan.backward_seconds] == pytest.approx(expected)
 
 
 def test_a_ring_hides_its_bytes_and_goes_at_the_pace_of_the_slowest_link():
