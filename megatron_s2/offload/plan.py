@@ -27,7 +27,6 @@ DEVICES = ("cpu", "gpu")
 SUBGROUP_SIZE = 2**23
 BUFFER_SETS = 2
 RING_SLOTS = 4
-STAGING_SLOTS = 2
 GB = 10**9
 
 
@@ -77,7 +76,6 @@ class OffloadPlan:
         gradient_bytes: of one parameter's gradient on the host, 4 or 2.
         buffer_sets: room on the GPU for the state of so many subgroups while they are updated.
         ring_slots: room on the host for the state and gradients of so many subgroups of tier `nvme`.
-        staging_slots: room on the host for the updated 16-bit weights of so many subgroups.
     """
 
     subgroup_size: int
@@ -85,7 +83,6 @@ class OffloadPlan:
     gradient_bytes: int = GRADIENT_BYTES
     buffer_sets: int = BUFFER_SETS
     ring_slots: int = RING_SLOTS
-    staging_slots: int = STAGING_SLOTS
 
     @property
     def elements(self) -> int:
@@ -94,8 +91,7 @@ class OffloadPlan:
 
     @property
     def slot_elements(self) -> int:
-        """Elements that one buffer set, ring slot or staging slot has room for: the largest streamed
-        subgroup."""
+        """Elements that one buffer set or ring slot has room for: the largest streamed subgroup."""
         return max((s.size for s in self.subgroups if s.tier != "gpu"), default=0)
 
     @property
@@ -117,17 +113,14 @@ class OffloadPlan:
 
     @property
     def host_bytes(self) -> int:
-        """Host memory: state and gradients of tier `host`, the ring of tier `nvme`, and staged weights.
+        """Host memory: state and gradients of tier `host`, and the ring of tier `nvme`.
 
         Gradients have room for every subgroup of tier `host`, so that a change of fraction needs no other
-        arenas. Those of tier `nvme` come down while the step runs, into the ring.
+        arenas. Those of tier `nvme` come down while the step runs, into the ring. The 16-bit weights that the
+        CPU has updated wait for their transfer where the gradient was, which is no longer needed.
         """
-        return _host_bytes(
-            self.tiers.host,
-            self.ring_slots * self.slot_elements if self.tiers.nvme else 0,
-            self.staging_slots * self.slot_elements,
-            self.gradient_bytes,
-        )
+        ring = self.ring_slots * self.slot_elements if self.tiers.nvme else 0
+        return host_bytes_per_parameter(self.gradient_bytes) * (self.tiers.host + ring)
 
     @property
     def nvme_bytes(self) -> int:
@@ -273,38 +266,34 @@ def check_fraction(fraction: float) -> None:
         raise ValueError(f"--s2-offload-gpu-fraction {fraction}: must be between 0 and 1")
 
 
+def host_bytes_per_parameter(gradient_bytes: int) -> int:
+    """Host memory of a parameter of tier `host`: state and gradient."""
+    return STATE_BYTES + gradient_bytes
+
+
 def _subgroups_on_host(
     sizes: Sequence[int], budget: int | None, nvme: bool, gradient_bytes: int, ring_slots: int
 ) -> int:
     """How many of the streamed subgroups, of `sizes` elements, have their state on the host."""
     if budget is None or not sizes:
         return len(sizes)
-    largest = max(sizes)
-    staging = STAGING_SLOTS * largest
-    needed = _host_bytes(sum(sizes), 0, staging, gradient_bytes)
-    if needed <= budget:
+    largest, each = max(sizes), host_bytes_per_parameter(gradient_bytes)
+    if each * sum(sizes) <= budget:
         return len(sizes)
     flag = f"--s2-offload-host-budget-gb {budget / GB:g}"
     if not nvme:
         raise ValueError(
-            f"{flag}: the host must hold {needed / GB:.3f} GB ({sum(sizes)} parameters of "
-            f"{STATE_BYTES + gradient_bytes} bytes, and {WEIGHT_BYTES * staging / GB:.3f} GB of staged "
-            "weights); raise it, raise --s2-offload-gpu-budget-gb, or name a directory with "
+            f"{flag}: the host must hold {each * sum(sizes) / GB:.3f} GB ({sum(sizes)} parameters of {each} "
+            "bytes); raise it, raise --s2-offload-gpu-budget-gb, or name a directory with "
             "--s2-offload-nvme-dir"
         )
-    moving = _host_bytes(0, ring_slots * largest, staging, gradient_bytes)
-    if moving > budget:
+    ring = each * ring_slots * largest
+    if ring > budget:
         raise ValueError(
-            f"{flag}: the ring and the staged weights of subgroups of {largest} take {moving / GB:.3f} GB; "
+            f"{flag}: a ring of {ring_slots} subgroups of {largest} parameters takes {ring / GB:.3f} GB; "
             "raise it, or lower --s2-offload-subgroup-size"
         )
-    fitting = (budget - moving) // _host_bytes(largest, 0, 0, gradient_bytes)
-    return min(fitting, len(sizes) - 1)
-
-
-def _host_bytes(elements: int, ring: int, staging: int, gradient_bytes: int) -> int:
-    """Host memory of so many elements of tier `host`, of the ring and of staged weights."""
-    return (STATE_BYTES + gradient_bytes) * (elements + ring) + WEIGHT_BYTES * staging
+    return min((budget - ring) // (each * largest), len(sizes) - 1)
 
 
 def _count(number: int, what: str) -> str:
