@@ -112,7 +112,8 @@ def _kernel(case: Case) -> tuple[triton.JITFunction, dict[str, object]]:
     source = {"COMPACT": False, "CSR": case.mask, **lists}
     if kernel in ("forward", "dq"):
         absent = ["p_sink"] if kernel == "dq" else ["p_sink", "p_do", "p_delta"]
-        row = {"H": 32, "GROUP": 4, "DQ": kernel == "dq", "HAS_SINK": False}
+        row = {"H": 32, "GROUP": 4, "DQ": kernel == "dq", "HAS_SINK": False, "p_prev": None}
+        row |= {"SHARD": True, "WINDOW": True, "RESUME": False}
         return triton_rows.s2_row_kernel, constants | source | row | dict.fromkeys(absent)
     if kernel == "dkv shard":
         return triton_columns.s2_bwd_kernel_dkv_shard, constants | source | {"HKV": 8}

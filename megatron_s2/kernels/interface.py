@@ -73,7 +73,7 @@ def s2_attention(
     if backend != "auto" and backend not in _BACKENDS:
         raise ValueError(f"backend {backend!r}: must be auto, {', '.join(_BACKENDS[:-1])} or {_BACKENDS[-1]}")
     scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
-    backend = _choose(q, v) if backend == "auto" else backend
+    backend = choose_backend(q, v) if backend == "auto" else backend
     if isinstance(tuning, str) and tuning != "autotune":
         raise ValueError(f"tuning {tuning!r}: must be a Tuning, autotune or None")
     if isinstance(tuning, Tuning) and backend != "triton":
@@ -96,8 +96,8 @@ def s2_attention(
     return (out, lse) if return_lse else out
 
 
-def _choose(q: Tensor, v: Tensor) -> str:
-    """Triton on a GPU, for what its kernels take; torch for everything else."""
+def choose_backend(q: Tensor, v: Tensor) -> str:
+    """What `auto` means: triton on a GPU, for what its kernels take; torch for everything else."""
     takes = q.dtype != torch.float64 and max(q.shape[-1], v.shape[-1]) <= 256
     return "triton" if q.is_cuda and takes else "torch"
 

@@ -44,20 +44,7 @@ def triton_attention(
     Raises:
         ValueError: device, dtype, head_dim or kind of pattern that the kernels do not take.
     """
-    if q.dtype not in _DTYPES:
-        raise ValueError(
-            f"q {q.dtype}: must be float16, bfloat16 or float32 with backend triton; use backend torch"
-        )
-    for name, x in (("q", q), ("v", v)):
-        if x.shape[-1] > _MAX_HEAD_DIM:
-            raise ValueError(
-                f"{name} {tuple(x.shape)}: must have at most {_MAX_HEAD_DIM} as head_dim "
-                "with backend triton; use backend torch"
-            )
-    from megatron_s2.kernels.triton_launch import INTERPRETED
-
-    if not q.is_cuda and not INTERPRETED:
-        raise ValueError(f"q on {q.device}: must be on a CUDA device with backend triton; use backend torch")
+    require_supported(q, v)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     sink_logits = None if sink_logits is None else sink_logits.contiguous()
     if tuning == "autotune":
@@ -74,6 +61,24 @@ def triton_attention(
     return torch.ops.megatron_s2.attention_forward(
         q, k, v, sink_logits, *lists, shape_of(pattern), pairs, softmax_scale, cuts, q_start, code
     )
+
+
+def require_supported(q: Tensor, v: Tensor) -> None:
+    """Raises ValueError for device, dtype or head_dim that the kernels do not take."""
+    if q.dtype not in _DTYPES:
+        raise ValueError(
+            f"q {q.dtype}: must be float16, bfloat16 or float32 with backend triton; use backend torch"
+        )
+    for name, x in (("q", q), ("v", v)):
+        if x.shape[-1] > _MAX_HEAD_DIM:
+            raise ValueError(
+                f"{name} {tuple(x.shape)}: must have at most {_MAX_HEAD_DIM} as head_dim "
+                "with backend triton; use backend torch"
+            )
+    from megatron_s2.kernels.triton_launch import INTERPRETED
+
+    if not q.is_cuda and not INTERPRETED:
+        raise ValueError(f"q on {q.device}: must be on a CUDA device with backend triton; use backend torch")
 
 
 def capability_of(device: torch.device) -> int:

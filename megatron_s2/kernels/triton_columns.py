@@ -57,7 +57,8 @@ def s2_bwd_kernel_dkv_shard(
     BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, COMPACT: tl.constexpr, CSR: tl.constexpr,
     PACKED: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """One span of rows of one tile of BN shard tokens: parts of dK, dV `[split, batch, token, HKV, dim]`."""
+    """One span of rows of one tile of BN shard tokens: parts of dK, dV `[split, batch, token, HKV, dim]`, or
+    with COMPACT `[split, batch, token, dim]` with the heads' tokens one after another."""
     i_n, i_s = tl.program_id(0), tl.program_id(1)
     i_b, i_g = tl.program_id(2) // HKV, (tl.program_id(2) % HKV).to(tl.int64)
     doc = tl.zeros((), dtype=tl.int64)
@@ -67,7 +68,7 @@ def s2_bwd_kernel_dkv_shard(
         seq_q = tl.load(p_tiles + 4 * i_n + 1)
         room = tl.load(p_tiles + 4 * i_n + 3).to(tl.int64)
         i_n = tl.load(p_tiles + 4 * i_n + 2)
-    first, stride = tl.load(p_heads + 2 * i_g), tl.load(p_heads + 2 * i_g + 1)
+    first, stride = tl.load(p_heads + 3 * i_g), tl.load(p_heads + 3 * i_g + 1)
     end = q_start + seq_q
     tokens = shard_count(tl.maximum(0, (end - 1) // BLOCK - window + 1), first, stride, sinks) * BLOCK
     if i_n * BN >= tokens:
@@ -77,8 +78,13 @@ def s2_bwd_kernel_dkv_shard(
     p_do += o_b * s_dob + doc * s_dot + i_g * group * s_doh
     p_lse += o_b * s_lb + i_g * group * s_lh + doc
     p_delta += o_b * s_lb + i_g * group * s_lh + doc
-    p_ks += o_b * s_ksb + doc * s_kst + i_g * s_ksh
-    p_vs += o_b * s_vsb + doc * s_vst + i_g * s_vsh
+    if COMPACT:
+        room = tl.load(p_heads + 3 * i_g + 2).to(tl.int64)
+        p_ks += o_b * s_ksb + room * s_kst
+        p_vs += o_b * s_vsb + room * s_vst
+    else:
+        p_ks += o_b * s_ksb + doc * s_kst + i_g * s_ksh
+        p_vs += o_b * s_vsb + doc * s_vst + i_g * s_vsh
 
     o_d, o_dv = tl.arange(0, BD), tl.arange(0, BDV)
     m_d, m_dv = o_d < D, o_dv < DV
@@ -137,8 +143,11 @@ def s2_bwd_kernel_dkv_shard(
         )  # fmt: skip
 
     o_t = (room + index)[:, None]
-    p_dks += i_s.to(tl.int64) * s_pks + o_b * s_pkb + i_g * s_pkh
-    p_dvs += i_s.to(tl.int64) * s_pvs + o_b * s_pvb + i_g * s_pvh
+    p_dks += i_s.to(tl.int64) * s_pks + o_b * s_pkb
+    p_dvs += i_s.to(tl.int64) * s_pvs + o_b * s_pvb
+    if not COMPACT:
+        p_dks += i_g * s_pkh
+        p_dvs += i_g * s_pvh
     tl.store(p_dks + o_t * s_pkt + o_d, dk * (scale / LOG2_E), mask=m_n[:, None] & m_d)
     tl.store(p_dvs + o_t * s_pvt + o_dv, dv, mask=m_n[:, None] & m_dv)
 
@@ -163,7 +172,7 @@ def s2_bwd_kernel_dkv_window(
         seq_k = seq_q
         room = tl.load(p_tiles + 4 * i_n + 3).to(tl.int64)
         i_n = tl.load(p_tiles + 4 * i_n + 2)
-    first, stride = tl.load(p_heads + 2 * i_g), tl.load(p_heads + 2 * i_g + 1)
+    first, stride = tl.load(p_heads + 3 * i_g), tl.load(p_heads + 3 * i_g + 1)
     o_b = i_b.to(tl.int64)
     p_q += o_b * s_qb + doc * s_qt + i_g * group * s_qh
     p_do += o_b * s_dob + doc * s_dot + i_g * group * s_doh

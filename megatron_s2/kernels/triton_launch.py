@@ -63,8 +63,9 @@ class Work:
     tuning: Tuning | None  # None to be chosen by measuring
     starts: Tensor | None = None  # of a mask, as `BlockMaskPattern.past_lists`
     entries: Tensor | None = None
-    k_shard: Tensor | None = None  # a compact shard source; None where the shard is part of k and v
+    k_shard: Tensor | None = None  # `[batch, tokens, 1, dim]`; None where the shard is part of k and v
     v_shard: Tensor | None = None
+    places: tuple[int, ...] = ()  # of each KV head's shard in it, in tokens
     k_start: int = 0  # position of the first token of k and v
 
     @property
@@ -126,7 +127,14 @@ class Work:
 
     @property
     def heads(self) -> Tensor:
-        return _on_device(tuple(self.shape[3:]), 2, self.q.device)
+        firsts, strides = self.shape[3::2], self.shape[4::2]
+        places = self.places or (0,) * len(firsts)
+        return _on_device(tuple(x for head in zip(firsts, strides, places) for x in head), 3, self.q.device)
+
+    @property
+    def pattern(self) -> tuple[int, int, float]:
+        """Window, sinks, and the softmax scale in base 2, as the kernels take them."""
+        return self.shape[1], self.shape[2], self.scale * LOG2_E.value
 
     def table(self, rows: list[tuple[int, ...]]) -> Tensor | None:
         """Which document, and which tile of it, each program computes; None where there is one document."""
@@ -169,66 +177,98 @@ def _strides(*tensors: Tensor) -> list[int]:
 
 
 def launch_rows(
-    work: Work, kernel: str, out: Tensor, lse: Tensor, sinks: Tensor | None, dout=None, delta=None
+    work: Work,
+    kernel: str,
+    out: Tensor,
+    lse: Tensor,
+    sinks: Tensor | None,
+    dout: Tensor | None = None,
+    delta: Tensor | None = None,
+    source: str | None = None,
+    resume: bool = False,
 ) -> None:
+    """Writes out and lse, or dQ to `out`: through both sources, or through one, then `resume` adds to what
+    the pass through the other wrote there."""
     q, tiles = work.q, work.tiles(kernel)
     count = [
         -(-(work.q_start + length) // tiles.rows) - work.q_start // tiles.rows for _, length in work.documents
     ]
     table = [(start, length, i) for (start, length), n in zip(work.documents, count) for i in range(n)]
     s2_row_kernel[(len(table), q.shape[0] * q.shape[2])](
-        q, *work.sources, dout, out, lse, delta, sinks, work.heads, *work.lists(kernel),
-        work.table(table), *_strides(q, *work.sources, q if dout is None else dout, out),
-        lse.stride(0), lse.stride(1), q.shape[1], work.q_start, work.k_start, work.shape[1], work.shape[2],
-        work.scale * LOG2_E.value, work.num_blocks, H=q.shape[2], GROUP=q.shape[2] // work.k.shape[2],
-        DQ=dout is not None, HAS_SINK=sinks is not None, **work.constants(tiles),
+        q, *work.sources, dout, out, out if resume else None, lse, delta, sinks, work.heads,
+        *work.lists(kernel), work.table(table), *_strides(q, *work.sources, q if dout is None else dout, out),
+        lse.stride(0), lse.stride(1), q.shape[1], work.q_start, work.k_start, *work.pattern,
+        work.num_blocks, H=q.shape[2], GROUP=q.shape[2] // work.k.shape[2],
+        DQ=dout is not None, HAS_SINK=sinks is not None, SHARD=source != "window", WINDOW=source != "shard",
+        RESUME=resume, **work.constants(tiles),
     )  # fmt: skip
 
 
-def launch_columns(
-    work: Work, dout: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor
-) -> list[Tensor]:
-    """Writes the gradients of the window source (with those of the shard, where that is part of it).
+def launch_columns(work: Work, dout: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor) -> None:
+    """Writes dK and dV of a call whose shard is part of K and V."""
+    launch_window_columns(work, dout, lse, delta, dk, dv, launch_shard_columns(work, dout, lse, delta))
 
-    Returns:
-        dK and dV of the shard in float32, `[splits, batch, tokens, kv_heads, dim]`, yet to be added up.
-    """
-    q, k, v = work.q, work.k, work.v
+
+def launch_shard_columns(work: Work, dout: Tensor, lse: Tensor, delta: Tensor) -> list[Tensor]:
+    """dK and dV of the shard in float32, `[splits, batch, tokens, kv_heads, dim]` (of a compact source, 1 for
+    the heads), yet to be added up."""
+    q, k = work.q, work.k
     batch, kv_heads = k.shape[0], k.shape[2]
     tiles = work.tiles("dkv")
-    shard, window, room = [], [], 0
+    shard, room = [], 0
     for start, length in work.documents:
         tokens = work.shard_tokens(length)
         shard += [(start, length, i, room) for i in range(-(-tokens // tiles.keys))]
-        keys = length if work.cuts else k.shape[1]
-        window += [(start, length, i, room) for i in range(-(-keys // tiles.keys))]
         room += tokens
     longest = max(length for _, length in work.documents)
     splits = work.tuning.splits(len(shard) * batch * kv_heads, longest) if shard else 0
-    parts = [
-        q.new_empty(max(splits, 1), batch, max(room, 1), kv_heads, x.shape[-1], dtype=torch.float32)
-        for x in (k, v)
-    ]
-    part_strides = [stride for part in parts for stride in part.stride()[:4]]
-    constants = work.constants(tiles) | {"HKV": kv_heads}
-    group = q.shape[2] // kv_heads
-    pattern = (work.shape[1], work.shape[2], work.scale * LOG2_E.value)
+    if work.k_shard is None:
+        shapes = [(splits, batch, room, kv_heads, x.shape[-1]) for x in (k, work.v)]
+        parts = [q.new_empty(shape, dtype=torch.float32) for shape in shapes]
+    else:
+        # Of a source that others read further, some tokens may be left out here.
+        parts = [q.new_zeros(splits, *x.shape, dtype=torch.float32) for x in (work.k_shard, work.v_shard)]
     if shard:
         s2_bwd_kernel_dkv_shard[(len(shard), splits, batch * kv_heads)](
             q, *work.sources[2:], dout, lse, delta, *parts, work.heads, *work.lists("dkv"),
             work.table(shard), *_strides(q, *work.sources[2:], dout), lse.stride(0), lse.stride(1),
-            *part_strides, q.shape[1], work.q_start, *pattern, -(-longest // splits), group,
-            work.num_blocks, **constants,
+            *_part_strides(parts), q.shape[1], work.q_start, *work.pattern, -(-longest // splits),
+            q.shape[2] // kv_heads, work.num_blocks, **work.constants(tiles), HKV=kv_heads,
         )  # fmt: skip
-    add_shard = not constants.pop("COMPACT")
-    del constants["CSR"]
-    s2_bwd_kernel_dkv_window[(len(window), batch * kv_heads)](
-        q, k, v, dout, lse, delta, dk, dv, *parts, work.heads, work.table(window),
-        *_strides(q, k, v, dout), lse.stride(0), lse.stride(1), *_strides(dk, dv), *part_strides,
-        q.shape[1], k.shape[1], work.q_start, work.k_start, *pattern, splits, group, ADD_SHARD=add_shard,
-        **constants,
-    )  # fmt: skip
     return parts
+
+
+def launch_window_columns(
+    work: Work,
+    dout: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    parts: list[Tensor] | None = None,
+) -> None:
+    """Writes dK and dV of the window source, the parts of the shard added where it is the same."""
+    q, k, v = work.q, work.k, work.v
+    batch, kv_heads = k.shape[0], k.shape[2]
+    tiles = work.tiles("dkv")
+    window, room = [], 0
+    for start, length in work.documents:
+        keys = length if work.cuts else k.shape[1]
+        window += [(start, length, i, room) for i in range(-(-keys // tiles.keys))]
+        room += work.shard_tokens(length)
+    splits, part_strides = (parts[0].shape[0], _part_strides(parts)) if parts else (0, [0] * 8)
+    constants = work.constants(tiles)
+    del constants["COMPACT"], constants["CSR"]
+    s2_bwd_kernel_dkv_window[(len(window), batch * kv_heads)](
+        q, k, v, dout, lse, delta, dk, dv, *(parts or (None, None)), work.heads, work.table(window),
+        *_strides(q, k, v, dout), lse.stride(0), lse.stride(1), *_strides(dk, dv), *part_strides,
+        q.shape[1], k.shape[1], work.q_start, work.k_start, *work.pattern, splits, q.shape[2] // kv_heads,
+        ADD_SHARD=parts is not None, **constants, HKV=kv_heads,
+    )  # fmt: skip
+
+
+def _part_strides(parts: list[Tensor]) -> list[int]:
+    return [stride for part in parts for stride in part.stride()[:4]]
 
 
 def launch_delta(dout: Tensor, out: Tensor, dlse: Tensor | None, delta: Tensor) -> None:

@@ -9,6 +9,10 @@ One program computes one tile of BM queries of one query head. Its keys come in 
             and on the diagonal; none between
 
 so a tile may span several sparse blocks, and a key tile several small shard blocks.
+
+Where window and shard come from different places at different times, each has a pass of its own (SHARD or
+WINDOW is off), which goes on from what the other left (RESUME). Then each row reads its own window from the
+one and all that is older from the other.
 """
 
 import triton
@@ -19,6 +23,7 @@ from megatron_s2.kernels.triton_tiles import (
     LOG2_E,
     list_bounds,
     listed_token,
+    shard_block,
     shard_count,
     shard_token,
     window_run_visible,
@@ -79,13 +84,14 @@ def _listed_run(i_n, p_list, BLOCK: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def s2_row_kernel(
-    p_q, p_k, p_v, p_ks, p_vs, p_do, p_out, p_lse, p_delta, p_sink, p_heads, p_starts, p_list, p_tiles, s_qb,
-    s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, s_ksb, s_kst, s_ksh, s_vsb, s_vst, s_vsh, s_dob, s_dot,
-    s_doh, s_ob, s_ot, s_oh, s_lb, s_lh, seq_q, q_start, k_start, window, sinks, scale, num_blocks,
+    p_q, p_k, p_v, p_ks, p_vs, p_do, p_out, p_prev, p_lse, p_delta, p_sink, p_heads, p_starts, p_list,
+    p_tiles, s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, s_ksb, s_kst, s_ksh, s_vsb, s_vst, s_vsh,
+    s_dob, s_dot, s_doh, s_ob, s_ot, s_oh, s_lb, s_lh, seq_q, q_start, k_start, window, sinks, scale,
+    num_blocks,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
     BDV: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DQ: tl.constexpr,
-    HAS_SINK: tl.constexpr, COMPACT: tl.constexpr, CSR: tl.constexpr, PACKED: tl.constexpr,
-    PREC: tl.constexpr,
+    HAS_SINK: tl.constexpr, SHARD: tl.constexpr, WINDOW: tl.constexpr, RESUME: tl.constexpr,
+    COMPACT: tl.constexpr, CSR: tl.constexpr, PACKED: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Forward: out `[batch, seq_q, H, DV]`, lse. With DQ, out is dQ `[batch, seq_q, H, D]`; lse is read."""
     # Late tiles have the most keys: they start first.
@@ -97,13 +103,18 @@ def s2_row_kernel(
         doc = tl.load(p_tiles + 3 * i_m).to(tl.int64)
         seq_q = tl.load(p_tiles + 3 * i_m + 1)
         i_m = tl.load(p_tiles + 3 * i_m + 2)
-    first, stride = tl.load(p_heads + 2 * i_g), tl.load(p_heads + 2 * i_g + 1)
+    first, stride = tl.load(p_heads + 3 * i_g), tl.load(p_heads + 3 * i_g + 1)
     o_b = i_b.to(tl.int64)
     p_q += o_b * s_qb + doc * s_qt + i_h * s_qh
     p_k += o_b * s_kb + (doc - k_start) * s_kt + i_g * s_kh
     p_v += o_b * s_vb + (doc - k_start) * s_vt + i_g * s_vh
-    p_ks += o_b * s_ksb + doc * s_kst + i_g * s_ksh
-    p_vs += o_b * s_vsb + doc * s_vst + i_g * s_vsh
+    if COMPACT:
+        place = tl.load(p_heads + 3 * i_g + 2).to(tl.int64)
+        p_ks += o_b * s_ksb + place * s_kst
+        p_vs += o_b * s_vsb + place * s_vst
+    else:
+        p_ks += o_b * s_ksb + doc * s_kst + i_g * s_ksh
+        p_vs += o_b * s_vsb + doc * s_vst + i_g * s_vsh
     p_out += o_b * s_ob + doc * s_ot + i_h * s_oh
     p_lse += o_b * s_lb + i_h * s_lh + doc
 
@@ -124,6 +135,15 @@ def s2_row_kernel(
         top = tl.load(p_lse + o_m, mask=m_m, other=0.0) * LOG2_E  # lse and delta stand where the forward
         total = tl.load(p_delta + o_m, mask=m_m, other=0.0)  # has its running maximum and sum
         acc = tl.zeros([BM, BD], tl.float32)
+        if RESUME:
+            p_prev += o_b * s_ob + doc * s_ot + i_h * s_oh
+            acc = tl.load(p_prev + o_m64 * s_ot + o_d, mask=m_m[:, None] & m_d, other=0.0)
+            acc *= LOG2_E / scale
+    elif RESUME:
+        p_prev += o_b * s_ob + doc * s_ot + i_h * s_oh
+        top = tl.load(p_lse + o_m, mask=m_m, other=0.0) * LOG2_E
+        total = tl.full([BM], 1.0, tl.float32)
+        acc = tl.load(p_prev + o_m64 * s_ot + o_dv, mask=m_m[:, None] & m_dv, other=0.0)
     else:
         top = tl.full([BM], float("-inf"), tl.float32)
         total = tl.zeros([BM], tl.float32)
@@ -137,13 +157,21 @@ def s2_row_kernel(
     row0, row1 = start // BLOCK, (stop - 1) // BLOCK
     low = tl.maximum(0, row0 - window + 1)  # first block of the first row's window
 
-    if CSR:
-        begin, past = list_bounds(p_starts, i_g, row0, num_blocks)
-        p_list += begin
-        tokens = (past - begin).to(tl.int32) * BLOCK
-    else:
-        tokens = shard_count(low, first, stride, sinks) * BLOCK
-    whole = tokens // BN * BN
+    # Shard tokens [0, seen) come before every row's window, [seen, tokens) only before some rows': those
+    # are read from the shard if the window is not.
+    seen = 0
+    tokens = 0
+    if SHARD:
+        if CSR:
+            begin, past = list_bounds(p_starts, i_g, row0, num_blocks)
+            p_list += begin
+            seen = (past - begin).to(tl.int32) * BLOCK
+        else:
+            seen = shard_count(low, first, stride, sinks) * BLOCK
+        tokens = seen
+        if not WINDOW:
+            tokens = shard_count(tl.maximum(0, row1 - window + 1), first, stride, sinks) * BLOCK
+    whole = seen // BN * BN
     for i_n in range(0, whole, BN):
         if CSR:
             t = _listed_run(i_n, p_list, BLOCK, BN).to(tl.int64)
@@ -153,43 +181,48 @@ def s2_row_kernel(
             acc, top, total, b_q, b_do, p_ks + t[:, None] * s_kst + o_d, p_vs + t[:, None] * s_vst + o_dv,
             t >= 0, m_d, m_dv, None, scale, False, DQ, PREC,
         )  # fmt: skip
-    if BN > BLOCK:  # noqa: SIM102 - the first is a constant of the kernel
-        if whole < tokens:
-            index = whole + tl.arange(0, BN)
+    if BN > BLOCK or not WINDOW:
+        for i_n in tl.range(whole, tokens, BN, num_stages=1):
+            index = i_n + tl.arange(0, BN)
             m_k = index < tokens
             if CSR:
                 t = listed_token(index, m_k, p_list, BLOCK).to(tl.int64)
             else:
                 t = shard_token(index, first, stride, sinks, BLOCK, COMPACT).to(tl.int64)
+            mask = m_k[None, :]
+            if not WINDOW:
+                block = shard_block(index // BLOCK, first, stride, sinks)
+                mask = mask & (block[None, :] <= pos[:, None] // BLOCK - window)
             acc, top, total = _tile(
                 acc, top, total, b_q, b_do, p_ks + t[:, None] * s_kst + o_d,
-                p_vs + t[:, None] * s_vst + o_dv, m_k, m_d, m_dv, m_k[None, :], scale, True, DQ, PREC,
+                p_vs + t[:, None] * s_vst + o_dv, m_k, m_d, m_dv, mask, scale, True, DQ, PREC,
             )  # fmt: skip
 
-    # The window run: in [low, left) rows differ, in [left, inner) all see all, [inner, stop) is diagonal.
-    low = low * BLOCK
-    diagonal = row0 * BLOCK
-    left = tl.minimum(tl.maximum(low, (row1 - window + 1) * BLOCK), diagonal)
-    inner = left + (diagonal - left) // BN * BN
-    for i_n in range(left, inner, BN):
-        t = (i_n + tl.arange(0, BN)).to(tl.int64)
-        acc, top, total = _tile(
-            acc, top, total, b_q, b_do, p_k + t[:, None] * s_kt + o_d, p_v + t[:, None] * s_vt + o_dv,
-            t >= 0, m_d, m_dv, None, scale, False, DQ, PREC,
-        )  # fmt: skip
-    before = (left - low + BN - 1) // BN
-    after = (stop - inner + BN - 1) // BN
-    for i in range(before + after):
-        base = tl.where(i < before, low + i * BN, inner + (i - before) * BN)
-        end = tl.where(i < before, left, stop)
-        key = base + tl.arange(0, BN)
-        m_k = key < end
-        mask = window_run_visible(pos, key, first, stride, sinks, window, BLOCK) & m_k[None, :]
-        t = key.to(tl.int64)
-        acc, top, total = _tile(
-            acc, top, total, b_q, b_do, p_k + t[:, None] * s_kt + o_d, p_v + t[:, None] * s_vt + o_dv, m_k,
-            m_d, m_dv, mask, scale, True, DQ, PREC,
-        )  # fmt: skip
+    if WINDOW:
+        # The window run: in [low, left) rows differ, in [left, inner) all see all, [inner, stop) is diagonal.
+        low = low * BLOCK
+        diagonal = row0 * BLOCK
+        left = tl.minimum(tl.maximum(low, (row1 - window + 1) * BLOCK), diagonal)
+        inner = left + (diagonal - left) // BN * BN
+        for i_n in range(left, inner, BN):
+            t = (i_n + tl.arange(0, BN)).to(tl.int64)
+            acc, top, total = _tile(
+                acc, top, total, b_q, b_do, p_k + t[:, None] * s_kt + o_d, p_v + t[:, None] * s_vt + o_dv,
+                t >= 0, m_d, m_dv, None, scale, False, DQ, PREC,
+            )  # fmt: skip
+        before = (left - low + BN - 1) // BN
+        after = (stop - inner + BN - 1) // BN
+        for i in range(before + after):
+            base = tl.where(i < before, low + i * BN, inner + (i - before) * BN)
+            end = tl.where(i < before, left, stop)
+            key = base + tl.arange(0, BN)
+            m_k = key < end
+            mask = window_run_visible(pos, key, first, stride, sinks, window, BLOCK, SHARD) & m_k[None, :]
+            t = key.to(tl.int64)
+            acc, top, total = _tile(
+                acc, top, total, b_q, b_do, p_k + t[:, None] * s_kt + o_d, p_v + t[:, None] * s_vt + o_dv,
+                m_k, m_d, m_dv, mask, scale, True, DQ, PREC,
+            )  # fmt: skip
 
     if DQ:
         b_dq = acc * (scale / LOG2_E)

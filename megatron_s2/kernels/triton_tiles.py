@@ -1,7 +1,8 @@
 """What the Triton kernels share: where a head's shard lies, and what a query sees of a run of keys.
 
-The functions are those of `S2Pattern`, on device. A head's shard is described by two integers: `first`, its
-first block after the sinks, and `stride`.
+The functions are those of `S2Pattern`, on device. A head's shard is described by three integers: `first`, its
+first block after the sinks, `stride`, and where in a compact source (of all heads' shards one after another)
+it begins.
 
 An arbitrary mask (CSR, a constant of each kernel) is a dense head with a window of one block, of whose shard
 a row sees the blocks in its list alone. Its tables hold what is visible before the diagonal: the blocks of
@@ -66,8 +67,11 @@ def listed_token(index, m_i, p_list, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def window_run_visible(pos, key, first, stride, sinks, window, BLOCK: tl.constexpr):
-    """Bool `[queries, keys]`: which keys of a run that contains its rows' windows each query sees."""
+def window_run_visible(pos, key, first, stride, sinks, window, BLOCK: tl.constexpr, SHARD: tl.constexpr):
+    """Bool `[queries, keys]`: which keys of a run that contains its rows' windows each query sees; without
+    SHARD in its window alone."""
     row, block = pos[:, None] // BLOCK, key[None, :] // BLOCK
-    seen = (row - block < window) | in_shard(block, first, stride, sinks)
+    seen = row - block < window
+    if SHARD:
+        seen = seen | in_shard(block, first, stride, sinks)
     return seen & (key[None, :] <= pos[:, None])

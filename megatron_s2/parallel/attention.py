@@ -8,7 +8,8 @@ sequence. Both are exact, forward and backward.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from itertools import groupby
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_s2.kernels import s2_attention
+from megatron_s2.kernels.interface import choose_backend
 from megatron_s2.kernels.torch_pieces import TorchPiece
 from megatron_s2.parallel.assignment import Documents, GatherPlan, HeadPlan, plan_gather
 from megatron_s2.parallel.cost import AttentionCall, ExchangeBytes, exchange_bytes, head_plan
@@ -73,9 +75,21 @@ def context_parallel_attention(
         exchange.layer, moved.forward_received + (moved.backward_received if has_backward else 0)
     )
     if plan is not None:
-        return _GatherAttention.apply(q, k, v, sink_logits, pattern, scale, plan, exchange)
+        piece = _kind_of_piece(choose_backend(q, v) if backend == "auto" else backend)
+        part = partial(piece, pattern, scale)
+        return _GatherAttention.apply(q, k, v, sink_logits, plan, part, exchange)
     heads = head_plan(pattern, call)
     return _attend_by_head(q, k, v, pattern, scale, sink_logits, documents, backend, heads, zigzag, exchange)
+
+
+def _kind_of_piece(backend: str) -> type:
+    if backend == "torch":
+        return TorchPiece
+    if backend == "triton":
+        from megatron_s2.kernels.triton_pieces import TritonPiece
+
+        return TritonPiece
+    raise ValueError(f"backend {backend!r}: must be auto, torch or triton with schedule gather")
 
 
 def call_of(q: Tensor, v: Tensor, ranks: int) -> AttentionCall:
@@ -108,7 +122,7 @@ def _packed_bytes(plan: GatherPlan, kv_heads: int, call: AttentionCall) -> Excha
 
 class _GatherAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, sink_logits, pattern, scale, plan, exchange):
+    def forward(ctx, q, k, v, sink_logits, plan, part, exchange):
         moved = _Moved(plan, exchange, q.device)
         halo = moved.start_halo(k, v)
         gathered = moved.start_gather(k, v)
@@ -118,11 +132,11 @@ class _GatherAttention(torch.autograd.Function):
 
         halo = moved.unpack_halo(halo.wait())
         windows = moved.windows(k, v, halo)
-        for piece, (a, b), kv in _pieces(plan, pattern, scale, windows):
+        for piece, (a, b), kv in _pieces(plan, part, windows):
             piece.forward("window", q[:, a:b], *kv, out[:, a:b], lse[:, :, a:b])
         shard = moved.unpack_shard(gathered.wait())
         shard_kv = shard.split([k.shape[-1], v.shape[-1]], -1)
-        for piece, (a, b), _ in _pieces(plan, pattern, scale, windows):
+        for piece, (a, b), _ in _pieces(plan, part, windows):
             piece.forward("shard", q[:, a:b], *shard_kv, out[:, a:b], lse[:, :, a:b])
 
         if sink_logits is not None:
@@ -131,14 +145,14 @@ class _GatherAttention(torch.autograd.Function):
             lse = total
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, sink_logits, out, lse, halo, shard)
-        ctx.rest = pattern, scale, plan, exchange
+        ctx.rest = plan, part, exchange
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
         q, k, v, sink_logits, out, lse, halo, shard = ctx.saved_tensors
-        pattern, scale, plan, exchange = ctx.rest
+        plan, part, exchange = ctx.rest
         moved = _Moved(plan, exchange, q.device)
         compute, dims = lse.dtype, [k.shape[-1], v.shape[-1]]
         dq = torch.zeros_like(q, dtype=compute)
@@ -146,14 +160,14 @@ class _GatherAttention(torch.autograd.Function):
         windows = moved.windows(k, v, halo)
         dshard = torch.zeros_like(shard, dtype=compute)
         shard_kv, dshard_kv = shard.split(dims, -1), dshard.split(dims, -1)
-        for piece, (a, b), _ in _pieces(plan, pattern, scale, windows):
+        for piece, (a, b), _ in _pieces(plan, part, windows):
             query_side = dout[:, a:b], q[:, a:b], *shard_kv, out[:, a:b], lse[:, :, a:b]
             piece.backward("shard", *query_side, dq[:, a:b], *dshard_kv)
         shard_back = moved.return_shard(dshard.to(k.dtype))
 
         dwindows = [[torch.zeros_like(x, dtype=compute) for x in kv] for kv in windows]
         for (piece, (a, b), kv), (_, _, dkv) in zip(
-            _pieces(plan, pattern, scale, windows), _pieces(plan, pattern, scale, dwindows)
+            _pieces(plan, part, windows), _pieces(plan, part, dwindows)
         ):
             query_side = dout[:, a:b], q[:, a:b], *kv, out[:, a:b], lse[:, :, a:b]
             piece.backward("window", *query_side, dq[:, a:b], *dkv)
@@ -168,15 +182,18 @@ class _GatherAttention(torch.autograd.Function):
             delta = (dout.to(compute) * out).sum(-1).transpose(1, 2)
             sink_p = torch.exp(sink_logits.to(compute)[None, :, None] - lse)
             dsinks = -(sink_p * delta).sum((0, 2)).to(sink_logits.dtype)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks, None, None, None, None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks, None, None, None
 
 
-def _pieces(plan: GatherPlan, pattern: S2Pattern, scale: float, windows):
-    """Each piece, its queries, and its keys and values among those of its chunk."""
+def _pieces(plan: GatherPlan, part: Callable, windows):
+    """Each piece (`part` makes it), its queries, and its keys and values among those of its chunk."""
     for p in plan.pieces:
         shards = [(shard.start, shard.stop) for shard in plan.shards[p.document]]
-        piece = TorchPiece(pattern, scale, p.q_start, p.q_stop, p.keys_start, shards)
-        yield piece, (p.start, p.stop), [x[:, slice(*p.keys)] for x in windows[p.chunk]]
+        yield (
+            part(p.q_start, p.q_stop, p.keys_start, shards),
+            (p.start, p.stop),
+            [x[:, slice(*p.keys)] for x in windows[p.chunk]],
+        )
 
 
 @lru_cache(maxsize=512)

@@ -14,15 +14,25 @@ PATTERN = s2(2, sink_blocks=1, phases=(0, 1))
 B, L = PATTERN.block_size, PATTERN.local_blocks
 
 
+def shards(rows: int) -> list[list[int]]:
+    """Of each KV head, the blocks of its shard that some rows see beyond their window."""
+    sizes = [PATTERN.shard_prefix(head, rows - 1) for head in range(PATTERN.num_kv_heads)]
+    return [[PATTERN.shard_block(head, n) for n in range(size)] for head, size in enumerate(sizes)]
+
+
+def places(rows: int) -> tuple[int, ...]:
+    """Where each head's shard begins when they lie one after another, a block of NaN before each."""
+    sizes = [(len(blocks) + 1) * B for blocks in shards(rows)]
+    return tuple(sum(sizes[:head]) + B for head in range(len(sizes)))
+
+
 def shard_tokens(x: torch.Tensor, rows: int) -> torch.Tensor:
-    """The compact shard source `[batch, tokens, kv_heads, dim]` of some rows; NaN past a head's end."""
-    sizes = [PATTERN.shard_prefix(head, rows - 1) for head in range(x.shape[2])]
-    shard = x.new_full((x.shape[0], max(sizes) * B, *x.shape[2:]), float("nan"))
-    for head, size in enumerate(sizes):
-        for n in range(size):
-            block = PATTERN.shard_block(head, n)
-            shard[:, n * B : n * B + B, head] = x[:, block * B : block * B + B, head]
-    return shard
+    """The compact shard source `[batch, tokens, 1, dim]`."""
+    nothing = x.new_full((x.shape[0], B, x.shape[-1]), float("nan"))
+    parts = []
+    for head, blocks in enumerate(shards(rows)):
+        parts += [nothing, *(x[:, block * B : block * B + B, head] for block in blocks)]
+    return torch.cat([*parts, nothing], 1)[:, :, None]
 
 
 @on_device
@@ -30,7 +40,14 @@ def shard_tokens(x: torch.Tensor, rows: int) -> torch.Tensor:
 @pytest.mark.parametrize("q_start", [128, 137], ids=["aligned", "unaligned"])
 def test_a_window_slice_and_a_compact_shard_give_what_the_whole_gives(q_start, tiles):
     from megatron_s2.kernels.triton_backend import shape_of
-    from megatron_s2.kernels.triton_launch import Work, launch_columns, launch_delta, launch_rows
+    from megatron_s2.kernels.triton_launch import (
+        Work,
+        launch_columns,
+        launch_delta,
+        launch_rows,
+        launch_shard_columns,
+        launch_window_columns,
+    )
 
     one = case(PATTERN, "", tiles, queries=70, q_start=q_start)
     inputs = one.inputs(torch.float32)
@@ -41,7 +58,7 @@ def test_a_window_slice_and_a_compact_shard_give_what_the_whole_gives(q_start, t
     whole = Work(q, k, v, **call)
     sources = Work(
         q, k[:, k_start:], v[:, k_start:], **call, k_start=k_start,
-        k_shard=shard_tokens(k, rows), v_shard=shard_tokens(v, rows),
+        k_shard=shard_tokens(k, rows), v_shard=shard_tokens(v, rows), places=places(rows),
     )  # fmt: skip
 
     out, lse = torch.empty_like(q), q.new_empty(1, q.shape[2], q.shape[1])
@@ -56,15 +73,24 @@ def test_a_window_slice_and_a_compact_shard_give_what_the_whole_gives(q_start, t
     launch_rows(sources, "dq", dq_2, lse, None, dout, delta)
     assert torch.equal(dq, dq_2)
 
+    # One source after the other, in either order.
+    out_3, lse_3, dq_3 = (x.new_full(x.shape, float("nan")) for x in (out, lse, dq))
+    launch_rows(sources, "forward", out_3, lse_3, None, source="window")
+    launch_rows(sources, "forward", out_3, lse_3, None, source="shard", resume=True)
+    launch_rows(sources, "dq", dq_3, lse, None, dout, delta, source="shard")
+    launch_rows(sources, "dq", dq_3, lse, None, dout, delta, source="window", resume=True)
+    for got, expected in ((out_3, out), (lse_3, lse), (dq_3, dq)):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+
     exact = [torch.empty_like(k), torch.empty_like(v)]
     launch_columns(whole, dout, lse, delta, *exact)
     window = [torch.empty_like(x[:, k_start:]) for x in (k, v)]
-    shards = launch_columns(sources, dout, lse, delta, *window)
-    for expected, of_window, of_shard in zip(exact, window, shards):
+    launch_window_columns(sources, dout, lse, delta, *window)
+    for expected, of_window, of_shard in zip(exact, window, launch_shard_columns(sources, dout, lse, delta)):
         got = torch.zeros_like(expected)
         got[:, k_start:] += of_window
-        for head in range(k.shape[2]):
-            for n in range(PATTERN.shard_prefix(head, rows - 1)):
-                block = PATTERN.shard_block(head, n)
-                got[:, block * B : block * B + B, head] += of_shard.sum(0)[:, n * B : n * B + B, head]
+        for head, blocks in enumerate(shards(rows)):
+            for n, block in enumerate(blocks):
+                start = places(rows)[head] + n * B
+                got[:, block * B : block * B + B, head] += of_shard.sum(0)[:, start : start + B, 0]
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)

@@ -49,21 +49,28 @@ LOW_PRECISION = [
     Case(s2(4, num_dense_heads=1, sink_blocks=1), "everything", queries=768, sink_logits=True),
     Case(s2(4), "packed", **packed(200, 136, 400, 32)),
 ]
+IN_TRITON = [
+    Case(s2(2, sink_blocks=1), "gqa", batch=2, queries=192, sink_logits=True),
+    Case(s2(2, local_blocks=3), "windows over several chunks", batch=1, queries=120),
+    Case(s2(3, num_dense_heads=1), "dense head", batch=1, queries=240, group=1),
+    Case(s2(2), "packed", **packed(70, 3, 100, 19)),
+    Case(s2(2), "wider v", v_dim=24, batch=1, queries=96),
+]
 ALL_HELD = Case(s2(4, local_blocks=1, vert_stride=8), "memory", batch=1, queries=4096, group=1)
 
 
-def compute(rank: int, ranks: int, cases: list[tuple[Case, torch.dtype]]) -> dict:
+def compute(rank: int, ranks: int, cases: list[tuple[Case, torch.dtype]], backend: str = "auto") -> dict:
     """The rank's part of all results and its traffic, by (case id, schedule, dtype)."""
     group = torch.distributed.group.WORLD
     return {
-        (str(case), schedule, dtype): one_case(case, Exchange(group), schedule, dtype)
+        (str(case), schedule, dtype): one_case(case, Exchange(group), schedule, dtype, backend)
         for case, dtype in cases
         for schedule in SCHEDULES
         if schedule == "gather" or case.pattern.num_kv_heads * case.group >= ranks
     }
 
 
-def one_case(case: Case, exchange: Exchange, schedule: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def one_case(case: Case, exchange: Exchange, schedule: str, dtype: torch.dtype, backend: str) -> dict:
     mine = torch.as_tensor(Zigzag(exchange.ranks, case.queries).positions(exchange.rank))
     inputs = case.inputs(dtype)
     tokens = {
@@ -81,6 +88,7 @@ def one_case(case: Case, exchange: Exchange, schedule: str, dtype: torch.dtype) 
         schedule=schedule,
         softmax_scale=case.softmax_scale,
         documents=case.documents and tuple(zip(case.documents, case.documents[1:])),
+        backend=backend,
     )
     grads = torch.autograd.grad(out, list(leaves.values()), dout)
     results = {"out": out.detach(), **{f"d{name}": grad for name, grad in zip(leaves, grads)}}
@@ -129,6 +137,23 @@ def without_lse(results: dict) -> dict:
 def test_ranks_compute_what_one_computes(on_ranks, case, schedule):
     if parts := parts_of(on_ranks, case, schedule):
         require_equal(joined(parts, case), without_lse(case.results("reference", lse=False)))
+
+
+@pytest.fixture(scope="module")
+def in_triton(tmp_path_factory):
+    cases = [(case, torch.float32) for case in IN_TRITON]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        return run_on_ranks(2, compute, tmp_path_factory.mktemp("triton"), 2, cases, "triton")
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("case", IN_TRITON, ids=str)
+def test_ranks_compute_what_one_computes_in_triton(in_triton, case, schedule):
+    inputs = {name: x if x is None else x.double() for name, x in case.inputs(torch.float32).items()}
+    exact = attention_results(case.attention("reference"), **inputs | {"dlse": None})
+    parts = parts_of(in_triton, case, schedule, torch.float32)
+    require_equal(joined(parts, case), without_lse(exact), most=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
