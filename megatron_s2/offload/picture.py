@@ -28,6 +28,8 @@ _ROW, _TITLE, _WIDTH, _LEFT, _RIGHT = 0.19, 0.4, 9.6, 1.05, 0.15  # inches
 _LABELS = {"state": "state", "update": "update", "weights": "16-bit weights", "gradients": "gradients"}
 _NARROWEST_EDGED = 250  # to the width of the picture; in more, edges would hide the events
 
+_SEAM = 1e-6  # of a bar's width, between bars that touch
+
 
 def draw_timelines(
     timelines: Mapping[str, Sequence[Event]],
@@ -105,9 +107,10 @@ def _draw_panel(axes: Axes, events: Sequence[Event], queues: list[str], longest:
             ]
             wide = sum(width for _, width in bars) / len(bars) * _NARROWEST_EDGED > longest
             edge = {"edgecolor": "white", "linewidth": 0.4} if wide else {"linewidth": 0}
+            colour = _COLOURS.get(kind, _OTHER)
             # Not snapped to pixels: bars narrower than one would vanish or grow.
             axes.broken_barh(
-                bars, (row - 0.42, 0.84), facecolor=_COLOURS.get(kind, _OTHER), snap=False, **edge
+                bars if wide else _joined(bars), (row - 0.42, 0.84), facecolor=colour, snap=False, **edge
             )
     axes.set_yticks(range(len(queues)), [QUEUE_NAMES[queue] for queue in queues], fontsize=8)
     axes.set_ylim(len(queues) - 0.5, -0.5)
@@ -115,6 +118,17 @@ def _draw_panel(axes: Axes, events: Sequence[Event], queues: list[str], longest:
     axes.tick_params(axis="y", length=0)
     axes.set_facecolor("#f5f7fa")
     axes.spines[:].set_visible(False)
+
+
+def _joined(bars: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Bars (start, width) with those that touch made one, so that no seams are drawn between them."""
+    joined: list[tuple[float, float]] = []
+    for start, width in sorted(bars):
+        if joined and start <= sum(joined[-1]) + _SEAM * width:
+            start, width = joined[-1][0], start + width - joined[-1][0]
+            joined.pop()
+        joined.append((start, width))
+    return joined
 
 
 def _draw_legend(figure: Figure, timelines: Mapping[str, Sequence[Event]]) -> None:
