@@ -1,8 +1,9 @@
 """Every benchmark there is, by name."""
 
-from benchmarks import attention, quickstart
+from benchmarks import attention, context_parallel, quickstart
 from benchmarks.benchmark import Benchmark
 
 BENCHMARKS: dict[str, Benchmark] = {
-    benchmark.name: benchmark for benchmark in (attention.BENCHMARK, quickstart.BENCHMARK)
+    benchmark.name: benchmark
+    for benchmark in (attention.BENCHMARK, context_parallel.BENCHMARK, quickstart.BENCHMARK)
 }
