@@ -316,7 +316,6 @@ def _assign(
     _improve(assigned, loads, cost)
     if search:
         assigned = _search(assigned, cost)
-    _occupy(assigned)
     loads = [sum(cost[share] for share in mine) for mine in assigned]
     return HeadPlan(_contiguous(assigned, group), tuple(loads))
 
@@ -394,10 +393,3 @@ def _search(assigned: list[list[HeadShare]], cost: dict[HeadShare, int]) -> list
     if len(shares) * ranks <= _LARGEST_SEARCH:
         place(0)
     return assigned
-
-
-def _occupy(assigned: list[list[HeadShare]]) -> None:
-    """Gives every idle rank a share of a rank that has several, which costs nobody anything."""
-    for mine in assigned:
-        if not mine:
-            mine.append(max(assigned, key=len).pop())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from functools import lru_cache, partial
 from itertools import groupby
 
@@ -123,7 +124,7 @@ def _packed_bytes(plan: GatherPlan, kv_heads: int, call: AttentionCall) -> Excha
 class _GatherAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, sink_logits, plan, part, exchange):
-        moved = _Moved(plan, exchange, q.device)
+        moved = _Moved(exchange, _indices(plan, q.device))
         halo = moved.start_halo(k, v)
         gathered = moved.start_gather(k, v)
         compute = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -145,15 +146,15 @@ class _GatherAttention(torch.autograd.Function):
             lse = total
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, sink_logits, out, lse, halo, shard)
-        ctx.rest = plan, part, exchange
+        ctx.rest = part, moved
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
         q, k, v, sink_logits, out, lse, halo, shard = ctx.saved_tensors
-        plan, part, exchange = ctx.rest
-        moved = _Moved(plan, exchange, q.device)
+        part, moved = ctx.rest
+        plan = moved.plan
         compute, dims = lse.dtype, [k.shape[-1], v.shape[-1]]
         dq = torch.zeros_like(q, dtype=compute)
 
@@ -196,9 +197,23 @@ def _pieces(plan: GatherPlan, part: Callable, windows):
         )
 
 
-@lru_cache(maxsize=512)
-def _on_device(plan: GatherPlan, name: str, device: torch.device) -> Tensor:
-    return torch.as_tensor(getattr(plan, name), device=device)
+@dataclass(frozen=True)
+class _Indices:
+    """A plan with its indices on the device."""
+
+    plan: GatherPlan
+    pack_units: Tensor
+    pack_heads: Tensor
+    unpack: Tensor
+    send_units: Tensor
+    halo_unpack: Tensor
+
+
+@lru_cache(maxsize=16)
+def _indices(plan: GatherPlan, device: torch.device) -> _Indices:
+    # Few are kept: the plans of packed documents never come again, and a backward holds its own.
+    names = [field.name for field in fields(_Indices)][1:]
+    return _Indices(plan, *(torch.as_tensor(getattr(plan, name), device=device) for name in names))
 
 
 class _Moved:
@@ -208,31 +223,28 @@ class _Moved:
     message are units: `[units, batch, tokens of a unit, …]`.
     """
 
-    def __init__(self, plan: GatherPlan, exchange: Exchange, device: torch.device) -> None:
-        self._plan = plan
+    def __init__(self, exchange: Exchange, indices: _Indices) -> None:
+        self.plan = indices.plan
         self._exchange = exchange
-        self._device = device
-
-    def _index(self, name: str) -> Tensor:
-        return _on_device(self._plan, name, self._device)
+        self._indices = indices
 
     def _by_unit(self, x: Tensor) -> Tensor:
-        return x.unflatten(1, (-1, self._plan.unit))
+        return x.unflatten(1, (-1, self.plan.unit))
 
     # Halos: all KV heads of some tokens.
 
     def start_halo(self, k: Tensor, v: Tensor):
-        units = self._index("send_units")
+        units = self._indices.send_units
         rows = [self._by_unit(x).transpose(0, 1)[units] for x in (k, v)]
-        return self._exchange.all_to_all(torch.cat(rows, -1), self._plan.send_counts, self._plan.recv_counts)
+        return self._exchange.all_to_all(torch.cat(rows, -1), self.plan.send_counts, self.plan.recv_counts)
 
     def unpack_halo(self, received: Tensor) -> Tensor:
         """`[batch, tokens, kv_heads, head_dim + v_head_dim]`: the halos of both chunks."""
-        return received[self._index("halo_unpack")].transpose(0, 1).flatten(1, 2)
+        return received[self._indices.halo_unpack].transpose(0, 1).flatten(1, 2)
 
     def windows(self, k: Tensor, v: Tensor, halo: Tensor) -> list[tuple[Tensor, Tensor]]:
         """For both chunks, its keys and values with the halo before them."""
-        halos = halo.split([units * self._plan.unit for units in self._plan.halo], 1)
+        halos = halo.split([units * self.plan.unit for units in self.plan.halo], 1)
         halves = [x.chunk(2, 1) for x in (k, v)]
         return [
             tuple(torch.cat(pair, 1) for pair in zip(h.split([k.shape[-1], v.shape[-1]], -1), kv))
@@ -241,20 +253,20 @@ class _Moved:
 
     def chunks_of(self, windows):
         """The windows without their halos."""
-        return [[x[:, units * self._plan.unit :] for x in kv] for units, kv in zip(self._plan.halo, windows)]
+        return [[x[:, units * self.plan.unit :] for x in kv] for units, kv in zip(self.plan.halo, windows)]
 
     def return_halo(self, dwindows, dtype: torch.dtype):
-        units = [count * self._plan.unit for count in self._plan.halo]
+        units = [count * self.plan.unit for count in self.plan.halo]
         halos = [torch.cat([x[:, :n] for x in kv], -1) for n, kv in zip(units, dwindows)]
         rows = self._by_unit(torch.cat(halos, 1)).transpose(0, 1).to(dtype)
         received = torch.empty_like(rows, memory_format=torch.contiguous_format)
-        received[self._index("halo_unpack")] = rows
-        return self._exchange.all_to_all(received, self._plan.recv_counts, self._plan.send_counts)
+        received[self._indices.halo_unpack] = rows
+        return self._exchange.all_to_all(received, self.plan.recv_counts, self.plan.send_counts)
 
     def add_halo(self, returned: Tensor, dk: Tensor, dv: Tensor) -> None:
         """Adds what each rank computed for the tokens it was sent, rank after rank."""
         dims = [dk.shape[-1], dv.shape[-1]]
-        parts = (x.split(self._plan.send_parts) for x in (returned, self._index("send_units")))
+        parts = (x.split(self.plan.send_parts) for x in (returned, self._indices.send_units))
         for rows, units in zip(*parts):
             for grad, part in zip((dk, dv), rows.split(dims, -1)):
                 self._by_unit(grad)[:, units] += part.transpose(0, 1)
@@ -262,14 +274,14 @@ class _Moved:
     # Shards: single KV heads of some tokens.
 
     def start_gather(self, k: Tensor, v: Tensor):
-        units, heads = self._index("pack_units"), self._index("pack_heads")
+        units, heads = self._indices.pack_units, self._indices.pack_heads
         rows = torch.cat([self._by_unit(x)[:, units, :, heads] for x in (k, v)], -1)
-        padding = self._plan.width - len(rows)
+        padding = self.plan.width - len(rows)
         return self._exchange.all_gather(torch.nn.functional.pad(rows, (0, 0) * 3 + (0, padding)))
 
     def unpack_shard(self, gathered: Tensor) -> Tensor:
         """`[batch, tokens, head_dim + v_head_dim]`: the shards of all heads."""
-        return gathered[self._index("unpack")].transpose(0, 1).flatten(1, 2)
+        return gathered[self._indices.unpack].transpose(0, 1).flatten(1, 2)
 
     def return_shard(self, dshard: Tensor):
         """Sends every rank the gradients of the shard blocks it gave.
@@ -277,13 +289,13 @@ class _Moved:
         With the sum in `add_shard` a reduce-scatter that rounds once and adds in a fixed order.
         """
         rows = self._by_unit(dshard).transpose(0, 1)
-        width, ranks = self._plan.width, self._exchange.ranks
+        width, ranks = self.plan.width, self._exchange.ranks
         padded = rows.new_zeros(ranks * width, *rows.shape[1:])
-        padded[self._index("unpack")] = rows
+        padded[self._indices.unpack] = rows
         return self._exchange.all_to_all(padded, [width] * ranks, [width] * ranks)
 
     def add_shard(self, returned: Tensor, dk: Tensor, dv: Tensor) -> None:
-        units, heads = self._index("pack_units"), self._index("pack_heads")
+        units, heads = self._indices.pack_units, self._indices.pack_heads
         total = returned.unflatten(0, (self._exchange.ranks, -1))[:, : len(units)].sum(0, dtype=dk.dtype)
         for grad, part in zip((dk, dv), total.split([dk.shape[-1], dv.shape[-1]], -1)):
             self._by_unit(grad)[:, units, :, heads] += part
