@@ -56,7 +56,8 @@ class Simulation:
             with what follows it.
         exposed_seconds: flushing gradients after backward.
         update_seconds: what follows.
-        busy: share of the update in which each queue that was used, and DRAM where it has a rate, was busy.
+        busy: what each queue that was used, and DRAM where it has a rate, did in the update, as a share of
+            what its rate allows.
     """
 
     plan: OffloadPlan
@@ -286,7 +287,7 @@ class _Run:
             for index in self._advance(left):
                 op = operations[index]
                 op.end = self.now
-                self.busy[op.queue] += op.end - op.start
+                self.busy[op.queue] += op.seconds
                 self.dram_bytes += op.dram
                 if op.gives:
                     self._give(op.gives)
