@@ -1,6 +1,8 @@
 """GPTs trained under context parallelism through the user's command: the losses are those of one rank, and
 the bytes that were counted are the bytes that were predicted."""
 
+from pathlib import Path
+
 import pytest
 from megatron_run import Run, assert_same_losses, train_all
 from test_s2_training import FOUR_LAYERS, FROM, FULL_RECOMPUTE, PACKED, RICH, S2, documents  # noqa: F401
@@ -35,6 +37,10 @@ def runs_from(one_rank: dict[str, Run]) -> tuple[str, str, str]:
     return rich, f"{rich} {PACKED}", f"{FROM} {directory / 'checkpoint-odd'} {ODD} {LOG}"
 
 
+def saved(one_rank: dict[str, Run]) -> Path:
+    return one_rank["rich"].log_dir.parent / "checkpoint-of-two-ranks"
+
+
 @pytest.fixture(scope="module")
 def two_ranks(one_rank, tmp_path_factory, documents) -> dict[str, Run]:  # noqa: F811
     rich, packed, odd = runs_from(one_rank)
@@ -50,6 +56,7 @@ def two_ranks(one_rank, tmp_path_factory, documents) -> dict[str, Run]:  # noqa:
             "packed: gather": f"{packed} {CP2} --s2-cp-schedule gather",
             "packed: a2a": f"{packed} {CP2} --s2-cp-schedule a2a",
             "odd: gather": f"{odd} {CP2} --s2-cp-schedule gather",
+            "saves": f"{rich} {CP2} --exit-interval 5 --save {saved(one_rank)} --save-interval 5",
         },
         ranks=2,
         data=documents,
@@ -57,7 +64,7 @@ def two_ranks(one_rank, tmp_path_factory, documents) -> dict[str, Run]:  # noqa:
 
 
 @pytest.fixture(scope="module")
-def four_ranks(one_rank, tmp_path_factory, documents) -> dict[str, Run]:  # noqa: F811
+def four_ranks(one_rank, two_ranks, tmp_path_factory, documents) -> dict[str, Run]:  # noqa: F811
     rich, packed, odd = runs_from(one_rank)
     pipeline = "--pipeline-model-parallel-size 2"
     return train_all(
@@ -72,6 +79,7 @@ def four_ranks(one_rank, tmp_path_factory, documents) -> dict[str, Run]:  # noqa
             "rich: data, distributed optimizer": f"{rich} {CP2} {SMALL_BATCH} --use-distributed-optimizer",
             "packed: gather": f"{packed} {CP4} --s2-cp-schedule gather",
             "odd: a2a": f"{odd} {CP4} --s2-cp-schedule a2a",
+            "resumes": f"{FOUR_LAYERS} {RICH} {CP4} --load {saved(one_rank)}",
         },
         ranks=4,
         data=documents,
@@ -119,3 +127,10 @@ def test_two_ranks_train_as_one(two_ranks, one_rank, name):
 )
 def test_four_ranks_train_as_one(four_ranks, one_rank, name):
     assert_trains_as_one_rank(name, four_ranks[name], one_rank)
+
+
+def test_a_checkpoint_goes_on_at_another_context_parallel_size(two_ranks, four_ranks, one_rank):
+    assert sorted(two_ranks["saves"].losses) == [1, 2, 3, 4, 5]
+    resumed = four_ranks["resumes"].losses
+    assert sorted(resumed) == [6, 7, 8, 9, 10]
+    assert resumed == pytest.approx({n: one_rank["rich"].losses[n] for n in resumed}, rel=1e-4)
