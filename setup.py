@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TEST = ["pytest>=8", "hypothesis>=6"]
+TEST = ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6"]
 PLOT = ["matplotlib>=3.8"]
 
 setup(
