@@ -5,6 +5,7 @@ Needs no GPU. Rates are per rank, and those that its ranks reach while all of th
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = arguments()
     args = parser.parse_args(argv)
     try:
+        check(args)
         rates = rates_from(args)
         simulations = simulated(args, rates)
         if args.plot:
@@ -102,13 +104,23 @@ def arguments() -> CommandParser:
 def parameters(text: str) -> int:
     factor = SUFFIX_FACTORS.get(text[-1:].upper(), 1)
     number = float(text if factor == 1 else text[:-1]) * factor
-    if number != int(number):
+    if not number.is_integer():
         raise ValueError
     return int(number)
 
 
 def fraction(text: str) -> float | None:
     return None if text == "auto" else float(text)
+
+
+def check(args: argparse.Namespace) -> None:
+    for name in ("gpu_budget_gb", "host_budget_gb"):
+        if not math.isfinite(getattr(args, name) or 0):
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be a finite number")
+    if args.params < 1:
+        raise ValueError(f"--params {args.params}: must be >= 1")
+    if args.backward_seconds is not None and not 0 <= args.backward_seconds < math.inf:
+        raise ValueError(f"--backward-seconds {args.backward_seconds}: must be >= 0")
 
 
 def rates_from(args: argparse.Namespace) -> Rates:
@@ -123,7 +135,7 @@ def rates_from(args: argparse.Namespace) -> Rates:
     }
     values = {name: getattr(args, flag) for name, flag in given.items()}
     for name, value in values.items():
-        if value is not None and not 0 < value < float("inf"):
+        if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{given[name].replace('_', '-')} {value}: must be a positive number")
     if (args.nvme_read_gbps is None) != (args.nvme_write_gbps is None):
         raise ValueError("--nvme-read-gbps and --nvme-write-gbps: must be given together")

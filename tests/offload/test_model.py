@@ -4,29 +4,10 @@ import math
 import random
 
 import pytest
+from rate_sets import PARAMS, RATES, random_rates
 
 from megatron_s2.offload.model import Load, Rates, best_fraction, limits, predict
 from megatron_s2.offload.plan import make_plan
-
-PARAMS = 10**9
-# The rates of the issue: links of 50 GB/s, a CPU of 2 Gparams/s; a GPU whose memory moves 30 bytes per
-# parameter at 2.4 TB/s, as an H100's does.
-RATES = Rates(cpu=2e9, gpu=80e9, h2d=50e9, d2h=50e9)
-
-
-def log_uniform(rng: random.Random, least: float, most: float) -> float:
-    return least * (most / least) ** rng.random()
-
-
-def random_rates(rng: random.Random, dram: bool = False) -> Rates:
-    """From a laptop's links to a Grace Hopper's."""
-    return Rates(
-        cpu=log_uniform(rng, 0.2e9, 10e9),
-        gpu=log_uniform(rng, 10e9, 200e9),
-        h2d=log_uniform(rng, 5e9, 400e9),
-        d2h=log_uniform(rng, 5e9, 400e9),
-        dram=log_uniform(rng, 40e9, 600e9) if dram else None,
-    )
 
 
 def test_each_limit_is_the_formula():
@@ -61,7 +42,7 @@ def test_the_load_of_a_plan_counts_its_tiers_and_what_the_ring_keeps():
     assert Load.of(make_plan(6400)) == Load(host=6400)
 
 
-def test_at_the_rates_of_the_issue_cpu_and_upload_balance():
+def test_with_links_of_50_gb_and_a_cpu_of_2_gparams_cpu_and_upload_balance():
     # (1 - g) / 2 = (2 + 10 g) / 50
     assert best_fraction(RATES, Load(host=PARAMS)) == pytest.approx(23 / 35)
     prediction = predict(RATES, Load(host=7 * PARAMS), 23 / 35)

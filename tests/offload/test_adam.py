@@ -1,0 +1,281 @@
+"""Specification of the AdamW update: the same bits however the state is cut and whichever device updates.
+
+The kernel runs in Triton's interpreter, in a process of its own, and is compiled for every chip without one.
+"""
+
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_s2.offload.adam import CHUNK, AdamW, Constants, State, same_bits, update_on_cpu, update_on_gpu
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+# The interpreter cuts bfloat16 off instead of rounding it.
+DTYPES = [torch.float16, torch.float32, *([] if INTERPRETED else [torch.bfloat16])]
+on_device = pytest.mark.skipif(False, reason="") if INTERPRETED else pytest.mark.gpu
+vectorised = pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"),
+    reason="the order is stated for x86-64 with AVX2",
+)
+SETTINGS = {
+    "first": AdamW(1e-3, (0.9, 0.999), 1e-8, 0.01, 1),
+    "late": AdamW(3e-4, (0.9, 0.95), 1e-8, 0.1, 12345),
+    "no decay": AdamW(1e-2, (0.85, 0.95), 1e-6, 0.0, 3),
+    "short memory": AdamW(1e-3, (0.3, 0.4), 1e-8, 0.1, 2),
+    "no memory": AdamW(1e-3, (0.0, 0.0), 1e-8, 0.1, 2),
+}
+each_setting = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+each_scale = pytest.mark.parametrize("scale", [1.0, 65536 * 1.7, 0.3], ids="scale{}".format)
+
+
+def sample(size: int, seed: int = 0) -> tuple[State, torch.Tensor]:
+    """State and gradient `[size]` over many orders of magnitude, zeros and denormals among them."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def wide() -> torch.Tensor:
+        x = torch.randn(size, generator=generator)
+        return x * 10.0 ** (torch.rand(size, generator=generator) * 12 - 10)
+
+    state = State(wide(), wide(), wide().abs())
+    gradient = wide()
+    for x in (*state, gradient):
+        x[::7] = 0
+        x[1::31] = 1e-41
+    return state, gradient
+
+
+def copied(state: State) -> State:
+    return State(*(x.clone() for x in state))
+
+
+def updated(state, gradient, settings, scale=1.0, dtype=torch.bfloat16, update=update_on_cpu):
+    """What the update makes of copies: state and weights."""
+    state, weights = copied(state), torch.empty(gradient.numel(), dtype=dtype)
+    on = "cpu" if update is update_on_cpu else DEVICE
+    state, weights = State(*(x.to(on) for x in state)), weights.to(on)
+    update(state, gradient.clone().to(on), weights, settings, scale)
+    return [x.cpu() for x in (*state, weights)]
+
+
+def fma(a, b, c):
+    """a * b + c rounded once: exact product in double, sum rounded to odd, then to float32."""
+    product, c = np.multiply(a, b, dtype=np.float64), np.float64(c)
+    total = product + c
+    part = total - product
+    error = (product - (total - part)) + (c - part)
+    inexact_and_even = (error != 0) & (total.view(np.int64) & 1 == 0)
+    odd = np.nextafter(total, np.where(error > 0, np.inf, -np.inf))
+    return np.where(inexact_and_even, odd, total).astype(np.float32)
+
+
+def stated_order(state, gradient, settings, scale):
+    """The formula of the module's docstring, line by line."""
+    p, m, v, g = (x.numpy() for x in (*state, gradient))
+    (beta1, beta2), f = settings.betas, np.float32
+    g = g / f(scale)
+    p = p * f(1 - settings.lr * settings.weight_decay)
+    m = fma(f(1 - beta1), g - m, m) if f(1 - beta1) < 0.5 else fma(f(1 - beta1) - f(1), g - m, g)
+    v = fma(f(1 - beta2) * g, g, v * f(beta2))
+    root = np.sqrt(v) / f(np.sqrt(1 - beta2**settings.step)) + f(settings.eps)
+    p = p + f(-settings.lr / (1 - beta1**settings.step)) * m / root
+    return [torch.from_numpy(x) for x in (p, m, v)]
+
+
+def require_same_bits(got, expected):
+    for x, y in zip(got, expected, strict=True):
+        assert x.dtype == y.dtype and torch.equal(x, y)
+
+
+if not INTERPRETED:
+
+    @each_setting
+    @each_scale
+    def test_it_is_adamw(settings, scale):
+        state, gradient = (
+            State(*(x.double() for x in sample(640)[0])),
+            sample(640)[1].double(),
+        )
+        state = State(state.master.clamp(-10, 10), state.exp_avg.clamp(-1, 1), state.exp_avg_sq + 1e-2)
+        gradient = gradient.clamp(-1, 1)
+        p = torch.nn.Parameter(state.master.clone())
+        p.grad = gradient / scale
+        one = torch.optim.AdamW(
+            [p],
+            lr=settings.lr,
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+        )
+        one.state[p] = {
+            "step": torch.tensor(settings.step - 1.0),
+            "exp_avg": state.exp_avg.clone(),
+            "exp_avg_sq": state.exp_avg_sq.clone(),
+        }
+        one.step()
+        expected = (p.detach(), one.state[p]["exp_avg"], one.state[p]["exp_avg_sq"])
+        got = updated(State(*(x.float() for x in state)), gradient.float(), settings, scale)
+        for x, y in zip(got, expected):
+            torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-7)
+
+    @vectorised
+    @each_setting
+    @each_scale
+    def test_the_cpu_follows_the_stated_order(settings, scale):
+        state, gradient = sample(64 * 50)
+        require_same_bits(
+            updated(state, gradient, settings, scale)[:3], stated_order(state, gradient, settings, scale)
+        )
+
+    @pytest.mark.parametrize("threads", [1, 2, 3])
+    @pytest.mark.parametrize("cut", [64, 192, 1024])
+    def test_cuts_and_threads_change_no_bit(cut, threads):
+        state, gradient = sample(64 * 33)
+        whole = updated(state, gradient, SETTINGS["late"], 3.1)
+        torch.set_num_threads(threads)
+        try:
+            parts = [
+                updated(state.cut(a, a + cut), gradient[a : a + cut], SETTINGS["late"], 3.1)
+                for a in range(0, gradient.numel(), cut)
+            ]
+        finally:
+            torch.set_num_threads(1)
+        require_same_bits([torch.cat(x) for x in zip(*parts)], whole)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+    def test_weights_may_take_the_place_of_the_gradient(dtype, monkeypatch):
+        monkeypatch.setattr("megatron_s2.offload.adam.CHUNK", 128)
+        state, gradient = sample(64 * 9)
+        expected = updated(state, gradient, SETTINGS["first"], 2.0, dtype)
+        weights = gradient.view(dtype)[: gradient.numel() - 5]
+        update_on_cpu(state, gradient, weights, SETTINGS["first"], 2.0)
+        require_same_bits([*state, weights], [*expected[:3], expected[3][:-5]])
+        require_same_bits([weights], [state.master[:-5].to(dtype)])
+
+    def test_a_slice_longer_than_a_chunk():
+        state, gradient = sample(CHUNK + 64)
+        whole = updated(state, gradient, SETTINGS["first"])
+        tail = updated(state.cut(CHUNK, CHUNK + 64), gradient[CHUNK:], SETTINGS["first"])
+        require_same_bits([x[CHUNK:] for x in whole], tail)
+
+    @pytest.mark.parametrize(
+        "change, message",
+        [
+            ({"lr": -1.0}, "lr -1.0: must be >= 0"),
+            ({"eps": float("nan")}, "eps nan: must be >= 0"),
+            ({"betas": (0.9, 1.0)}, r"betas \(0.9, 1.0\): must be >= 0 and below 1"),
+            ({"step": 0}, "step 0: must be >= 1"),
+        ],
+    )
+    def test_settings_out_of_range_are_refused(change, message):
+        with pytest.raises(ValueError, match=message):
+            AdamW(**{"lr": 1.0} | change)
+
+    @pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), float("nan")])
+    def test_a_scale_that_would_destroy_the_state_is_refused(scale):
+        state, gradient = sample(64)
+        before = copied(state)
+        with pytest.raises(ValueError, match=r"gradient_scale .*: must be positive and finite"):
+            update_on_cpu(state, gradient, torch.empty(64), SETTINGS["first"], scale)
+        require_same_bits(state, before)
+
+    def test_a_ragged_slice_is_refused():
+        state, gradient = sample(65)
+        with pytest.raises(ValueError, match="65 elements with 65 weights: must be a multiple of 64"):
+            update_on_cpu(state, gradient, torch.empty(65), SETTINGS["first"])
+
+    @vectorised
+    def test_the_kernel_agrees_bit_for_bit_in_the_interpreter():
+        run = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", __file__],
+            env=os.environ | {"TRITON_INTERPRET": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert run.returncode == 0 and "passed" in run.stdout, run.stdout[-5000:] + run.stderr[-2000:]
+
+    @pytest.mark.parametrize("chip", [80, 90, 100], ids="sm_{}".format)
+    def test_compiled_it_rounds_as_written(chip):
+        """Three IEEE divisions, one root, fma only where the order has it, no flush of denormals."""
+        from triton import compile as compile_kernel
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        from megatron_s2.offload.adam_kernel import adamw_kernel
+
+        names = adamw_kernel.arg_names
+        constants = {"SCALED": True, "DECAYED": True, "FROM_MEAN": True, "BLOCK": 128}
+        kinds = {"p_gradient": "*fp32", "p_weights": "*bf16", "size": "i64"}
+        source = ASTSource(
+            adamw_kernel,
+            {
+                name: "constexpr"
+                if name in constants
+                else kinds.get(name, "*fp32" if name.startswith("p_") else "fp32")
+                for name in names
+            },
+            constexprs={(names.index(name),): value for name, value in constants.items()},
+        )
+        ptx = compile_kernel(
+            source,
+            target=GPUTarget("cuda", chip, 32),
+            options={"num_warps": 4, "enable_fp_fusion": False},
+        ).asm["ptx"]
+        found = {
+            name: len(re.findall(rf"^\s+{re.escape(name)}\s", ptx, re.MULTILINE))
+            for name in ("fma.rn.f32", "div.rn.f32", "sqrt.rn.f32", "mul.f32", "mul.rn.f32")
+        }
+        assert found["fma.rn.f32"] == 2 and found["div.rn.f32"] == 3 and found["sqrt.rn.f32"] == 1, found
+        assert found["mul.f32"] + found["mul.rn.f32"] == 4, found
+        assert re.search(r"cvt\.rn\.bf16(x2)?\.f32", ptx)
+        assert ".ftz" not in ptx and "approx" not in ptx
+
+
+@on_device
+@each_setting
+@each_scale
+@pytest.mark.parametrize("size", [64, 3 * 1024 + 64])
+def test_the_kernel_gives_the_bits_of_the_cpu(settings, scale, size):
+    state, gradient = sample(size)
+    expected = updated(state, gradient, settings, scale, DTYPES[-1])
+    got = updated(state, gradient, settings, scale, DTYPES[-1], update_on_gpu)
+    require_same_bits(got, expected)
+
+
+@on_device
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_kernel_takes_ragged_slices_of_low_precision(dtype):
+    """Neither what lies beyond a slice nor the gradient is touched."""
+    state, gradient = sample(192)
+    gradient = gradient.to(torch.float16)
+    expected = updated(state, gradient.float(), SETTINGS["late"], 2.0, dtype)
+    whole = State(*(x.clone().to(DEVICE) for x in state))
+    weights = torch.full((192,), 7.0, dtype=dtype, device=DEVICE)
+    source = gradient.clone().to(DEVICE)
+    update_on_gpu(whole.cut(0, 101), source[:101], weights[:101], SETTINGS["late"], 2.0)
+    for got, new, old in zip((*whole, weights), expected, (*state, torch.full((192,), 7.0, dtype=dtype))):
+        require_same_bits([got.cpu()[:101], got.cpu()[101:]], [new[:101], old[101:]])
+    require_same_bits([source.cpu()], [gradient])
+
+
+@on_device
+def test_agreement_is_found_and_so_is_its_absence(monkeypatch):
+    assert same_bits(torch.device(DEVICE), DTYPES[-1])
+    of = Constants.of
+    monkeypatch.setattr(
+        Constants, "of", lambda *args: of(*args)._replace(eps=1.00001 * of(*args).eps + 1e-9)
+    )
+    assert not same_bits(torch.device(DEVICE), DTYPES[-1])
+
+
+@on_device
+def test_slices_the_kernel_cannot_take_are_refused():
+    state, gradient = (sample(128)[0], sample(128)[1])
+    with pytest.raises(ValueError, match="slice of 64 elements: must be contiguous and of one size"):
+        update_on_gpu(state, gradient[::2], torch.empty(64), SETTINGS["first"])

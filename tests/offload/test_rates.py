@@ -1,0 +1,165 @@
+"""Rates: measured all at once, remembered per machine, measured again when steps drift away."""
+
+import json
+import math
+import time
+from dataclasses import asdict, replace
+
+import pytest
+
+from megatron_s2.offload.model import Rates
+from megatron_s2.offload.rates import Machine, drifted, measure_rates, rates_of
+
+MACHINE = Machine(cpu="a CPU", cores=8, gpu=None, torch="2.15", threads=4, ranks=1)
+RATES = Rates(cpu=1e9, gpu=2e9, h2d=3e9, d2h=4e9)
+
+
+def measured_once():
+    """A measurement and the numbers of threads it was called with."""
+    calls = []
+
+    def measure(threads):
+        calls.append(threads)
+        return replace(RATES, cpu=len(calls) * 1e9)
+
+    return measure, calls
+
+
+def test_rates_are_positive_and_take_the_time_they_are_given():
+    import torch
+
+    before = torch.get_num_threads()
+    began = time.perf_counter()
+    rates = measure_rates(threads=1, seconds=0.1, elements=2**16)
+    passed = time.perf_counter() - began
+    assert all(1e5 < getattr(rates, name) < math.inf for name in ("cpu", "gpu", "h2d", "d2h"))
+    assert rates.dram is None  # the others, measured at once, contain it
+    assert passed >= 0.1
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_its_updates_are_the_faster_ones():
+    rates = measure_rates(threads=2)
+    assert rates.gpu > rates.cpu
+    assert min(rates.h2d, rates.d2h) > 1e9
+
+
+def test_a_failing_queue_is_not_swallowed(monkeypatch):
+    import torch
+
+    calls = []
+
+    def fail(*args, **kwargs):
+        calls.append(args)
+        if len(calls) > 2:  # the two warm-ups pass
+            raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(torch, "_fused_adamw_", fail)
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        measure_rates(threads=1, seconds=0.05, elements=64)
+
+
+@pytest.mark.parametrize("name", ["threads", "seconds", "elements"])
+def test_measuring_nothing_is_refused(name):
+    with pytest.raises(ValueError, match=f"^{name} 0: must be positive$"):
+        measure_rates(**{"threads": 1, name: 0})
+
+
+def test_this_machine_has_a_name():
+    here = Machine.here(threads=2, ranks=3)
+    assert here.cpu and here.cores >= 1 and here.torch
+    assert (here.threads, here.ranks) == (2, 3)
+
+
+def test_rates_are_measured_once_and_remembered(tmp_path):
+    measure, calls = measured_once()
+    folder = tmp_path / "made" / "for it"
+    assert rates_of(MACHINE, folder, measure=measure) == RATES
+    assert rates_of(MACHINE, folder, measure=measure) == RATES
+    assert calls == [4]
+    assert [file.name for file in folder.iterdir()] == [MACHINE.file_name]
+    stored = json.loads((folder / MACHINE.file_name).read_text())
+    assert stored == {"machine": asdict(MACHINE), "rates": asdict(RATES)}
+
+
+def test_again_measures_and_remembers_the_new(tmp_path):
+    measure, calls = measured_once()
+    rates_of(MACHINE, tmp_path, measure=measure)
+    assert rates_of(MACHINE, tmp_path, again=True, measure=measure).cpu == 2e9
+    assert rates_of(MACHINE, tmp_path, measure=measure).cpu == 2e9
+    assert calls == [4, 4]
+
+
+@pytest.mark.parametrize("field", ["cpu", "cores", "gpu", "torch", "threads", "ranks"])
+def test_another_machine_is_measured_itself(tmp_path, field):
+    measure, calls = measured_once()
+    other = replace(MACHINE, **{field: 2 if isinstance(getattr(MACHINE, field), int) else "another"})
+    rates_of(MACHINE, tmp_path, measure=measure)
+    rates_of(other, tmp_path, measure=measure)
+    assert len(calls) == 2
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{}", '{"rates": {"cpu": 1}}', '{"rates": {"cpu": -1, "gpu": 1, "h2d": 1, "d2h": 1}}', "[1]"],
+)
+def test_a_broken_file_is_a_warning_and_replaced(tmp_path, text):
+    (tmp_path / MACHINE.file_name).write_text(text)
+    measure, calls = measured_once()
+    with pytest.warns(UserWarning, match=rf"offload: .*{MACHINE.file_name} is not used"):
+        assert rates_of(MACHINE, tmp_path, measure=measure) == RATES
+    assert rates_of(MACHINE, tmp_path, measure=measure) == RATES
+    assert calls == [4]
+
+
+def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path):
+    (tmp_path / "file").write_text("")
+    measure, calls = measured_once()
+    with pytest.warns(UserWarning, match="cannot be written, rates are not kept"):
+        assert rates_of(MACHINE, tmp_path / "file", measure=measure) == RATES
+    assert calls == [4]
+
+
+def test_the_folder_is_that_of_the_user(tmp_path, monkeypatch):
+    measure, _ = measured_once()
+    monkeypatch.delenv("MEGATRON_S2_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    rates_of(MACHINE, measure=measure)
+    assert (tmp_path / "xdg" / "megatron_s2" / MACHINE.file_name).exists()
+    monkeypatch.setenv("MEGATRON_S2_CACHE", str(tmp_path / "own"))
+    rates_of(MACHINE, measure=measure)
+    assert (tmp_path / "own" / MACHINE.file_name).exists()
+
+
+@pytest.mark.parametrize(
+    ("measured", "expected"),
+    [
+        ([1.2] * 5, False),
+        ([0.8] * 5, False),
+        ([1.3] * 5, True),
+        ([0.7] * 5, True),
+        ([9.0] * 4, False),
+        ([9.0, 9.0, 1.0, 1.0, 1.0], False),
+        ([9.0] * 50 + [1.0] * 5, False),
+        ([1.0] * 50 + [9.0] * 3, True),
+    ],
+    ids=[
+        "a little slower",
+        "a little faster",
+        "slower",
+        "faster",
+        "too few steps",
+        "outliers",
+        "long ago",
+        "three of five",
+    ],
+)
+def test_drift_is_the_median_of_five_steps_off_by_a_quarter(measured, expected):
+    assert drifted(1.0, measured) is expected
+
+
+def test_drift_from_nothing_is_refused():
+    with pytest.raises(ValueError, match="predicted_seconds 0: must be positive"):
+        drifted(0, [1.0] * 5)
