@@ -233,3 +233,47 @@ def test_an_interrupted_run_keeps_its_rows_and_leaves_no_process(tmp_path):
     while alive := [pid for pid in children if runs(pid)]:
         assert time.monotonic() < deadline, alive
         time.sleep(0.1)
+
+
+# What is stored.
+
+ROOT = RUNNER.parents[1]
+LAYERS = {"S2": "s2", "dense": "dense"}
+
+
+def newest_rows() -> dict[tuple[str, int, str], dict]:
+    """The last stored row of each case at 8192 tokens, number of ranks and schedule."""
+    paths = sorted((ROOT / "benchmarks" / "results" / "amd-epyc-2-cores").glob("context-parallel-*.jsonl"))
+    rows = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    return {(x["case"], x["ranks"], x["schedule"]): x for x in rows if x["seq_length"] == 8192}
+
+
+def received(row: dict) -> str:
+    """MiB of the rank that receives most, forward and backward."""
+    most = (max(x[way] for x in row["bytes"]) for way in ("forward_received", "backward_received"))
+    return f"{sum(most) / 2**20:.2f}"
+
+
+def test_what_the_page_calls_measured_is_stored():
+    page = (ROOT / "docs" / "context-parallel.md").read_text().partition("\n## Measured\n")[2]
+    lines = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")][1:]
+    rows = newest_rows()
+    assert {(LAYERS[layer], int(ranks)) for layer, ranks, *_ in lines} == {key[:2] for key in rows}
+    for layer, ranks, *told in lines:
+        gather, a2a = (rows[LAYERS[layer], int(ranks), schedule] for schedule in ("gather", "a2a"))
+        assert gather["date"] == a2a["date"], "the times of a line are those of one run, taken in turns"
+        ring = gather["megatron_bytes"]["ring"]
+        assert told == [
+            *map(received, (gather, a2a)),
+            f"{(ring['forward_received'] + ring['backward_received']) / 2**20:.2f}",
+            *(f"{1e3 * row['seconds']['median']:.0f} ms" for row in (gather, a2a)),
+            f"{gather['other_cpus']:.2f}",
+        ]
+
+
+def test_stored_bytes_are_those_that_the_planner_predicts_today(benchmark):
+    from benchmarks.cases import Case
+
+    for (name, ranks, schedule), row in newest_rows().items():
+        predicted = benchmark.predicted_bytes(schedule, Case(benchmark.SHAPES[name], 8192, "cpu"), ranks)
+        assert row["bytes"] == row["predicted_bytes"] == [vars(x) for x in predicted]
