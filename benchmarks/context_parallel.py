@@ -473,8 +473,20 @@ def table(rows: list[Row]) -> str:
 _LINES = {
     "gather": {"color": "#12355b", "marker": "o", "label": "gather, counted"},
     "a2a": {"color": "#f28c28", "marker": "s", "label": "a2a, counted"},
-    "ring": {"color": "#3c9d6b", "linewidth": 6, "alpha": 0.4, "label": "Megatron's ring, by formula"},
-    "all_gather": {"color": "#333333", "linestyle": ":", "label": "Megatron's all-gather, by formula"},
+    "ring": {
+        "color": "#3c9d6b",
+        "marker": "^",
+        "markersize": 11,
+        "linewidth": 6,
+        "alpha": 0.4,
+        "label": "Megatron's ring, by formula",
+    },
+    "all_gather": {
+        "color": "#333333",
+        "marker": "x",
+        "linestyle": ":",
+        "label": "Megatron's all-gather, by formula",
+    },
 }
 
 
@@ -505,7 +517,8 @@ def plot(rows: list[Row], directory: Path) -> list[Path]:
             axis.plot(*zip(*points.items()), **_LINES[name])
         ranks = sorted({row["ranks"] for row in shape})
         axis.set_xticks(ranks, map(str, ranks))
-        axis.set(xlabel="ranks", ylabel="MiB received, forward and backward", ylim=(0, None))
+        axis.set(xlabel="ranks", ylabel="MiB received, forward and backward")
+        axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
         axis.set_title(_describe(shape[0]).replace("; ", "\n"), fontsize=8)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
