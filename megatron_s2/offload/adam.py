@@ -1,0 +1,226 @@
+"""AdamW on flat slices of the optimizer state, in one order of operations on the CPU and on the GPU.
+
+Decoupled weight decay (arXiv 1711.05101), with the gradient divided by a scale that folds unscaling and
+clipping. In float32, each line rounded as it stands (fma rounds once), constants rounded from double:
+
+    g    = g / gradient_scale                         left out where the scale is 1
+    p    = p * (1 - lr weight_decay)                  left out where weight_decay is 0
+    m    = fma(1 - beta1, g - m, m)                   or fma(-beta1, g - m, g) where beta1 <= 1/2
+    v    = fma((1 - beta2) * g, g, v * beta2)
+    p    = p + (-lr / (1 - beta1^step) * m) / (sqrt(v) / sqrt(1 - beta2^step) + eps)
+
+That is what PyTorch's fused CPU kernel does in its vectorised loop, as built for x86-64 with AVX2 (its source
+leaves the fma in v to the compiler). The kernel's scalar tail rounds otherwise; slices here are multiples of
+64 elements, so that no tail is ever reached, however they are cut. The Triton kernel does the same.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from megatron_s2.offload.plan import ALIGNMENT
+
+# 16 MiB of float32 state and gradient: the weights are written while the masters are still in the last-level
+# cache, and a call costs little against it.
+CHUNK = 2**20
+BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """Settings of one step of one parameter group.
+
+    Args:
+        lr: learning rate.
+        betas: decay of the two moments, each in [0, 1).
+        eps: added to the denominator.
+        weight_decay: decoupled.
+        step: number of this step, from 1.
+
+    Raises:
+        ValueError: a setting is out of range; the message starts with its name.
+    """
+
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    step: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} {getattr(self, name)}: must be >= 0 and finite")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas {self.betas}: must be >= 0 and below 1")
+        if self.step < 1:
+            raise ValueError(f"step {self.step}: must be >= 1")
+
+
+class State(NamedTuple):
+    """The float32 state of a flat slice, all of one size and on one device."""
+
+    master: torch.Tensor
+    exp_avg: torch.Tensor
+    exp_avg_sq: torch.Tensor
+
+    def cut(self, start: int, stop: int) -> State:
+        """Views of elements `start` to `stop`."""
+        return State(*(x[start:stop] for x in self))
+
+
+def check_gradient_scale(scale: float) -> None:
+    """Raise ValueError where `scale` is not positive and finite."""
+    if not 0 < scale < math.inf:
+        raise ValueError(f"gradient_scale {scale}: must be positive and finite; skip the step instead")
+
+
+def update_on_cpu(
+    state: State, gradient: torch.Tensor, weights: torch.Tensor, settings: AdamW, gradient_scale: float = 1.0
+) -> None:
+    """One step of a slice by PyTorch's fused CPU kernel, and the masters rounded into `weights`.
+
+    Args:
+        state: `[padded]` each, changed in place; padded is a multiple of `ALIGNMENT`.
+        gradient: `[padded]` float32, divided by the scale in place; zeros beyond the weights.
+        weights: `[n]` of any float dtype, n <= padded. May lie in the memory of `gradient`, from its
+            beginning: what overwrites a gradient comes after its use.
+        gradient_scale: what gradients are divided by: the loss scale over the clip coefficient.
+
+    Raises:
+        ValueError: a size or the scale is out of range.
+    """
+    check_gradient_scale(gradient_scale)
+    padded = gradient.numel()
+    if padded % ALIGNMENT or weights.numel() > padded or any(x.numel() != padded for x in state):
+        raise ValueError(
+            f"slice of {padded} elements with {weights.numel()} weights: must be a multiple of {ALIGNMENT} "
+            "that holds them, in state and gradient alike"
+        )
+    step = torch.tensor(float(settings.step))
+    scale = None if gradient_scale == 1 else torch.tensor(gradient_scale, dtype=torch.float32)
+    for start in range(0, padded, CHUNK):
+        stop = min(start + CHUNK, padded)
+        master, exp_avg, exp_avg_sq = state.cut(start, stop)
+        torch._fused_adamw_(
+            *([master], [gradient[start:stop]], [exp_avg], [exp_avg_sq], [], [step]),
+            lr=settings.lr,
+            beta1=settings.betas[0],
+            beta2=settings.betas[1],
+            weight_decay=settings.weight_decay,
+            eps=settings.eps,
+            amsgrad=False,
+            maximize=False,
+            grad_scale=scale,
+        )
+        written = min(stop, weights.numel())
+        if written > start:
+            weights[start:written].copy_(master[: written - start])
+
+
+def update_on_gpu(
+    state: State, gradient: torch.Tensor, weights: torch.Tensor, settings: AdamW, gradient_scale: float = 1.0
+) -> None:
+    """The same step by the Triton kernel, on the current stream.
+
+    Args:
+        state: `[n]` each, contiguous, changed in place.
+        gradient: `[n]` of any float dtype, contiguous, left as it is.
+        weights: `[n]` of any float dtype, contiguous, written.
+        settings, gradient_scale: as for `update_on_cpu`.
+
+    Raises:
+        ValueError: sizes differ, a tensor is not contiguous, or the scale is out of range.
+    """
+    check_gradient_scale(gradient_scale)
+    size = gradient.numel()
+    for x in (*state, gradient, weights):
+        if x.numel() != size or not x.is_contiguous():
+            raise ValueError(f"slice of {size} elements: must be contiguous and of one size, not {x.shape}")
+    if not size:
+        return
+    constants = Constants.of(settings, gradient_scale)
+    grid = ((size + BLOCK - 1) // BLOCK,)
+    _kernel()[grid](
+        *(*state, gradient, weights, size, *constants[:-3]),
+        SCALED=constants.scaled,
+        DECAYED=constants.decayed,
+        FROM_MEAN=constants.from_mean,
+        BLOCK=BLOCK,
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
+
+
+class Constants(NamedTuple):
+    """What the kernel is given, computed in double as the CPU's does; a launch rounds it to float32."""
+
+    gradient_scale: float
+    decay: float
+    mean_weight: float
+    beta2: float
+    square_weight: float
+    root_correction: float
+    eps: float
+    minus_step_size: float
+    scaled: bool
+    decayed: bool
+    from_mean: bool
+
+    @classmethod
+    def of(cls, settings: AdamW, gradient_scale: float) -> Constants:
+        """Those of a step."""
+        beta1, beta2 = settings.betas
+        weight = float(torch.tensor(1 - beta1, dtype=torch.float32))
+        from_mean = weight < 0.5
+        return cls(
+            gradient_scale,
+            1 - settings.lr * settings.weight_decay,
+            weight if from_mean else float(torch.tensor(weight, dtype=torch.float32) - 1),
+            beta2,
+            1 - beta2,
+            math.sqrt(1 - beta2**settings.step),
+            settings.eps,
+            -settings.lr / (1 - beta1**settings.step),
+            gradient_scale != 1,
+            settings.weight_decay != 0,
+            from_mean,
+        )
+
+
+def same_bits(device: torch.device, dtype: torch.dtype = torch.bfloat16, elements: int = 4096) -> bool:
+    """Whether the GPU's update of a sample of slices rounds as this CPU's does, over a few steps.
+
+    The order above is that of one build of PyTorch: another CPU or release may differ. Where they do, results
+    depend on the placement, within rounding.
+
+    Args:
+        dtype: of the weights.
+    """
+    seed = torch.Generator().manual_seed(1)
+    cpu = State(*(torch.randn(elements, generator=seed) for _ in range(3)))
+    cpu.exp_avg_sq.square_()
+    gpu = State(*(x.to(device, copy=True) for x in cpu))
+    for step, scale in ((1, 1.0), (2, 3.7), (1000, 0.3)):
+        settings = AdamW(1e-3, (0.9, 0.95), 1e-8, 0.1, step)
+        gradient = torch.randn(elements, generator=seed)
+        on_gpu = gradient.to(device, copy=True)
+        on_cpu = torch.empty(elements, dtype=dtype)
+        weights = torch.empty(elements, dtype=dtype, device=device)
+        update_on_cpu(cpu, gradient, on_cpu, settings, scale)
+        update_on_gpu(gpu, on_gpu, weights, settings, scale)
+        if not all(torch.equal(x, y.cpu()) for x, y in zip((*cpu, on_cpu), (*gpu, weights))):
+            return False
+    return True
+
+
+@cache
+def _kernel():
+    from megatron_s2.offload.adam_kernel import adamw_kernel
+
+    return adamw_kernel
