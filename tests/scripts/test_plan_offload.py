@@ -101,8 +101,8 @@ def test_the_table_says_by_how_much_ours_is_faster(capsys):
     assert rows["dos_k2"][4:6] == ["1.751", "1.46"]
     assert rows["streaming"][4:6] == ["1.726", "1.44"]
     assert "interleaved, by the model: host to GPU limits the update to 1.2 s, then CPU with 1.2 s\n" in out
-    assert "makes the update 3.500 -> 1.202 s, 2.91x;" in out
-    assert "flushing gradients during backward takes 0.560 -> 0.000 s out of the step" in out
+    assert "by interleaving: update 3.500 -> 1.202 s, 2.91x\n" in out
+    assert "by flushing gradients during backward: 0.560 -> 0.000 s after it\n" in out
 
 
 def test_the_page_shows_what_the_command_prints(capsys):
