@@ -1,0 +1,155 @@
+"""Host memory of the optimizer state: flat arrays of exact size, pinned where there is a GPU, built once.
+
+The memory is mapped from the system and registered with CUDA (`cudaHostRegister`), since PyTorch's
+`pin_memory` rounds each allocation up to a power of two. A mapping begins at a page and is zero.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from megatron_s2.offload.adam import State
+from megatron_s2.offload.plan import ALIGNMENT, GB, OffloadPlan
+
+_NAMES = ("master", "exp_avg", "exp_avg_sq", "gradient")
+
+
+class HostMemory:
+    """Zeroed, page-aligned host memory that leaves with `close()`.
+
+    Args:
+        size: bytes, at least 1.
+        pinned: whether CUDA copies to and from it without staging.
+
+    Raises:
+        ValueError: the size is not positive.
+        RuntimeError: the system has no such memory, or does not let it be pinned.
+    """
+
+    def __init__(self, size: int, pinned: bool = False) -> None:
+        if size < 1:
+            raise ValueError(f"size {size}: must be >= 1")
+        try:
+            self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise RuntimeError(f"host memory: {size / GB:.3f} GB cannot be mapped: {error}") from error
+        self.size = size
+        self.bytes = torch.frombuffer(self._memory, dtype=torch.uint8)  # [size]
+        self._pinned = pinned
+        if pinned and (code := int(torch.cuda.cudart().cudaHostRegister(self.address, size, 0))):
+            raise RuntimeError(
+                f"host memory: {size / GB:.3f} GB cannot be pinned, CUDA error {code}; raise the limit of "
+                "locked memory (ulimit -l)"
+            )
+
+    @property
+    def address(self) -> int:
+        """Where it begins."""
+        return self.bytes.data_ptr()
+
+    def view(self) -> memoryview:
+        """For the system calls that read and write files."""
+        return memoryview(self._memory)
+
+    def close(self) -> None:
+        """Unpin it and let go of it. It is returned to the system with the last view."""
+        if self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(self.address)
+            self._pinned = False
+        self.bytes = self.bytes[:0]
+
+
+class HostSlice(NamedTuple):
+    """Views of one subgroup's part of an arena: float32, `[elements]` each."""
+
+    state: State
+    gradient: torch.Tensor
+
+
+class Arena:
+    """State and gradients of the subgroups of tier `host`, four flat arrays behind one another.
+
+    Subgroups lie in the arrays as in the plan, without what other tiers hold.
+
+    Args:
+        plan: whose subgroups of tier `host`; its gradients must have 4 bytes.
+        pinned: as for `HostMemory`.
+        ranks: that allocate the same on this machine.
+        available: bytes that this machine can give; asked of the system by default.
+
+    Raises:
+        ValueError: the gradients have other than 4 bytes, or the machine has less memory than that takes.
+        RuntimeError: as `HostMemory`.
+    """
+
+    def __init__(
+        self, plan: OffloadPlan, pinned: bool = False, ranks: int = 1, available: int | None = None
+    ) -> None:
+        if plan.gradient_bytes != 4:
+            raise ValueError(f"gradient_bytes {plan.gradient_bytes}: must be 4, the CPU updates in float32")
+        starts, total = aligned_starts([s.size for s in plan.subgroups if s.tier == "host"])
+        self.size = 4 * len(_NAMES) * total
+        check_available(self.size, "arenas", ranks, available)
+        self._memory = HostMemory(self.size, pinned) if total else None
+        self._slices: dict[int, HostSlice] = {}
+        if self._memory is None:
+            return
+        arrays = self._memory.bytes.view(torch.float32).view(len(_NAMES), total)
+        for subgroup, start in zip((s for s in plan.subgroups if s.tier == "host"), starts):
+            *state, gradient = arrays[:, start : start + subgroup.size]
+            self._slices[subgroup.index] = HostSlice(State(*state), gradient)
+
+    def __getitem__(self, index: int) -> HostSlice:
+        """The views of subgroup `index`."""
+        return self._slices[index]
+
+    def close(self) -> None:
+        """Let go of the memory, views included."""
+        self._slices.clear()
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None
+
+
+def aligned_starts(sizes: Sequence[int]) -> tuple[list[int], int]:
+    """Where stretches of so many elements begin when each begins at a multiple of `ALIGNMENT`, and where the
+    last one ends, padded to one."""
+    starts, end = [], 0
+    for size in sizes:
+        starts.append(end)
+        end += -(-size // ALIGNMENT) * ALIGNMENT
+    return starts, end
+
+
+def check_available(size: int, what: str, ranks: int = 1, available: int | None = None) -> None:
+    """Raise ValueError where this machine cannot give `size` bytes to each of its ranks."""
+    if available is None:
+        available = available_bytes()
+    if size * ranks > available:
+        of_ranks = f" for each of {ranks} ranks" if ranks > 1 else ""
+        raise ValueError(
+            f"host memory: the {what} of the optimizer state take {size / GB:.3f} GB{of_ranks}, and this "
+            f"machine has {available / GB:.3f} GB left; raise --s2-offload-gpu-budget-gb, or lower "
+            "--s2-offload-host-budget-gb and name a directory with --s2-offload-nvme-dir"
+        )
+
+
+def available_bytes() -> int:
+    """What the system can give without swapping, and this control group may still take."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    group = Path("/sys/fs/cgroup")
+    try:
+        most = (group / "memory.max").read_text().strip()
+        used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except FileNotFoundError:
+        return available
+    if most == "max":
+        return available
+    taken = sum(int(used.get(name, 0)) for name in ("anon", "shmem", "kernel"))
+    return min(available, int(most) - taken)

@@ -1,0 +1,99 @@
+"""Specification of host memory: exact size, aligned, zero, and refused with the numbers."""
+
+import pytest
+import torch
+
+from megatron_s2.offload.arena import Arena, HostMemory, aligned_starts, available_bytes
+from megatron_s2.offload.plan import make_plan
+
+PLAN = make_plan(64 * 10 + 5, subgroup_size=128)
+MIXED = make_plan(
+    640, subgroup_size=128, gpu_budget=12 * 128, host_budget=16 * 128 * 3, nvme=True, ring_slots=2
+)
+
+
+def test_subgroups_are_views_of_aligned_zeros_that_do_not_overlap():
+    arena = Arena(PLAN)
+    for subgroup in PLAN.subgroups:
+        for n, view in enumerate((*arena[subgroup.index].state, arena[subgroup.index].gradient)):
+            assert view.dtype == torch.float32 and view.shape == (subgroup.size,)
+            assert view.data_ptr() % 256 == 0 and not view.any()
+            view.fill_(4 * subgroup.index + n)
+    for subgroup in PLAN.subgroups:
+        for n, view in enumerate((*arena[subgroup.index].state, arena[subgroup.index].gradient)):
+            assert (view == 4 * subgroup.index + n).all()
+
+
+def test_it_takes_what_it_holds_and_padding_only():
+    assert Arena(PLAN).size == 16 * 704 and PLAN.host_bytes == 16 * 645
+
+
+def test_other_tiers_take_no_place():
+    arena = Arena(MIXED)
+    on_host = {s.index for s in MIXED.subgroups if s.tier == "host"}
+    assert 0 < len(on_host) < len(MIXED.subgroups) and arena.size == 16 * 128 * len(on_host)
+    for subgroup in MIXED.subgroups:
+        if subgroup.index in on_host:
+            assert arena[subgroup.index].gradient.numel() == 128
+        else:
+            with pytest.raises(KeyError):
+                arena[subgroup.index]
+
+
+def test_nothing_on_the_host_takes_nothing():
+    arena = Arena(make_plan(640, gpu_budget=12 * 640))
+    assert arena.size == 0
+    arena.close()
+
+
+@pytest.mark.parametrize("ranks, available", [(1, 16 * 704 - 1), (4, 4 * 16 * 704 - 1)])
+def test_what_does_not_fit_is_refused_with_the_numbers(ranks, available):
+    with pytest.raises(
+        ValueError, match=r"host memory: the arenas .* take 0.000 GB.* has 0.000 GB left; raise"
+    ):
+        Arena(PLAN, ranks=ranks, available=available)
+    assert Arena(PLAN, ranks=ranks, available=available + 1).size == 16 * 704
+
+
+def test_more_than_this_machine_has_is_refused():
+    elements = available_bytes() // 16 + 10**9
+    with pytest.raises(ValueError, match=rf"take {16 * elements / 1e9:.3f} GB"):
+        Arena(make_plan(elements, subgroup_size=2**30))
+
+
+def test_gradients_of_two_bytes_are_refused():
+    with pytest.raises(ValueError, match="gradient_bytes 2: must be 4"):
+        Arena(make_plan(640, gradient_bytes=2))
+
+
+def test_memory_the_system_has_not_is_refused():
+    with pytest.raises(RuntimeError, match=r"host memory: \d+.000 GB cannot be mapped"):
+        HostMemory(2**62 // 10**9 * 10**9)
+    with pytest.raises(ValueError, match="size 0: must be >= 1"):
+        HostMemory(0)
+
+
+def test_memory_returns_to_the_system_with_the_last_view():
+    before = resident_bytes()
+    memory = HostMemory(2**26)
+    memory.bytes.fill_(1)
+    assert resident_bytes() > before + 2**25
+    memory.close()
+    del memory
+    assert resident_bytes() < before + 2**25
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+
+def test_stretches_begin_aligned():
+    assert aligned_starts([64, 1, 65, 0, 3]) == ([0, 64, 128, 256, 256], 320)
+
+
+@pytest.mark.gpu
+def test_pinned_memory_is_known_to_pytorch():
+    arena = Arena(PLAN, pinned=True)
+    assert arena[0].gradient.is_pinned()
+    arena.close()
