@@ -2,8 +2,8 @@
 
 - Each queue does one operation at a time: of those that are ready the first in the plan's order. Ready are
   those whose predecessors are done and that hold what they need: a GPU buffer set (from upload to download),
-  a ring slot (from NVMe read to NVMe write). Weights from the CPU go before state that waits for the same
-  link, and what is resident on the GPU is updated while the GPU has nothing else to do.
+  a ring slot (from NVMe read to NVMe write). What is resident on the GPU is updated while the GPU has nothing
+  else to do.
 - Host DRAM is shared: while the operations under way ask for more than it moves, all those that touch it slow
   down by the same factor.
 - Gradients are flushed before the update begins, at the pace of backward where they go during backward.
@@ -42,7 +42,6 @@ from megatron_s2.offload.trace import QUEUES, Event
 
 OURS = "interleaved"
 STRIDES = (2, 3, 4)
-FIRST, IN_TURN, LAST = range(3)
 SCHEDULES = (OURS, "zero_offload", "twinflow", *(f"dos_k{k}" for k in STRIDES), "streaming")
 
 
@@ -200,7 +199,7 @@ class _Operation:
     after: tuple[int, ...] = ()
     takes: str | None = None
     gives: str | None = None
-    urgency: int = IN_TURN
+    in_gaps: bool = False
     start: float = 0.0
     end: float = 0.0
 
@@ -233,7 +232,7 @@ def _operations(plan: OffloadPlan, rates: Rates, step: int) -> list[_Operation]:
         size = subgroup.size
         state, weights, gradients = STATE_BYTES * size, WEIGHT_BYTES * size, plan.gradient_bytes * size
         if subgroup.tier == "gpu":
-            add("gpu", "update", subgroup, size, 0, urgency=LAST)
+            add("gpu", "update", subgroup, size, 0, in_gaps=True)
             continue
         there: tuple[int, ...] = ()
         if subgroup.tier == "nvme":
@@ -250,7 +249,7 @@ def _operations(plan: OffloadPlan, rates: Rates, step: int) -> list[_Operation]:
                 there = (add("d2h", "gradients", subgroup, gradients, gradients, *there),)
             traffic = cpu_update_traffic(plan.gradient_bytes) * size
             updated = add("cpu", "update", subgroup, size, traffic, *there)
-            done = add("h2d", "weights", subgroup, weights, weights, updated, urgency=FIRST)
+            done = add("h2d", "weights", subgroup, weights, weights, updated)
         if subgroup.tier == "nvme":
             add("nvme_write", "state", subgroup, state, state, done, gives="ring")
     return operations
@@ -269,7 +268,7 @@ class _Run:
 
     def play(self) -> None:
         operations = self.operations
-        self._ready: dict[str, list[tuple[int, int]]] = {queue: [] for queue in QUEUES}
+        self._ready: dict[str, list[tuple[bool, int]]] = {queue: [] for queue in QUEUES}
         self._without_slot: dict[str, list[int]] = {pool: [] for pool in self.free}
         missing = [len(op.after) for op in operations]
         followers: list[list[int]] = [[] for _ in operations]
@@ -304,7 +303,7 @@ class _Run:
                 heapq.heappush(self._without_slot[op.takes], index)
                 return
             self.free[op.takes] -= 1
-        heapq.heappush(self._ready[op.queue], (op.urgency, index))
+        heapq.heappush(self._ready[op.queue], (op.in_gaps, index))
 
     def _give(self, pool: str) -> None:
         self.free[pool] += 1

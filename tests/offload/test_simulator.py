@@ -256,6 +256,14 @@ def test_nvme_without_rates_and_negative_times_are_refused():
         compare(10**9, RATES, host_budget=GB)
 
 
+def test_what_is_resident_waits_while_the_gpu_has_other_work():
+    # Subgroups 0 and 2 stay on the GPU. While the first is updated, the others are uploaded.
+    plan = make_plan(4 * SIZE, 1, subgroup_size=SIZE, gpu_budget=STATE_BYTES * SIZE * 2)
+    played = simulate(plan, Rates(cpu=1e9, gpu=1e9, h2d=30e9, d2h=30e9))
+    updated = [event.name for event in played.events if event.queue == "gpu"]
+    assert updated == ["update 0", "update 1", "update 3", "update 2"]
+
+
 def test_what_is_resident_needs_no_choice():
     plan = plan_of(count=8, gpu_budget=STATE_BYTES * SIZE * 8)
     assert auto_plan(plan, RATES) == plan
