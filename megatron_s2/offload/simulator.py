@@ -147,7 +147,7 @@ def compare(
 
     interleaved: ours, the fraction given or the one that the model finds best.
     zero_offload: all on the CPU; gradients are flushed after backward; weights return while the next subgroup
-        is updated.
+        is updated. Nothing is resident on the GPU; without NVMe it is granted what host memory that takes.
     twinflow: a static share resident on the GPU, as large as our budget and buffer sets together; the rest as
         zero_offload.
     dos_k2, ...: Deep Optimizer States with stride k: the GPU updates every k-th streamed subgroup. Otherwise
@@ -176,7 +176,7 @@ def compare(
     same_memory = gpu_budget + STATE_BYTES * base.buffer_sets * base.slot_elements
     plans = {
         OURS: ours,
-        "zero_offload": make_plan(elements, **settings),
+        "zero_offload": make_plan(elements, **settings | ({} if settings["nvme"] else {"host_budget": None})),
         "twinflow": make_plan(elements, gpu_budget=same_memory, **settings),
         **{f"dos_k{k}": base.with_devices(every(streamed, k)) for k in STRIDES},
         "streaming": base.with_fraction(1),

@@ -116,6 +116,13 @@ def test_the_peers_are_what_they_say():
     assert compare(100 * SIZE, RATES, subgroup_size=SIZE, fraction=0.3)["interleaved"].plan.fraction == 0.3
 
 
+def test_a_host_that_holds_ours_only_beside_the_gpu_is_no_hindrance():
+    budgets = {"gpu_budget": STATE_BYTES * SIZE * 50, "host_budget": 16 * SIZE * 50}
+    found = compare(100 * SIZE, RATES, subgroup_size=SIZE, **budgets)
+    assert found["interleaved"].plan.host_bytes == budgets["host_budget"]
+    assert found["zero_offload"].plan.host_bytes == 16 * SIZE * 100
+
+
 def test_only_zero_offload_and_twinflow_flush_after_backward():
     found = compare(100 * SIZE, RATES, subgroup_size=SIZE, backward_seconds=10)
     flush = 4 * 100 * SIZE / 50e9
