@@ -1,0 +1,385 @@
+"""Specification of the executor: the bits of plain AdamW whatever the plan, no hazard, always an end."""
+
+import random
+import threading
+import time
+
+import pytest
+import torch
+from steps import (
+    ELEMENTS,
+    MIXED,
+    NAMES,
+    ON_NVME,
+    SIZES,
+    executor,
+    flush_all,
+    gradients_of,
+    plain_solution,
+    require_same,
+    scale_of,
+    settings_of,
+    state_of,
+    take_steps,
+)
+
+from megatron_s2.offload.arena import Arena
+from megatron_s2.offload.executor import Executor
+from megatron_s2.offload.flat import Parameter
+from megatron_s2.offload.plan import make_plan
+from megatron_s2.offload.queues import HazardError, Queues, ThreadBackend
+
+FRACTIONS = (0.0, 0.25, 0.4, 0.5, 0.75, 1.0)
+SUBGROUP_SIZES = (64, 192, 256, 1024, 3008)
+TIERS = {
+    "host": {},
+    "gpu and host": {"gpu_budget": 12 * 800},
+    "gpu": {"gpu_budget": 12 * ELEMENTS},
+    "host and nvme": ON_NVME,
+    "all three": MIXED,
+    "nvme": ON_NVME | {"host_budget": 16 * 128 * 3},
+}
+
+
+@pytest.fixture(scope="module")
+def truth():
+    return plain_solution()
+
+
+@pytest.fixture
+def build(tmp_path):
+    made = []
+
+    def one(**plan):
+        made.append(executor(tmp_path, **plan))
+        return made[-1]
+
+    yield one
+    for executor_ in made:
+        executor_.close()
+
+
+@pytest.mark.parametrize("subgroup_size", SUBGROUP_SIZES)
+@pytest.mark.parametrize("fraction", FRACTIONS)
+def test_fraction_and_subgroup_size_change_no_bit(build, truth, fraction, subgroup_size):
+    one = build(fraction=fraction, subgroup_size=subgroup_size)
+    take_steps(one, seed=subgroup_size)
+    require_same(state_of(one), truth)
+
+
+@pytest.mark.parametrize("tiers", TIERS.values(), ids=TIERS)
+@pytest.mark.parametrize("fraction", FRACTIONS[::2])
+@pytest.mark.parametrize("buffer_sets", [1, 2, 3])
+def test_tiers_and_buffers_change_no_bit(build, truth, tiers, fraction, buffer_sets):
+    one = build(**tiers, fraction=fraction, buffer_sets=buffer_sets)
+    take_steps(one)
+    require_same(state_of(one), truth)
+
+
+def test_the_fraction_may_change_between_steps(build, truth):
+    one = build(**MIXED)
+    for step, fraction in ((1, 0.0), (2, 1.0), (3, 0.5)):
+        one.plan = one.plan.with_fraction(fraction)
+        take_steps(one, [step])
+    require_same(state_of(one), truth)
+    with pytest.raises(ValueError, match="must differ from the one before in devices only"):
+        one.plan = make_plan(ELEMENTS, subgroup_size=256)
+    flush_all(one, 4)
+    with pytest.raises(ValueError, match="cannot change between a flush of gradients and its step"):
+        one.plan = one.plan.with_fraction(0.2)
+
+
+def test_gradients_are_left_as_they_were(build):
+    one = build(fraction=0.5)
+    given = gradients_of(1)
+    for p, gradient in zip(one.parameters, given):
+        one.flush(p.start, p.stop, gradient)
+    one.step(settings_of(1), 3.0)
+    for gradient, before in zip(given, gradients_of(1)):
+        assert torch.equal(gradient, before)
+
+
+def test_gradients_may_come_from_many_threads(build, truth):
+    one = build(fraction=0.5)
+    for step in (1, 2, 3):
+        threads = [
+            threading.Thread(target=one.flush, args=(p.start, p.stop, g))
+            for p, g in zip(one.parameters, gradients_of(step))
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        one.step(settings_of(step), scale_of(step))
+    require_same(state_of(one), truth)
+
+
+@pytest.mark.parametrize("tiers", [{}, MIXED], ids=["host", "all three"])
+def test_a_skipped_step_leaves_everything_untouched(build, truth, tiers):
+    one = build(**tiers, fraction=0.5)
+    take_steps(one, [1])
+    before = state_of(one)
+    flush_all(one, 77)
+    one.skip()
+    require_same(state_of(one), before)
+    p = one.parameters[0]
+    one.flush(p.start, p.stop, torch.full((100,), float("nan")))
+    one.skip()
+    take_steps(one, [2, 3])
+    require_same(state_of(one), truth)
+
+
+def test_a_step_waits_for_each_flush_on_its_own(tmp_path):
+    """The last subgroup's gradients are slow; the first is updated meanwhile."""
+    first_updated = threading.Event()
+
+    def delay(task):
+        if (task.queue, task.name) == ("d2h", "gradients 11"):
+            assert first_updated.wait(20)
+        if (task.queue, task.name) == ("h2d", "weights 0"):
+            first_updated.set()
+
+    one = executor(tmp_path, delay=delay)
+    for p, gradient in zip(one.parameters, gradients_of(1)):
+        one.flush(p.start, p.stop, gradient)
+    one.step(settings_of(1))
+    assert first_updated.is_set()
+    one.close()
+
+
+# Hazards
+
+
+@pytest.mark.parametrize("first", range(0, 200, 20))
+def test_no_schedule_meets_a_hazard(tmp_path, truth, first):
+    """200 schedules: random delays on every queue, while buffers are held."""
+    for seed in range(first, first + 20):
+        rng = random.Random(seed)
+        lock = threading.Lock()
+
+        def delay(task, rng=rng, lock=lock):
+            with lock:
+                seconds = rng.choice((0, 0, 0, 1e-4, 5e-4)) * (1 + (task.queue == rng.choice(("h2d", "d2h"))))
+            if seconds:
+                time.sleep(seconds)
+
+        one = executor(
+            tmp_path,
+            delay=delay,
+            **rng.choice(list(TIERS.values())),
+            fraction=rng.choice(FRACTIONS),
+            buffer_sets=rng.choice((1, 2, 3)),
+        )
+        try:
+            take_steps(one, seed=seed)
+            require_same(state_of(one), truth)
+        finally:
+            one.close()
+
+
+@pytest.mark.parametrize("queue, name, tiers", [
+    ("gpu", "update", {}), ("d2h", "state", {}), ("h2d", "state", {}), ("h2d", "weights", {}),
+    ("cpu", "update", {}), ("nvme_write", "state", ON_NVME), ("nvme_read", "state", ON_NVME),
+    ("d2h", "gradients", TIERS["nvme"]),
+])  # fmt: skip
+def test_a_missing_dependency_is_found(build, monkeypatch, queue, name, tiers):
+    """The check is not vacuous: without what one kind of task waits for, its hazard shows itself."""
+    submit = Queues.submit
+
+    def careless(self, where, what, run, *, after=(), **others):
+        mine = (where, what.split()[0]) == (queue, name)
+        return submit(self, where, what, run, after=() if mine else after, **others)
+
+    def slow(task):
+        time.sleep(0.002)
+
+    one = build(**tiers, fraction=0.5, delay=slow)
+    monkeypatch.setattr(Queues, "submit", careless)
+    with pytest.raises(HazardError, match=r"is in use by|holds .*, not .* as expected"):
+        take_steps(one)
+
+
+# Failures
+
+
+class BrokenError(Exception):
+    pass
+
+
+def failing(queue, subgroup, at_end):
+    calls = []
+
+    def delay(task):
+        if task.queue == queue and task.name.endswith(f" {subgroup}"):
+            calls.append(task)
+            if len(calls) == 1 + at_end:
+                raise BrokenError(f"{queue} {subgroup}")
+
+    return delay
+
+
+@pytest.mark.parametrize("at_end", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("queue, subgroup", [("h2d", 3), ("d2h", 4), ("cpu", 5), ("gpu", 6)])
+def test_a_failure_ends_the_step_and_is_reported(build, queue, subgroup, at_end):
+    one = build(subgroup_size=128, fraction=0.5, delay=failing(queue, subgroup, at_end))
+    with pytest.raises(BrokenError, match=f"{queue} {subgroup}") as failure:
+        take_steps(one)
+    assert any("optimizer state: " in note for note in failure.value.__notes__)
+    if "resume from the last checkpoint" in failure.value.__notes__[-1]:
+        for call in (lambda: one.read("master", 0, 1), lambda: flush_all(one, 1), lambda: take_steps(one)):
+            with pytest.raises(RuntimeError, match=r"a step failed with \d+ of 24 subgroups changed"):
+                call()
+
+
+@pytest.mark.parametrize("end", ["step", "skip"])
+def test_a_failed_flush_leaves_the_state_whole(build, truth, end):
+    one = build(subgroup_size=3008, delay=failing("d2h", 0, False))
+    flush_all(one, 1)
+    with pytest.raises(BrokenError):
+        one.step(settings_of(1)) if end == "step" else one.skip()
+    take_steps(one)
+    require_same(state_of(one), truth)
+
+
+@pytest.mark.parametrize("tier", ["nvme_read", "nvme_write"])
+def test_a_failing_tier_ends_the_step(build, tier):
+    one = build(**ON_NVME, delay=failing(tier, 7, True))
+    with pytest.raises(BrokenError):
+        take_steps(one)
+
+
+def test_two_failures_are_both_told():
+    queues = Queues({"cpu": 1, "gpu": 1}, ThreadBackend())
+    both = threading.Barrier(2)
+
+    def fail():
+        both.wait()
+        raise BrokenError(threading.current_thread().name)
+
+    for queue in ("cpu", "gpu"):
+        queues.submit(queue, "update 0", fail)
+    with pytest.raises(BrokenError) as failure:
+        queues.join()
+    assert len(failure.value.__notes__) == 1
+    done = []
+    queues.submit("cpu", "update 1", lambda: done.append(1))
+    queues.join()
+    assert done == [1]
+    queues.close()
+    with pytest.raises(RuntimeError, match="cpu update 2: the queues are closed"):
+        queues.submit("cpu", "update 2", fail)
+
+
+def test_the_urgent_goes_first_and_the_rest_in_turn():
+    queues = Queues({"h2d": 1}, ThreadBackend())
+    go, order = threading.Event(), []
+    queues.submit("h2d", "wait", go.wait)
+    for n, urgency in enumerate((2, 1, 1, 0)):
+        queues.submit("h2d", f"{n}", lambda n=n: order.append(n), urgency=urgency)
+    go.set()
+    queues.join()
+    queues.close()
+    assert order == [3, 1, 2, 0]
+
+
+def test_workers_leave_the_threads_of_others_alone():
+    before, inside = torch.get_num_threads(), []
+    queues = Queues({"cpu": 1, "gpu": 1}, ThreadBackend(), {"cpu": 3})
+    for queue in ("cpu", "gpu"):
+        queues.submit(queue, "", lambda: inside.append(torch.get_num_threads()))
+        queues.join()
+    queues.close()
+    assert inside == [3, 1] and torch.get_num_threads() == before
+
+
+# What is refused
+
+
+def test_gradients_missing_or_twice_are_refused(build, truth):
+    one = build()
+    a, b = one.parameters[:2]
+    one.flush(a.start, a.stop, gradients_of(1)[0])
+    with pytest.raises(ValueError, match="flush of elements 50 to 60: 50 was flushed before"):
+        one.flush(50, 60, torch.zeros(10))
+    with pytest.raises(ValueError, match="flush of elements 90 to 140: must lie within one parameter"):
+        one.flush(90, 140, torch.zeros(50))
+    with pytest.raises(ValueError, match="source must have 64 on cpu, not 63"):
+        one.flush(b.start, b.start + 64, torch.zeros(63))
+    one.flush(b.start + 10, b.stop, gradients_of(1)[1][10:])
+    missing = sum(SIZES) - 100 - 448 + 10
+    with pytest.raises(
+        ValueError, match=f"gradients of {missing} elements were not flushed, first {b.start}"
+    ):
+        one.step(settings_of(1))
+    one.skip()
+    take_steps(one)
+    require_same(state_of(one), truth)
+
+
+def test_settings_are_checked_before_anything_happens(build):
+    one = build()
+    flush_all(one, 1)
+    before = state_of(one)
+    with pytest.raises(ValueError, match="settings of 1 groups: parameters have 2"):
+        one.step(settings_of(1)[:1])
+    with pytest.raises(ValueError, match="gradient_scale 0"):
+        one.step(settings_of(1), 0.0)
+    require_same(state_of(one), before)
+    one.step(settings_of(1), scale_of(1))
+    require_same(state_of(one), plain_solution(1))
+
+
+@pytest.mark.parametrize("parameters, message", [
+    ([Parameter(3, torch.zeros(4))], "parameter 0 at 3: must begin at a multiple of 64 >= 0"),
+    ([Parameter(0, torch.zeros(65)), Parameter(64, torch.zeros(4))], "parameter 1 at 64: .* >= 128"),
+    ([Parameter(0, torch.zeros(4).double())], "parameter 0: weights must be flat"),
+    ([Parameter(0, torch.zeros(65))], "plan of 64 elements: parameters have 128, padding included"),
+    ([], "plan of 64 elements: parameters have 0"),
+])  # fmt: skip
+def test_layouts_that_do_not_fit_are_refused(parameters, message):
+    plan = make_plan(64)
+    with pytest.raises(ValueError, match=message):
+        Executor(plan, parameters, ThreadBackend(), Arena(plan))
+
+
+# State at rest
+
+
+@pytest.mark.parametrize("tiers", TIERS.values(), ids=TIERS)
+def test_state_written_is_state_read_and_stepped_from(build, truth, tiers):
+    """Two steps here, moved over there, the third there."""
+    source, target = build(fraction=0.5), build(**tiers, fraction=0.5)
+    take_steps(source, [1, 2])
+    for name in NAMES:
+        whole = source.read(name, 0, ELEMENTS)
+        for start in range(0, ELEMENTS, 300):
+            target.write(name, start, whole[start : start + 300])
+        assert torch.equal(target.read(name, 0, ELEMENTS), whole)
+        assert torch.equal(target.read(name, 77, 1234), whole[77:1234])
+    target.set_weights()
+    require_same(state_of(target), state_of(source))
+    take_steps(target, [3])
+    require_same(state_of(target), truth)
+
+
+def test_names_and_elements_that_are_not_there_are_refused(build):
+    one = build()
+    for name, start, stop in (("weights", 0, 1), ("master", -1, 3), ("master", 0, ELEMENTS + 1)):
+        with pytest.raises(ValueError, match="must be of master, exp_avg, exp_avg_sq and in the state"):
+            one.read(name, start, stop)
+
+
+def test_the_timeline_names_what_each_queue_did(build):
+    one = build(**MIXED, fraction=0.5)
+    take_steps(one, [1])
+    plan, seen = one.plan, {(event.queue, event.name) for event in one.events}
+    for s in plan.subgroups:
+        i, by_gpu = s.index, s.device == "gpu"
+        assert (("gpu" if by_gpu else "cpu"), f"update {i}") in seen
+        assert (
+            (("h2d", f"state {i}") in seen) == (("d2h", f"state {i}") in seen) == (by_gpu and s.tier != "gpu")
+        )
+        assert (("h2d", f"weights {i}") in seen) == (("d2h", f"gradients {i}") in seen) == (not by_gpu)
+        assert (("nvme_write", f"state {i}") in seen) == (s.tier == "nvme")
+    starts = [event.start for event in one.events]
+    assert starts == sorted(starts) and starts[0] >= 0
