@@ -196,8 +196,6 @@ class _File:
             _refuse_or_discard(self._descriptor, self.path, owner)
             header = json.dumps({"version": VERSION, "owner": owner, "bytes": size, "records": records})
             page = MAGIC + b"\n" + header.encode()
-            if len(page) > PAGE:
-                raise ValueError(f"owner {owner[:40]}…: must be shorter")
             memory = HostMemory(PAGE)
             memory.view()[: len(page)] = page
             self.write(memory.view(), 0)
