@@ -270,12 +270,12 @@ def settle_for_s2(args: Namespace, argv: Sequence[str], asked_by: str) -> list[s
 
 
 def take_from_checkpoint(args: Namespace, saved: Namespace) -> None:
-    """Takes the S2 flags of a checkpoint's arguments where the command line gives none
+    """Takes the S2 flags that a checkpoint depends on from its arguments where the command line gives none
     (`--use-checkpoint-args`; call it before `validate_s2_args`)."""
     if not getattr(saved, "s2_attention", False):
         return
     args.s2_attention = True
-    for name in (n for n in vars(args) if n.startswith("s2_")):
+    for name in (n for n in (*_CHECKPOINTED, "s2_learnable_sink") if n in args and n.startswith("s2_")):
         if getattr(args, name) is None:
             setattr(args, name, getattr(saved, name, None))
     args.softmax_type = saved.softmax_type if args.softmax_type == "vanilla" else args.softmax_type

@@ -345,6 +345,7 @@ class S2Pattern(BlockPattern):
             vert_stride=tuple(self.strides[g] for g in heads),
             phases=tuple(self.head_phases[g] for g in heads),
             num_dense_heads=0,
+            layer=0,  # it moves default phases only, and these are given: equal heads make equal patterns
             warn_lost=False,
         )
 

@@ -62,7 +62,10 @@ def arguments() -> CommandParser:
 
 
 def planned(args: argparse.Namespace, context_parallel: int) -> ModelPlan:
-    args.group_query_attention = args.num_query_groups is not None
+    if args.num_query_groups is not None:
+        args.group_query_attention = True
+    elif args.group_query_attention:
+        args.num_query_groups = 1  # as in Megatron
     heads, hidden = args.num_attention_heads, args.hidden_size
     if args.kv_channels is None and (hidden is None or heads < 1 or hidden % heads):
         raise ValueError(

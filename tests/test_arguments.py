@@ -9,7 +9,13 @@ from dataclasses import fields
 import pytest
 from megatron_arguments import parse
 
-from megatron_s2.arguments import _BYPASSES, add_s2_args, settings_from_args, validate_s2_args
+from megatron_s2.arguments import (
+    _BYPASSES,
+    add_s2_args,
+    settings_from_args,
+    take_from_checkpoint,
+    validate_s2_args,
+)
 from megatron_s2.config import S2TransformerConfig, s2_settings
 from megatron_s2.parallel.planner import Cluster
 from megatron_s2.settings import S2Settings
@@ -229,3 +235,14 @@ def test_bad_input_is_refused_by_flag_and_value(words, message):
 def test_a_model_without_layers_or_heads_is_refused():
     assert refusal("--s2-attention --num-attention-heads 4") == "--num-layers: must be given"
     assert refusal("--s2-attention --num-layers 2") == "--num-attention-heads: must be given"
+
+
+def test_use_checkpoint_args_takes_the_attention_and_nothing_of_the_machine():
+    saved, _ = validated(f"{S2} --s2-vert-stride 4 --s2-sink-blocks 1 --s2-learnable-sink --s2-backend torch "
+                         "--s2-cp-schedule a2a --s2-gpus-per-node 4 --s2-autotune")  # fmt: skip
+    args = parse(f"{MODEL} --s2-sink-blocks 2".split())
+    take_from_checkpoint(args, saved)
+    assert args.s2_attention and args.s2_vert_stride == 4 and args.softmax_type == "learnable"
+    assert args.s2_sink_blocks == 2
+    for name in ("backend", "cp_schedule", "gpus_per_node", "autotune"):
+        assert getattr(args, f"s2_{name}") is None

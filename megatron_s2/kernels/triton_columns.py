@@ -68,7 +68,7 @@ def s2_bwd_kernel_dkv_shard(
         seq_q = tl.load(p_tiles + 4 * i_n + 1)
         room = tl.load(p_tiles + 4 * i_n + 3).to(tl.int64)
         i_n = tl.load(p_tiles + 4 * i_n + 2)
-    first, stride = tl.load(p_heads + 3 * i_g), tl.load(p_heads + 3 * i_g + 1)
+    first, stride = tl.load(p_heads + 4 * i_g), tl.load(p_heads + 4 * i_g + 1)
     end = q_start + seq_q
     tokens = shard_count(tl.maximum(0, (end - 1) // BLOCK - window + 1), first, stride, sinks) * BLOCK
     if i_n * BN >= tokens:
@@ -79,9 +79,10 @@ def s2_bwd_kernel_dkv_shard(
     p_lse += o_b * s_lb + i_g * group * s_lh + doc
     p_delta += o_b * s_lb + i_g * group * s_lh + doc
     if COMPACT:
-        room = tl.load(p_heads + 3 * i_g + 2).to(tl.int64)
-        p_ks += o_b * s_ksb + room * s_kst
-        p_vs += o_b * s_vsb + room * s_vst
+        place = tl.load(p_heads + 4 * i_g + 2).to(tl.int64)
+        room = tl.load(p_heads + 4 * i_g + 3).to(tl.int64)
+        p_ks += o_b * s_ksb + place * s_kst
+        p_vs += o_b * s_vsb + place * s_vst
     else:
         p_ks += o_b * s_ksb + doc * s_kst + i_g * s_ksh
         p_vs += o_b * s_vsb + doc * s_vst + i_g * s_vsh
@@ -172,7 +173,7 @@ def s2_bwd_kernel_dkv_window(
         seq_k = seq_q
         room = tl.load(p_tiles + 4 * i_n + 3).to(tl.int64)
         i_n = tl.load(p_tiles + 4 * i_n + 2)
-    first, stride = tl.load(p_heads + 3 * i_g), tl.load(p_heads + 3 * i_g + 1)
+    first, stride = tl.load(p_heads + 4 * i_g), tl.load(p_heads + 4 * i_g + 1)
     o_b = i_b.to(tl.int64)
     p_q += o_b * s_qb + doc * s_qt + i_g * group * s_qh
     p_do += o_b * s_dob + doc * s_dot + i_g * group * s_doh

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import accumulate
 from statistics import median
 
 import torch
@@ -129,7 +130,14 @@ class Work:
     def heads(self) -> Tensor:
         firsts, strides = self.shape[3::2], self.shape[4::2]
         places = self.places or (0,) * len(firsts)
-        return _on_device(tuple(x for head in zip(firsts, strides, places) for x in head), 3, self.q.device)
+        rooms = [end - tokens for end, tokens in zip(accumulate(self.seen), self.seen)]
+        heads = zip(firsts, strides, places, rooms)
+        return _on_device(tuple(x for head in heads for x in head), 4, self.q.device)
+
+    @property
+    def seen(self) -> list[int]:
+        """Of each head's shard, the tokens that some query sees beyond its window, with one document."""
+        return self._seen(self.q.shape[1])
 
     @property
     def pattern(self) -> tuple[int, int, float]:
@@ -144,12 +152,15 @@ class Work:
 
     def shard_tokens(self, length: int) -> int:
         """Tokens of the largest head's shard that some row of a document sees beyond its window."""
+        return max(self._seen(length))
+
+    def _seen(self, length: int) -> list[int]:
         block, window, sinks = self.shape[:3]
         before = max(0, (self.q_start + length - 1) // block - window + 1)
-        return block * max(
-            min(before, sinks) + max(0, -(-(before - first) // stride))
+        return [
+            block * (min(before, sinks) + max(0, -(-(before - first) // stride)))
             for first, stride in zip(self.shape[3::2], self.shape[4::2])
-        )
+        ]
 
     def constants(self, tiles: Tiles) -> dict:
         """What all kernels are specialised for."""
@@ -210,8 +221,8 @@ def launch_columns(work: Work, dout: Tensor, lse: Tensor, delta: Tensor, dk: Ten
 
 
 def launch_shard_columns(work: Work, dout: Tensor, lse: Tensor, delta: Tensor) -> list[Tensor]:
-    """dK and dV of the shard in float32, `[splits, batch, tokens, kv_heads, dim]` (of a compact source, 1 for
-    the heads), yet to be added up."""
+    """dK and dV of the shard in float32, yet to be added up: `[splits, batch, tokens, kv_heads, dim]`; of a
+    compact source `[splits, batch, tokens, dim]`, the `work.seen` tokens of each head one after another."""
     q, k = work.q, work.k
     batch, kv_heads = k.shape[0], k.shape[2]
     tiles = work.tiles("dkv")
@@ -222,12 +233,9 @@ def launch_shard_columns(work: Work, dout: Tensor, lse: Tensor, delta: Tensor) -
         room += tokens
     longest = max(length for _, length in work.documents)
     splits = work.tuning.splits(len(shard) * batch * kv_heads, longest) if shard else 0
-    if work.k_shard is None:
-        shapes = [(splits, batch, room, kv_heads, x.shape[-1]) for x in (k, work.v)]
-        parts = [q.new_empty(shape, dtype=torch.float32) for shape in shapes]
-    else:
-        # Of a source that others read further, some tokens may be left out here.
-        parts = [q.new_zeros(splits, *x.shape, dtype=torch.float32) for x in (work.k_shard, work.v_shard)]
+    compact = work.k_shard is not None
+    heads = [sum(work.seen)] if compact else [room, kv_heads]
+    parts = [q.new_empty(splits, batch, *heads, x.shape[-1], dtype=torch.float32) for x in (k, work.v)]
     if shard:
         s2_bwd_kernel_dkv_shard[(len(shard), splits, batch * kv_heads)](
             q, *work.sources[2:], dout, lse, delta, *parts, work.heads, *work.lists("dkv"),
@@ -268,7 +276,9 @@ def launch_window_columns(
 
 
 def _part_strides(parts: list[Tensor]) -> list[int]:
-    return [stride for part in parts for stride in part.stride()[:4]]
+    """Strides of split, batch, token and, where they are apart, head."""
+    strides = [part.stride()[:-1] for part in parts]
+    return [stride for of_part in strides for stride in (*of_part, 0)[:4]]
 
 
 def launch_delta(dout: Tensor, out: Tensor, dlse: Tensor | None, delta: Tensor) -> None:

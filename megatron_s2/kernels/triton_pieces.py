@@ -67,8 +67,10 @@ class TritonPiece:
             for grad, part in zip((dk, dv), window):
                 grad += part
         else:
-            for grad, parts in zip((dk, dv), launch_shard_columns(work, dout, lse, delta)):
-                grad += parts.sum(0)[:, :, 0]
+            parts = launch_shard_columns(work, dout, lse, delta)
+            for grad, of_heads in zip((dk, dv), (part.split(work.seen, 2) for part in parts)):
+                for (start, _), part in zip(self.shards, of_heads):
+                    grad[:, start : start + part.shape[2]] += part.sum(0)
 
     def _reads(self, source: str) -> bool:
         return source == "window" or any(start < stop for start, stop in self.shards)

@@ -103,13 +103,13 @@ def s2_row_kernel(
         doc = tl.load(p_tiles + 3 * i_m).to(tl.int64)
         seq_q = tl.load(p_tiles + 3 * i_m + 1)
         i_m = tl.load(p_tiles + 3 * i_m + 2)
-    first, stride = tl.load(p_heads + 3 * i_g), tl.load(p_heads + 3 * i_g + 1)
+    first, stride = tl.load(p_heads + 4 * i_g), tl.load(p_heads + 4 * i_g + 1)
     o_b = i_b.to(tl.int64)
     p_q += o_b * s_qb + doc * s_qt + i_h * s_qh
     p_k += o_b * s_kb + (doc - k_start) * s_kt + i_g * s_kh
     p_v += o_b * s_vb + (doc - k_start) * s_vt + i_g * s_vh
     if COMPACT:
-        place = tl.load(p_heads + 3 * i_g + 2).to(tl.int64)
+        place = tl.load(p_heads + 4 * i_g + 2).to(tl.int64)
         p_ks += o_b * s_ksb + place * s_kst
         p_vs += o_b * s_vsb + place * s_vst
     else:

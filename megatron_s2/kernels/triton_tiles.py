@@ -1,8 +1,8 @@
 """What the Triton kernels share: where a head's shard lies, and what a query sees of a run of keys.
 
-The functions are those of `S2Pattern`, on device. A head's shard is described by three integers: `first`, its
-first block after the sinks, `stride`, and where in a compact source (of all heads' shards one after another)
-it begins.
+The functions are those of `S2Pattern`, on device. A head's shard is described by four integers: `first`, its
+first block after the sinks, `stride`, and where it begins in a compact source (of all heads' shards one after
+another) and among the parts of its gradients.
 
 An arbitrary mask (CSR, a constant of each kernel) is a dense head with a window of one block, of whose shard
 a row sees the blocks in its list alone. Its tables hold what is visible before the diagonal: the blocks of

@@ -209,9 +209,9 @@ class _Indices:
     halo_unpack: Tensor
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def _indices(plan: GatherPlan, device: torch.device) -> _Indices:
-    # Few are kept: the plans of packed documents never come again, and a backward holds its own.
+    # As many as there are plans: those of packed documents never come again, and a backward holds its own.
     names = [field.name for field in fields(_Indices)][1:]
     return _Indices(plan, *(torch.as_tensor(getattr(plan, name), device=device) for name in names))
 

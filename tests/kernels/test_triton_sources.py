@@ -89,8 +89,7 @@ def test_a_window_slice_and_a_compact_shard_give_what_the_whole_gives(q_start, t
     for expected, of_window, of_shard in zip(exact, window, launch_shard_columns(sources, dout, lse, delta)):
         got = torch.zeros_like(expected)
         got[:, k_start:] += of_window
-        for head, blocks in enumerate(shards(rows)):
-            for n, block in enumerate(blocks):
-                start = places(rows)[head] + n * B
-                got[:, block * B : block * B + B, head] += of_shard.sum(0)[:, start : start + B, 0]
+        for head, part in enumerate(of_shard.sum(0).split(sources.seen, 1)):
+            for n, block in enumerate(shards(rows)[head]):
+                got[:, block * B : block * B + B, head] += part[:, n * B : n * B + B]
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)

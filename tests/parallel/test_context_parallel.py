@@ -4,6 +4,8 @@ Case ids read B batch, T tokens of the whole sequence, H KV heads, HQ query head
 special, then the number of ranks and the schedule.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from kernels.attention_cases import Case, packed, s2
@@ -11,7 +13,9 @@ from ranks import run_on_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megatron_s2 import S2Pattern
 from megatron_s2.kernels.compare import attention_results, require_as_exact_as_plain, require_equal
+from megatron_s2.parallel.assignment import plan_gather
 from megatron_s2.parallel.attention import context_parallel_attention
 from megatron_s2.parallel.exchange import Exchange
 from megatron_s2.parallel.layout import Zigzag
@@ -177,31 +181,43 @@ def test_the_bytes_counted_are_the_bytes_predicted(on_ranks, case, schedule):
 
 
 class LargestTensor(TorchDispatchMode):
-    """Counts the elements of the largest tensor that any operation returns."""
+    """Counts the bytes of the largest tensor that any operation returns."""
 
-    elements = 0
+    bytes = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **kwargs or {})
         for x in tree_leaves(result):
             if isinstance(x, torch.Tensor):
-                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
+                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
         return result
 
 
-def largest_tensor(rank: int, schedule: str) -> int:
-    case, exchange = ALL_HELD, Exchange(torch.distributed.group.WORLD)
+def largest_tensor(rank: int, case: Case, schedule: str, backend: str) -> int:
+    exchange = Exchange(torch.distributed.group.WORLD)
     inputs = case.inputs(torch.float32)
     mine = torch.as_tensor(Zigzag(exchange.ranks, case.queries).positions(rank))
     q, k, v, dout = (inputs[name][:, mine] for name in ("q", "k", "v", "dout"))
-    del inputs
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     with LargestTensor() as largest:
-        context_parallel_attention(q, k, v, case.pattern, exchange, schedule).backward(dout)
-    return largest.elements
+        out = context_parallel_attention(q, k, v, case.pattern, exchange, schedule, backend=backend)
+        out.backward(dout)
+    return largest.bytes
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_no_rank_holds_all_keys(tmp_path, schedule):
-    all_keys = ALL_HELD.queries * ALL_HELD.pattern.num_kv_heads * ALL_HELD.dim
-    assert max(run_on_ranks(4, largest_tensor, tmp_path, schedule)) < all_keys
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_no_rank_holds_all_keys(tmp_path, monkeypatch, schedule, backend):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    case = ALL_HELD if backend == "torch" else replace(ALL_HELD, queries=1024)
+    all_keys = case.queries * case.pattern.num_kv_heads * case.dim * torch.float32.itemsize
+    assert max(run_on_ranks(4, largest_tensor, tmp_path, case, schedule, backend)) < all_keys
+
+
+def test_layers_of_equal_pattern_share_one_plan():
+    plan_gather.cache_clear()
+    pattern = S2Pattern(num_kv_heads=8, block_size=16, local_blocks=2, vert_stride=16)
+    for layer in 2 * list(range(80)):
+        of_rank = pattern.for_layer(layer).tp_slice(0, 2)
+        plan_gather(of_rank, Zigzag(4, 1024), 1, ((0, 1024),))
+    assert plan_gather.cache_info().misses == 2
