@@ -28,8 +28,19 @@ from megatron_s2.offload.adam import (
 from megatron_s2.offload.arena import Arena
 from megatron_s2.offload.flat import Gradients, Parameter, Piece, Run, check_layout, runs_of
 from megatron_s2.offload.nvme import NvmeTier
+from megatron_s2.offload.places import Places
 from megatron_s2.offload.plan import OffloadPlan, Subgroup
-from megatron_s2.offload.queues import FIRST, LAST, Backend, Buffer, Queues, Task, Use
+from megatron_s2.offload.queues import (
+    FIRST,
+    IN_TURN,
+    LAST,
+    ON_DEVICE,
+    Backend,
+    Buffer,
+    Queues,
+    Task,
+    Use,
+)
 from megatron_s2.offload.trace import Event
 
 
@@ -60,35 +71,11 @@ class Executor:
         cpu_threads: int = 1,
     ) -> None:
         check_layout(plan, parameters, backend.device)
-        on_nvme = [s for s in plan.subgroups if s.tier == "nvme"]
-        if [s.size for s in on_nvme] != list(tier.sizes if tier else ()):
-            raise ValueError(f"tier: must be of the plan's {len(on_nvme)} subgroups of tier nvme")
-        self._plan, self._backend, self._arena, self._tier = plan, backend, arena, tier
+        self._plan, self._backend = plan, backend
+        self._places = Places(plan, backend.device, arena, tier)
         self._parameters = [p for p in parameters if p.weights.numel()]
         self._runs = {s.index: runs_of(s, self._parameters) for s in plan.subgroups}
-        self._number = {s.index: j for j, s in enumerate(on_nvme)}  # of a subgroup within its tier
-
-        device = backend.device
-        self._resident = {
-            s.index: State(*torch.zeros(3, s.size, device=device)) for s in plan.subgroups if s.tier == "gpu"
-        }
-        self._sets = [
-            State(*torch.empty(3, plan.slot_elements, device=device)) for _ in range(plan.buffer_sets)
-        ]
-        # What is in each place, so that queues find out if somebody is there too early. State of subgroup i
-        # after v steps is (i, v).
-        self._version = 0
-        self._homes = {s.index: Buffer(f"state {s.index}", (s.index, 0)) for s in plan.subgroups}
-        self._gradients = {
-            s.index: Buffer(f"gradients {s.index}") for s in plan.subgroups if s.tier == "host"
-        }
-        self._set_buffers = [Buffer(f"buffer set {n}") for n in range(plan.buffer_sets)]
-        slots = range(tier.slots if tier else 0)
-        self._slots = [Buffer(f"ring slot {n}") for n in slots]
-        self._slot_gradients = [Buffer(f"gradients of ring slot {n}") for n in slots]
-        self._unsaved: set[int] = set()  # subgroups that `write` changed in their slots
-
-        self._flushed = Gradients(self._parameters, device)
+        self._flushed = Gradients(self._parameters, backend.device)
         self._flushes: dict[int, list[Task]] = {}  # of subgroups that the CPU updates
         self._broken: str | None = None
         self._lock = threading.RLock()
@@ -106,7 +93,7 @@ class Executor:
     @plan.setter
     def plan(self, plan: OffloadPlan) -> None:
         with self._lock:
-            if _places(plan) != _places(self._plan):
+            if _layout_of(plan) != _layout_of(self._plan):
                 raise ValueError("plan: must differ from the one before in devices only")
             if self._flushed:
                 raise ValueError("plan: cannot change between a flush of gradients and its step")
@@ -166,14 +153,14 @@ class Executor:
                 raise ValueError(f"settings of {len(settings)} groups: parameters have {groups}")
             self._flushed.check_complete()
             try:
-                self._save_written()
-                self._submit(settings, gradient_scale, self._backend.mark())
+                self._places.save_changes()
+                self._submit(_Step(tuple(settings), gradient_scale, self._backend.mark(), self._places))
                 self._queues.join()
             except BaseException as error:
                 self._queues.abandon(error)
                 self._after_failure(error)
                 raise
-            self._version += 1
+            self._places.version += 1
             self._forget_gradients()
 
     def skip(self) -> None:
@@ -197,7 +184,8 @@ class Executor:
         """
         out = torch.empty(max(stop - start, 0))
         with self._lock:
-            for place, a, b in self._stretches(name, start, stop):
+            self._check_whole()
+            for place, a, b in self._places.stretches(self._plan, name, start, stop):
                 out[a - start : b - start].copy_(place)
         return out
 
@@ -212,7 +200,9 @@ class Executor:
         """
         values = values.detach().reshape(-1)
         with self._lock:
-            for place, a, b in self._stretches(name, start, start + values.numel(), changes=True):
+            self._check_whole()
+            stop = start + values.numel()
+            for place, a, b in self._places.stretches(self._plan, name, start, stop, changes=True):
                 place.copy_(values[a - start : b - start])
 
     def set_masters(self) -> None:
@@ -228,11 +218,7 @@ class Executor:
     def close(self) -> None:
         """End the queues, let go of all memory and remove the files on NVMe."""
         self._queues.close()
-        self._arena.close()
-        if self._tier:
-            self._tier.close()
-        self._resident.clear()
-        self._sets.clear()
+        self._places.close()
         self._flushed.clear()
 
     # Gradients
@@ -242,141 +228,146 @@ class Executor:
         index = subgroup.index
         sent = self._flushes.setdefault(index, [])
         start, stop = max(piece.start, subgroup.start), min(piece.stop, subgroup.stop)
-        target = self._arena[index].gradient[start - subgroup.start : stop - subgroup.start]
+        target = self._places.gradient(subgroup)[start - subgroup.start : stop - subgroup.start]
         source = piece.source[start - piece.start : stop - piece.start]
-        before = ("gradients", len(sent)) if sent else None
         task = self._queues.submit(
             "d2h",
             f"gradients {index}",
             partial(self._after, mark, partial(target.copy_, source, non_blocking=True)),
             after=sent[-1:],
-            uses=[Use(self._gradients[index], before, ("gradients", len(sent) + 1))],
+            uses=[Use(self._places.gradients[index], _sent(len(sent)), _sent(len(sent) + 1))],
         )
         sent.append(task)
 
     def _forget_gradients(self) -> None:
         self._flushed.clear()
         self._flushes = {}
-        for buffer in (*self._gradients.values(), *self._slot_gradients, *self._set_buffers):
-            buffer.content = None
+        self._places.forget_step()
 
     # The step
 
-    def _submit(self, settings: Sequence[AdamW], scale: float, mark: object) -> None:
+    def _submit(self, step: _Step) -> None:
         """All tasks of a step, in the plan's order."""
-        version = self._version
-        self._in_slot = [buffer.content for buffer in self._slots]
-        self._slot_given: list[list[Task]] = [[] for _ in self._slots]
-        self._slot_gradient_given: list[list[Task]] = [[] for _ in self._slots]
-        set_given: list[list[Task]] = [[] for _ in self._sets]
-        on_gpu = 0
-
-        def submit(queue: str, name: str, run: Callable[[], object], **others: object) -> Task:
-            return self._queues.submit(queue, name, partial(self._after, mark, run), **others)
-
-        for subgroup in self._plan.order(version):
-            i, old, new = subgroup.index, (subgroup.index, version), (subgroup.index, version + 1)
+        for subgroup in self._plan.order(step.version):
             if subgroup.tier == "gpu":
-                update = partial(self._update_there, self._resident[i], subgroup, settings, scale)
-                submit("gpu", f"update {i}", update, uses=[Use(self._homes[i], old, new)], urgency=LAST)
+                update = partial(self._update_there, self._places.state(subgroup), subgroup, step)
+                uses = [Use(self._places.homes[subgroup.index], step.old(subgroup), step.new(subgroup))]
+                self._do(step, "gpu", "update", subgroup, update, uses=uses, urgency=LAST)
                 continue
-            home, there = self._homes[i], []
+            there = self._bring(step, subgroup) if subgroup.tier == "nvme" else []
+            through = self._through_gpu if subgroup.device == "gpu" else self._through_cpu
+            done = through(step, subgroup, there)
             if subgroup.tier == "nvme":
-                home = self._slots[self._tier.slot_of(self._number[i])]
-                there = self._bring(subgroup, submit)
-            if subgroup.device == "gpu":
-                n = on_gpu % len(self._sets)
-                on_gpu += 1
-                done = self._through_gpu(subgroup, home, n, [*there, *set_given[n]], settings, scale, submit)
-                set_given[n] = [done]
-            else:
-                done = self._through_cpu(subgroup, home, there, settings, scale, submit)
-            if subgroup.tier == "nvme":
-                self._put_back(subgroup, done, submit)
+                self._put_back(step, subgroup, done)
 
-    def _through_gpu(self, subgroup, home, n, after, settings, scale, submit) -> Task:
-        """Up, updated and down again, by buffer set n."""
-        i, old, new = subgroup.index, (subgroup.index, self._version), (subgroup.index, self._version + 1)
-        host, there, buffer = self._state(subgroup), self._sets[n].cut(0, subgroup.size), self._set_buffers[n]
-        up = submit(
-            "h2d",
-            f"state {i}",
-            partial(_copy, there, host),
-            after=after,
+    def _do(
+        self,
+        step: _Step,
+        queue: str,
+        what: str,
+        subgroup: Subgroup,
+        run: Callable[[], object],
+        *,
+        after: Sequence[Task] = (),
+        uses: Sequence[Use],
+        urgency: int = IN_TURN,
+    ) -> Task:
+        """Submit a task about a subgroup; on the device it comes after what the caller of `step` began."""
+        if queue in ON_DEVICE:
+            run = partial(self._after, step.mark, run)
+        name = f"{what} {subgroup.index}"
+        return self._queues.submit(queue, name, run, after=after, uses=uses, urgency=urgency)
+
+    def _home(self, subgroup: Subgroup) -> Buffer:
+        """From which updates take its state."""
+        if subgroup.tier == "nvme":
+            return self._places.slots[self._places.slot(subgroup)]
+        return self._places.homes[subgroup.index]
+
+    def _through_gpu(self, step: _Step, subgroup: Subgroup, there: Sequence[Task]) -> Task:
+        """Up, updated and down again, by the buffer set whose turn it is."""
+        n = step.on_gpu % len(self._places.sets)
+        step.on_gpu += 1
+        old, new = step.old(subgroup), step.new(subgroup)
+        home, buffer = self._home(subgroup), self._places.set_buffers[n]
+        on_host, on_gpu = self._places.state(subgroup), self._places.sets[n].cut(0, subgroup.size)
+        up = self._do(
+            *(step, "h2d", "state", subgroup, partial(_copy, on_gpu, on_host)),
+            after=[*there, *step.set_given.get(n, [])],
             uses=[Use(home, old, ("away", *old)), Use(buffer, None, old)],
         )
-        updated = submit(
-            "gpu",
-            f"update {i}",
-            partial(self._update_there, there, subgroup, settings, scale),
+        updated = self._do(
+            *(step, "gpu", "update", subgroup, partial(self._update_there, on_gpu, subgroup, step)),
             after=[up],
             uses=[Use(buffer, old, new)],
         )
-        return submit(
-            "d2h",
-            f"state {i}",
-            partial(_copy, host, there),
+        down = self._do(
+            *(step, "d2h", "state", subgroup, partial(_copy, on_host, on_gpu)),
             after=[updated],
             uses=[Use(buffer, new, None), Use(home, ("away", *old), new)],
         )
+        step.set_given[n] = [down]
+        return down
 
-    def _through_cpu(self, subgroup, home, there, settings, scale, submit) -> Task:
+    def _through_cpu(self, step: _Step, subgroup: Subgroup, there: Sequence[Task]) -> Task:
         """Updated where it is; its weights go up. Gradients of tier `nvme` come down only now."""
-        i, old, new = subgroup.index, (subgroup.index, self._version), (subgroup.index, self._version + 1)
+        gradient, weights = self._places.gradient(subgroup), ("weights", subgroup.index)
         if subgroup.tier == "nvme":
-            slot = self._tier.slot_of(self._number[i])
-            gradient = self._tier.slice_of(self._number[i]).gradient
-            buffer, filled = self._slot_gradients[slot], ("gradients", i)
-            came = submit(
-                "d2h",
-                f"gradients {i}",
-                partial(self._flushed.gather, subgroup.start, subgroup.stop, gradient),
-                after=[*there, *self._slot_gradient_given[slot]],
+            slot = self._places.slot(subgroup)
+            buffer, filled = self._places.slot_gradients[slot], ("gradients", subgroup.index)
+            gather = partial(self._flushed.gather, subgroup.start, subgroup.stop, gradient)
+            came = self._do(
+                *(step, "d2h", "gradients", subgroup, gather),
+                after=[*there, *step.slot_gradient_given.get(slot, [])],
                 uses=[Use(buffer, None, filled)],
             )
-            after = [*there, came]
+            there = [*there, came]
         else:
-            gradient = self._arena[i].gradient
-            after = self._flushes.get(i, [])[-1:]
-            buffer, filled = self._gradients[i], ("gradients", len(self._flushes[i])) if after else None
-        updated = submit(
-            "cpu",
-            f"update {i}",
-            partial(self._update_here, subgroup, gradient, settings, scale),
-            after=after,
-            uses=[Use(home, old, new), Use(buffer, filled, ("weights", i))],
+            sent = self._flushes.get(subgroup.index, [])
+            buffer, filled = self._places.gradients[subgroup.index], _sent(len(sent))
+            there = sent[-1:]
+        updated = self._do(
+            *(step, "cpu", "update", subgroup, partial(self._update_here, subgroup, gradient, step)),
+            after=there,
+            uses=[
+                Use(self._home(subgroup), step.old(subgroup), step.new(subgroup)),
+                Use(buffer, filled, weights),
+            ],
         )
-        sent = submit(
-            "h2d",
-            f"weights {i}",
-            partial(self._send_weights, subgroup, gradient),
+        sent = self._do(
+            *(step, "h2d", "weights", subgroup, partial(self._send_weights, subgroup, gradient)),
             after=[updated],
-            uses=[Use(buffer, ("weights", i), None)],
+            uses=[Use(buffer, weights, None)],
             urgency=FIRST,
         )
         if subgroup.tier == "nvme":
-            self._slot_gradient_given[slot] = [sent]
+            step.slot_gradient_given[slot] = [sent]
         return updated
 
-    def _bring(self, subgroup: Subgroup, submit: Callable[..., Task]) -> list[Task]:
+    def _bring(self, step: _Step, subgroup: Subgroup) -> list[Task]:
         """From NVMe into its slot, if it is not there yet."""
-        i, j = subgroup.index, self._number[subgroup.index]
-        slot, old = self._tier.slot_of(j), (subgroup.index, self._version)
-        before, self._in_slot[slot] = self._in_slot[slot], old
+        slot, old = self._places.slot(subgroup), step.old(subgroup)
+        before, step.in_slot[slot] = step.in_slot[slot], old
         if before == old:
             return []
-        uses = [Use(self._homes[i], old, old), Use(self._slots[slot], before, old)]
-        load = partial(self._tier.load, j)
-        return [submit("nvme_read", f"state {i}", load, after=self._slot_given[slot], uses=uses)]
+        load = partial(self._places.tier.load, self._places.number(subgroup))
+        uses = [
+            Use(self._places.homes[subgroup.index], old, old),
+            Use(self._places.slots[slot], before, old),
+        ]
+        after = step.slot_given.get(slot, [])
+        return [self._do(step, "nvme_read", "state", subgroup, load, after=after, uses=uses)]
 
-    def _put_back(self, subgroup: Subgroup, done: Task, submit: Callable[..., Task]) -> None:
+    def _put_back(self, step: _Step, subgroup: Subgroup, done: Task) -> None:
         """From its slot to NVMe; it stays there until another one comes."""
-        i, j = subgroup.index, self._number[subgroup.index]
-        slot, old, new = self._tier.slot_of(j), (i, self._version), (i, self._version + 1)
-        uses = [Use(self._slots[slot], new, new), Use(self._homes[i], old, new)]
-        store = partial(self._tier.store, j)
-        self._slot_given[slot] = [submit("nvme_write", f"state {i}", store, after=[done], uses=uses)]
-        self._in_slot[slot] = new
+        slot, old, new = self._places.slot(subgroup), step.old(subgroup), step.new(subgroup)
+        store = partial(self._places.tier.store, self._places.number(subgroup))
+        uses = [
+            Use(self._places.slots[slot], new, new),
+            Use(self._places.homes[subgroup.index], old, new),
+        ]
+        written = self._do(step, "nvme_write", "state", subgroup, store, after=[done], uses=uses)
+        step.slot_given[slot], step.in_slot[slot] = [written], new
 
     # What tasks do
 
@@ -384,31 +375,32 @@ class Executor:
         self._backend.wait(mark)
         run()
 
-    def _update_here(self, subgroup: Subgroup, gradient: torch.Tensor, settings, scale: float) -> None:
-        state = self._state(subgroup)
+    def _update_here(self, subgroup: Subgroup, gradient: torch.Tensor, step: _Step) -> None:
+        state = self._places.state(subgroup)
         for run in self._runs[subgroup.index]:
             a, b = run.start - subgroup.start, run.end - subgroup.start
             gradient[run.stop - subgroup.start : b].zero_()
             weights = run.in_place_of(gradient[a:b])
-            update_on_cpu(state.cut(a, b), gradient[a:b], weights, settings[run.group], scale)
+            settings = step.settings[run.group]
+            update_on_cpu(state.cut(a, b), gradient[a:b], weights, settings, step.gradient_scale)
 
     def _send_weights(self, subgroup: Subgroup, gradient: torch.Tensor) -> None:
         for run in self._runs[subgroup.index]:
             a, b = run.start - subgroup.start, run.end - subgroup.start
             run.weights.copy_(run.in_place_of(gradient[a:b]), non_blocking=True)
 
-    def _update_there(self, state: State, subgroup: Subgroup, settings, scale: float) -> None:
+    def _update_there(self, state: State, subgroup: Subgroup, step: _Step) -> None:
         """On the backend's device, state there; gradients are where backward left them."""
         for run in self._runs[subgroup.index]:
             if self._backend.device.type == "cpu":
-                self._update_copies(state, subgroup, run, settings[run.group], scale)
+                self._update_copies(state, subgroup, run, step)
                 continue
             for a, b, source in self._flushed.parts(run.start, run.stop):
                 part = state.cut(a - subgroup.start, b - subgroup.start)
                 weights = run.weights[a - run.start : b - run.start]
-                update_on_gpu(part, source, weights, settings[run.group], scale)
+                update_on_gpu(part, source, weights, step.settings[run.group], step.gradient_scale)
 
-    def _update_copies(self, state: State, subgroup: Subgroup, run: Run, settings: AdamW, scale: float):
+    def _update_copies(self, state: State, subgroup: Subgroup, run: Run, step: _Step) -> None:
         """By the CPU's update, which overwrites gradients: so on copies of them."""
         for start in range(run.start, run.end, CHUNK):
             stop = min(start + CHUNK, run.end)
@@ -416,55 +408,7 @@ class Executor:
             self._flushed.gather(start, stop, gradient)
             part = state.cut(start - subgroup.start, stop - subgroup.start)
             weights = run.weights[start - run.start : stop - run.start]
-            update_on_cpu(part, gradient, weights, settings, scale)
-
-    # State at rest
-
-    def _state(self, subgroup: Subgroup) -> State:
-        """Where it lies between steps, for `nvme` in its slot."""
-        if subgroup.tier == "gpu":
-            return self._resident[subgroup.index]
-        if subgroup.tier == "nvme":
-            return self._tier.slice_of(self._number[subgroup.index]).state
-        return self._arena[subgroup.index].state
-
-    def _stretches(self, name: str, start: int, stop: int, changes: bool = False):
-        """Views of the state, with their elements, subgroup by subgroup."""
-        self._check_whole()
-        if name not in State._fields or not 0 <= start <= stop <= self._plan.elements:
-            raise ValueError(
-                f"{name} {start} to {stop}: must be of {', '.join(State._fields)} and in the state"
-            )
-        for subgroup in self._plan.subgroups[start // self._plan.subgroup_size :]:
-            a, b = max(start, subgroup.start), min(stop, subgroup.stop)
-            if a >= b:
-                break
-            if subgroup.tier == "nvme":
-                self._hold(subgroup)
-                if changes:
-                    self._unsaved.add(subgroup.index)
-            place = getattr(self._state(subgroup), name)
-            yield place[a - subgroup.start : b - subgroup.start], a, b
-
-    def _hold(self, subgroup: Subgroup) -> None:
-        """Have it in its slot, and what was there on NVMe."""
-        slot = self._slots[self._tier.slot_of(self._number[subgroup.index])]
-        wanted = (subgroup.index, self._version)
-        if slot.content == wanted:
-            return
-        if slot.content is not None and slot.content[0] in self._unsaved:
-            self._save(slot.content[0])
-        slot.content = None
-        self._tier.load(self._number[subgroup.index])
-        slot.content = wanted
-
-    def _save_written(self) -> None:
-        for index in sorted(self._unsaved):
-            self._save(index)
-
-    def _save(self, index: int) -> None:
-        self._tier.store(self._number[index])
-        self._unsaved.discard(index)
+            update_on_cpu(part, gradient, weights, step.settings[run.group], step.gradient_scale)
 
     # Failure
 
@@ -474,23 +418,43 @@ class Executor:
 
     def _after_failure(self, error: BaseException) -> None:
         """Find out whether the state is whole; where it is, forget the step."""
-        version = self._version
-        homes = {index for index, home in self._homes.items() if home.content != (index, version)}
-        slots = {
-            s.content[0] for s in self._slots if isinstance(s.content, tuple) and s.content[-1] == version + 1
-        }
-        if torn := sorted(homes | slots):
+        if torn := self._places.torn():
             self._broken = (
-                f"optimizer state: a step failed with {len(torn)} of {len(self._homes)} subgroups changed "
+                f"optimizer state: a step failed with {len(torn)} of {len(self._runs)} subgroups changed "
                 f"(first {torn[0]}); resume from the last checkpoint"
             )
             error.add_note(self._broken)
             return
         error.add_note("optimizer state: is whole, as before this step")
         self._forget_gradients()
-        for slot in self._slots:
-            if not isinstance(slot.content, tuple) or slot.content[0] == "away":
-                slot.content = None
+
+
+class _Step:
+    """What the tasks of a step have in common; while they are submitted, who used shared places last."""
+
+    def __init__(
+        self, settings: tuple[AdamW, ...], gradient_scale: float, mark: object, places: Places
+    ) -> None:
+        self.settings, self.gradient_scale, self.mark = settings, gradient_scale, mark
+        self.version = places.version
+        self.in_slot = [buffer.content for buffer in places.slots]
+        self.slot_given: dict[int, list[Task]] = {}
+        self.slot_gradient_given: dict[int, list[Task]] = {}
+        self.set_given: dict[int, list[Task]] = {}
+        self.on_gpu = 0
+
+    def old(self, subgroup: Subgroup) -> tuple[int, int]:
+        """Its state before the step."""
+        return subgroup.index, self.version
+
+    def new(self, subgroup: Subgroup) -> tuple[int, int]:
+        """Its state after the step."""
+        return subgroup.index, self.version + 1
+
+
+def _sent(count: int) -> tuple[str, int] | None:
+    """What is in the gradients of a subgroup after so many pieces."""
+    return ("gradients", count) if count else None
 
 
 def _copy(target: State, source: State) -> None:
@@ -498,7 +462,7 @@ def _copy(target: State, source: State) -> None:
         to.copy_(x, non_blocking=True)
 
 
-def _places(plan: OffloadPlan) -> tuple:
+def _layout_of(plan: OffloadPlan) -> tuple:
     """What buffers follow from."""
     where = tuple((s.start, s.stop, s.tier) for s in plan.subgroups)
     return where, plan.gradient_bytes, plan.buffer_sets, plan.ring_slots

@@ -27,6 +27,7 @@ import torch
 from megatron_s2.offload.trace import Event
 
 FIRST, IN_TURN, LAST = range(3)
+ON_DEVICE = ("h2d", "d2h", "gpu")  # queues with a CUDA stream
 
 
 class HazardError(RuntimeError):
@@ -39,7 +40,8 @@ class Buffer:
 
     Args:
         name: for messages.
-        content: what is in it; None where nothing is that counts.
+        content: what is in it; None where nothing is that counts, `("half", what)` where a task failed that
+            would have left that.
     """
 
     name: str
@@ -124,7 +126,7 @@ class CudaBackend:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._streams = {queue: torch.cuda.Stream(device) for queue in ("h2d", "d2h", "gpu")}
+        self._streams = {queue: torch.cuda.Stream(device) for queue in ON_DEVICE}
 
     @contextmanager
     def at_work(self, task: Task):
@@ -359,5 +361,5 @@ def _take(task: Task) -> None:
 def _give_back(task: Task, failed: bool) -> None:
     for buffer, expects, leaves in task.uses:
         if leaves != expects:
-            buffer.content = f"half of {task.queue} {task.name}" if failed else leaves
+            buffer.content = ("half", leaves) if failed else leaves
         buffer.user = None

@@ -12,7 +12,7 @@ from megatron_s2.offload.executor import Executor
 from megatron_s2.offload.flat import lay_out
 from megatron_s2.offload.nvme import NvmeTier
 from megatron_s2.offload.plan import make_plan
-from megatron_s2.offload.queues import ThreadBackend
+from megatron_s2.offload.queues import CudaBackend, ThreadBackend
 
 SIZES = (100, 64 * 7, 1, 1000, 64 * 20, 33)
 GROUPS = (0, 0, 1, 0, 1, 1)
@@ -79,9 +79,10 @@ def plain_solution(steps: int = STEPS) -> dict[str, torch.Tensor]:
     return state
 
 
-def executor(tmp_path=None, *, delay=None, directories=1, **plan) -> Executor:
+def executor(tmp_path=None, *, delay=None, directories=1, gpu=False, **plan) -> Executor:
     """Over the problem, with its masters set; closed by its caller."""
-    weights = weights_at_start()
+    backend = CudaBackend(torch.device("cuda", 0)) if gpu else ThreadBackend(delay)
+    weights = [x.to(backend.device) for x in weights_at_start()]
     parameters, elements = lay_out(weights, GROUPS)
     plan = make_plan(elements, **{"subgroup_size": 256} | plan)
     sizes = [s.size for s in plan.subgroups if s.tier == "nvme"]
@@ -90,8 +91,8 @@ def executor(tmp_path=None, *, delay=None, directories=1, **plan) -> Executor:
         folders = [tmp_path / str(n) for n in range(directories)]
         for folder in folders:
             folder.mkdir(exist_ok=True)
-        tier = NvmeTier(folders, sizes, plan.ring_slots, "test")
-    one = Executor(plan, parameters, ThreadBackend(delay), Arena(plan), tier)
+        tier = NvmeTier(folders, sizes, plan.ring_slots, "test", pinned=gpu)
+    one = Executor(plan, parameters, backend, Arena(plan, pinned=gpu), tier)
     one.parameters = parameters
     one.set_masters()
     return one
@@ -107,8 +108,8 @@ def flush_all(one: Executor, step: int, seed: int = 0) -> None:
         )
         pieces += [(p.start + a, p.start + b, gradient[a:b]) for a, b in pairwise(cuts)]
     rng.shuffle(pieces)
-    for piece in pieces:
-        one.flush(*piece)
+    for start, stop, source in pieces:
+        one.flush(start, stop, source.to(one.parameters[0].weights.device))
 
 
 def take_steps(one: Executor, steps=range(1, STEPS + 1), seed: int = 0) -> None:
@@ -119,7 +120,7 @@ def take_steps(one: Executor, steps=range(1, STEPS + 1), seed: int = 0) -> None:
 
 def state_of(one: Executor) -> dict[str, torch.Tensor]:
     state = {name: one.read(name, 0, ELEMENTS) for name in NAMES}
-    return state | {f"weights {n}": p.weights.clone() for n, p in enumerate(one.parameters)}
+    return state | {f"weights {n}": p.weights.to("cpu", copy=True) for n, p in enumerate(one.parameters)}
 
 
 def require_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

@@ -76,6 +76,15 @@ def test_tiers_and_buffers_change_no_bit(build, truth, tiers, fraction, buffer_s
     require_same(state_of(one), truth)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("tiers", TIERS.values(), ids=TIERS)
+@pytest.mark.parametrize("fraction", FRACTIONS[::2])
+def test_a_gpu_changes_no_bit(build, truth, tiers, fraction):
+    one = build(**tiers, fraction=fraction, gpu=True)
+    take_steps(one)
+    require_same(state_of(one), truth)
+
+
 def test_the_fraction_may_change_between_steps(build, truth):
     one = build(**MIXED)
     for step, fraction in ((1, 0.0), (2, 1.0), (3, 0.5)):
@@ -229,6 +238,25 @@ def test_a_failure_ends_the_step_and_is_reported(build, queue, subgroup, at_end)
         for call in (lambda: one.read("master", 0, 1), lambda: flush_all(one, 1), lambda: take_steps(one)):
             with pytest.raises(RuntimeError, match=r"a step failed with \d+ of 24 subgroups changed"):
                 call()
+
+
+@pytest.mark.parametrize("at_end", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("queue, whole", [
+    ("nvme_read", True), ("h2d", True), ("gpu", False), ("d2h", False), ("nvme_write", False),
+])  # fmt: skip
+def test_a_step_that_changed_nothing_may_be_taken_again(build, truth, queue, whole, at_end):
+    """Two subgroups share one slot, so that the second has not begun when the first fails."""
+    ring = {"nvme": True, "ring_slots": 1, "host_budget": 16 * 1536}
+    one = build(subgroup_size=1536, **ring, fraction=1.0, delay=failing(queue, 0, at_end))
+    with pytest.raises(BrokenError) as failure:
+        take_steps(one)
+    assert ("is whole, as before this step" in failure.value.__notes__[-1]) == whole
+    if whole:
+        take_steps(one)
+        require_same(state_of(one), truth)
+    else:
+        with pytest.raises(RuntimeError, match=r"a step failed with 1 of 2 subgroups changed \(first 0\)"):
+            state_of(one)
 
 
 @pytest.mark.parametrize("end", ["step", "skip"])

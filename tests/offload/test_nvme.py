@@ -377,8 +377,8 @@ print(resident()[1] - before, plan.host_bytes, plan.gpu_bytes, 12 * N, 4 * 2**20
 
 @pytest.mark.parametrize("fraction", [0.0, 0.5])
 def test_memory_stays_within_the_budget_while_the_state_is_several_times_larger(tmp_path, fraction):
-    """Without a GPU its buffer sets are host memory too, and so is a chunk of gradients. 1 MiB is for stacks of
-    threads and Python."""
+    """Without a GPU its buffer sets are host memory too, and so is a chunk of gradients. 1 MiB is for stacks
+    of threads and for Python."""
     run = subprocess.run(
         [sys.executable, "-c", MEMORY, str(tmp_path), str(fraction)],
         capture_output=True,
