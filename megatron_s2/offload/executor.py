@@ -31,7 +31,6 @@ from megatron_s2.offload.nvme import NvmeTier
 from megatron_s2.offload.places import Places
 from megatron_s2.offload.plan import OffloadPlan, Subgroup
 from megatron_s2.offload.queues import (
-    FIRST,
     IN_TURN,
     LAST,
     ON_DEVICE,
@@ -338,7 +337,6 @@ class Executor:
             *(step, "h2d", "weights", subgroup, partial(self._send_weights, subgroup, gradient)),
             after=[updated],
             uses=[Use(buffer, weights, None)],
-            urgency=FIRST,
         )
         if subgroup.tier == "nvme":
             step.slot_gradient_given[slot] = [sent]

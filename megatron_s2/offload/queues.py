@@ -1,8 +1,8 @@
 """Queues that work side by side, the tasks on them, and the buffers that tasks use.
 
 Each queue has worker threads. A task begins when all that it comes after has ended and its queue has a free
-worker; of those that could begin, the most urgent, then the one submitted first. A task can only come after
-tasks submitted before it, so that something can always go on until all is done.
+worker; of those that could begin, the one submitted first, `LAST` ones after all others. A task can only come
+after tasks submitted before it, so that something can always go on until all is done.
 
 Every task names the buffers it uses, with what it expects in them and what it leaves there. One that finds
 something else, or somebody else at work, ends the run with a `HazardError`: a missing dependency shows itself
@@ -26,7 +26,7 @@ import torch
 
 from megatron_s2.offload.trace import Event
 
-FIRST, IN_TURN, LAST = range(3)
+IN_TURN, LAST = range(2)
 ON_DEVICE = ("h2d", "d2h", "gpu")  # queues with a CUDA stream
 
 
@@ -135,10 +135,12 @@ class CudaBackend:
             yield
             return
         with torch.cuda.stream(stream):
-            yield
-            done = torch.cuda.Event(blocking=True)
-            done.record(stream)
-        done.synchronize()
+            try:
+                yield
+            finally:
+                done = torch.cuda.Event(blocking=True)
+                done.record(stream)
+                done.synchronize()
 
     def mark(self) -> torch.cuda.Event:
         point = torch.cuda.Event()
@@ -207,7 +209,7 @@ class Queues:
             run: what, called in a worker.
             after: tasks that end before.
             uses: of buffers, held while it runs.
-            urgency: `FIRST`, `IN_TURN` or `LAST` among those that could begin.
+            urgency: `IN_TURN` or `LAST` among those that could begin.
 
         Raises:
             RuntimeError: the queues are closed.

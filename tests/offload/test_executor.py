@@ -1,6 +1,7 @@
 """Specification of the executor: the bits of plain AdamW whatever the plan, no hazard, always an end."""
 
 import random
+import signal
 import threading
 import time
 
@@ -27,7 +28,7 @@ from megatron_s2.offload.arena import Arena
 from megatron_s2.offload.executor import Executor
 from megatron_s2.offload.flat import Parameter
 from megatron_s2.offload.plan import make_plan
-from megatron_s2.offload.queues import HazardError, Queues, ThreadBackend
+from megatron_s2.offload.queues import IN_TURN, LAST, HazardError, Queues, ThreadBackend
 
 FRACTIONS = (0.0, 0.25, 0.4, 0.5, 0.75, 1.0)
 SUBGROUP_SIZES = (64, 192, 256, 1024, 3008)
@@ -276,6 +277,27 @@ def test_a_failing_tier_ends_the_step(build, tier):
         take_steps(one)
 
 
+def test_an_interruption_ends_the_step_with_all_queues_at_rest(build):
+    """As by Ctrl-C, or a signal handler that raises."""
+    one = build(delay=lambda task: time.sleep(0.2))
+    flush_all(one, 1)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with pytest.raises(KeyboardInterrupt) as interruption:
+            one.step(settings_of(1))
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert "optimizer state: " in interruption.value.__notes__[-1]
+    count = len(one.events)
+    time.sleep(0.5)
+    assert len(one.events) == count
+
+
 def test_two_failures_are_both_told():
     queues = Queues({"cpu": 1, "gpu": 1}, ThreadBackend())
     both = threading.Barrier(2)
@@ -298,16 +320,16 @@ def test_two_failures_are_both_told():
         queues.submit("cpu", "update 2", fail)
 
 
-def test_the_urgent_goes_first_and_the_rest_in_turn():
+def test_what_can_wait_comes_last_and_the_rest_in_turn():
     queues = Queues({"h2d": 1}, ThreadBackend())
     go, order = threading.Event(), []
     queues.submit("h2d", "wait", go.wait)
-    for n, urgency in enumerate((2, 1, 1, 0)):
+    for n, urgency in enumerate((LAST, IN_TURN, IN_TURN)):
         queues.submit("h2d", f"{n}", lambda n=n: order.append(n), urgency=urgency)
     go.set()
     queues.join()
     queues.close()
-    assert order == [3, 1, 2, 0]
+    assert order == [1, 2, 0]
 
 
 def test_workers_leave_the_threads_of_others_alone():
