@@ -285,16 +285,16 @@ def measure_bandwidth(directory: str | Path, size: int = 2**28) -> Bandwidth:
         raise ValueError(f"size {size}: must be a positive multiple of {PAGE}")
     if not Path(directory).is_dir():
         raise ValueError(f"{_FLAG} {directory}: must be a directory")
-    memory = HostMemory(size)
+    memory = HostMemory(min(size, PIECE))
     memory.bytes.fill_(1)
     file = _File(Path(directory), f"measure-{os.getpid()}", PAGE + size, 0)
+    pieces = range(0, size, PIECE)
     seconds = []
     try:
         with ThreadPoolExecutor(THREADS) as threads:
             for move in (file.write, file.read):
                 begin = time.perf_counter()
-                pieces = range(0, size, PIECE)
-                list(threads.map(lambda a, move=move: move(memory.view()[a : a + PIECE], PAGE + a), pieces))
+                list(threads.map(lambda a, move=move: move(memory.view()[: size - a], PAGE + a), pieces))
                 seconds.append(time.perf_counter() - begin)
     finally:
         file.close()
