@@ -179,13 +179,13 @@ class Constants(NamedTuple):
         weight = float(torch.tensor(1 - beta1, dtype=torch.float32))
         from_mean = weight < 0.5
         return cls(
-            gradient_scale,
-            1 - settings.lr * settings.weight_decay,
+            float(gradient_scale),
+            1.0 - settings.lr * settings.weight_decay,
             weight if from_mean else float(torch.tensor(weight, dtype=torch.float32) - 1),
-            beta2,
-            1 - beta2,
+            float(beta2),
+            1.0 - beta2,
             math.sqrt(1 - beta2**settings.step),
-            settings.eps,
+            float(settings.eps),
             -settings.lr / (1 - beta1**settings.step),
             gradient_scale != 1,
             settings.weight_decay != 0,
