@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from megatron_s2.kernels import triton_columns, triton_rows, triton_tiles
-from megatron_s2.kernels.tuning import Tiles, candidates
+from megatron_s2.kernels.tuning import Tiles, candidates, tuning_for
 
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "kernel-resources.md"
 HEAD_DIMS = (64, 128)
@@ -61,12 +61,15 @@ class Case:
     tiles: Tiles
     shipped: bool = True  # or only tried by autotuning
     mask: bool = False  # for an arbitrary mask
+    source: str = ""  # "window" or "shard": the pass over one source, as context parallelism has it
 
     def __str__(self) -> str:
         return f"{self.chip} {self.kernel} head_dim {self.head_dim}"
 
     def what(self) -> str:
         """Its role, for people."""
+        if self.source:
+            return f"{self.source} pass"
         return "mask" if self.mask else "shipped" if self.shipped else "tried"
 
 
@@ -109,20 +112,27 @@ def _kernel(case: Case) -> tuple[triton.JITFunction, dict[str, object]]:
         "BM": tiles.rows, "BN": tiles.keys, "PACKED": False, "PREC": "tf32", "p_tiles": None,
     }  # fmt: skip
     lists = {} if case.mask else dict.fromkeys(("p_starts", "p_list"))
-    source = {"COMPACT": False, "CSR": case.mask, **lists}
+    source = {"COMPACT": bool(case.source), "CSR": case.mask, **lists}
     if kernel in ("forward", "dq"):
         absent = ["p_sink"] if kernel == "dq" else ["p_sink", "p_do", "p_delta"]
-        row = {"H": 32, "GROUP": 4, "DQ": kernel == "dq", "HAS_SINK": False, "p_prev": None}
-        row |= {"SHARD": True, "WINDOW": True, "RESUME": False}
+        row = {"H": 32, "GROUP": 4, "DQ": kernel == "dq", "HAS_SINK": False}
+        row |= {"SHARD": case.source != "window", "WINDOW": case.source != "shard"}
+        # In context parallelism each of dQ's passes adds to what is there, and the forward's second one.
+        row["RESUME"] = case.source == "shard" or (kernel == "dq" and bool(case.source))
+        absent += [] if row["RESUME"] else ["p_prev"]
         return triton_rows.s2_row_kernel, constants | source | row | dict.fromkeys(absent)
     if kernel == "dkv shard":
         return triton_columns.s2_bwd_kernel_dkv_shard, constants | source | {"HKV": 8}
-    return triton_columns.s2_bwd_kernel_dkv_window, constants | {"HKV": 8, "ADD_SHARD": True}
+    return triton_columns.s2_bwd_kernel_dkv_window, constants | {"HKV": 8, "ADD_SHARD": True} | (
+        {"ADD_SHARD": False, "p_dks": None, "p_dvs": None} if case.source else {}
+    )
 
 
-def _type(name: str, constants: dict[str, object]) -> str:
+def _type(name: str, constants: dict[str, object], source: str) -> str:
     if name in constants:
         return "constexpr"
+    if source and name in ("p_out", "p_prev", "p_dk", "p_dv"):
+        return "*fp32"  # parts of results
     if name.startswith("p_"):
         kind = {"p_heads": "i32", "p_starts": "i64", "p_list": "i32"} | dict.fromkeys(
             ("p_lse", "p_delta", "p_dks", "p_dvs"), "fp32"
@@ -139,7 +149,7 @@ def compiled(case: Case) -> Resources:
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name[:2] in ("p_", "s_")}
     source = ASTSource(
         function,
-        {name: _type(name, constants) for name in names},
+        {name: _type(name, constants, case.source) for name in names},
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={key: value for key, value in aligned.items() if names[key[0]] not in constants},
     )
@@ -174,6 +184,10 @@ def cases(chips: Sequence[str], head_dims: Sequence[int], shipped: bool = False)
         ):  # which is the same with a mask
             inside = {"keys": min(tiles[0].keys, BLOCK)} if "dkv" in kernel else {"rows": BLOCK}
             found.append(Case(chip, kernel, head_dim, replace(tiles[0], **inside), mask=True))
+        passes = tuning_for(CHIPS[chip].capability // 10, head_dim, 2, passes=True)
+        sources = kernel.split()[1:] or ["window", "shard"]
+        tiles = getattr(passes, kernel.split()[0])
+        found += [] if shipped else [Case(chip, kernel, head_dim, tiles, source=source) for source in sources]
     return found
 
 
@@ -206,8 +220,9 @@ def page(rows: Sequence[Resources]) -> str:
         "",
         "Written by `python scripts/kernel_resources.py`, which compiles them ahead of time (no GPU needed);",
         "its `--check` is a test. bfloat16, 32 query heads over 8 KV heads, blocks of 64, the tiles of",
-        "`megatron_s2/kernels/tuning.py`: those shipped, those that autotuning tries beside them, and the",
-        "shipped ones as an arbitrary mask (`BlockMaskPattern`) has them. Registers and local memory",
+        "`megatron_s2/kernels/tuning.py`: those shipped, those that autotuning tries beside them, the",
+        "shipped ones as an arbitrary mask (`BlockMaskPattern`) has them, and those of the passes over one",
+        "source each that context parallelism makes. Registers and local memory",
         f"(spills) are per thread, shared memory per program. Triton {triton.__version__}.",
         "",
         f"Fingerprint of kernels, tiles and compiler: `{fingerprint()}`.",

@@ -78,6 +78,7 @@ def four_ranks(one_rank, two_ranks, tmp_path_factory, documents) -> dict[str, Ru
             "rich: tensor, a2a": f"{rich} {CP2} --tensor-model-parallel-size 2 --s2-cp-schedule a2a",
             "rich: data, distributed optimizer": f"{rich} {CP2} {SMALL_BATCH} --use-distributed-optimizer",
             "packed: gather": f"{packed} {CP4} --s2-cp-schedule gather",
+            "packed: pipeline, gather": f"{packed} {CP2} {pipeline} {SMALL_BATCH} --s2-cp-schedule gather",
             "odd: a2a": f"{odd} {CP4} --s2-cp-schedule a2a",
             "resumes": f"{FOUR_LAYERS} {RICH} {CP4} --load {saved(one_rank)}",
         },
@@ -91,6 +92,8 @@ def assert_trains_as_one_rank(name: str, run: Run, one_rank: dict[str, Run]) -> 
     received, predicted = (run.scalar(f"s2-context-parallel/{what}") for what in ("received", "predicted"))
     assert min(received.values()) > 0
     assert received == predicted
+    of_layers = [run.scalar(f"s2-context-parallel/received-layer-{layer}") for layer in range(1, 5)]
+    assert received == {step: sum(of_layer[step] for of_layer in of_layers) for step in received}
 
 
 @pytest.mark.parametrize(
@@ -122,6 +125,7 @@ def test_two_ranks_train_as_one(two_ranks, one_rank, name):
         "rich: tensor, a2a",
         "rich: data, distributed optimizer",
         "packed: gather",
+        "packed: pipeline, gather",
         "odd: a2a",
     ],
 )

@@ -85,7 +85,8 @@ class TritonPiece:
             shard = {"k_shard": k, "v_shard": v, "places": tuple(start for start, _ in self.shards)}
             heads = self.pattern.num_kv_heads
             k, v = (x[:, :0].expand(-1, -1, heads, -1) for x in (k, v))
-        tuning = tuning_for(capability_of(q.device), max(q.shape[-1], v.shape[-1]), q.element_size())
+        head_dim = max(q.shape[-1], v.shape[-1])
+        tuning = tuning_for(capability_of(q.device), head_dim, q.element_size(), passes=True)
         return Work(
             q, k, v, shape_of(self.pattern), self.scale, [], self.q_start, tuning,
             **shard, k_start=self.keys_start,

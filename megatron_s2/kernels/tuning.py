@@ -79,6 +79,9 @@ _HOPPER_ON = {
 _AMPERE = _HOPPER_ON | {
     128: Tuning(Tiles(128, 32, 8, 3), Tiles(128, 32, 8, 2), Tiles(64, 64, 8, 2)),
 }
+_AMPERE_PASSES = _AMPERE | {
+    64: Tuning(Tiles(128, 64, 8, 3), Tiles(128, 32, 8, 3), Tiles(32, 64, 4, 3)),
+}
 
 
 KERNELS = ("forward", "dq", "dkv")
@@ -117,9 +120,13 @@ _AMPERE_ALSO = {
 }
 
 
-def tuning_for(capability: int, head_dim: int, element_size: int) -> Tuning:
-    """The shipped choice for a chip (major compute capability), larger head_dim and bytes per element."""
-    tunings = _FLOAT32 if element_size > 2 else _HOPPER_ON if capability >= 9 else _AMPERE
+def tuning_for(capability: int, head_dim: int, element_size: int, passes: bool = False) -> Tuning:
+    """The shipped choice for a chip (major compute capability), larger head_dim and bytes per element.
+
+    `passes`: for window and shard one after the other, which takes a few registers more.
+    """
+    ampere = _AMPERE_PASSES if passes else _AMPERE
+    tunings = _FLOAT32 if element_size > 2 else _HOPPER_ON if capability >= 9 else ampere
     return tunings[min(d for d in tunings if d >= head_dim)]
 
 

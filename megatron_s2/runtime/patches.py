@@ -257,22 +257,44 @@ def rotate_packed_tokens_of_a_row() -> None:
 def log_context_parallel_traffic(traffic: Traffic) -> None:
     """Megatron logs no bytes (0.19.2 has no hook for more to log).
 
-    Each step the bytes that this rank received for S2 attention go to the log writers beside the planner's
-    prediction, and with `--log-throughput` in a line of the last rank to the output. Touches `training_log`
-    of `megatron.training.training`; calling it again replaces the counter.
+    Each step the bytes that S2 attention received, layer by layer, go to the log writers beside the planner's
+    prediction, and with `--log-throughput` their sums in a line of the last rank to the output: of that rank,
+    and of those that hold the other pipeline stages of the same tokens. Touches `training_log` of
+    `megatron.training.training`; calling it again replaces the counter.
     """
+    from megatron.core import mpu
     from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer, training
     from megatron.training.utils import print_rank_last
 
     original = getattr(training.training_log, "before_megatron_s2", training.training_log)
 
+    def of_all_stages(layers: int) -> Traffic:
+        counts = [[of_layer.get(n, 0) for n in range(1, layers + 1)] for of_layer in vars(traffic).values()]
+        table = torch.tensor(counts, device=torch.cuda.current_device())
+        if mpu.get_pipeline_model_parallel_world_size() > 1:
+            torch.distributed.all_reduce(table, group=mpu.get_pipeline_model_parallel_group())
+        return Traffic(*({n: count for n, count in enumerate(row, 1) if count} for row in table.tolist()))
+
     def log_traffic_too(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs):
         result = original(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs)
+        settings = get_args()
+        prints = settings.log_throughput and iteration % settings.log_interval == 0
+        writes = iteration % settings.tensorboard_log_interval == 0
+        if prints or writes:
+            whole = of_all_stages(settings.num_layers)
+            if writes:
+                write(whole, iteration)
+            if prints:
+                print_rank_last(f" {whole}")
+        traffic.clear()
+        return result
+
+    def write(whole: Traffic, iteration: int) -> None:
         values = {
             f"s2-context-parallel/{what}{where}": count
-            for what, counts in vars(traffic).items()
+            for what, counts in vars(whole).items()
             for where, count in [
-                *((f"-layer-{layer}", n) for layer, n in sorted(counts.items())),
+                *((f"-layer-{layer}", n) for layer, n in counts.items()),
                 ("", sum(counts.values())),
             ]
         }
@@ -281,11 +303,6 @@ def log_context_parallel_traffic(traffic: Traffic) -> None:
                 writer.add_scalar(name, count, iteration)
         if (writer := get_wandb_writer()) is not None:
             writer.log(values, iteration)
-        settings = get_args()
-        if settings.log_throughput and iteration % settings.log_interval == 0:
-            print_rank_last(f" {traffic}")
-        traffic.clear()
-        return result
 
     log_traffic_too.before_megatron_s2 = original
     training.training_log = log_traffic_too

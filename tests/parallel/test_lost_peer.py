@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from megatron_s2.parallel.attention import context_parallel_attention
 from megatron_s2.parallel.exchange import Exchange, PeerLostError
 from megatron_s2.pattern import S2Pattern
 
-RANKS, VICTIM = 3, 1
+RANKS, VICTIM, LATE = 3, 1, 2
+SECONDS_LATE = 8  # longer than a rank has to answer
 TIMEOUT = timedelta(seconds=15)
 PATTERN = S2Pattern(num_kv_heads=3, block_size=16, local_blocks=2, vert_stride=3)
 
@@ -27,7 +29,9 @@ def one_rank(rank: int, directory: Path, fate: str, schedule: str) -> None:
     q, k, v = torch.randn(3, 1, 64, 3, 16)
     context_parallel_attention(q, k, v, PATTERN, exchange, schedule)
     if rank == VICTIM:
-        os.kill(os.getpid(), {"dies": signal.SIGKILL, "hangs": signal.SIGSTOP}[fate])
+        os.kill(os.getpid(), signal.SIGKILL if fate == "dies" else signal.SIGSTOP)
+    if rank == LATE and "late" in fate:
+        time.sleep(SECONDS_LATE)
     try:
         context_parallel_attention(q, k, v, PATTERN, exchange, schedule)
     except PeerLostError as error:
@@ -35,8 +39,10 @@ def one_rank(rank: int, directory: Path, fate: str, schedule: str) -> None:
     os._exit(0)
 
 
-@pytest.mark.parametrize("schedule", ["gather", "a2a"])
-@pytest.mark.parametrize("fate", ["dies", "hangs"])
+@pytest.mark.parametrize(
+    ("fate", "schedule"),
+    [("dies", "gather"), ("dies", "a2a"), ("hangs", "a2a"), ("hangs while another is late", "gather")],
+)
 def test_a_lost_peer_is_named_by_all_others(tmp_path, fate, schedule):
     context = mp.start_processes(
         one_rank, (tmp_path, fate, schedule), nprocs=RANKS, start_method="spawn", join=False
