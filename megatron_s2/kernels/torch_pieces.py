@@ -12,16 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_s2.kernels.torch_backend import (
-    Plan,
-    Sources,
-    backward_calls,
-    equal_runs,
-    fitted,
-    forward_calls,
-    plan_shard,
-    plan_window,
-)
+from megatron_s2.kernels.torch_backend import Plan, Sources, backward_calls, fitted, forward_calls
+from megatron_s2.kernels.torch_plan import equal_runs, plan_shard, plan_window
 from megatron_s2.pattern import S2Pattern
 
 

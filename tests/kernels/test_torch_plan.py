@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from megatron_s2 import BlockMaskPattern, S2Pattern
 from megatron_s2.kernels.reference import visible_tokens
-from megatron_s2.kernels.torch_backend import Band, Causal, Gathered, Past, equal_runs, plan_head
+from megatron_s2.kernels.torch_plan import Band, Causal, Gathered, Past, equal_runs, plan_head
 
 MAX_BLOCKS = 16
 

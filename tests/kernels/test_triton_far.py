@@ -11,7 +11,6 @@ from triton_cases import DEVICE, case, cut, on_device
 
 from megatron_s2.kernels.compare import attention_results
 
-
 NO_RESERVE = 0x4000  # of Linux; `mmap.MAP_NORESERVE` from Python 3.13 on
 
 
