@@ -6,7 +6,7 @@ What `torch_pieces` is in PyTorch: the same methods with the same tensors.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ class TritonPiece:
     q_stop: int
     keys_start: int
     shards: Sequence[tuple[int, int]]
+    _kept: dict[str, Tensor] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def forward(self, source: str, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
         """Writes attention over the window to `out` and `lse`; merges that over the shard into them."""
@@ -58,8 +59,7 @@ class TritonPiece:
             return
         dout, lse = dout if dout.stride(-1) == 1 else dout.contiguous(), lse.contiguous()
         work = self._work(source, q, k, v)
-        delta = torch.empty_like(lse)
-        launch_delta(dout, out, None, delta)
+        delta = self._delta(dout, out, lse)
         launch_rows(work, "dq", dq, lse, None, dout, delta, source=source, resume=True)
         if source == "window":
             window = [x.new_empty(x.shape) for x in (dk, dv)]
@@ -71,6 +71,13 @@ class TritonPiece:
             for grad, of_heads in zip((dk, dv), (part.split(work.seen, 2) for part in parts)):
                 for (start, _), part in zip(self.shards, of_heads):
                     grad[:, start : start + part.shape[2]] += part.sum(0)
+
+    def _delta(self, dout: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+        """What softmax backward takes from dP: for both sources the same."""
+        if "delta" not in self._kept:
+            self._kept["delta"] = torch.empty_like(lse)
+            launch_delta(dout, out, None, self._kept["delta"])
+        return self._kept["delta"]
 
     def _reads(self, source: str) -> bool:
         return source == "window" or any(start < stop for start, stop in self.shards)

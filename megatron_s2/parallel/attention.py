@@ -161,15 +161,14 @@ class _GatherAttention(torch.autograd.Function):
         windows = moved.windows(k, v, halo)
         dshard = torch.zeros_like(shard, dtype=compute)
         shard_kv, dshard_kv = shard.split(dims, -1), dshard.split(dims, -1)
-        for piece, (a, b), _ in _pieces(plan, part, windows):
+        pieces = list(_pieces(plan, part, windows))
+        for piece, (a, b), _ in pieces:
             query_side = dout[:, a:b], q[:, a:b], *shard_kv, out[:, a:b], lse[:, :, a:b]
             piece.backward("shard", *query_side, dq[:, a:b], *dshard_kv)
         shard_back = moved.return_shard(dshard.to(k.dtype))
 
         dwindows = [[torch.zeros_like(x, dtype=compute) for x in kv] for kv in windows]
-        for (piece, (a, b), kv), (_, _, dkv) in zip(
-            _pieces(plan, part, windows), _pieces(plan, part, dwindows)
-        ):
+        for (piece, (a, b), kv), (_, _, dkv) in zip(pieces, _pieces(plan, part, dwindows)):
             query_side = dout[:, a:b], q[:, a:b], *kv, out[:, a:b], lse[:, :, a:b]
             piece.backward("window", *query_side, dq[:, a:b], *dkv)
         halo_back = moved.return_halo(dwindows, k.dtype)
