@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernels.attention_cases import Case, packed, s2
+from attention_cases import Case, packed, s2
 from ranks import run_on_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
