@@ -1,13 +1,16 @@
 """Host memory of the optimizer state: flat arrays of exact size, pinned where there is a GPU, built once.
 
 The memory is mapped from the system and registered with CUDA (`cudaHostRegister`), since PyTorch's
-`pin_memory` rounds each allocation up to a power of two. A mapping begins at a page and is zero.
+`pin_memory` rounds each allocation up to a power of two. A mapping begins at a page and is zero. Processes
+that fork later, such as workers of a data loader, do not get it: a page they shared would be copied at the
+next update, which takes the memory twice, and a transfer on its way could end in the wrong copy (open(2)
+about O_DIRECT).
 """
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +41,7 @@ class HostMemory:
             self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
             raise RuntimeError(f"host memory: {size / GB:.3f} GB cannot be mapped: {error}") from error
+        self._memory.madvise(mmap.MADV_DONTFORK)
         self.size = size
         self.bytes = torch.frombuffer(self._memory, dtype=torch.uint8)  # [size]
         self._pinned = pinned
@@ -61,7 +65,7 @@ class HostMemory:
         if self._pinned:
             torch.cuda.cudart().cudaHostUnregister(self.address)
             self._pinned = False
-        self.bytes = self.bytes[:0]
+        self.bytes, self._memory = self.bytes.new_empty(0), None
 
 
 class HostSlice(NamedTuple):
@@ -140,16 +144,40 @@ def check_available(size: int, what: str, ranks: int = 1, available: int | None 
 
 
 def available_bytes() -> int:
-    """What the system can give without swapping, and this control group may still take."""
+    """What the system can give without swapping, and this process's control groups may still take."""
     fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(fields["MemAvailable"].split()[0]) * 1024
-    group = Path("/sys/fs/cgroup")
     try:
-        most = (group / "memory.max").read_text().strip()
-        used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        groups = Path("/proc/self/cgroup").read_text()
     except FileNotFoundError:
         return available
-    if most == "max":
-        return available
-    taken = sum(int(used.get(name, 0)) for name in ("anon", "shmem", "kernel"))
-    return min(available, int(most) - taken)
+    return min([available, *_left_in_groups(groups, Path("/sys/fs/cgroup"))])
+
+
+def _left_in_groups(groups: str, root: Path) -> Iterator[int]:
+    """Bytes left in each control group above this process that has a limit.
+
+    Args:
+        groups: /proc/self/cgroup. A path that is not there is that of another namespace; the groups above it
+            are looked at nevertheless.
+        root: where they are mounted: version 2, or version 1 with its `memory` controller in a folder.
+    """
+    for line in groups.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            top, limit, used = root, "memory.max", ("anon", "shmem", "kernel")
+        elif "memory" in controllers.split(","):
+            top, limit, used = root / "memory", "memory.limit_in_bytes", ("total_rss", "total_shmem")
+        else:
+            continue
+        lowest = top / path.lstrip("/")
+        for group in (lowest, *lowest.parents):
+            if not group.is_relative_to(top):
+                break
+            try:
+                most = (group / limit).read_text().strip()
+                stat = dict(one.split() for one in (group / "memory.stat").read_text().splitlines())
+            except FileNotFoundError:
+                continue
+            if most != "max":
+                yield int(most) - sum(int(stat.get(name, 0)) for name in used)

@@ -1,9 +1,12 @@
 """Specification of host memory: exact size, aligned, zero, and refused with the numbers."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
-from megatron_s2.offload.arena import Arena, HostMemory, aligned_starts, available_bytes
+from megatron_s2.offload.arena import Arena, HostMemory, _left_in_groups, aligned_starts, available_bytes
 from megatron_s2.offload.plan import make_plan
 
 PLAN = make_plan(64 * 10 + 5, subgroup_size=128)
@@ -61,6 +64,29 @@ def test_more_than_this_machine_has_is_refused():
         Arena(make_plan(elements, subgroup_size=2**30))
 
 
+def group(folder, limit, most, **used):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / limit).write_text(f"{most}\n")
+    (folder / "memory.stat").write_text("".join(f"{name} {size}\n" for name, size in used.items()))
+
+
+def test_every_control_group_above_this_process_counts(tmp_path):
+    """As under Slurm: the limit is that of a job's group, neither the lowest nor the root."""
+    group(tmp_path / "job", "memory.max", 1000, anon=300, shmem=20, kernel=1, file=500)
+    group(tmp_path / "job/step", "memory.max", "max", anon=300)
+    assert list(_left_in_groups("0::/job/step/task", tmp_path)) == [679]
+    group(tmp_path, "memory.max", 500, anon=400)
+    assert list(_left_in_groups("0::/job/step", tmp_path)) == [679, 100]
+    assert list(_left_in_groups("0::/", tmp_path)) == [100]
+
+
+def test_control_groups_of_version_1_count(tmp_path):
+    group(tmp_path / "memory/job", "memory.limit_in_bytes", 1000, rss=1, total_rss=300, total_shmem=20)
+    group(tmp_path / "memory", "memory.limit_in_bytes", 2**63 - 4096, total_rss=300)
+    groups = "9:name=systemd:/\n5:devices:/job\n4:cpu,memory:/job\n0::/"
+    assert list(_left_in_groups(groups, tmp_path)) == [680, 2**63 - 4096 - 300]
+
+
 def test_gradients_of_two_bytes_are_refused():
     with pytest.raises(ValueError, match="gradient_bytes 2: must be 4"):
         Arena(make_plan(640, gradient_bytes=2))
@@ -79,8 +105,27 @@ def test_memory_returns_to_the_system_with_the_last_view():
     memory.bytes.fill_(1)
     assert resident_bytes() > before + 2**25
     memory.close()
-    del memory
     assert resident_bytes() < before + 2**25
+    memory.close()
+
+
+def test_processes_that_fork_later_do_not_get_it():
+    """Or each page would be copied at the next update, while a worker of a data loader keeps the old one."""
+    code = """
+import os
+from megatron_s2.offload.arena import HostMemory
+
+memory = HostMemory(2**24)
+memory.bytes.fill_(1)
+child = os.fork()
+if not child:
+    maps = [line.split()[0].split("-") for line in open("/proc/self/maps")]
+    os._exit(any(int(a, 16) <= memory.address < int(b, 16) for a, b in maps))
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, "the child has it"
+assert memory.bytes.sum() == 2**24
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
 
 
 def resident_bytes() -> int:
