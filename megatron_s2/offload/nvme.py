@@ -20,7 +20,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -178,7 +178,10 @@ class NvmeTier:
             self._threads.submit(move, memory[a : a + PIECE], offset + a)
             for a in range(0, len(memory), PIECE)
         ]
-        errors = [error for piece in pieces if (error := piece.exception()) is not None]
+        try:
+            errors = [error for piece in pieces if (error := piece.exception()) is not None]
+        finally:
+            wait(pieces)  # an interruption leaves none on its way into a slot that others use next
         if errors:
             raise errors[0]
 
@@ -194,19 +197,20 @@ class _File:
         try:
             _lock(self._descriptor, self.path)
             _refuse_or_discard(self._descriptor, self.path, owner)
+        except BaseException as error:  # whoever has it, it is not ours
+            os.close(self._descriptor)
+            if not isinstance(error, OSError):
+                raise
+            raise ValueError(f"{_FLAG} {directory}: {self.path.name} cannot be used: {error}") from error
+        try:
             header = json.dumps({"version": VERSION, "owner": owner, "bytes": size, "records": records})
             page = MAGIC + b"\n" + header.encode()
             memory = HostMemory(PAGE)
             memory.view()[: len(page)] = page
             self.write(memory.view(), 0)
-            try:
-                os.posix_fallocate(self._descriptor, 0, size)
-            except OSError as error:
-                raise self._failed("cannot be made", size, error) from error
-        except BaseException as error:
-            os.close(self._descriptor)
-            if not isinstance(error, ValueError):
-                self.path.unlink(missing_ok=True)
+            self._take_room(size)
+        except BaseException:
+            self.close()
             raise
 
     def read(self, memory: memoryview, offset: int) -> None:
@@ -245,6 +249,16 @@ class _File:
     def close(self) -> None:
         self.path.unlink(missing_ok=True)
         os.close(self._descriptor)
+
+    def _take_room(self, size: int) -> None:
+        try:
+            os.posix_fallocate(self._descriptor, 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise self._failed("cannot be made", size, error) from error
+            # The file system cannot, and the C library's way around it writes single bytes, which O_DIRECT
+            # refuses: room is then taken record by record.
+            os.ftruncate(self._descriptor, size)
 
     def _failed(self, what: str, size: int, error: OSError) -> TierError:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -4,8 +4,10 @@ import errno
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -163,6 +165,20 @@ def test_the_file_of_another_owner_is_refused_and_kept(tmp_path):
     assert (tmp_path / NAME).read_bytes() == content
 
 
+@pytest.mark.parametrize("module, call", [(fcntl, "flock"), (os, "preadv")])
+def test_a_file_that_cannot_be_looked_at_is_kept(tmp_path, monkeypatch, module, call):
+    """As where a network file system has no locks: whose the file is, is not known yet."""
+    (tmp_path / NAME).write_bytes(b"someone's data")
+
+    def fail(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(module, call, fail)
+    with pytest.raises(ValueError, match=rf"{NAME} cannot be used: .*Function not implemented"):
+        NvmeTier([tmp_path], SIZES, 2, "run")
+    assert (tmp_path / NAME).read_bytes() == b"someone's data"
+
+
 def test_a_file_in_use_is_refused(tier, tmp_path):
     store_all(tier)
     with pytest.raises(ValueError, match=rf"{NAME}: is in use by another run"):
@@ -269,6 +285,46 @@ def test_reads_that_fail_are_one_clear_error(tier, monkeypatch):
     refuse_after(monkeypatch, "preadv", 0, OSError(errno.EIO, "Input/output error"))
     with pytest.raises(TierError, match=rf"{NAME} cannot be read \(4096 bytes\): .*Input/output error"):
         tier.load(0)
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP])
+def test_file_systems_that_cannot_reserve_room_will_do(tmp_path, monkeypatch, code):
+    def refuse(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    one = NvmeTier([tmp_path], SIZES, 2, "run")
+    assert (tmp_path / NAME).stat().st_size == 7 * PAGE
+    store_all(one)
+    require_stored(one)
+    one.close()
+
+
+def test_an_interruption_leaves_nothing_on_its_way(tmp_path, monkeypatch):
+    """As by Ctrl-C while a checkpoint is read: what comes late would end in the state of another subgroup."""
+    one = NvmeTier([tmp_path], SIZES, 1, "run")
+    store_all(one)
+    real = os.preadv
+
+    def slow(*args):
+        time.sleep(0.3)
+        return real(*args)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "preadv", slow)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(KeyboardInterrupt):
+            one.load(1)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    fill(one, 2, 77)
+    time.sleep(0.4)
+    assert (one.slice_of(2).state.master == 77).all()
+    one.close()
 
 
 def test_a_directory_without_room_is_refused_at_once(tmp_path):
