@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 
+from megatron_s2.offload.arguments import add_offload_args
 from megatron_s2.parallel.planner import OURS, Cluster
 from megatron_s2.settings import S2Settings
 
@@ -107,6 +108,7 @@ def add_s2_args(parser: ArgumentParser) -> ArgumentParser:
         help="Implementation of S2 attention. Default auto.",
     )
     _add_context_parallel_args(parser)
+    add_offload_args(parser)
     return parser
 
 
@@ -145,7 +147,11 @@ def validate_s2_args(args: Namespace, argv: Sequence[str] = ()) -> list[str]:
     Raises:
         ValueError: `--flag value: must be …`.
     """
-    given = [name for name, value in vars(args).items() if name.startswith("s2_") and value is not None]
+    given = [
+        name
+        for name, value in vars(args).items()
+        if name.startswith("s2_") and not name.startswith("s2_offload") and value is not None
+    ]
     given.remove("s2_attention")
     if not args.s2_attention:
         if given:

@@ -28,6 +28,8 @@ from megatron_s2.arguments import (
     take_from_checkpoint,
     validate_s2_args,
 )
+from megatron_s2.offload.arguments import offload_settings, validate_offload_args
+from megatron_s2.offload.run import Offload, OffloadError
 from megatron_s2.parallel.exchange import PeerLostError, Traffic
 from megatron_s2.parallel.planner import plan_model
 from megatron_s2.runtime.checks import check_model, check_paths, check_splits
@@ -40,6 +42,7 @@ from megatron_s2.runtime.patches import (
     let_eval_interval_be_unset,
     log_context_parallel_traffic,
     quiet_known_warnings,
+    use_offload,
 )
 from megatron_s2.settings import S2Settings
 from megatron_s2.summary import startup_table
@@ -106,7 +109,7 @@ def train(argv: Sequence[str]) -> None:
     apply_patches(cpu=not machine.gpu)
 
     try:
-        container = _configure(argv)
+        args, container = _configure(argv)
     except ValueError as error:
         _refuse(str(error))
     except AssertionError as error:
@@ -117,6 +120,10 @@ def train(argv: Sequence[str]) -> None:
 
     from megatron_s2 import gpt
 
+    offload = None
+    if args.s2_offload:
+        offload = Offload(offload_settings(args), _rank(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    use_offload(offload)
     try:
         pretrain(
             container,
@@ -125,8 +132,11 @@ def train(argv: Sequence[str]) -> None:
             gpt.forward_step,
             store=None if "WORLD_SIZE" in os.environ else torch.distributed.HashStore(),
         )
-    except EmptySplitError as error:
+    except (EmptySplitError, OffloadError) as error:
         _refuse(str(error))
+    finally:
+        if offload is not None:
+            offload.close()
     if (writer := get_tensorboard_writer()) is not None:
         writer.close()
 
@@ -161,6 +171,7 @@ def _configure(argv: Sequence[str]):
     check_splits(args)
     let_eval_interval_be_unset(args)
     settled = validate_s2_args(args, argv)
+    for_offload = validate_offload_args(args, argv)
     if args.s2_backend == "triton" and not torch.cuda.is_available():
         raise ValueError("--s2-backend triton: needs a GPU, and there is none here; use auto or torch")
     spec_settings = _s2_settings_of_spec(args)
@@ -185,7 +196,9 @@ def _configure(argv: Sequence[str]):
         settings = s2_settings(config, **(spec_settings or {}))
         count_s2_flops(settings)
         _show_table(args, config, settings, settled)
-    return pretrain_cfg_container_from_args(args, model)
+    if for_offload and not _rank():
+        print(f"megatron-s2: set for --s2-offload: {' '.join(for_offload)}", flush=True)
+    return args, pretrain_cfg_container_from_args(args, model)
 
 
 def _s2_settings_of_spec(args: Namespace) -> dict | None:

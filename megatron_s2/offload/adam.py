@@ -75,8 +75,8 @@ class State(NamedTuple):
 
 
 def check_gradient_scale(scale: float) -> None:
-    """Raise ValueError where `scale` is not positive and finite."""
-    if not 0 < scale < math.inf:
+    """Raise ValueError where `scale`, in float32, is not positive and finite."""
+    if not 0 < torch.tensor(scale, dtype=torch.float32).item() < math.inf:
         raise ValueError(f"gradient_scale {scale}: must be positive and finite; skip the step instead")
 
 

@@ -34,6 +34,7 @@ from megatron_s2.offload.queues import (
     IN_TURN,
     LAST,
     ON_DEVICE,
+    Awaited,
     Backend,
     Buffer,
     Queues,
@@ -103,7 +104,7 @@ class Executor:
         """The timeline of the latest step, from its first flush."""
         return self._queues.events()
 
-    def flush(self, start: int, stop: int, source: torch.Tensor) -> None:
+    def flush(self, start: int, stop: int, source: torch.Tensor, after: Awaited | None = None) -> None:
         """Take the final gradients of elements `start` to `stop`; they travel while the caller goes on.
 
         Each element of every parameter once per step, in any order and pieces. Errors of the copy come out of
@@ -112,7 +113,9 @@ class Executor:
         Args:
             start, stop: within one parameter.
             source: `[stop - start]` on the backend's device, of any float dtype, finished on the current
-                stream. Must stay as it is until `step` or `skip` has returned.
+                stream, or at the end of `after`. Must stay as it is from then until `step` or `skip` has
+                returned.
+            after: what finishes the source. Before `step`, the caller has waited for it, too.
 
         Raises:
             ValueError: elements outside of parameters, or flushed before, or another number of gradients.
@@ -124,9 +127,8 @@ class Executor:
             piece = self._flushed.add(start, stop, source)
             if first_of_step:
                 self._queues.restart_clock()
-            mark = self._backend.mark()
-            first, last = start // self._plan.subgroup_size, (stop - 1) // self._plan.subgroup_size
-            for subgroup in self._plan.subgroups[first : last + 1]:
+            mark = self._backend.mark(after)
+            for subgroup in self._subgroups(start, stop):
                 if subgroup.tier == "host" and subgroup.device == "cpu":
                     self._send(subgroup, piece, mark)
 
@@ -188,6 +190,18 @@ class Executor:
                 out[a - start : b - start].copy_(place)
         return out
 
+    def look(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """As `read`, but without a copy where the elements lie in one piece of host memory: later steps and
+        writes then show in what this returns, and what is written there is the state."""
+        with self._lock:
+            self._check_whole()
+            if all(s.tier == "host" for s in self._subgroups(start, stop)):
+                views = [place for place, *_ in self._places.stretches(self._plan, name, start, stop)]
+                ends = [x.data_ptr() + x.nbytes for x in views]
+                if views and all(end == x.data_ptr() for end, x in zip(ends, views[1:])):
+                    return views[0].as_strided((stop - start,), (1,))
+            return self.read(name, start, stop)
+
     def write(self, name: str, start: int, values: torch.Tensor) -> None:
         """Replace elements of `master`, `exp_avg` or `exp_avg_sq` from `start` on.
 
@@ -219,6 +233,11 @@ class Executor:
         self._queues.close()
         self._places.close()
         self._flushed.clear()
+
+    def _subgroups(self, start: int, stop: int) -> tuple[Subgroup, ...]:
+        """Those that hold elements `start` to `stop`."""
+        first, last = start // self._plan.subgroup_size, (stop - 1) // self._plan.subgroup_size
+        return self._plan.subgroups[first : last + 1]
 
     # Gradients
 

@@ -73,6 +73,13 @@ class Task:
     ended: bool = False
 
 
+class Awaited(Protocol):
+    """Something under way, such as an asynchronous collective of `torch.distributed`."""
+
+    def wait(self) -> object:
+        """Let the current stream, or this thread, wait for its end. May be called from several threads."""
+
+
 class Backend(Protocol):
     """Where queues work.
 
@@ -85,8 +92,8 @@ class Backend(Protocol):
     def at_work(self, task: Task) -> AbstractContextManager[None]:
         """Around a task's function, in its worker; at its end everything that it began is done."""
 
-    def mark(self) -> object:
-        """The point that the caller's work on the device has reached."""
+    def mark(self, after: Awaited | None = None) -> object:
+        """The point that the caller's work on the device has reached, or the end of `after`."""
 
     def wait(self, mark: object) -> None:
         """Let what a task begins from here on come after that point."""
@@ -107,11 +114,12 @@ class ThreadBackend:
     def at_work(self, task: Task) -> AbstractContextManager[None]:
         return nullcontext() if self._delay is None else self._delayed(task)
 
-    def mark(self) -> None:
-        return None
+    def mark(self, after: Awaited | None = None) -> Awaited | None:
+        return after
 
-    def wait(self, mark: None) -> None:
-        return None
+    def wait(self, mark: Awaited | None) -> None:
+        if mark is not None:
+            mark.wait()
 
     @contextmanager
     def _delayed(self, task: Task):
@@ -127,6 +135,7 @@ class CudaBackend:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._streams = {queue: torch.cuda.Stream(device) for queue in ON_DEVICE}
+        self._waiting = torch.cuda.Stream(device)
 
     @contextmanager
     def at_work(self, task: Task):
@@ -142,9 +151,14 @@ class CudaBackend:
                 done.record(stream)
                 done.synchronize()
 
-    def mark(self) -> torch.cuda.Event:
+    def mark(self, after: Awaited | None = None) -> torch.cuda.Event:
         point = torch.cuda.Event()
-        point.record(torch.cuda.current_stream(self.device))
+        if after is None:
+            point.record(torch.cuda.current_stream(self.device))
+            return point
+        with torch.cuda.stream(self._waiting):
+            after.wait()  # lets the stream wait, not this thread
+            point.record(self._waiting)
         return point
 
     def wait(self, mark: torch.cuda.Event) -> None:

@@ -205,7 +205,8 @@ def _on_stream(once: Callable[[], object], device: torch.device) -> Callable[[],
     stream.wait_stream(torch.cuda.current_stream(device))
 
     def on_stream() -> None:
-        with torch.cuda.stream(stream):
+        # A new thread is on GPU 0, and going back there from a stream would begin a context on it.
+        with torch.cuda.device(stream.device), torch.cuda.stream(stream):
             once()
         stream.synchronize()
 

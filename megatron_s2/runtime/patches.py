@@ -4,14 +4,20 @@ Each function says what is broken, in which version it was seen, and what it tou
 twice. `apply_patches` calls them all and is the only thing an entry point needs; call it before `pretrain()`.
 """
 
+from __future__ import annotations
+
 import logging
 import sys
 import warnings
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from functools import wraps
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import torch
 
+from megatron_s2.offload.run import Offload
 from megatron_s2.parallel.exchange import Traffic
 from megatron_s2.settings import S2Settings
 
@@ -306,6 +312,96 @@ def log_context_parallel_traffic(traffic: Traffic) -> None:
 
     log_traffic_too.before_megatron_s2 = original
     training.training_log = log_traffic_too
+
+
+def use_offload(offload: Offload | None) -> None:
+    """Megatron has no argument for another optimizer (seen in 0.19.2); None undoes this.
+
+    `HybridDeviceOptimizer` becomes ours, in the two modules that construct it. Each `DistributedOptimizer` is
+    made known to `offload`, which also hears when its gradients are set to zero. A group of buckets whose
+    reduction has begun says so. What would change all gradients after that is only noted, for the update to
+    apply: unscaling (infinities are still looked for), the division by the number of tokens, and clipping;
+    norms are corrected by it. Touches `HybridDeviceOptimizer` of `megatron.core.optimizer` and of its module
+    `distrib_optimizer`, there `DistributedOptimizer.__init__`, `zero_grad` and
+    `_unscale_main_grads_and_check_for_nan`; `get_grad_norm_fp32` and `clip_grad_by_total_norm_fp32` of its
+    module `optimizer`; `DistributedDataParallel.scale_gradients`; and `start_grad_sync` of
+    `_ParamAndGradBucketGroup`.
+    """
+    from megatron.core import optimizer as package
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
+    from megatron.core.optimizer import distrib_optimizer, optimizer
+
+    from megatron_s2.offload.optimizer import OffloadedAdamW
+
+    distributed = distrib_optimizer.DistributedOptimizer
+
+    class OffloadedOptimizer(OffloadedAdamW):
+        def __init__(self, params, *, lr, betas, eps, weight_decay, **of_hybrid_device_optimizer):
+            super().__init__(params, offload, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+    def construct(original, self, inner, *args, **kwargs):
+        original(self, inner, *args, **kwargs)
+        if inner is not None:
+            offload.adopt(self)
+
+    def zero_grad(original, self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        offload.begin_step()
+
+    def check_for_inf(original, self):
+        scaler = self.grad_scaler
+        self.grad_scaler = SimpleNamespace(inv_scale=torch.ones_like(scaler.scale))
+        try:
+            found_inf = original(self)
+        finally:
+            self.grad_scaler = scaler
+        offload.hold_loss_scale(scaler.scale.item())
+        return found_inf
+
+    def norm(original, *args, **kwargs):
+        return offload.true_norm(original(*args, **kwargs))
+
+    def clip(original, parameters, max_norm, total_norm, use_decoupled_grad=False):
+        offload.hold_clip(max_norm, total_norm)
+
+    def scale(original, self, scaling_factor):
+        offload.hold_tokens(scaling_factor)
+
+    def start_grad_sync(original, self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        offload.gradients_reduced(self)
+
+    for owner, name, ours in (
+        (package, "HybridDeviceOptimizer", OffloadedOptimizer),
+        (distrib_optimizer, "HybridDeviceOptimizer", OffloadedOptimizer),
+        (distributed, "__init__", construct),
+        (distributed, "zero_grad", zero_grad),
+        (distributed, "_unscale_main_grads_and_check_for_nan", check_for_inf),
+        (optimizer, "get_grad_norm_fp32", norm),
+        (optimizer, "clip_grad_by_total_norm_fp32", clip),
+        (DistributedDataParallel, "scale_gradients", scale),
+        (_ParamAndGradBucketGroup, "start_grad_sync", start_grad_sync),
+    ):
+        original = getattr(owner, name)
+        original = getattr(original, "before_megatron_s2_offload", original)
+        if offload is None:
+            setattr(owner, name, original)
+            continue
+        if not isinstance(ours, type):
+            ours = _around(original, ours)
+        ours.before_megatron_s2_offload = original
+        setattr(owner, name, ours)
+
+
+def _around(original: Callable, ours: Callable) -> Callable:
+    """A function that gives its original to `ours` first."""
+
+    @wraps(original)
+    def wrapper(*args, **kwargs):
+        return ours(original, *args, **kwargs)
+
+    return wrapper
 
 
 def escape_help_texts(parser: ArgumentParser) -> None:

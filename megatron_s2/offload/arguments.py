@@ -1,0 +1,231 @@
+"""The `--s2-offload…` flags, how they meet Megatron's own, and the settings that follow."""
+
+from __future__ import annotations
+
+import math
+import os
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_s2.offload.plan import ALIGNMENT, GB, SUBGROUP_SIZE, check_fraction
+
+_FLAG = "--s2-offload"
+# What Megatron needs to be told for its distributed optimizer to leave state and weights to the inner one.
+_MEGATRON = {
+    "optimizer_cpu_offload": "--optimizer-cpu-offload",
+    "use_precision_aware_optimizer": "--use-precision-aware-optimizer",
+    "use_distributed_optimizer": "--use-distributed-optimizer",
+}
+# Megatron's static split, which this replaces.
+_OF_HYBRID = {
+    "--optimizer-offload-fraction": "the share that the GPU updates is --s2-offload-gpu-fraction",
+    "--overlap-cpu-optimizer-d2h-h2d": "transfers always overlap; gradients do with --overlap-grad-reduce",
+    "--use-torch-optimizer-for-cpu-offload": "the CPU always updates by PyTorch's fused AdamW",
+    "--no-pin-cpu-grads": "host memory is pinned",
+    "--no-pin-cpu-params": "host memory is pinned",
+}
+_REFUSED = {
+    "use_megatron_fsdp": ("--use-megatron-fsdp", "it holds the state itself"),
+    "use_torch_fsdp2": ("--use-torch-fsdp2", "it holds the state itself"),
+    "optimizer_cuda_graph": ("--optimizer-cuda-graph", "the CPU takes part in the step"),
+    "fp8_param_gather": ("--fp8-param-gather", "weights are written in 16 or 32 bits"),
+    "fp4_param_gather": ("--fp4-param-gather", "weights are written in 16 or 32 bits"),
+    "reuse_grad_buf_for_mxfp8_param_ag": (
+        "--reuse-grad-buf-for-mxfp8-param-ag",
+        "weights are written in 16 or 32 bits",
+    ),
+    "overlap_param_gather_with_optimizer_step": (
+        "--overlap-param-gather-with-optimizer-step",
+        "the step is one for all of the model",
+    ),
+    "rl_offload_optimizer_during_inference": (
+        "--rl-offload-optimizer-during-inference",
+        "the state is not on the GPU",
+    ),
+}
+_DTYPES = ("main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
+
+
+@dataclass(frozen=True)
+class OffloadSettings:
+    """What the user chose about optimizer offload.
+
+    Args:
+        gpu_fraction: share of the streamed state that the GPU updates; None for what the model says.
+        subgroup_size: elements of a subgroup.
+        gpu_budget, host_budget: bytes of one rank; None for as much as the host has.
+        nvme_dirs: a file of state in each; none without an NVMe tier.
+        cpu_threads: of one rank's CPU updates; None for this rank's share of the cores.
+        trace: file for the timeline of a step.
+    """
+
+    gpu_fraction: float | None = None
+    subgroup_size: int = SUBGROUP_SIZE
+    gpu_budget: int = 0
+    host_budget: int | None = None
+    nvme_dirs: tuple[str, ...] = ()
+    cpu_threads: int | None = None
+    trace: str | None = None
+
+    def threads(self, ranks_here: int) -> int:
+        """Of one of `ranks_here` ranks on this machine."""
+        return self.cpu_threads or max(len(os.sched_getaffinity(0)) // ranks_here, 1)
+
+
+def add_offload_args(parser: ArgumentParser) -> None:
+    """Adds the flags to Megatron's parser. Their parsed defaults are None: `validate_offload_args` fills
+    them in."""
+    add = parser.add_argument_group("S2 optimizer offload").add_argument
+    add(
+        _FLAG,
+        action="store_true",
+        help="Keep AdamW's state on the host (or NVMe) and update it on CPU and GPU at once (Deep Optimizer "
+        "States, arXiv 2410.21316). Takes the place of Megatron's HybridDeviceOptimizer, so it sets "
+        "--optimizer-cpu-offload, --use-precision-aware-optimizer and --use-distributed-optimizer; "
+        "--optimizer-offload-fraction, --overlap-cpu-optimizer-d2h-h2d and the others of that optimizer are "
+        "refused. With --overlap-grad-reduce gradients go to the host during backward, else after it.",
+    )
+    add(
+        "--s2-offload-gpu-fraction",
+        type=_fraction,
+        help="Share of the state not resident on the GPU that the GPU updates, 0 to 1. Default auto: the "
+        "best by the rates of this machine, measured once and remembered. Results do not depend on it.",
+    )
+    add(
+        "--s2-offload-subgroup-size",
+        type=int,
+        help=f"Parameters that move together, a multiple of {ALIGNMENT}. Default {SUBGROUP_SIZE}.",
+    )
+    add(
+        "--s2-offload-gpu-budget-gb",
+        type=float,
+        help="GB (10**9 bytes) of state that each rank keeps on the GPU. Default 0.",
+    )
+    add(
+        "--s2-offload-host-budget-gb",
+        type=float,
+        help="GB of host memory that each rank may take for state and gradients; what it cannot hold goes to "
+        "--s2-offload-nvme-dir. A checkpoint being saved takes more. Default: no limit.",
+    )
+    add(
+        "--s2-offload-nvme-dir",
+        metavar="DIR[,DIR]",
+        help="Directories for the state that neither budget holds, shared by their measured bandwidth. Needs "
+        "--s2-offload-host-budget-gb.",
+    )
+    add(
+        "--s2-offload-cpu-threads",
+        type=int,
+        help="Threads of each rank's CPU updates. Default: the cores divided by the ranks of this machine.",
+    )
+    add(
+        "--s2-offload-trace",
+        metavar="FILE",
+        help="Write predicted and measured timeline of rank 0's steps 1, 2, 4, 8, … as Chrome-trace JSON, "
+        "each over the one before; scripts/plot_trace.py draws it.",
+    )
+
+
+def validate_offload_args(args: Namespace, argv: Sequence[str] = ()) -> list[str]:
+    """Checks the parsed flags, and sets the Megatron flags that follow.
+
+    Call it after parsing and before Megatron's own validation.
+
+    Args:
+        args: the parsed namespace, changed in place.
+        argv: the command line, to tell what the user asked for from Megatron's defaults.
+
+    Returns:
+        What was set, as flags.
+
+    Raises:
+        ValueError: `--flag value: must be …`.
+    """
+    if not args.s2_offload:
+        for name, value in vars(args).items():
+            if name.startswith("s2_offload_") and value is not None:
+                raise ValueError(f"{_flag(name)}: needs {_FLAG}")
+        return []
+    words = {word.split("=")[0] for word in argv}
+    for flag, why in _OF_HYBRID.items():
+        if flag in words:
+            raise ValueError(f"{flag}: must not be set with {_FLAG}: {why}")
+    for name, (flag, why) in _REFUSED.items():
+        if getattr(args, name, None):
+            raise ValueError(f"{flag}: must not be set with {_FLAG}: {why}")
+    if args.optimizer != "adam":
+        raise ValueError(f"--optimizer {args.optimizer}: must be adam with {_FLAG}")
+    for name in _DTYPES:
+        if (dtype := getattr(args, name)) not in ("fp32", None):
+            raise ValueError(f"{_flag(name)} {dtype}: must be fp32 with {_FLAG}")
+    if args.ckpt_format == "fsdp_dtensor":
+        raise ValueError(f"--ckpt-format fsdp_dtensor: must be torch_dist or torch with {_FLAG}")
+    offload_settings(args)
+    given = [name for name in _MEGATRON if not getattr(args, name)]
+    for name in given:
+        setattr(args, name, True)
+    return [_MEGATRON[name] for name in given]
+
+
+def offload_settings(args: Namespace) -> OffloadSettings:
+    """The settings of parsed arguments.
+
+    Raises:
+        ValueError: a flag is out of range; the message starts with it.
+    """
+    fraction = args.s2_offload_gpu_fraction
+    size = SUBGROUP_SIZE if args.s2_offload_subgroup_size is None else args.s2_offload_subgroup_size
+    if size < ALIGNMENT or size % ALIGNMENT:
+        raise ValueError(f"--s2-offload-subgroup-size {size}: must be a positive multiple of {ALIGNMENT}")
+    threads = args.s2_offload_cpu_threads
+    if threads is not None and threads < 1:
+        raise ValueError(f"--s2-offload-cpu-threads {threads}: must be >= 1")
+    host_budget = _bytes(args, "s2_offload_host_budget_gb")
+    directories = tuple(filter(None, (args.s2_offload_nvme_dir or "").split(",")))
+    if args.s2_offload_nvme_dir is not None and host_budget is None:
+        raise ValueError(
+            "--s2-offload-nvme-dir: needs --s2-offload-host-budget-gb; without it all state stays in memory"
+        )
+    for directory in directories:
+        if not os.path.isdir(directory):
+            raise ValueError(f"--s2-offload-nvme-dir {directory}: there is no such directory")
+    if len({os.path.realpath(directory) for directory in directories}) < len(directories):
+        raise ValueError(f"--s2-offload-nvme-dir {args.s2_offload_nvme_dir}: must name each directory once")
+    trace = args.s2_offload_trace
+    if trace is not None and not Path(trace).absolute().parent.is_dir():
+        raise ValueError(f"--s2-offload-trace {trace}: there is no such directory")
+    return OffloadSettings(
+        gpu_fraction=None if fraction == "auto" else fraction,
+        subgroup_size=size,
+        gpu_budget=_bytes(args, "s2_offload_gpu_budget_gb") or 0,
+        host_budget=host_budget,
+        nvme_dirs=directories,
+        cpu_threads=threads,
+        trace=trace,
+    )
+
+
+def _bytes(args: Namespace, name: str) -> int | None:
+    value = getattr(args, name)
+    if value is None:
+        return None
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{_flag(name)} {value:g}: must be >= 0")
+    return int(value * GB)
+
+
+def _fraction(text: str) -> float | str:
+    if text == "auto":
+        return text
+    value = float(text)
+    check_fraction(value)
+    return value
+
+
+_fraction.__name__ = "auto, or a number from 0 to 1"  # argparse names the type in its message
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
