@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from megatron_s2.offload.model import Rates
-from megatron_s2.offload.rates import Machine, drifted, measure_rates, rates_of
+from megatron_s2.offload.rates import Machine, _on_stream, drifted, measure_rates, rates_of
 
 MACHINE = Machine(cpu="a CPU", cores=8, gpu=None, torch="2.15", threads=4, ranks=1)
 RATES = Rates(cpu=1e9, gpu=2e9, h2d=3e9, d2h=4e9)
@@ -43,6 +43,31 @@ def test_on_a_gpu_its_updates_are_the_faster_ones():
     rates = measure_rates(threads=2)
     assert rates.gpu > rates.cpu
     assert min(rates.h2d, rates.d2h) > 1e9
+
+
+def test_a_thread_is_on_the_device_of_its_stream_before_it_takes_it(monkeypatch):
+    """Or leaving the stream sends it back to GPU 0, where each rank of a machine would begin a context."""
+    from contextlib import contextmanager
+    from types import SimpleNamespace
+
+    import torch
+
+    device = torch.device("cuda", 3)
+    stream = SimpleNamespace(device=device, wait_stream=lambda other: None, synchronize=lambda: None)
+    seen = []
+
+    @contextmanager
+    def told(what):
+        seen.append(what)
+        yield
+        seen.append(("left", what))
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device", told)
+    monkeypatch.setattr(torch.cuda, "stream", lambda one: told("stream"))
+    _on_stream(lambda: seen.append("once"), device)()
+    assert seen == [device, "stream", "once", ("left", "stream"), ("left", device)]
 
 
 def test_a_failing_queue_is_not_swallowed(monkeypatch):
