@@ -176,7 +176,7 @@ if not INTERPRETED:
         with pytest.raises(ValueError, match=message):
             AdamW(**{"lr": 1.0} | change)
 
-    @pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), float("nan")])
+    @pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), float("nan"), 1e-46, 1e39])
     def test_a_scale_that_would_destroy_the_state_is_refused(scale):
         state, gradient = sample(64)
         before = copied(state)
