@@ -1,7 +1,11 @@
-"""All kernel tests: uninitialised memory is NaN, so that reading what nobody wrote shows; one thread."""
+"""All kernel tests: uninitialised memory is NaN, so that reading what nobody wrote shows; one thread; where
+Triton is interpreted, a quick interpreter."""
+
+import os
 
 import pytest
 import torch
+from interpreter import quicken_interpreter
 
 ALLOCATORS = (
     (torch, "empty"),
@@ -21,17 +25,14 @@ def poisoned(allocate):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def poisoned_memory():
+def poisoned_memory(one_thread):
     with pytest.MonkeyPatch.context() as patch:
         for home, name in ALLOCATORS:
             patch.setattr(home, name, poisoned(getattr(home, name)))
         yield
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """At the sizes of tests, threads cost more than they bring, many times more on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(autouse=True, scope="session")
+def quick_interpreter():
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        quicken_interpreter()

@@ -5,10 +5,12 @@ special, then the number of ranks and the schedule.
 """
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
 from attention_cases import Case, packed, s2
+from interpreter import quicken_interpreter
 from ranks import run_on_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,6 +21,8 @@ from megatron_s2.parallel.assignment import plan_gather
 from megatron_s2.parallel.attention import context_parallel_attention
 from megatron_s2.parallel.exchange import Exchange
 from megatron_s2.parallel.layout import Zigzag
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 RANKS = (2, 3, 4)
 SCHEDULES = ("gather", "a2a")
@@ -54,18 +58,21 @@ LOW_PRECISION = [
     Case(s2(4), "packed", **packed(200, 136, 400, 32)),
 ]
 IN_TRITON = [
-    Case(s2(2, sink_blocks=1), "gqa", batch=2, queries=192, sink_logits=True),
+    Case(s2(2, sink_blocks=1), "gqa", batch=2, queries=128, sink_logits=True),
     Case(s2(2, local_blocks=3), "windows over several chunks", batch=1, queries=120),
-    Case(s2(3, num_dense_heads=1), "dense head", batch=1, queries=240, group=1),
+    Case(s2(3, num_dense_heads=1), "dense head", batch=1, queries=144, group=1),
     Case(s2(2), "packed", **packed(70, 3, 100, 19)),
     Case(s2(2), "wider v", v_dim=24, batch=1, queries=96),
 ]
 ALL_HELD = Case(s2(4, local_blocks=1, vert_stride=8), "memory", batch=1, queries=4096, group=1)
+INTERPRETER = {"TRITON_INTERPRET": "1"}
 
 
 def compute(rank: int, ranks: int, cases: list[tuple[Case, torch.dtype]], backend: str = "auto") -> dict:
     """The rank's part of all results and its traffic, by (case id, schedule, dtype)."""
     group = torch.distributed.group.WORLD
+    if backend == "triton":
+        quicken_interpreter()
     return {
         (str(case), schedule, dtype): one_case(case, Exchange(group), schedule, dtype, backend)
         for case, dtype in cases
@@ -136,19 +143,31 @@ def without_lse(results: dict) -> dict:
     return {name: x for name, x in results.items() if name != "lse"}
 
 
+@cache
+def reference(case: Case) -> dict[str, torch.Tensor]:
+    return without_lse(case.results("reference", lse=False))
+
+
+@cache
+def plain_and_exact(case: Case, dtype: torch.dtype) -> tuple[dict, dict]:
+    plain = case.results("plain", dtype, lse=False)
+    inputs = {name: x if x is None else x.to(dtype).double() for name, x in case.inputs(dtype).items()}
+    exact = attention_results(case.plain_attention, **inputs | {"dlse": None})
+    return without_lse(plain), without_lse(exact)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_ranks_compute_what_one_computes(on_ranks, case, schedule):
     if parts := parts_of(on_ranks, case, schedule):
-        require_equal(joined(parts, case), without_lse(case.results("reference", lse=False)))
+        require_equal(joined(parts, case), reference(case))
 
 
 @pytest.fixture(scope="module")
 def in_triton(tmp_path_factory):
     cases = [(case, torch.float32) for case in IN_TRITON]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        return run_on_ranks(2, compute, tmp_path_factory.mktemp("triton"), 2, cases, "triton")
+    directory = tmp_path_factory.mktemp("triton")
+    return run_on_ranks(2, compute, directory, 2, cases, "triton", env=INTERPRETER)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -165,10 +184,7 @@ def test_ranks_compute_what_one_computes_in_triton(in_triton, case, schedule):
 @pytest.mark.parametrize("case", LOW_PRECISION, ids=str)
 def test_ranks_are_as_exact_as_plain_pytorch(on_ranks, case, schedule, dtype):
     got = joined(parts_of(on_ranks, case, schedule, dtype), case)
-    plain = without_lse(case.results("plain", dtype, lse=False))
-    inputs = {name: x if x is None else x.to(dtype).double() for name, x in case.inputs(dtype).items()}
-    exact = attention_results(case.plain_attention, **inputs | {"dlse": None})
-    require_as_exact_as_plain(got, plain, without_lse(exact))
+    require_as_exact_as_plain(got, *plain_and_exact(case, dtype))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -193,6 +209,13 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+def largest_tensors(rank: int, case: Case, backend: str) -> dict[str, int]:
+    """By schedule."""
+    if backend == "triton":
+        quicken_interpreter()
+    return {schedule: largest_tensor(rank, case, schedule, backend) for schedule in SCHEDULES}
+
+
 def largest_tensor(rank: int, case: Case, schedule: str, backend: str) -> int:
     exchange = Exchange(torch.distributed.group.WORLD)
     inputs = case.inputs(torch.float32)
@@ -205,13 +228,16 @@ def largest_tensor(rank: int, case: Case, schedule: str, backend: str) -> int:
     return largest.bytes
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_no_rank_holds_all_keys(tmp_path, monkeypatch, schedule, backend):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    case = ALL_HELD if backend == "torch" else replace(ALL_HELD, queries=1024)
+@pytest.mark.parametrize(
+    ("backend", "queries", "env"),
+    [("torch", 4096, {}), ("triton", 1024, INTERPRETER)],
+    ids=["torch", "triton"],
+)
+def test_no_rank_holds_all_keys(tmp_path, backend, queries, env):
+    case = replace(ALL_HELD, queries=queries)
     all_keys = case.queries * case.pattern.num_kv_heads * case.dim * torch.float32.itemsize
-    assert max(run_on_ranks(4, largest_tensor, tmp_path, case, schedule, backend)) < all_keys
+    for largest in run_on_ranks(4, largest_tensors, tmp_path, case, backend, env=env):
+        assert max(largest.values()) < all_keys
 
 
 def test_layers_of_equal_pattern_share_one_plan():

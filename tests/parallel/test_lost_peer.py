@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from ranks import START_METHOD
 
 from megatron_s2.parallel.attention import context_parallel_attention
 from megatron_s2.parallel.exchange import Exchange, PeerLostError
@@ -39,24 +40,39 @@ def one_rank(rank: int, directory: Path, fate: str, schedule: str) -> None:
     os._exit(0)
 
 
-@pytest.mark.parametrize(
-    ("fate", "schedule"),
-    [("dies", "gather"), ("dies", "a2a"), ("hangs", "a2a"), ("hangs while another is late", "gather")],
-)
-def test_a_lost_peer_is_named_by_all_others(tmp_path, fate, schedule):
-    context = mp.start_processes(
-        one_rank, (tmp_path, fate, schedule), nprocs=RANKS, start_method="spawn", join=False
-    )
-    survivors = [rank for rank in range(RANKS) if rank != VICTIM]
-    try:
-        for rank in survivors:
-            context.processes[rank].join(timeout=200)
-            assert context.processes[rank].exitcode == 0
-    finally:
-        for process in context.processes:
+FATES = [
+    ("dies", "gather"),
+    ("dies", "a2a"),
+    ("hangs", "a2a"),
+    ("hangs while another is late", "gather"),
+]
+
+
+@pytest.fixture(scope="module")
+def groups(tmp_path_factory):
+    """One group of ranks for each fate, at once: they spend their time waiting."""
+    directories = {case: tmp_path_factory.mktemp("group") for case in FATES}
+    started = {
+        case: mp.start_processes(
+            one_rank, (directory, *case), nprocs=RANKS, start_method=START_METHOD, join=False
+        )
+        for case, directory in directories.items()
+    }
+    yield {case: (group, directories[case]) for case, group in started.items()}
+    for group in started.values():
+        for process in group.processes:
             process.kill()
+
+
+@pytest.mark.parametrize("case", FATES, ids=" ".join)
+def test_a_lost_peer_is_named_by_all_others(groups, case):
+    group, directory = groups[case]
+    survivors = [rank for rank in range(RANKS) if rank != VICTIM]
     for rank in survivors:
-        said = (tmp_path / f"{rank}.txt").read_text()
+        group.processes[rank].join(timeout=200)
+        assert group.processes[rank].exitcode == 0
+    for rank in survivors:
+        said = (directory / f"{rank}.txt").read_text()
         assert said.startswith(
             f"rank {VICTIM} did not complete the context-parallel exchange of layer 7 (group [0, 1, 2]): "
         )
