@@ -143,7 +143,8 @@ class CudaBackend:
         if stream is None:
             yield
             return
-        with torch.cuda.stream(stream):
+        # A worker begins on GPU 0, and going back there from a stream would begin a context on it.
+        with torch.cuda.device(self.device), torch.cuda.stream(stream):
             try:
                 yield
             finally:
@@ -282,11 +283,11 @@ class Queues:
             return sorted(self._events, key=lambda event: event.start)
 
     def close(self) -> None:
-        """Drop what has not begun, and end the workers."""
+        """Drop what has not begun, and end the workers. A `join` that waits for it raises a RuntimeError."""
         with self._change:
             self._closed = True
-            self._ready = {queue: [] for queue in self._ready}
-            self._unfinished.clear()
+            if self._unfinished:
+                self._fail(RuntimeError("the queues were closed before all was done"))
             self._change.notify_all()
         for worker in self._workers:
             worker.join()

@@ -4,6 +4,8 @@ import random
 import signal
 import threading
 import time
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,7 +30,7 @@ from megatron_s2.offload.arena import Arena
 from megatron_s2.offload.executor import Executor
 from megatron_s2.offload.flat import Parameter
 from megatron_s2.offload.plan import make_plan
-from megatron_s2.offload.queues import IN_TURN, LAST, HazardError, Queues, ThreadBackend
+from megatron_s2.offload.queues import IN_TURN, LAST, CudaBackend, HazardError, Queues, ThreadBackend
 
 FRACTIONS = (0.0, 0.25, 0.4, 0.5, 0.75, 1.0)
 SUBGROUP_SIZES = (64, 192, 256, 1024, 3008)
@@ -318,6 +320,50 @@ def test_two_failures_are_both_told():
     queues.close()
     with pytest.raises(RuntimeError, match="cpu update 2: the queues are closed"):
         queues.submit("cpu", "update 2", fail)
+
+
+def test_a_step_that_is_closed_under_way_does_not_look_done(build):
+    updating, failures = threading.Event(), []
+
+    def delay(task):
+        if task.queue == "cpu":
+            updating.set()
+            time.sleep(0.1)
+
+    one = build(delay=delay)
+    flush_all(one, 1)
+
+    def step():
+        with pytest.raises(RuntimeError, match="the queues were closed before all was done") as failure:
+            one.step(settings_of(1))
+        failures.append(failure)
+
+    stepping = threading.Thread(target=step)
+    stepping.start()
+    assert updating.wait(20)
+    one.close()
+    stepping.join(20)
+    assert failures and not stepping.is_alive()
+
+
+def test_a_worker_is_on_the_device_of_its_stream_before_it_takes_it(monkeypatch):
+    """Or leaving the stream sends it back to GPU 0, where each rank of a machine would begin a context."""
+    device, seen = torch.device("cuda", 3), []
+
+    @contextmanager
+    def told(what):
+        seen.append(what)
+        yield
+        seen.append(("left", what))
+
+    done = SimpleNamespace(record=lambda stream: None, synchronize=lambda: seen.append("synchronized"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: "stream")
+    monkeypatch.setattr(torch.cuda, "Event", lambda blocking: done)
+    monkeypatch.setattr(torch.cuda, "device", told)
+    monkeypatch.setattr(torch.cuda, "stream", told)
+    with CudaBackend(device).at_work(SimpleNamespace(queue="h2d")):
+        seen.append("task")
+    assert seen == [device, "stream", "task", "synchronized", ("left", "stream"), ("left", device)]
 
 
 def test_what_can_wait_comes_last_and_the_rest_in_turn():
