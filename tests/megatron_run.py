@@ -1,21 +1,27 @@
 """Runs tiny Megatron trainings for tests: the real command, or several configurations in one process group.
 
 `launch` starts what a user starts and gives back its exit status and output. A start costs 8 s (imports), so
-tests that only compare losses hand all their configurations to `train_all`, which starts once per number of
-ranks. Losses come from the tensorboard files, as the float32 values Megatron computed.
+tests that only compare losses hand all their configurations to `train_all`, whose ranks are forks of one
+process that has imported everything. Losses come from the tensorboard files, as the float32 values Megatron
+computed.
 
-Run as a script, this file is one rank of `train_all`.
+Run as a script, this file is that process.
 """
 
 import json
+import multiprocessing
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from multiprocessing.connection import wait
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -34,6 +40,16 @@ MODERN = """
     --untie-embeddings-and-output-weights
 """
 MOCK_DATA = "--mock-data"
+IMPORTED_BY_A_TRAINING = (
+    "megatron_s2.pretrain",
+    "megatron_s2.gpt",
+    "megatron_s2.layers.core_attention",
+    "megatron_s2.runtime.cpu",
+    "megatron.core.tokenizers.text.libraries",
+    "megatron.training",
+    "torch._dynamo",
+    "torch.utils.tensorboard",
+)
 
 
 @dataclass(frozen=True)
@@ -119,21 +135,14 @@ def train_all(
     ]
     job_file = log_dir / "jobs.json"
     job_file.write_text(json.dumps(jobs))
-    group = subprocess.run(
-        [*_launcher(ranks), __file__, str(job_file)],
-        cwd=ROOT,
-        env=_environment(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    _run_on_forks(job_file, ranks)
     finished = {}
     for name in runs:
         run_dir = log_dir / name
         status = run_dir / "status.txt"
         if not status.exists():
             printed = [_last_lines(file.read_text()) for file in sorted(run_dir.glob("output*.txt"))]
-            raise RuntimeError("\n".join([f"run {name!r} did not end", *printed, _last_lines(group.stderr)]))
+            raise RuntimeError("\n".join([f"run {name!r} did not end", *printed]))
         finished[name] = Run(int(status.read_text()), (run_dir / "output.txt").read_text(), run_dir)
     return finished
 
@@ -166,11 +175,75 @@ def _environment() -> dict[str, str]:
     return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def _run_jobs(job_file: Path) -> None:
+@cache
+def _forking_process() -> subprocess.Popen:
+    """Ends when its stdin does, with the process that tests run in."""
+    return subprocess.Popen(
+        [sys.executable, __file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+        env=_environment(),
+        text=True,
+    )
+
+
+def _run_on_forks(job_file: Path, ranks: int) -> None:
+    forking = _forking_process()
+    print(ranks, job_file, file=forking.stdin, flush=True)
+    if forking.stdout.readline() != "done\n":
+        raise RuntimeError(f"the process that forks ranks ended: {forking.wait()}")
+
+
+def _serve() -> None:
+    """Forks the ranks of one group after the other, as the lines of stdin say: how many, and for which jobs.
+
+    What is imported here is what a training imports; a run before the fork would leave threads behind.
+    """
+    from megatron_s2.runtime.patches import quiet_known_warnings
+
+    quiet_known_warnings()
+    for module in IMPORTED_BY_A_TRAINING:
+        import_module(module)
+    fork = multiprocessing.get_context("fork")
+    for line in sys.stdin:
+        ranks, job_file = line.rstrip("\n").split(" ", 1)
+        ranks, port = int(ranks), _free_port()
+        group = [fork.Process(target=_run_jobs, args=(Path(job_file), n, ranks, port)) for n in range(ranks)]
+        for process in group:
+            process.start()
+        _end_together(group)
+        print("done", flush=True)
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def _end_together(group: list[multiprocessing.Process], timeout: float = 600.0) -> None:
+    """Waits for all; kills those that are left when one fails or the time is over."""
+    deadline, failed = time.monotonic() + timeout, False
+    running = list(group)
+    while running and not failed:
+        wait([process.sentinel for process in running], max(0.0, deadline - time.monotonic()))
+        failed = time.monotonic() > deadline or any(process.exitcode for process in running)
+        running = [process for process in running if process.exitcode is None]
+    for process in running:
+        process.kill()
+    for process in group:
+        process.join()
+
+
+def _run_jobs(job_file: Path, rank: int, ranks: int, port: int) -> None:
     """One rank of `train_all`: the jobs one after another, each with its output in a file of its own."""
     from megatron_s2.pretrain import train
 
-    rank = int(os.environ.get("RANK", "0"))
+    if ranks > 1:  # what torchrun would set
+        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        addresses = {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        os.environ |= {name: str(value) for name, value in (places | addresses).items()}
     for job in json.loads(job_file.read_text()):
         log_dir = Path(job["log_dir"])
         log_dir.mkdir(exist_ok=True)
@@ -196,4 +269,4 @@ def _forget_run() -> None:
 
 
 if __name__ == "__main__":
-    _run_jobs(Path(sys.argv[1]))
+    _serve()

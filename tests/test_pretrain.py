@@ -18,7 +18,7 @@ OLDER_MODEL = "--position-embedding-type learned_absolute --normalization LayerN
 def one_rank(tmp_path_factory) -> dict[str, Run]:
     directory = tmp_path_factory.mktemp("one")
     start, saved, sharded = (directory / f"checkpoint-{name}" for name in ("start", "saved", "sharded"))
-    schedule = "--train-iters 60 --save-interval 20"
+    schedule = "--train-iters 30 --save-interval 10"
     recompute = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
     return train_all(
         directory,
@@ -28,9 +28,9 @@ def one_rank(tmp_path_factory) -> dict[str, Run]:
             "recompute": f"{FROM} {start} {recompute}",
             "bf16": f"{FROM} {start} --bf16",
             "whole": f"{schedule} --save {saved}",
-            "resumed": f"{schedule} --load {saved} --ckpt-step 20",
+            "resumed": f"{schedule} --load {saved} --ckpt-step 10",
             "whole-sharded": f"{schedule} --use-distributed-optimizer --save {sharded}",
-            "resumed-sharded": f"{schedule} --use-distributed-optimizer --load {sharded} --ckpt-step 20",
+            "resumed-sharded": f"{schedule} --use-distributed-optimizer --load {sharded} --ckpt-step 10",
         },
     )
 
@@ -89,7 +89,7 @@ def test_bf16_follows_fp32(one_rank, two_ranks):
 
 @pytest.mark.parametrize("optimizer", ["", "-sharded"], ids=["optimizer", "distributed-optimizer"])
 def test_a_resumed_run_is_the_uninterrupted_one(one_rank, optimizer):
-    assert_continues(one_rank[f"resumed{optimizer}"], one_rank[f"whole{optimizer}"], after=20)
+    assert_continues(one_rank[f"resumed{optimizer}"], one_rank[f"whole{optimizer}"], after=10)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_on_two_ranks_in_bf16(two_ranks):

@@ -5,9 +5,11 @@ Run as `test_triton.py` is. The tensors are few tokens far apart, so that they t
 
 import mmap
 
+import pytest
 import torch
 from attention_cases import packed, s2
-from triton_cases import DEVICE, case, cut, on_device
+from interpreter import check_overflow
+from triton_cases import DEVICE, INTERPRETED, case, cut, on_device
 
 from megatron_s2.kernels.compare import attention_results
 
@@ -31,9 +33,19 @@ def far_apart(x: torch.Tensor) -> torch.Tensor:
     return far.copy_(x)
 
 
+@pytest.fixture
+def overflow_is_an_error():
+    if INTERPRETED:
+        check_overflow(True)
+    yield
+    if INTERPRETED:
+        check_overflow(False)
+
+
 @on_device
+@pytest.mark.usefixtures("overflow_is_an_error")
 def test_tokens_far_apart_change_no_bit():
-    for options in ({"queries": 100}, packed(70, 30)):
+    for options in ({"queries": 60}, packed(40, 20)):
         near = case(s2(2, sink_blocks=1), "", cut(32, 16, 64), group=2, **options)
         inputs = near.inputs(torch.float32)
         expected = attention_results(near.attention("triton"), **inputs)

@@ -30,11 +30,11 @@ SMALL_MASK = case(random_mask(2, 3), "mask", cut(32, 32), queries=40, sink_logit
 @on_device
 @pytest.mark.parametrize(
     ("pattern", "layout"),
-    [(s2(), "batch first"), (s2(), "sequence first"), (random_mask(2, 3), "sequence first")],
-    ids=["s2", "s2 sequence first", "mask"],
+    [(s2(), "sequence first"), (random_mask(2, 3), "batch first")],
+    ids=["s2 sequence first", "mask batch first"],
 )
 def test_the_operators_keep_what_torch_library_asks_of_them(pattern, layout):
-    one = case(pattern, "", cut(32, 32), queries=40, layout=layout, sink_logits=True)
+    one = case(pattern, "", cut(32, 32), queries=20, layout=layout, sink_logits=True)
     inputs = one.inputs(torch.float32)
     q, k, v, sink_logits = (inputs[name].requires_grad_() for name in ("q", "k", "v", "sink_logits"))
     masked = isinstance(pattern, BlockMaskPattern)
@@ -89,7 +89,7 @@ def backward(attend, one) -> Results:
 
 
 @on_device
-@pytest.mark.parametrize("pattern", [s2(sink_blocks=1), random_mask(2, 4)], ids=["s2", "mask"])
+@pytest.mark.parametrize("pattern", [s2(1, sink_blocks=1), random_mask(1, 4)], ids=["s2", "mask"])
 def test_the_numerical_gradient_agrees(pattern):
     """float32 limits it: differences of 1e-2 leave an error of about 1e-3."""
     one = case(pattern, "", cut(16, 16), queries=45, dim=3, v_dim=2, q_start=3, sink_logits=True)
@@ -116,7 +116,7 @@ def test_pytorch_counts_the_flops_of_visible_pairs_alone(options, pattern):
         "s2": s2(3, sink_blocks=2, vert_stride=(1, 3, 5), phases=(0, 1, 3)),
         "mask": random_mask(3, 6),
     }
-    one = case(patterns[pattern], "", cut(32, 32), **options)
+    one = case(patterns[pattern], "", cut(128, 128), **options)
     with FlopCounterMode(display=False) as counter:
         one.results("triton", torch.float32)
     forward = torch.ops.megatron_s2.attention_forward
@@ -176,7 +176,7 @@ def tuned(monkeypatch, tmp_path):
 
 
 @on_device
-@pytest.mark.parametrize("pattern", [s2(), random_mask(2, 3)], ids=["s2", "mask"])
+@pytest.mark.parametrize("pattern", [s2(1), random_mask(1, 3)], ids=["s2", "mask"])
 def test_autotuning_launches_all_candidates_and_gives_what_the_fastest_gives(pattern, tuned):
     one = case(pattern, "", "autotune", queries=40)
     results = one.results("triton", torch.float16)
