@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -73,9 +74,9 @@ class Executor:
         check_layout(plan, parameters, backend.device)
         self._plan, self._backend = plan, backend
         self._places = Places(plan, backend.device, arena, tier)
-        self._parameters = [p for p in parameters if p.weights.numel()]
+        self._parameters = [replace(p, weights=p.weights.detach()) for p in parameters if p.weights.numel()]
         self._runs = {s.index: runs_of(s, self._parameters) for s in plan.subgroups}
-        self._flushed = Gradients(self._parameters, backend.device)
+        self._flushed = Gradients(self._parameters, backend.device, backend.wait)
         self._flushes: dict[int, list[Task]] = {}  # of subgroups that the CPU updates
         self._broken: str | None = None
         self._lock = threading.RLock()
@@ -115,22 +116,26 @@ class Executor:
             source: `[stop - start]` on the backend's device, of any float dtype, finished on the current
                 stream, or at the end of `after`. Must stay as it is from then until `step` or `skip` has
                 returned.
-            after: what finishes the source. Before `step`, the caller has waited for it, too.
+            after: what finishes the source.
 
         Raises:
-            ValueError: elements outside of parameters, or flushed before, or another number of gradients.
+            ValueError: elements outside of parameters, or flushed before, or another number of gradients, or
+                not contiguous ones with `after`.
             RuntimeError: an earlier step broke the state.
         """
         with self._lock:
             self._check_whole()
+            if after is not None and not source.is_contiguous():
+                raise ValueError(f"flush of elements {start} to {stop}: must be contiguous with `after`")
+            source = source.detach().reshape(-1)
+            mark = self._backend.mark(after)
             first_of_step = not self._flushed
-            piece = self._flushed.add(start, stop, source)
+            piece = self._flushed.add(start, stop, source, mark)
             if first_of_step:
                 self._queues.restart_clock()
-            mark = self._backend.mark(after)
             for subgroup in self._subgroups(start, stop):
                 if subgroup.tier == "host" and subgroup.device == "cpu":
-                    self._send(subgroup, piece, mark)
+                    self._send(subgroup, piece)
 
     def step(self, settings: Sequence[AdamW], gradient_scale: float = 1.0) -> None:
         """Update everything from the flushed gradients.
@@ -176,31 +181,20 @@ class Executor:
             finally:
                 self._forget_gradients()
 
-    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """A copy of `master`, `exp_avg` or `exp_avg_sq`, elements `start` to `stop`: float32 on the CPU.
+    def read(self, name: str, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
+        """A copy of `master`, `exp_avg` or `exp_avg_sq`, elements `start` to `stop`: float32 on the CPU, in
+        `out` where that is given.
 
         Raises:
             ValueError: no such name or elements.
             RuntimeError: an earlier step broke the state, or it cannot be read.
         """
-        out = torch.empty(max(stop - start, 0))
+        out = torch.empty(max(stop - start, 0)) if out is None else out
         with self._lock:
             self._check_whole()
             for place, a, b in self._places.stretches(self._plan, name, start, stop):
                 out[a - start : b - start].copy_(place)
         return out
-
-    def look(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """As `read`, but without a copy where the elements lie in one piece of host memory: later steps and
-        writes then show in what this returns, and what is written there is the state."""
-        with self._lock:
-            self._check_whole()
-            if all(s.tier == "host" for s in self._subgroups(start, stop)):
-                views = [place for place, *_ in self._places.stretches(self._plan, name, start, stop)]
-                ends = [x.data_ptr() + x.nbytes for x in views]
-                if views and all(end == x.data_ptr() for end, x in zip(ends, views[1:])):
-                    return views[0].as_strided((stop - start,), (1,))
-            return self.read(name, start, stop)
 
     def write(self, name: str, start: int, values: torch.Tensor) -> None:
         """Replace elements of `master`, `exp_avg` or `exp_avg_sq` from `start` on.
@@ -241,7 +235,7 @@ class Executor:
 
     # Gradients
 
-    def _send(self, subgroup: Subgroup, piece: Piece, mark: object) -> None:
+    def _send(self, subgroup: Subgroup, piece: Piece) -> None:
         """Gradients of one piece to the arena, after those that were sent there before."""
         index = subgroup.index
         sent = self._flushes.setdefault(index, [])
@@ -251,7 +245,7 @@ class Executor:
         task = self._queues.submit(
             "d2h",
             f"gradients {index}",
-            partial(self._after, mark, partial(target.copy_, source, non_blocking=True)),
+            partial(self._after, piece.mark, partial(target.copy_, source, non_blocking=True)),
             after=sent[-1:],
             uses=[Use(self._places.gradients[index], _sent(len(sent)), _sent(len(sent) + 1))],
         )
@@ -412,7 +406,7 @@ class Executor:
             if self._backend.device.type == "cpu":
                 self._update_copies(state, subgroup, run, step)
                 continue
-            for a, b, source in self._flushed.parts(run.start, run.stop):
+            for a, b, source, _ in self._flushed.parts(run.start, run.stop):
                 part = state.cut(a - subgroup.start, b - subgroup.start)
                 weights = run.weights[a - run.start : b - run.start]
                 update_on_gpu(part, source, weights, step.settings[run.group], step.gradient_scale)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -85,11 +85,12 @@ def check_layout(plan: OffloadPlan, parameters: Sequence[Parameter], device: tor
 
 
 class Piece(NamedTuple):
-    """Gradients of elements `start` to `stop`."""
+    """Gradients of elements `start` to `stop`, finished at `mark`."""
 
     start: int
     stop: int
     source: torch.Tensor
+    mark: object
 
 
 class Gradients:
@@ -98,18 +99,21 @@ class Gradients:
     Args:
         parameters: in the order of their starts, none without elements.
         device: where gradients are.
+        wait: lets what the caller begins come after a piece's mark; called before a piece is given out.
     """
 
-    def __init__(self, parameters: Sequence[Parameter], device: torch.device) -> None:
-        self._parameters, self._device = parameters, device
+    def __init__(
+        self, parameters: Sequence[Parameter], device: torch.device, wait: Callable[[object], object]
+    ) -> None:
+        self._parameters, self._device, self._wait = parameters, device, wait
         self._starts = [p.start for p in parameters]
         self._pieces: list[Piece] = []
 
     def __bool__(self) -> bool:
         return bool(self._pieces)
 
-    def add(self, start: int, stop: int, source: torch.Tensor) -> Piece:
-        """Remember a piece.
+    def add(self, start: int, stop: int, source: torch.Tensor, mark: object) -> Piece:
+        """Remember a piece; its source is flat.
 
         Raises:
             ValueError: elements outside of parameters, or there before, or another number of gradients.
@@ -127,7 +131,7 @@ class Gradients:
             if other.start < stop and start < other.stop:
                 twice = max(start, other.start)
                 raise ValueError(f"flush of elements {start} to {stop}: {twice} was flushed before")
-        piece = Piece(start, stop, source.detach().reshape(-1))
+        piece = Piece(start, stop, source, mark)
         insort(self._pieces, piece, key=lambda one: one.start)
         return piece
 
@@ -153,12 +157,13 @@ class Gradients:
                 break
             a, b = max(piece.start, start), min(piece.stop, stop)
             if a < b:
-                yield Piece(a, b, piece.source[a - piece.start : b - piece.start])
+                self._wait(piece.mark)
+                yield Piece(a, b, piece.source[a - piece.start : b - piece.start], piece.mark)
 
     def gather(self, start: int, stop: int, target: torch.Tensor) -> None:
         """The same into `[stop - start]` float32, zeros where there is nothing."""
         target.zero_()
-        for a, b, source in self.parts(start, stop):
+        for a, b, source, _ in self.parts(start, stop):
             target[a - start : b - start].copy_(source, non_blocking=True)
 
     def clear(self) -> None:

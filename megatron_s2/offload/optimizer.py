@@ -7,14 +7,13 @@ gradient: Megatron constructs it twice, first over whole parameters.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterator, MutableMapping
 from typing import TYPE_CHECKING
 
 import torch
 
-from megatron_s2.offload.adam import AdamW
+from megatron_s2.offload.adam import AdamW, check_gradient_scale
 from megatron_s2.offload.flat import Parameter, lay_out
 
 if TYPE_CHECKING:
@@ -107,7 +106,9 @@ class OffloadedAdamW(torch.optim.AdamW):
             self.step_count += 1
             return
         scale = self._run.gradient_scale
-        if not 0 < scale < math.inf:
+        try:
+            check_gradient_scale(scale)
+        except ValueError:
             print(
                 "megatron-s2: the norm of the gradients is not finite; the step is skipped, and the "
                 "optimizer's state stays as it is",
@@ -132,6 +133,10 @@ class OffloadedAdamW(torch.optim.AdamW):
         self._run.take_step(self, settings, scale)
         self._flushed.clear()
         self.step_count += 1
+
+    def read(self, name: str, p: Parameter) -> torch.Tensor:
+        """A copy of a parameter's `master`, `exp_avg` or `exp_avg_sq`."""
+        return self._run.read(self, name, p.start, p.stop)
 
     def state_dict(self) -> dict:
         """Groups and step. Masters and averages are not in it: Megatron takes them from `state`."""
@@ -175,7 +180,11 @@ class OffloadedAdamW(torch.optim.AdamW):
 
 
 class _ShardState(MutableMapping):
-    """A shard's `step`, `exp_avg`, `exp_avg_sq` and `master_param`, float32 tensors wherever they lie."""
+    """A shard's `step`, `exp_avg`, `exp_avg_sq` and `master_param`: float32 tensors, copies of what is there.
+
+    They must be copies, since what writes a checkpoint may be another process, and the state's memory is not
+    shared with those.
+    """
 
     def __init__(self, optimizer: OffloadedAdamW, parameter: Parameter) -> None:
         self._optimizer, self._parameter = optimizer, parameter
@@ -183,7 +192,7 @@ class _ShardState(MutableMapping):
     def __getitem__(self, key: str) -> torch.Tensor:
         if key == "step":
             return torch.tensor(float(self._optimizer.step_count))
-        return self._optimizer.executor.look(_NAMES[key], self._parameter.start, self._parameter.stop)
+        return self._optimizer.read(_NAMES[key], self._parameter)
 
     def __setitem__(self, key: str, value: torch.Tensor | float) -> None:
         if key == "step":

@@ -157,7 +157,7 @@ class CudaBackend:
         if after is None:
             point.record(torch.cuda.current_stream(self.device))
             return point
-        with torch.cuda.stream(self._waiting):
+        with torch.cuda.device(self.device), torch.cuda.stream(self._waiting):
             after.wait()  # lets the stream wait, not this thread
             point.record(self._waiting)
         return point

@@ -9,6 +9,7 @@ to apply. So they may leave for the host as soon as they are reduced, during bac
 from __future__ import annotations
 
 import math
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from megatron_s2.offload.adam import AdamW, same_bits
-from megatron_s2.offload.arena import Arena
+from megatron_s2.offload.arena import Arena, available_bytes, check_available
 from megatron_s2.offload.executor import Executor
 from megatron_s2.offload.nvme import Bandwidth, NvmeTier, measure_bandwidth
 from megatron_s2.offload.plan import OffloadPlan, make_plan
@@ -102,6 +103,7 @@ class Offload:
         self._early: dict[torch.nn.Parameter, _Shard] = {}
         self._folded = _Folded()
         self._flushes_in_backward = False
+        self._available = available_bytes()  # before any rank has taken its part
 
     # What Megatron tells
 
@@ -180,6 +182,16 @@ class Offload:
         """Whether there is one already."""
         return optimizer in self._built
 
+    def read(self, optimizer: OffloadedAdamW, name: str, start: int, stop: int) -> torch.Tensor:
+        """A copy of state, see `Executor.read`. With an NVMe tier it lies in a file there that has no name
+        any more, since the copies of all state, which a checkpoint takes, may not fit into memory."""
+        executor = self.executor_of(optimizer)
+        out = None
+        if executor.plan.tiers.nvme and stop > start:
+            with tempfile.NamedTemporaryFile(dir=self._settings.nvme_dirs[0]) as file:
+                out = torch.from_file(file.name, shared=True, size=stop - start)
+        return executor.read(name, start, stop, out)
+
     def take_step(self, optimizer: OffloadedAdamW, settings: Sequence[AdamW], scale: float) -> None:
         """The step of an optimizer's executor, timed."""
         built = self._built[optimizer]
@@ -225,7 +237,9 @@ class Offload:
                 plan = auto_plan(plan, rates)
         cuda = torch.cuda.is_available()
         backend = CudaBackend(torch.device("cuda", torch.cuda.current_device())) if cuda else ThreadBackend()
-        arena = Arena(plan, pinned=cuda, ranks=self._ranks_here)
+        check_available(plan.host_bytes, "arenas and ring", self._ranks_here, self._available)
+        arena = Arena(plan, pinned=cuda, ranks=self._ranks_here, available=self._available)
+        self._available -= plan.host_bytes * self._ranks_here
         tier = None
         if on_nvme:
             tier = NvmeTier(
