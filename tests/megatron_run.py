@@ -8,6 +8,7 @@ computed.
 Run as a script, this file is that process.
 """
 
+import atexit
 import json
 import multiprocessing
 import os
@@ -16,8 +17,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -128,23 +130,39 @@ def train_all(
     A run may load what an earlier one saved. Each must end well or be refused for its input; any other end
     raises RuntimeError with the output.
     """
+    _train(log_dir, runs, ranks, model, data)
+    return {name: _finished(log_dir / name) for name in runs}
+
+
+def train_until_killed(log_dir: Path, flags: str, killer: str, *given: float) -> bool:
+    """Runs the tiny configuration on one rank after a function of `killers.py` has been called with `given`;
+    whether the run was killed by it. Any other bad end raises RuntimeError with the output."""
+    _train(log_dir.parent, {log_dir.name: flags}, 1, MODERN, MOCK_DATA, [killer, *given])
+    ended = (log_dir / "ended.txt").read_text()
+    if ended != str(-signal.SIGKILL):
+        _finished(log_dir)
+    return ended == str(-signal.SIGKILL)
+
+
+def _train(
+    log_dir: Path, runs: Mapping[str, str], ranks: int, model: str, data: str, killer: Sequence = ()
+) -> None:
     log_dir.mkdir(parents=True, exist_ok=True)
     jobs = [
         {"log_dir": str(log_dir / name), "flags": _words(log_dir / name, TINY, model, data, flags)}
         for name, flags in runs.items()
     ]
     job_file = log_dir / "jobs.json"
-    job_file.write_text(json.dumps(jobs))
+    job_file.write_text(json.dumps({"jobs": jobs, "killer": killer}))
     _run_on_forks(job_file, ranks)
-    finished = {}
-    for name in runs:
-        run_dir = log_dir / name
-        status = run_dir / "status.txt"
-        if not status.exists():
-            printed = [_last_lines(file.read_text()) for file in sorted(run_dir.glob("output*.txt"))]
-            raise RuntimeError("\n".join([f"run {name!r} did not end", *printed]))
-        finished[name] = Run(int(status.read_text()), (run_dir / "output.txt").read_text(), run_dir)
-    return finished
+
+
+def _finished(run_dir: Path) -> Run:
+    status = run_dir / "status.txt"
+    if not status.exists():
+        printed = [_last_lines(file.read_text()) for file in sorted(run_dir.glob("output*.txt"))]
+        raise RuntimeError("\n".join([f"run {run_dir.name!r} did not end", *printed]))
+    return Run(int(status.read_text()), (run_dir / "output.txt").read_text(), run_dir)
 
 
 def assert_same_losses(run: Run, control: Run, relative: float) -> None:
@@ -172,7 +190,15 @@ def _launcher(ranks: int) -> list[str]:
 def _environment() -> dict[str, str]:
     """One thread per rank: several ranks share few cores, and waiting threads would slow each other down."""
     inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "MEGATRON_S2_CACHE": _cache()}
+
+
+@cache
+def _cache() -> str:
+    """Rates of this machine are measured for these tests, and forgotten."""
+    folder = tempfile.TemporaryDirectory(prefix="megatron-s2-rates-")
+    atexit.register(folder.cleanup)
+    return folder.name
 
 
 @cache
@@ -213,6 +239,8 @@ def _serve() -> None:
         for process in group:
             process.start()
         _end_together(group)
+        for job in json.loads(Path(job_file).read_text())["jobs"]:
+            (Path(job["log_dir"]) / "ended.txt").write_text(str(group[0].exitcode))
         print("done", flush=True)
 
 
@@ -244,7 +272,11 @@ def _run_jobs(job_file: Path, rank: int, ranks: int, port: int) -> None:
         places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
         addresses = {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
         os.environ |= {name: str(value) for name, value in (places | addresses).items()}
-    for job in json.loads(job_file.read_text()):
+    work = json.loads(job_file.read_text())
+    if work["killer"]:
+        name, *given = work["killer"]
+        getattr(import_module("killers"), name)(*given)
+    for job in work["jobs"]:
         log_dir = Path(job["log_dir"])
         log_dir.mkdir(exist_ok=True)
         with (log_dir / ("output.txt" if rank == 0 else f"output.{rank}.txt")).open("w") as output:

@@ -321,11 +321,13 @@ def use_offload(offload: Offload | None) -> None:
     made known to `offload`, which also hears when its gradients are set to zero. A group of buckets whose
     reduction has begun says so. What would change all gradients after that is only noted, for the update to
     apply: unscaling (infinities are still looked for), the division by the number of tokens, and clipping;
-    norms are corrected by it. Touches `HybridDeviceOptimizer` of `megatron.core.optimizer` and of its module
-    `distrib_optimizer`, there `DistributedOptimizer.__init__`, `zero_grad` and
-    `_unscale_main_grads_and_check_for_nan`; `get_grad_norm_fp32` and `clip_grad_by_total_norm_fp32` of its
-    module `optimizer`; `DistributedDataParallel.scale_gradients`; and `start_grad_sync` of
-    `_ParamAndGradBucketGroup`.
+    norms are corrected by it, and computed in float32 (of 16-bit gradients, Megatron's own functions for
+    machines without Transformer Engine return 16 bits).
+
+    Touches `HybridDeviceOptimizer` of `megatron.core.optimizer` and of its module `distrib_optimizer`; there
+    `DistributedOptimizer.__init__`, `zero_grad` and `_unscale_main_grads_and_check_for_nan`;
+    `get_grad_norm_fp32` and `clip_grad_by_total_norm_fp32` of its module `optimizer`;
+    `DistributedDataParallel.scale_gradients`; and `start_grad_sync` of `_ParamAndGradBucketGroup`.
     """
     from megatron.core import optimizer as package
     from megatron.core.distributed import DistributedDataParallel
@@ -359,8 +361,14 @@ def use_offload(offload: Offload | None) -> None:
         offload.hold_loss_scale(scaler.scale.item())
         return found_inf
 
-    def norm(original, *args, **kwargs):
-        return offload.true_norm(original(*args, **kwargs))
+    def norm(original, grads_for_norm, *args, **kwargs):
+        norms = [
+            grad
+            if grad.dtype == torch.float32
+            else torch.linalg.vector_norm(grad, dtype=torch.float32).view(1)
+            for grad in grads_for_norm
+        ]
+        return offload.true_norm(original(norms, *args, **kwargs))
 
     def clip(original, parameters, max_norm, total_norm, use_decoupled_grad=False):
         offload.hold_clip(max_norm, total_norm)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from megatron_run import Run, train_all
+from megatron_run import MODERN, Run, train_all
 
 # A learning rate at which a last bit that Adam rounds otherwise does not move bfloat16 weights much: the
 # losses of 20 steps show what is wrong, not chaos.
@@ -82,3 +82,80 @@ def test_same_bits_at_every_placement_and_the_losses_of_megatrons_optimizer(tmp_
         assert other.losses == first.losses
         for name, x in state(other).items():
             assert torch.equal(x, expected[name]), f"{other.log_dir.name}: {name}"
+
+
+FEATURES = {
+    "fp16 with a dynamic loss scale": "--fp16 --initial-loss-scale 65536 --loss-scale-window 5",
+    "loss per token": "--bf16 --calculate-per-token-loss",
+    "float32": "--lr 1e-3 --min-lr 1e-4",
+    "no clipping": "--bf16 --clip-grad 0",
+    "reduction in bfloat16": "--bf16 --grad-reduce-in-bf16",
+    "two kinds of expert layers": "--bf16 --num-experts 2 --moe-layer-freq 2 --moe-router-topk 1 "
+    "--moe-router-pre-softmax",
+}
+LAYOUTS = {
+    "tensor parallel, norms summed over ranks": "--tensor-model-parallel-size 2 --qk-layernorm",
+    "tied embeddings over the pipeline": "--pipeline-model-parallel-size 2",
+    "experts over ranks": f"{FEATURES['two kinds of expert layers']} --expert-model-parallel-size 2",
+}
+UNTIED = "--untie-embeddings-and-output-weights"
+
+
+def against_stock(directory: Path, flags: dict[str, str], ranks: int, model: str) -> None:
+    """Ten steps of each, with a third of the gradients on their way to the host during backward."""
+    common = "--lr 3e-5 --min-lr 3e-6 --clip-grad 0.1 --eval-iters 0 --micro-batch-size 4"
+    common += f" --global-batch-size {8 * ranks}"
+    ours = f"--s2-offload {fraction(0.67)} {SMALL} {IN_BACKWARD}"
+    runs = {}
+    for name, more in flags.items():
+        runs[f"stock, {name}"] = f"{common} --use-distributed-optimizer {more}"
+        runs[f"ours, {name}"] = f"{common} {ours} {more}"
+    runs = train_all(directory, runs, ranks, model)
+    for name in flags:
+        stock, one = runs[f"stock, {name}"], runs[f"ours, {name}"]
+        assert len(one.losses) == 10, one.output
+        assert one.losses == pytest.approx(stock.losses, rel=1e-5), name
+        assert one.scalar("grad-norm") == pytest.approx(stock.scalar("grad-norm"), rel=1e-3), name
+
+
+def test_what_megatron_does_to_gradients_is_done(tmp_path):
+    against_stock(tmp_path, FEATURES, 1, MODERN)
+
+
+def test_gradients_that_change_after_their_reduction_leave_late(tmp_path):
+    bf16 = {name: f"--bf16 {flags}" for name, flags in LAYOUTS.items()}
+    against_stock(tmp_path, bf16, 2, MODERN.replace(UNTIED, ""))
+
+
+def test_a_step_with_infinite_gradients_leaves_the_state_as_it_is(tmp_path):
+    """A loss scale of 2^40 overflows half precision; each skipped step halves it."""
+    flags = f"--fp16 --initial-loss-scale {2**40} --hysteresis 1 --eval-iters 0 --lr 3e-5 --min-lr 3e-6"
+    flags += " --micro-batch-size 4 --global-batch-size 8 --lr-decay-iters 10"
+    runs = {
+        "stock": f"{flags} --use-distributed-optimizer --train-iters 30",
+        "offload": f"{flags} --s2-offload {fraction(0.5)} {SMALL} {IN_BACKWARD} --train-iters 30",
+    }
+    runs = train_all(tmp_path, runs)
+    skipped = [step for step, norm in runs["stock"].scalar("loss-scale").items() if norm > 2**20]
+    assert len(skipped) > 3
+    assert runs["offload"].scalar("loss-scale") == runs["stock"].scalar("loss-scale")
+    assert runs["offload"].losses == pytest.approx(runs["stock"].losses, rel=1e-5)
+
+
+REFUSED = {
+    "--s2-offload --optimizer-offload-fraction 0.5": "--optimizer-offload-fraction: must not be set with "
+    "--s2-offload: the share that the GPU updates is --s2-offload-gpu-fraction",
+    "--s2-offload-trace x.json": "--s2-offload-trace: needs --s2-offload",
+    "--s2-offload --s2-offload-nvme-dir /nowhere": "--s2-offload-nvme-dir: needs "
+    "--s2-offload-host-budget-gb; without it all state stays in memory",
+    "--s2-offload --s2-offload-host-budget-gb 0.001": "--s2-offload-host-budget-gb 0.001: the host must hold "
+    "0.002 GB (106816 parameters of 16 bytes); raise it, raise --s2-offload-gpu-budget-gb, or name a "
+    "directory with --s2-offload-nvme-dir",
+}
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    runs = train_all(tmp_path, {f"run-{n}": flags for n, flags in enumerate(REFUSED)})
+    for run, message in zip(runs.values(), REFUSED.values()):
+        assert run.status == 2
+        assert f"error: {message}" in run.output.splitlines()

@@ -1,0 +1,147 @@
+"""Checkpoints of an offloaded optimizer: in every format, from every tier, read back at other placements and
+numbers of ranks, and by Megatron's own optimizers; and after being killed at any point."""
+
+import random
+import re
+from itertools import product
+from pathlib import Path
+
+import pytest
+from megatron_run import Run, train_all, train_until_killed
+
+BASE = (
+    "--bf16 --lr 3e-5 --min-lr 3e-6 --lr-decay-iters 60 --clip-grad 0.1 --eval-iters 0 --micro-batch-size 2"
+)
+SIX_STEPS = f"{BASE} --global-batch-size 8 --train-iters 6 --save-interval 3"
+STOCK = "--use-distributed-optimizer"
+HYBRID = f"{STOCK} --optimizer-cpu-offload --use-precision-aware-optimizer"
+FORMATS = {
+    "reshardable over ranks": "--ckpt-format torch_dist",
+    "fully reshardable": "--ckpt-format torch_dist --dist-ckpt-optim-fully-reshardable",
+    "torch": "--ckpt-format torch",
+}
+RANKS = (1, 2)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def placements(directory) -> list[str]:
+    (directory / "nvme").mkdir()
+    ours = "--s2-offload --overlap-grad-reduce --s2-offload-gpu-fraction"
+    return [
+        f"{ours} 0",
+        f"{ours} 1 --s2-offload-subgroup-size 1344",
+        f"{ours} 0.5 --s2-offload-nvme-dir {directory / 'nvme'} --s2-offload-host-budget-gb 0.0003 "
+        "--s2-offload-gpu-budget-gb 0.0001 --s2-offload-subgroup-size 1024",
+    ]
+
+
+@pytest.fixture(scope="module")
+def saved(directory, placements) -> dict[tuple[int, str], Run]:
+    """A run per number of ranks and format, each at a placement of its own, that saves halfway."""
+    runs = {}
+    for ranks in RANKS:
+        flags = {
+            name: f"{SIX_STEPS} {placements[n]} {form} --save '{directory}/{ranks} {name}'"
+            for n, (name, form) in enumerate(FORMATS.items())
+        }
+        finished = train_all(directory / f"saved-{ranks}", flags, ranks)
+        runs |= {(ranks, name): run for name, run in finished.items()}
+    return runs
+
+
+@pytest.fixture(scope="module")
+def resumed(directory, placements, saved) -> dict[tuple[int, str, int], Run]:
+    """Each checkpoint at each number of ranks, at a placement other than its own."""
+    runs = {}
+    for ranks in RANKS:
+        flags = {
+            (before, name): f"{SIX_STEPS} {placements[(n + 1 + (ranks != before)) % 3]} {form} "
+            f"--load '{directory}/{before} {name}' --ckpt-step 3"
+            for before, (n, (name, form)) in product(RANKS, enumerate(FORMATS.items()))
+        }
+        finished = train_all(
+            directory / f"resumed-{ranks}",
+            {f"{b} {name}": words for (b, name), words in flags.items()},
+            ranks,
+        )
+        runs |= {(*key, ranks): run for key, run in zip(flags, finished.values())}
+    return runs
+
+
+def test_placements_train_alike(saved):
+    for ranks in RANKS:
+        first, *others = (saved[ranks, name].losses for name in FORMATS)
+        assert len(first) == 6
+        assert all(losses == first for losses in others)
+
+
+@pytest.mark.parametrize("after", RANKS)
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("before", RANKS)
+def test_a_resumed_run_goes_on_as_if_it_had_not_ended(saved, resumed, before, form, after):
+    rest = {step: loss for step, loss in saved[before, form].losses.items() if step > 3}
+    went_on = resumed[before, form, after]
+    assert went_on.status == 0, went_on.output
+    if after == before:
+        assert went_on.losses == rest
+    else:  # sums over ranks round otherwise
+        assert went_on.losses == pytest.approx(rest, rel=1e-4)
+
+
+@pytest.mark.parametrize("form", ["reshardable over ranks", "fully reshardable"])
+def test_checkpoints_of_and_for_megatrons_optimizers(directory, placements, tmp_path, form):
+    runs = {}
+    for name, flags in {"stock": STOCK, "hybrid": HYBRID, "ours": placements[2]}.items():
+        runs[name] = f"{SIX_STEPS} {flags} {FORMATS[form]} --save {tmp_path}/{name}"
+    for name in ("stock", "hybrid"):
+        load = f"{FORMATS[form]} --load {tmp_path}/{name} --ckpt-step 3"
+        runs[f"{name} goes on with ours"] = f"{SIX_STEPS} {placements[1]} {load}"
+        runs[f"{name}'s weights with ours"] = f"{SIX_STEPS} {placements[0]} {load} --finetune"
+        runs[f"{name}'s weights with stock"] = f"{SIX_STEPS} {STOCK} {load} --finetune"
+    runs["ours goes on with stock"] = (
+        f"{SIX_STEPS} {STOCK} {FORMATS[form]} --load {tmp_path}/ours --ckpt-step 3"
+    )
+    runs = train_all(tmp_path, runs)
+    whole = runs["stock"].losses
+    assert runs["ours"].losses == pytest.approx(whole, rel=1e-5)
+    rest = {step: loss for step, loss in whole.items() if step > 3}
+    for name in ("stock goes on with ours", "hybrid goes on with ours", "ours goes on with stock"):
+        assert runs[name].losses == pytest.approx(rest, rel=1e-5), name
+    for name in ("stock", "hybrid"):
+        theirs, ours = (runs[f"{name}'s weights with {which}"].losses for which in ("stock", "ours"))
+        assert len(ours) == 6
+        assert ours == pytest.approx(theirs, rel=1e-5), name
+
+
+KILLERS = [  # with the latest beginning after which they kill, and the longest time after it
+    ("kill_step", 4, 0.01),
+    ("kill_save", 2, 0.3),
+    ("kill_store", 200, 0.001),
+]
+
+
+def test_killed_at_twenty_random_points_it_goes_on_from_its_last_checkpoint(tmp_path, placements):
+    """Within a step, a save, or a write to NVMe."""
+    sixty_steps = f"{BASE} --global-batch-size 4 --train-iters 60 --save-interval 3 {placements[2]}"
+    again = f"{sixty_steps} --save {tmp_path}/checkpoint --load {tmp_path}/checkpoint"
+    whole = printed_losses(train_all(tmp_path, {"whole": sixty_steps})["whole"].log_dir)
+    assert len(whole) == 60
+    rng = random.Random(5)
+    for kill in range(20):
+        killer, most, longest = KILLERS[kill % 3]
+        run = tmp_path / f"run-{kill}"
+        assert train_until_killed(run, again, killer, rng.randint(1, most), longest * rng.random())
+        assert printed_losses(run).items() <= whole.items(), run.name
+    last = printed_losses(train_all(tmp_path, {"last": again})["last"].log_dir)
+    assert last.items() <= whole.items() and max(last) == 60
+
+
+def printed_losses(run: Path) -> dict[int, str]:
+    """Those that a run printed before it ended, by iteration."""
+    lines = re.findall(r"iteration +(\d+)/.*lm loss: (\S+)", (run / "output.txt").read_text())
+    return {int(iteration): loss for iteration, loss in lines}
