@@ -7,6 +7,7 @@ import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -34,9 +35,9 @@ def facts(device: str = "cpu") -> dict:
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "triton": _version("triton"),
+            "triton": package_version("triton"),
             "cudnn": torch.backends.cudnn.version() if device == "cuda" else None,
-            "dkernel": _version("dkernel"),
+            "dkernel": package_version("dkernel"),
             "megatron_s2": megatron_s2.__version__,
         },
         "commit": commit(),
@@ -63,7 +64,8 @@ def _cpu_model() -> str:
     return found[1].strip() if found else platform.machine()
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -75,13 +77,22 @@ def commit() -> dict:
 
     A copy of the sources without git has the last only.
     """
-    files = sorted({path for pattern in _MEASURED for path in ROOT.glob(pattern)})
+    files = _files(_MEASURED)
     status = _git("status", "--porcelain", "--", *(str(path.relative_to(ROOT)) for path in files))
     return {
         "hash": _git("rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),
-        "code": hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()[:16],
+        "code": code_hash(_MEASURED),
     }
+
+
+def code_hash(patterns: Iterable[str]) -> str:
+    """A hash of the sources that patterns, relative to the checkout, name."""
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in _files(patterns))).hexdigest()[:16]
+
+
+def _files(patterns: Iterable[str]) -> list[Path]:
+    return sorted({path for pattern in patterns for path in ROOT.glob(pattern)})
 
 
 def _git(*arguments: str) -> str | None:

@@ -1,9 +1,14 @@
 """Every benchmark there is, by name."""
 
-from benchmarks import attention, context_parallel, quickstart
+from benchmarks import attention, context_parallel, offload, quickstart
 from benchmarks.benchmark import Benchmark
 
 BENCHMARKS: dict[str, Benchmark] = {
     benchmark.name: benchmark
-    for benchmark in (attention.BENCHMARK, context_parallel.BENCHMARK, quickstart.BENCHMARK)
+    for benchmark in (
+        attention.BENCHMARK,
+        context_parallel.BENCHMARK,
+        offload.BENCHMARK,
+        quickstart.BENCHMARK,
+    )
 }

@@ -1,0 +1,136 @@
+"""A Megatron training in a process of its own: the times of its steps, its losses, the memory it took.
+
+Run as a module, this file is that process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.environment import ROOT
+from megatron_s2.curves import TRAIN_LOSS, read_scalars
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a training left; of one that failed, its status and output only.
+
+    Args:
+        status: of the process.
+        output: all it printed.
+        losses: of every iteration.
+        step_seconds: whole iterations from one end to the next, with Megatron's synchronizations only.
+        optimizer_seconds: of later iterations, from the end of their backward and reduction to the end of
+            the update and of what it copies; the GPU is synchronized before and after.
+        host_peak_bytes: most resident memory there was (VmHWM); None where the system does not tell.
+        gpu_peak_bytes: `torch.cuda.max_memory_allocated`; None without a GPU.
+    """
+
+    status: int
+    output: str
+    losses: tuple[float, ...] = ()
+    step_seconds: tuple[float, ...] = ()
+    optimizer_seconds: tuple[float, ...] = ()
+    host_peak_bytes: int | None = None
+    gpu_peak_bytes: int | None = None
+
+    @property
+    def failure(self) -> str:
+        """What a process that failed says of it: its last error, or else its last line."""
+        lines = [f"status {self.status}, nothing printed", *filter(None, self.output.splitlines())]
+        errors = [line for line in lines if re.match(r"error: |[\w.]*(Error|Exception|Interrupt)\b", line)]
+        return [*lines, *errors][-1]
+
+
+def train(flags: Sequence[str], warm_up: int, repeats: int, device: str, threads: int) -> Training:
+    """Trains with `flags` for `warm_up + 2 * repeats` iterations and waits for the end.
+
+    The first are not timed, the next `repeats` are timed as a whole, the last for their optimizer's part:
+    timing that takes synchronizations which the others shall not have.
+    """
+    inherited = {name: x for name, x in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    environment = {**inherited, "OMP_NUM_THREADS": str(threads)}
+    if device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    with tempfile.TemporaryDirectory() as directory:
+        report, log = Path(directory) / "report.json", Path(directory) / "tensorboard"
+        own = ["--train-iters", str(warm_up + 2 * repeats), "--log-interval", "1"]
+        own += ["--log-timers-to-tensorboard", "--tensorboard-dir", str(log)]
+        process = [sys.executable, "-m", "benchmarks.offload_training", str(report), str(warm_up + repeats)]
+        done = subprocess.run(
+            [*process, *flags, *own],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            return Training(done.returncode, done.stdout)
+        losses, seconds = read_scalars(log, TRAIN_LOSS), read_scalars(log, "iteration-time")
+        return Training(
+            status=0,
+            output=done.stdout,
+            losses=tuple(losses[step] for step in sorted(losses)),
+            step_seconds=tuple(seconds[step] for step in range(warm_up + 1, warm_up + repeats + 1)),
+            **json.loads(report.read_text()),
+        )
+
+
+def _main(report: Path, untimed: int, flags: Sequence[str]) -> None:
+    from megatron_s2 import pretrain
+    from megatron_s2.runtime.patches import quiet_known_warnings
+
+    quiet_known_warnings()
+    optimizer_seconds = _time_optimizer(after=untimed)
+    pretrain.main(flags)
+    on_gpu = torch.cuda.is_available()
+    found = {
+        "optimizer_seconds": optimizer_seconds,
+        "host_peak_bytes": _peak_resident_bytes(),
+        "gpu_peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+    }
+    report.write_text(json.dumps(found))
+
+
+def _time_optimizer(after: int) -> list[float]:
+    """The list into which each step after the first `after` will put the seconds of Megatron's timer
+    `optimizer`, which is switched on for these."""
+    from megatron.training import get_timers, training
+
+    untimed, seconds, steps = training.train_step, [], 0
+
+    def train_step(*args, **kwargs):
+        nonlocal steps
+        timers = get_timers()
+        if steps == after:
+            timers._log_level = 1  # as --timing-log-level 1, which holds for all steps
+        done = untimed(*args, **kwargs)
+        if steps >= after:
+            seconds.append(timers("optimizer").elapsed())
+        steps += 1
+        return done
+
+    training.train_step = train_step
+    return seconds
+
+
+def _peak_resident_bytes() -> int | None:
+    status = Path("/proc/self/status")
+    found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
+    return 1024 * int(found[1]) if found else None
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
