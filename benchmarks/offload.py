@@ -27,6 +27,7 @@ NOTES = {
     "what a schedule costs there; what a GPU would gain they cannot say.",
     "cuda": "One rank of one GPU, which has all cores and the links to itself.",
 }
+SHARE = r"the GPU updates ([\d.]+)% of"  # as the plan that a run prints says it
 _CODE = (
     "megatron_s2/pretrain.py",
     "megatron_s2/gpt.py",
@@ -266,10 +267,9 @@ def measure(case: Case, model: Model, accumulation: int, args: Namespace) -> Row
             f"{case.name} at accumulation {accumulation} ended with status {training.status}: "
             f"{training.failure}"
         )
-    percent = r"the GPU updates ([\d.]+)% of"
     return {
         **_results(training),
-        "gpu_share": round(_printed(percent, training) / 100, 3) if case.is_ours else None,
+        "gpu_share": round(_printed(SHARE, training) / 100, 3) if case.is_ours else None,
         "other_cpus": company.cpus and round(max(0.0, company.cpus - own / elapsed), 2),
         "note": NOTES[args.device],
     }
@@ -296,7 +296,7 @@ def _printed(pattern: str, training: Training) -> float:
 
 
 def require_same_losses(row: Row, control: Row | None, first: Row | None) -> None:
-    """The losses of a row are finite; those of the one without offload, to the rounding of 16-bit weights; and
+    """The losses of a row are finite, those of the row without offload to the rounding of 16-bit weights, and
     those of the first of ours to the bit.
 
     Raises:

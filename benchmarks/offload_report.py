@@ -51,14 +51,16 @@ def _measured(newest: Newest, accumulation: int, flush: bool) -> dict[float | st
 
 def flush_gain(newest: Newest, row: Row) -> float | None:
     """How many times shorter a step of ours is because gradients leave during backward and not after it, at
-    one fraction; None where it does not flush then, or the other is not measured."""
+    one share of the GPU; None where it does not flush then, or the other is not measured."""
     late = _measured(newest, row["accumulation"], flush=False).get(row["fraction"])
-    return _median(late) / _median(row) if row["flush"] and _median(row) and late else None
+    if not (row["flush"] and _median(row) and late and late["gpu_share"] == row["gpu_share"]):
+        return None
+    return _median(late) / _median(row)
 
 
 def interleaving_gain(newest: Newest, accumulation: int) -> str | None:
-    """The best fraction against all on the CPU and all on the GPU, each with gradients flushed during backward,
-    as a line; None where one of them is not measured."""
+    """The best fraction against all on the CPU and all on the GPU, with gradients flushed during backward in
+    each, as a line; None where one of them is not measured."""
     rows = _measured(newest, accumulation, flush=True)
     if not {0, 1} <= set(rows):
         return None
@@ -66,8 +68,8 @@ def interleaving_gain(newest: Newest, accumulation: int) -> str | None:
     share = "" if best["fraction"] != "auto" else f" ({best['gpu_share']:.1%})"
     over = {one: _median(rows[one]) / _median(best) for one in (0, 1)}
     return (
-        f"accumulation {accumulation}, interleaving, flush in backward: best fraction {best['fraction']}{share}, "
-        f"{over[0]:.2f}x over 0, {over[1]:.2f}x over 1"
+        f"accumulation {accumulation}, interleaving, flush in backward: best fraction "
+        f"{best['fraction']}{share}, {over[0]:.2f}x over 0, {over[1]:.2f}x over 1"
     )
 
 

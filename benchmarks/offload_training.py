@@ -62,6 +62,8 @@ def train(flags: Sequence[str], warm_up: int, repeats: int, device: str, threads
     environment = {**inherited, "OMP_NUM_THREADS": str(threads)}
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
+    else:
+        environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # the same sums however many streams there are
     with tempfile.TemporaryDirectory() as directory:
         report, log = Path(directory) / "report.json", Path(directory) / "tensorboard"
         own = ["--train-iters", str(warm_up + 2 * repeats), "--log-interval", "1"]
@@ -79,21 +81,28 @@ def train(flags: Sequence[str], warm_up: int, repeats: int, device: str, threads
         if done.returncode:
             return Training(done.returncode, done.stdout)
         losses, seconds = read_scalars(log, TRAIN_LOSS), read_scalars(log, "iteration-time")
+        reported = json.loads(report.read_text())
         return Training(
             status=0,
             output=done.stdout,
             losses=tuple(losses[step] for step in sorted(losses)),
             step_seconds=tuple(seconds[step] for step in range(warm_up + 1, warm_up + repeats + 1)),
-            **json.loads(report.read_text()),
+            optimizer_seconds=tuple(reported["optimizer_seconds"]),
+            host_peak_bytes=reported["host_peak_bytes"],
+            gpu_peak_bytes=reported["gpu_peak_bytes"],
         )
 
 
 def _main(report: Path, untimed: int, flags: Sequence[str]) -> None:
     from megatron_s2 import pretrain
-    from megatron_s2.runtime.patches import quiet_known_warnings
 
-    quiet_known_warnings()
-    optimizer_seconds = _time_optimizer(after=untimed)
+    patch, optimizer_seconds = pretrain.apply_patches, []
+
+    def patch_and_time(**kwargs) -> None:
+        patch(**kwargs)
+        _time_optimizer(untimed, optimizer_seconds)
+
+    pretrain.apply_patches = patch_and_time  # Megatron cannot be imported before a run is prepared
     pretrain.main(flags)
     on_gpu = torch.cuda.is_available()
     found = {
@@ -104,26 +113,25 @@ def _main(report: Path, untimed: int, flags: Sequence[str]) -> None:
     report.write_text(json.dumps(found))
 
 
-def _time_optimizer(after: int) -> list[float]:
-    """The list into which each step after the first `after` will put the seconds of Megatron's timer
-    `optimizer`, which is switched on for these."""
+def _time_optimizer(untimed: int, seconds: list[float]) -> None:
+    """Has each step after the first `untimed` append the seconds of Megatron's timer `optimizer`, which is
+    switched on for these."""
     from megatron.training import get_timers, training
 
-    untimed, seconds, steps = training.train_step, [], 0
+    plain, steps = training.train_step, 0
 
     def train_step(*args, **kwargs):
         nonlocal steps
         timers = get_timers()
-        if steps == after:
-            timers._log_level = 1  # as --timing-log-level 1, which holds for all steps
-        done = untimed(*args, **kwargs)
-        if steps >= after:
+        if steps == untimed:
+            timers._log_level = 1  # as --timing-log-level 1 does for all steps
+        done = plain(*args, **kwargs)
+        if steps >= untimed:
             seconds.append(timers("optimizer").elapsed())
         steps += 1
         return done
 
     training.train_step = train_step
-    return seconds
 
 
 def _peak_resident_bytes() -> int | None:
