@@ -123,29 +123,35 @@ def launch(log_dir: Path, flags: str = "", ranks: int = 1, model: str = MODERN, 
 
 
 def train_all(
-    log_dir: Path, runs: Mapping[str, str], ranks: int = 1, model: str = MODERN, data: str = MOCK_DATA
+    log_dir: Path,
+    runs: Mapping[str, str],
+    ranks: int = 1,
+    model: str = MODERN,
+    data: str = MOCK_DATA,
+    before: Sequence = (),
 ) -> dict[str, Run]:
     """Runs the tiny configuration once per entry of `runs` (name: flags), in order, in one group of ranks.
 
     A run may load what an earlier one saved. Each must end well or be refused for its input; any other end
-    raises RuntimeError with the output.
+    raises RuntimeError with the output. `before` names a function of `interventions.py` to call first in each
+    rank, and what to give it.
     """
-    _train(log_dir, runs, ranks, model, data)
+    _train(log_dir, runs, ranks, model, data, before)
     return {name: _finished(log_dir / name) for name in runs}
 
 
 def train_until_killed(log_dir: Path, flags: str, killer: str, *given: float) -> bool:
-    """Runs the tiny configuration on one rank after a function of `killers.py` has been called with `given`;
-    whether the run was killed by it. Any other bad end raises RuntimeError with the output."""
+    """Runs the tiny configuration on one rank after a function of `interventions.py` has been called with
+    `given`; whether it killed the run. Any other bad end raises RuntimeError with the output."""
     _train(log_dir.parent, {log_dir.name: flags}, 1, MODERN, MOCK_DATA, [killer, *given])
-    ended = (log_dir / "ended.txt").read_text()
-    if ended != str(-signal.SIGKILL):
+    killed = log_dir.with_name("ended.txt").read_text() == str(-signal.SIGKILL)
+    if not killed:
         _finished(log_dir)
-    return ended == str(-signal.SIGKILL)
+    return killed
 
 
 def _train(
-    log_dir: Path, runs: Mapping[str, str], ranks: int, model: str, data: str, killer: Sequence = ()
+    log_dir: Path, runs: Mapping[str, str], ranks: int, model: str, data: str, before: Sequence
 ) -> None:
     log_dir.mkdir(parents=True, exist_ok=True)
     jobs = [
@@ -153,7 +159,7 @@ def _train(
         for name, flags in runs.items()
     ]
     job_file = log_dir / "jobs.json"
-    job_file.write_text(json.dumps({"jobs": jobs, "killer": killer}))
+    job_file.write_text(json.dumps({"jobs": jobs, "before": before}))
     _run_on_forks(job_file, ranks)
 
 
@@ -239,8 +245,7 @@ def _serve() -> None:
         for process in group:
             process.start()
         _end_together(group)
-        for job in json.loads(Path(job_file).read_text())["jobs"]:
-            (Path(job["log_dir"]) / "ended.txt").write_text(str(group[0].exitcode))
+        Path(job_file).with_name("ended.txt").write_text(str(group[0].exitcode))
         print("done", flush=True)
 
 
@@ -273,9 +278,9 @@ def _run_jobs(job_file: Path, rank: int, ranks: int, port: int) -> None:
         addresses = {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
         os.environ |= {name: str(value) for name, value in (places | addresses).items()}
     work = json.loads(job_file.read_text())
-    if work["killer"]:
-        name, *given = work["killer"]
-        getattr(import_module("killers"), name)(*given)
+    if work["before"]:
+        name, *given = work["before"]
+        getattr(import_module("interventions"), name)(*given)
     for job in work["jobs"]:
         log_dir = Path(job["log_dir"])
         log_dir.mkdir(exist_ok=True)
