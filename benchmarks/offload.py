@@ -93,12 +93,15 @@ class Model:
 
     Args:
         subgroup_size: parameters that move together, small enough for the fractions to differ.
+        bucket_size: parameters whose gradients are reduced, and can be flushed, together; small enough for
+            that to begin long before backward ends.
     """
 
     hidden_size: int
     num_layers: int
     seq_length: int
     subgroup_size: int
+    bucket_size: int
 
     @property
     def flags(self) -> list[str]:
@@ -116,13 +119,14 @@ class Model:
             "--transformer-impl local --no-rope-fusion --no-persist-layer-norm "
             "--no-gradient-accumulation-fusion --no-masked-softmax-fusion "
             "--mock-data --tokenizer-type NullTokenizer --vocab-size 255 --num-workers 0 --seed 1234 "
+            f"--ddp-bucket-size {self.bucket_size} "
             "--bf16 --lr 3e-5 --lr-decay-style constant --clip-grad 1.0 --eval-iters 0"
         ).split()
 
 
 DEFAULTS = {
-    "cpu": Model(hidden_size=384, num_layers=5, seq_length=16, subgroup_size=2**18),
-    "cuda": Model(hidden_size=1536, num_layers=12, seq_length=2048, subgroup_size=SUBGROUP_SIZE),
+    "cpu": Model(384, num_layers=5, seq_length=16, subgroup_size=2**18, bucket_size=2**20),
+    "cuda": Model(1536, num_layers=12, seq_length=2048, subgroup_size=SUBGROUP_SIZE, bucket_size=2**25),
 }
 
 
@@ -149,6 +153,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     sizes("--num-layers", type=int, help=_default_help("num_layers"))
     sizes("--seq-length", type=int, help=f"tokens of a micro-batch; {_default_help('seq_length')}")
     sizes("--subgroup-size", type=int, help=f"of ours; {_default_help('subgroup_size')}")
+    sizes("--bucket-size", type=int, help=f"of gradient reductions; {_default_help('bucket_size')}")
     parser.add_argument(
         "--repeats",
         type=int,
@@ -183,6 +188,7 @@ def model_of(args: Namespace) -> Model:
     counts = {
         "--num-layers": model.num_layers,
         "--seq-length": model.seq_length,
+        "--bucket-size": model.bucket_size,
         "--repeats": args.repeats,
         "--accumulation": min(args.accumulation),
     }

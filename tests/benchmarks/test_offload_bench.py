@@ -75,7 +75,7 @@ def rows_in(directory: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def trained(benchmark):
     """Two of the smallest, of a process each: one of ours, and one of Megatron's that needs a GPU."""
-    model = benchmark.Model(hidden_size=64, num_layers=1, seq_length=8, subgroup_size=4096)
+    model = benchmark.Model(64, num_layers=1, seq_length=8, subgroup_size=4096, bucket_size=16384)
     names = ("s2-0.5-flush", "hybrid")
     flags = [benchmark.flags(benchmark.CASES[name], model, 2, threads=1) for name in names]
     with ThreadPoolExecutor() as pool:
@@ -217,6 +217,7 @@ def test_losses_may_differ_from_those_without_offload_by_rounding(bench, trainin
         (["--subgroup-size", "100"], "--subgroup-size 100: must be a positive multiple of 64"),
         (["--num-layers", "0"], "--num-layers 0: must be >= 1"),
         (["--seq-length", "0"], "--seq-length 0: must be >= 1"),
+        (["--bucket-size", "0"], "--bucket-size 0: must be >= 1"),
         (["--repeats", "0"], "--repeats 0: must be >= 1"),
         (["--accumulation", "4,0"], "--accumulation 0: must be >= 1"),
     ],
