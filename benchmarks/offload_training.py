@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 
 import torch
 
@@ -55,8 +56,9 @@ class Training:
 def train(flags: Sequence[str], warm_up: int, repeats: int, device: str, threads: int) -> Training:
     """Trains with `flags` for `warm_up + 2 * repeats` iterations and waits for the end.
 
-    The first are not timed, the next `repeats` are timed as a whole, the last for their optimizer's part:
-    timing that takes synchronizations which the others shall not have.
+    The first iterations are not timed, the next `repeats` are timed as a whole, the last for their
+    optimizer's part: timing that takes synchronizations which the others shall not have. A training ends
+    with this process, however that ends.
     """
     inherited = {name: x for name, x in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     environment = {**inherited, "OMP_NUM_THREADS": str(threads)}
@@ -69,15 +71,21 @@ def train(flags: Sequence[str], warm_up: int, repeats: int, device: str, threads
         own = ["--train-iters", str(warm_up + 2 * repeats), "--log-interval", "1"]
         own += ["--log-timers-to-tensorboard", "--tensorboard-dir", str(log)]
         process = [sys.executable, "-m", "benchmarks.offload_training", str(report), str(warm_up + repeats)]
-        done = subprocess.run(
-            [*process, *flags, *own],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
+        ours_to_close, until_closed = os.pipe()[::-1]
+        try:
+            done = subprocess.run(
+                [*process, *flags, *own],
+                cwd=ROOT,
+                env=environment,
+                stdin=until_closed,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                check=False,
+            )
+        finally:
+            os.close(ours_to_close)
+            os.close(until_closed)
         if done.returncode:
             return Training(done.returncode, done.stdout)
         losses, seconds = read_scalars(log, TRAIN_LOSS), read_scalars(log, "iteration-time")
@@ -96,6 +104,7 @@ def train(flags: Sequence[str], warm_up: int, repeats: int, device: str, threads
 def _main(report: Path, untimed: int, flags: Sequence[str]) -> None:
     from megatron_s2 import pretrain
 
+    Thread(target=_end_with_stdin, daemon=True).start()
     patch, optimizer_seconds = pretrain.apply_patches, []
 
     def patch_and_time(**kwargs) -> None:
@@ -111,6 +120,11 @@ def _main(report: Path, untimed: int, flags: Sequence[str]) -> None:
         "gpu_peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
     }
     report.write_text(json.dumps(found))
+
+
+def _end_with_stdin() -> None:
+    sys.stdin.read()
+    os._exit(1)
 
 
 def _time_optimizer(untimed: int, seconds: list[float]) -> None:

@@ -1,12 +1,16 @@
 """The offload benchmark: what fails or has other losses has no row, each gain comes from its own rows."""
 
 import json
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import RUNNER
 
+ROOT = RUNNER.parents[1]
 TOY = ["offload", "--device", "cpu", "--threads", "1", "--repeats", "2", "--accumulation", "1"]
 MODEL = ["--hidden-size", "64", "--num-layers", "1", "--seq-length", "8", "--subgroup-size", "4096"]
 STEPS = 3 + 2 * 2
@@ -74,13 +78,16 @@ def rows_in(directory: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def trained(benchmark):
-    """Two of the smallest, of a process each: one of ours, and one of Megatron's that needs a GPU."""
+    """Of a process each: two of the smallest, one of ours and one of Megatron's that needs a GPU; and the
+    status of one without the process that began it."""
     model = benchmark.Model(64, num_layers=1, seq_length=8, subgroup_size=4096, bucket_size=16384)
     names = ("s2-0.5-flush", "hybrid")
     flags = [benchmark.flags(benchmark.CASES[name], model, 2, threads=1) for name in names]
     with ThreadPoolExecutor() as pool:
         runs = [pool.submit(benchmark.train, words, 1, 2, "cpu", 1) for words in flags]
-        return {name: run.result() for name, run in zip(names, runs)}
+        alone = [sys.executable, "-m", "benchmarks.offload_training", "report.json", "0", *flags[0]]
+        left = subprocess.run(alone, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        return {name: run.result() for name, run in zip(names, runs)} | {"alone": left.returncode}
 
 
 def test_a_training_says_what_it_took(benchmark, trained):
@@ -94,6 +101,10 @@ def test_a_training_says_what_it_took(benchmark, trained):
     row = benchmark._results(training)
     assert row["parameters"] == 2 * 256 * 64 + 4 * 64 * 64 + 3 * 128 * 64 + 3 * 64
     assert benchmark._printed(benchmark.SHARE, training) == pytest.approx(50, abs=5)
+
+
+def test_a_training_ends_with_what_began_it(trained):
+    assert trained["alone"] == 1 and not (ROOT / "report.json").exists()
 
 
 def test_megatrons_offload_says_why_it_does_not_run_without_a_gpu(benchmark, trained):
