@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 
 def hybrid_device_optimizer_on_cpu() -> None:
@@ -28,6 +29,54 @@ def hybrid_device_optimizer_on_cpu() -> None:
 
     HybridDeviceOptimizer._get_sub_optimizer_param_groups = groups
     pretrain.validate_offload_args = choose
+
+
+def say_when_gradients_leave() -> None:
+    """Print at the end how many gradients left for the host during backward, and how many later."""
+    import torch
+
+    from megatron_s2.offload.optimizer import OffloadedAdamW
+    from megatron_s2.offload.run import Offload
+
+    flush, close, counts = OffloadedAdamW.flush, Offload.close, {"in backward": 0, "later": 0}
+
+    def count(self, *args):
+        counts["later" if torch._C._current_graph_task_id() == -1 else "in backward"] += 1
+        flush(self, *args)
+
+    def close_and_say(self):
+        print(f"gradients left: {counts}")
+        close(self)
+
+    OffloadedAdamW.flush, Offload.close = count, close_and_say
+
+
+def say_how_much_memory_offload_takes() -> None:
+    """Print at the end how much the process has grown at most, in steps, since before state was allocated."""
+    from megatron_s2.offload.executor import Executor
+    from megatron_s2.offload.run import Offload
+
+    build, step, close = Offload._build, Executor.step, Offload.close
+    bytes_ = {"before": 0, "most": 0}
+
+    def resident(name: str) -> int:
+        lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+        return 1024 * int(lines[name].split()[0])
+
+    def build_and_note(self, *args):
+        bytes_["before"] = resident("VmRSS")
+        return build(self, *args)
+
+    def step_and_note(self, *args):
+        Path("/proc/self/clear_refs").write_text("5")  # forgets VmHWM
+        step(self, *args)
+        bytes_["most"] = max(bytes_["most"], resident("VmHWM"))
+
+    def close_and_say(self):
+        print(f"offload took: {bytes_['most'] - bytes_['before']} bytes")
+        close(self)
+
+    Offload._build, Executor.step, Offload.close = build_and_note, step_and_note, close_and_say
 
 
 def kill_step(nth: int, delay: float) -> None:

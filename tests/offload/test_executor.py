@@ -4,6 +4,7 @@ import random
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -126,6 +127,49 @@ def test_gradients_may_come_from_many_threads(build, truth):
     require_same(state_of(one), truth)
 
 
+class Late:
+    """A collective that takes some time; only then the gradients are what they should be."""
+
+    def __init__(self, source: torch.Tensor, gradient: torch.Tensor) -> None:
+        self._over = threading.Event()
+        threading.Timer(0.02, self._end, (source, gradient)).start()
+
+    def _end(self, source: torch.Tensor, gradient: torch.Tensor) -> None:
+        source.copy_(gradient)
+        self._over.set()
+
+    def wait(self) -> None:
+        self._over.wait()
+
+
+@pytest.mark.parametrize("tiers", TIERS.values(), ids=TIERS)
+@pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])
+def test_every_use_of_a_gradient_waits_for_what_finishes_it(build, truth, tiers, fraction):
+    one = build(**tiers, fraction=fraction)
+    for step in (1, 2, 3):
+        for p, gradient in zip(one.parameters, gradients_of(step)):
+            source = torch.full_like(gradient, torch.nan)
+            one.flush(p.start, p.stop, source, after=Late(source, gradient))
+        one.step(settings_of(step), scale_of(step))
+    require_same(state_of(one), truth)
+
+
+def test_a_flush_that_fails_was_none(build, truth, monkeypatch):
+    one = build()
+    first, gradients = one.parameters[0], gradients_of(1)
+    with pytest.raises(ValueError, match="flush of elements 0 to 100: must be contiguous with `after`"):
+        one.flush(first.start, first.stop, torch.zeros(200)[::2], after=Late(gradients[0], gradients[0]))
+
+    def fail(self, after=None):
+        raise ConnectionError("peer lost")
+
+    with monkeypatch.context() as broken, pytest.raises(ConnectionError):
+        broken.setattr(ThreadBackend, "mark", fail)
+        one.flush(first.start, first.stop, gradients[0])
+    take_steps(one)
+    require_same(state_of(one), truth)
+
+
 @pytest.mark.parametrize("tiers", [{}, MIXED], ids=["host", "all three"])
 def test_a_skipped_step_leaves_everything_untouched(build, truth, tiers):
     one = build(**tiers, fraction=0.5)
@@ -181,12 +225,12 @@ def test_no_schedule_meets_a_hazard(tmp_path, truth, first):
             **rng.choice(list(TIERS.values())),
             fraction=rng.choice(FRACTIONS),
             buffer_sets=rng.choice((1, 2, 3)),
+            directories=rng.choice((1, 2, 3)),
         )
-        try:
-            take_steps(one, seed=seed)
-            require_same(state_of(one), truth)
-        finally:
-            one.close()
+        steps = ThreadPoolExecutor(1).submit(take_steps, one, seed=seed)
+        steps.result(timeout=60)
+        require_same(state_of(one), truth)
+        one.close()
 
 
 @pytest.mark.parametrize("queue, name, tiers", [
@@ -236,8 +280,9 @@ def test_a_failure_ends_the_step_and_is_reported(build, queue, subgroup, at_end)
     one = build(subgroup_size=128, fraction=0.5, delay=failing(queue, subgroup, at_end))
     with pytest.raises(BrokenError, match=f"{queue} {subgroup}") as failure:
         take_steps(one)
-    assert any("optimizer state: " in note for note in failure.value.__notes__)
-    if "resume from the last checkpoint" in failure.value.__notes__[-1]:
+    note = failure.value.__notes__[-1]
+    assert "optimizer state: " in note
+    if "is whole, as before this step" not in note:
         for call in (lambda: one.read("master", 0, 1), lambda: flush_all(one, 1), lambda: take_steps(one)):
             with pytest.raises(RuntimeError, match=r"a step failed with \d+ of 24 subgroups changed"):
                 call()

@@ -1,6 +1,7 @@
 """Offload through the user's command: the same bits wherever state lies and whoever updates it, the losses of
 Megatron's own optimizer, and the state of either in checkpoints."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,35 @@ def test_a_step_with_infinite_gradients_leaves_the_state_as_it_is(tmp_path):
     assert len(skipped) > 3
     assert runs["offload"].scalar("loss-scale") == runs["stock"].scalar("loss-scale")
     assert runs["offload"].losses == pytest.approx(runs["stock"].losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_gradients_leave_during_backward(tmp_path, overlap):
+    """From the second step on, before which Megatron does not know the order in which they get ready."""
+    flags = f"{OFFLOAD} --train-iters 4 {batches(3, 1)} {fraction(0)} {IN_BACKWARD if overlap else ''}"
+    run = train_all(tmp_path, {"run": flags}, before=["say_when_gradients_leave"])["run"]
+    counts = re.search(r"gradients left: {'in backward': (\d+), 'later': (\d+)}", run.output)
+    matrices, vectors = 2 * 4 + 2, 2 * 2 + 1
+    early = 3 * matrices if overlap else 0
+    assert [int(count) for count in counts.groups()] == [early, 4 * (matrices + vectors) - early]
+
+
+def test_a_run_holds_its_host_budget_while_its_state_is_several_times_larger(tmp_path):
+    """The process grows by that much less than where the host holds all; how much both grow by activations
+    and by what would be the GPU's memory is the same."""
+    budget, slack = 100_000_000, 64 * 2**20
+    flags = (
+        f"{OFFLOAD} --train-iters 3 --num-layers 6 --hidden-size 768 --ffn-hidden-size 2048 --seq-length 32"
+    )
+    flags += f" {batches(1, 1)} {fraction(0.5)} {IN_BACKWARD} --s2-offload-subgroup-size {2**20}"
+    on_disk = f"--s2-offload-nvme-dir {tmp_path} --s2-offload-host-budget-gb {budget / 1e9}"
+    runs = {"on the host": flags, "on NVMe": f"{flags} {on_disk}"}
+    runs = train_all(tmp_path / "runs", runs, before=["say_how_much_memory_offload_takes"])
+    took = {name: int(re.search(r"offload took: (\d+) bytes", run.output)[1]) for name, run in runs.items()}
+    parameters = int(re.search(r"of rank 0: (\d+) parameters", runs["on NVMe"].output)[1])
+    assert 12 * parameters > 4 * budget
+    assert took["on the host"] - took["on NVMe"] > 16 * parameters - budget - slack
+    assert runs["on NVMe"].losses == runs["on the host"].losses
 
 
 REFUSED = {

@@ -1,0 +1,257 @@
+"""Specification of what the optimizers of a rank share: the budgets, what is folded into the update, when
+gradients leave, and when rates are measured again."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_s2.offload import run as module
+from megatron_s2.offload.arguments import OffloadSettings
+from megatron_s2.offload.model import Rates
+from megatron_s2.offload.optimizer import OffloadedAdamW
+from megatron_s2.offload.run import Offload, OffloadError, leaves_late
+from megatron_s2.offload.trace import read_trace
+
+RATES = Rates(cpu=1e9, gpu=1e10, h2d=1e10, d2h=1e10)
+ADAM = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+
+
+@pytest.fixture
+def offload(monkeypatch):
+    """Of settings; says nothing of this machine's rates."""
+    made = []
+
+    def one(said=None, **settings) -> Offload:
+        made.append(
+            Offload(OffloadSettings(**settings), 0, 1, say=[].append if said is None else said.append)
+        )
+        return made[-1]
+
+    monkeypatch.setattr(module, "rates_of", lambda machine, again=False: RATES)
+    yield one
+    for run in made:
+        run.close()
+
+
+def distributed(run: Offload, *sizes: int, overlap: bool = False, **ddp) -> SimpleNamespace:
+    """What `adopt` reads of a distributed optimizer, over a matrix of each size that this rank has whole."""
+    model = torch.nn.ParameterList([torch.nn.Parameter(torch.ones(1, size)) for size in sizes])
+    shards = [p.detach().view(-1) for p in model]
+    config = {"overlap_grad_reduce": overlap, "num_distributed_optimizer_instances": 1}
+    return SimpleNamespace(
+        optimizer=OffloadedAdamW([{"params": shards}], run, **ADAM),
+        ddp_config=SimpleNamespace(**config | {"reduce_scatter_with_fp32_accumulation": False} | ddp),
+        model_chunks=[model],
+        model_param_group_index_map={p: (0, n) for n, p in enumerate(model)},
+        _get_model_param_range_map=lambda p: {"param": SimpleNamespace(start=0, end=p.numel())},
+    )
+
+
+def bucket_group(model, handle=None) -> SimpleNamespace:
+    for p in model:
+        p.main_grad = torch.full_like(p, 0.5)
+    return SimpleNamespace(buckets=[SimpleNamespace(params_list=list(model))], grad_reduce_handle=handle)
+
+
+def test_budgets_are_shared_by_size(offload):
+    run = offload(gpu_fraction=0.0, subgroup_size=64, gpu_budget=12 * 64 * 10)
+    small, large = distributed(run, 64 * 10), distributed(run, 64 * 40)
+    for one in (small, large):
+        run.adopt(one)
+    run.begin_step()
+    tiers = [run.executor_of(one.optimizer).plan.tiers for one in (small, large)]
+    assert [(t.gpu, t.host) for t in tiers] == [(64 * 2, 64 * 8), (64 * 8, 64 * 32)]
+
+
+def test_a_budget_that_cannot_hold_the_state_is_refused_when_the_first_step_begins(offload):
+    run = offload(gpu_fraction=0.0, host_budget=1000)
+    run.adopt(distributed(run, 640))
+    with pytest.raises(OffloadError, match=r"--s2-offload-host-budget-gb 1e-06: the host must hold 0.000 GB"):
+        run.begin_step()
+
+
+def test_all_ranks_count_what_there_was_before_any_took_its_part(offload, monkeypatch):
+    monkeypatch.setattr(module, "available_bytes", lambda: 2 * 16 * 640 * 3 + 10)
+    run = Offload(OffloadSettings(gpu_fraction=0.0), 0, 3)
+    first, second, third = (distributed(run, 640) for _ in range(3))
+    for one in (first, second, third):
+        run.adopt(one)
+        if one is not third:
+            run.executor_of(one.optimizer)
+    with pytest.raises(OffloadError, match=r"for each of 3 ranks, and this machine has 0\.000 GB left"):
+        run.executor_of(third.optimizer)
+    run.close()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_step_is_adamw_of_the_folded_gradients(offload, overlap):
+    run = offload(gpu_fraction=0.5, subgroup_size=64)
+    one = distributed(run, 640, 100, overlap=overlap)
+    run.adopt(one)
+    run.begin_step()
+    run.gradients_reduced(bucket_group(one.model_chunks[0]))
+    run.hold_loss_scale(8.0)
+    run.hold_tokens(torch.tensor(0.25))
+    assert run.true_norm(64.0) == 2.0
+    run.hold_clip(1.0, 2.0)
+    one.optimizer.step()
+    expected = torch.nn.Parameter(torch.ones(740))
+    expected.grad = torch.full((740,), 0.5 / 8 * 0.25 / (2.0 + 1e-6))
+    torch.optim.AdamW([expected], **ADAM).step()
+    got = torch.cat([p.detach().view(-1) for p in one.model_chunks[0]])
+    torch.testing.assert_close(got, expected.detach(), rtol=1e-6, atol=0)
+
+
+def test_what_was_folded_is_forgotten_with_the_next_step(offload):
+    run = offload(gpu_fraction=0.0)
+    run.hold_loss_scale(8.0)
+    run.hold_clip(1.0, 4.0)
+    run.begin_step()
+    assert run.gradient_scale == 1.0 and run.true_norm(3.0) == 3.0
+
+
+@pytest.mark.parametrize("norm", [math.inf, math.nan])
+def test_a_norm_that_is_not_finite_skips_the_step(offload, capsys, norm):
+    run = offload(gpu_fraction=0.0)
+    one = distributed(run, 640)
+    run.adopt(one)
+    for clip in (norm, 0.5):
+        run.begin_step()
+        run.gradients_reduced(bucket_group(one.model_chunks[0]))
+        run.hold_clip(1.0, clip)
+        one.optimizer.step()
+        if clip is norm:
+            assert torch.equal(one.model_chunks[0][0], torch.ones(1, 640))
+            assert one.optimizer.step_count == 0
+            assert "norm of the gradients is not finite; the step is skipped" in capsys.readouterr().err
+    assert one.optimizer.step_count == 1
+
+
+def test_gradients_of_a_step_that_does_not_happen_are_dropped(offload):
+    run = offload(gpu_fraction=0.0)
+    one = distributed(run, 640)
+    run.adopt(one)
+    for _ in range(3):
+        run.begin_step()
+        run.gradients_reduced(bucket_group(one.model_chunks[0]))
+    one.optimizer.step()
+    assert one.optimizer.step_count == 1
+
+
+@pytest.mark.parametrize(
+    "ddp", [{"num_distributed_optimizer_instances": 2}, {"reduce_scatter_with_fp32_accumulation": True}]
+)
+def test_where_only_megatron_knows_the_end_of_a_reduction_gradients_leave_with_the_step(offload, ddp):
+    run = offload(gpu_fraction=0.0)
+    one = distributed(run, 640, **ddp)
+    run.adopt(one)
+    run.begin_step()
+    run.gradients_reduced(bucket_group(one.model_chunks[0]))
+    with pytest.raises(ValueError, match="shard of 640 elements: has no gradient"):
+        one.optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "mark", ["sequence_parallel", "average_gradients_across_tp_domain", "shared_embedding"]
+)
+def test_what_is_reduced_again_leaves_late(mark):
+    matrix = torch.nn.Parameter(torch.zeros(4, 4))
+    assert not leaves_late("decoder.layers.0.mlp.linear_fc1.weight", matrix)
+    assert leaves_late("embedding.position_embeddings.weight", matrix)
+    assert leaves_late("decoder.layers.0.input_layernorm.weight", torch.nn.Parameter(torch.zeros(4)))
+    setattr(matrix, mark, True)
+    assert leaves_late("decoder.layers.0.mlp.router.weight", matrix)
+
+
+def test_auto_takes_the_best_fraction_and_says_what_it_expects(offload):
+    said = []
+    run = offload(said, subgroup_size=64)
+    run.adopt(distributed(run, 64 * 100))
+    run.begin_step()
+    plan = run.executor_of(run._optimizers[0]).plan
+    assert 0.1 < plan.fraction < 0.9
+    assert f"the GPU updates {plan.fraction:.1%}" in said[0]
+    assert "gradients leave after backward (no --overlap-grad-reduce)" in said[0]
+    assert "predicted:" in said[0]
+
+
+def test_drifting_steps_are_measured_and_planned_again(offload, monkeypatch):
+    said, seconds = [], iter([])
+    run = offload(said, subgroup_size=64)
+    one = distributed(run, 64 * 100)
+    run.adopt(one)
+    run.begin_step()
+    executor = run.executor_of(one.optimizer)
+    before = executor.plan.fraction
+    monkeypatch.setattr(executor, "step", lambda settings, scale: None)
+    monkeypatch.setattr(
+        module, "rates_of", lambda machine, again: Rates(cpu=1e6, gpu=1e10, h2d=1e10, d2h=1e10)
+    )
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(seconds))
+    settings = [module.AdamW(1e-3)]
+    for took, drifts in ((1.0, False), (1.1, False), (2.0, True)):
+        seconds = iter([0.0, took] * 100)
+        for _ in range(100):
+            run.take_step(one.optimizer, settings, 1.0)
+        assert (executor.plan.fraction != before) == drifts
+    assert executor.plan.fraction > 0.9
+    assert "optimizer steps drifted; rates measured again, the GPU now updates" in said[-1]
+
+
+def test_the_trace_holds_what_was_predicted_and_measured(offload, tmp_path):
+    run = offload(gpu_fraction=0.5, subgroup_size=64, trace=str(tmp_path / "trace.json"))
+    one = distributed(run, 640)
+    run.adopt(one)
+    run.begin_step()
+    run.gradients_reduced(bucket_group(one.model_chunks[0]))
+    one.optimizer.step()
+    timelines = read_trace(tmp_path / "trace.json")
+    assert set(timelines) == {"predicted", "measured"}
+    assert {event.queue for event in timelines["measured"]} == {"h2d", "d2h", "cpu", "gpu"}
+
+
+def test_state_is_read_and_written_under_megatrons_names(offload):
+    run = offload(gpu_fraction=0.0)
+    one = distributed(run, 640, 100)
+    run.adopt(one)
+    inner = one.optimizer
+    shard = inner.param_groups[0]["params"][1]
+    state = inner.state[shard]
+    assert list(state) == ["step", "exp_avg", "exp_avg_sq", "master_param"]
+    assert torch.equal(state["master_param"], torch.ones(100))
+    state["exp_avg"], state["step"] = torch.arange(100.0), torch.tensor(7.0)
+    assert torch.equal(inner.state[shard]["exp_avg"], torch.arange(100.0))
+    assert inner.state[inner.param_groups[0]["params"][0]]["step"] == 7
+    with pytest.raises(ValueError, match="exp_avg: must have 100 elements, not 3"):
+        state["exp_avg"] = torch.zeros(3)
+    with pytest.raises(TypeError, match="cannot be removed"):
+        del state["exp_avg"]
+
+
+def test_nothing_is_allocated_before_it_is_needed(offload):
+    run = offload(gpu_fraction=0.0)
+    one = distributed(run, 640)
+    run.adopt(one)
+    assert not run.has_executor(one.optimizer)
+    with torch.no_grad():
+        one.model_chunks[0][0].fill_(3)
+    one.optimizer.update_fp32_param_by_new_param()
+    assert not run.has_executor(one.optimizer)
+    run.begin_step()
+    shard = one.optimizer.param_groups[0]["params"][0]
+    assert torch.equal(one.optimizer.state[shard]["master_param"], torch.full((640,), 3.0))
+    with torch.no_grad():
+        one.model_chunks[0][0].fill_(4)
+    one.optimizer.update_fp32_param_by_new_param()
+    assert torch.equal(one.optimizer.state[shard]["master_param"], torch.full((640,), 4.0))
+
+
+def test_a_rank_without_parameters_steps_along(offload):
+    run = offload(gpu_fraction=0.0)
+    one = distributed(run)
+    run.adopt(one)
+    run.begin_step()
+    one.optimizer.step()
+    assert one.optimizer.step_count == 1
