@@ -161,7 +161,8 @@ def test_a_run_holds_its_host_budget_while_its_state_is_several_times_larger(tmp
     flags = (
         f"{OFFLOAD} --train-iters 3 --num-layers 6 --hidden-size 768 --ffn-hidden-size 2048 --seq-length 32"
     )
-    flags += f" {batches(1, 1)} {fraction(0.5)} {IN_BACKWARD} --s2-offload-subgroup-size {2**20}"
+    flags += f" --micro-batch-size 1 --global-batch-size 1 {fraction(0)} {IN_BACKWARD}"
+    flags += f" --s2-offload-subgroup-size {2**20}"
     on_disk = f"--s2-offload-nvme-dir {tmp_path} --s2-offload-host-budget-gb {budget / 1e9}"
     runs = {"on the host": flags, "on NVMe": f"{flags} {on_disk}"}
     runs = train_all(tmp_path / "runs", runs, before=["say_how_much_memory_offload_takes"])
