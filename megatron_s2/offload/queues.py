@@ -80,6 +80,21 @@ class Awaited(Protocol):
         """Let the current stream, or this thread, wait for its end. May be called from several threads."""
 
 
+class AwaitedOnce:
+    """Passes the first `wait` on; later ones return when that has. For collectives of gloo, of which each wait
+    copies the result to its place again, over what may have changed there."""
+
+    def __init__(self, inner: Awaited) -> None:
+        self._inner: Awaited | None = inner
+        self._lock = threading.Lock()
+
+    def wait(self) -> None:
+        with self._lock:
+            if self._inner is not None:
+                self._inner.wait()
+                self._inner = None
+
+
 class Backend(Protocol):
     """Where queues work.
 

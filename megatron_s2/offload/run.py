@@ -22,7 +22,7 @@ from megatron_s2.offload.arena import Arena, available_bytes, check_available
 from megatron_s2.offload.executor import Executor
 from megatron_s2.offload.nvme import Bandwidth, NvmeTier, measure_bandwidth
 from megatron_s2.offload.plan import OffloadPlan, make_plan
-from megatron_s2.offload.queues import CudaBackend, ThreadBackend
+from megatron_s2.offload.queues import AwaitedOnce, CudaBackend, ThreadBackend
 from megatron_s2.offload.rates import DRIFT_STEPS, Machine, drifted, rates_of
 from megatron_s2.offload.simulator import Simulation, auto_plan, simulate
 from megatron_s2.offload.trace import write_trace
@@ -131,6 +131,8 @@ class Offload:
 
     def gradients_reduced(self, buckets: _ParamAndGradBucketGroup) -> None:
         """The reduction of a group of buckets has begun, or ended where nothing overlaps."""
+        if buckets.grad_reduce_handle is not None and not torch.cuda.is_available():
+            buckets.grad_reduce_handle = AwaitedOnce(buckets.grad_reduce_handle)
         for bucket in buckets.buckets:
             for parameter in bucket.params_list:
                 if shard := self._early.get(parameter):

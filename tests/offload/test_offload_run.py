@@ -129,6 +129,28 @@ def test_a_norm_that_is_not_finite_skips_the_step(offload, capsys, norm):
     assert one.optimizer.step_count == 1
 
 
+@pytest.mark.parametrize("fraction", [0.0, 1.0])
+def test_a_reduction_that_writes_its_result_with_each_wait_does_so_once(offload, fraction):
+    """As gloo's do: what is changed after Megatron's wait must stay."""
+
+    class Rewriting:
+        def wait(self):
+            matrix.main_grad.fill_(0.5)
+
+    run = offload(gpu_fraction=fraction, subgroup_size=64)
+    one = distributed(run, 640, overlap=True)
+    run.adopt(one)
+    run.begin_step()
+    (matrix,) = one.model_chunks[0]
+    group = bucket_group([matrix], Rewriting())
+    matrix.main_grad.zero_()
+    run.gradients_reduced(group)
+    group.grad_reduce_handle.wait()
+    matrix.main_grad.fill_(7.0)
+    one.optimizer.step()
+    assert torch.equal(matrix.main_grad, torch.full((1, 640), 7.0))
+
+
 def test_gradients_of_a_step_that_does_not_happen_are_dropped(offload):
     run = offload(gpu_fraction=0.0)
     one = distributed(run, 640)

@@ -164,8 +164,10 @@ def test_a_run_holds_its_host_budget_while_its_state_is_several_times_larger(tmp
     flags += f" --micro-batch-size 1 --global-batch-size 1 {fraction(0)} {IN_BACKWARD}"
     flags += f" --s2-offload-subgroup-size {2**20}"
     on_disk = f"--s2-offload-nvme-dir {tmp_path} --s2-offload-host-budget-gb {budget / 1e9}"
-    runs = {"on the host": flags, "on NVMe": f"{flags} {on_disk}"}
-    runs = train_all(tmp_path / "runs", runs, before=["say_how_much_memory_offload_takes"])
+    runs = {}
+    for name, more in {"on the host": "", "on NVMe": on_disk}.items():  # a process each
+        watched = {"before": ["say_how_much_memory_offload_takes"]}
+        runs |= train_all(tmp_path / "runs", {name: f"{flags} {more}"}, **watched)
     took = {name: int(re.search(r"offload took: (\d+) bytes", run.output)[1]) for name, run in runs.items()}
     parameters = int(re.search(r"of rank 0: (\d+) parameters", runs["on NVMe"].output)[1])
     assert 12 * parameters > 4 * budget
