@@ -81,8 +81,9 @@ class Awaited(Protocol):
 
 
 class AwaitedOnce:
-    """Passes the first `wait` on; later ones return when that has. For collectives of gloo, of which each wait
-    copies the result to its place again, over what may have changed there."""
+    """Passes the first `wait` on; later ones return when that has. For collectives of gloo: each wait of them
+    copies the result to its place again, over what may have changed there.
+    """
 
     def __init__(self, inner: Awaited) -> None:
         self._inner: Awaited | None = inner
