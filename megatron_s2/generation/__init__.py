@@ -1,0 +1,1 @@
+"""Generation with the small S2 KV cache."""
