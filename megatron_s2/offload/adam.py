@@ -17,8 +17,10 @@ leaves the fma in v to the compiler). The kernel's scalar tail rounds otherwise;
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
@@ -29,6 +31,8 @@ from megatron_s2.offload.plan import ALIGNMENT
 # cache, and a call costs little against it.
 CHUNK = 2**20
 BLOCK = 1024
+_EXTENSIONS = {"transformer_engine": "transformer_engine_torch", "apex": "amp_C"}
+_ELEMENTS_PER_BLOCK = 2**16  # of those packages' kernels
 
 
 @dataclass(frozen=True)
@@ -155,6 +159,41 @@ def update_on_gpu(
         num_warps=4,
         enable_fp_fusion=False,
     )
+
+
+def fused_update(package: str) -> Callable[..., None]:
+    """The GPU's update by another package's fused Adam, called as `update_on_gpu` is.
+
+    Its order of operations is its own: results then depend on what the GPU updates, within rounding. It takes
+    a scaled float32 copy of each piece of gradients.
+
+    Args:
+        package: `transformer_engine` or `apex`.
+
+    Raises:
+        ValueError: the package is not installed, or its CUDA extension is not.
+    """
+    module = _EXTENSIONS[package]
+    try:
+        multi_tensor_adam = import_module(module).multi_tensor_adam
+    except (ImportError, AttributeError, OSError) as error:
+        raise ValueError(f"--s2-offload-gpu-adam {package}: cannot be used here: {error}") from None
+
+    def update(
+        state: State, gradient: torch.Tensor, weights: torch.Tensor, settings: AdamW, gradient_scale: float
+    ) -> None:
+        check_gradient_scale(gradient_scale)
+        scaled = gradient.float() / gradient_scale
+        overflow = torch.zeros(1, dtype=torch.int32, device=gradient.device)
+        tensors = [[scaled], [state.master], [state.exp_avg], [state.exp_avg_sq]]
+        decoupled, bias_correction = 1, 1
+        multi_tensor_adam(
+            *(_ELEMENTS_PER_BLOCK, overflow, tensors, settings.lr, *settings.betas, settings.eps),
+            *(settings.step, decoupled, bias_correction, settings.weight_decay),
+        )
+        weights.copy_(state.master)
+
+    return update
 
 
 class Constants(NamedTuple):

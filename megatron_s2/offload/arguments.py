@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from megatron_s2.offload.adam import fused_update
 from megatron_s2.offload.plan import ALIGNMENT, GB, SUBGROUP_SIZE, check_fraction
 
 _FLAG = "--s2-offload"
@@ -58,6 +61,7 @@ class OffloadSettings:
         gpu_budget, host_budget: bytes of one rank; None for as much as the host has.
         nvme_dirs: a file of state in each; none without an NVMe tier.
         cpu_threads: of one rank's CPU updates; None for this rank's share of the cores.
+        gpu_adam: kernel of the GPU's updates.
         trace: file for the timeline of a step.
     """
 
@@ -67,6 +71,7 @@ class OffloadSettings:
     host_budget: int | None = None
     nvme_dirs: tuple[str, ...] = ()
     cpu_threads: int | None = None
+    gpu_adam: str = "triton"
     trace: str | None = None
 
     def threads(self, ranks_here: int) -> int:
@@ -119,6 +124,12 @@ def add_offload_args(parser: ArgumentParser) -> None:
         "--s2-offload-cpu-threads",
         type=int,
         help="Threads of each rank's CPU updates. Default: the cores divided by the ranks of this machine.",
+    )
+    add(
+        "--s2-offload-gpu-adam",
+        choices=["triton", "transformer_engine", "apex"],
+        help="Kernel of the GPU's updates. Default triton, which rounds as the CPU does; with the FusedAdam "
+        "of Transformer Engine or Apex results depend on the fraction, within rounding.",
     )
     add(
         "--s2-offload-trace",
@@ -193,6 +204,11 @@ def offload_settings(args: Namespace) -> OffloadSettings:
             raise ValueError(f"--s2-offload-nvme-dir {directory}: there is no such directory")
     if len({os.path.realpath(directory) for directory in directories}) < len(directories):
         raise ValueError(f"--s2-offload-nvme-dir {args.s2_offload_nvme_dir}: must name each directory once")
+    gpu_adam = args.s2_offload_gpu_adam or "triton"
+    if gpu_adam != "triton":
+        if not torch.cuda.is_available():
+            raise ValueError(f"--s2-offload-gpu-adam {gpu_adam}: needs a GPU, and there is none here")
+        fused_update(gpu_adam)
     trace = args.s2_offload_trace
     if trace is not None and not Path(trace).absolute().parent.is_dir():
         raise ValueError(f"--s2-offload-trace {trace}: there is no such directory")
@@ -203,6 +219,7 @@ def offload_settings(args: Namespace) -> OffloadSettings:
         host_budget=host_budget,
         nvme_dirs=directories,
         cpu_threads=threads,
+        gpu_adam=gpu_adam,
         trace=trace,
     )
 

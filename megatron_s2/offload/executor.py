@@ -57,6 +57,7 @@ class Executor:
         arena: for the plan's subgroups of tier `host`.
         tier: for those of tier `nvme`, in order; None without.
         cpu_threads: of one CPU update.
+        gpu_update: on a GPU; by default the Triton kernel, which rounds as the CPU does.
 
     Raises:
         ValueError: plan, parameters and tier do not fit.
@@ -70,9 +71,10 @@ class Executor:
         arena: Arena,
         tier: NvmeTier | None = None,
         cpu_threads: int = 1,
+        gpu_update: Callable[..., None] = update_on_gpu,
     ) -> None:
         check_layout(plan, parameters, backend.device)
-        self._plan, self._backend = plan, backend
+        self._plan, self._backend, self._gpu_update = plan, backend, gpu_update
         self._places = Places(plan, backend.device, arena, tier)
         self._parameters = [replace(p, weights=p.weights.detach()) for p in parameters if p.weights.numel()]
         self._runs = {s.index: runs_of(s, self._parameters) for s in plan.subgroups}
@@ -409,7 +411,7 @@ class Executor:
             for a, b, source, _ in self._flushed.parts(run.start, run.stop):
                 part = state.cut(a - subgroup.start, b - subgroup.start)
                 weights = run.weights[a - run.start : b - run.start]
-                update_on_gpu(part, source, weights, step.settings[run.group], step.gradient_scale)
+                self._gpu_update(part, source, weights, step.settings[run.group], step.gradient_scale)
 
     def _update_copies(self, state: State, subgroup: Subgroup, run: Run, step: _Step) -> None:
         """By the CPU's update, which overwrites gradients: so on copies of them."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from megatron_s2.offload.adam import AdamW, same_bits
+from megatron_s2.offload.adam import AdamW, fused_update, same_bits, update_on_gpu
 from megatron_s2.offload.arena import Arena, available_bytes, check_available
 from megatron_s2.offload.executor import Executor
 from megatron_s2.offload.nvme import Bandwidth, NvmeTier, measure_bandwidth
@@ -253,11 +253,12 @@ class Offload:
                 pinned=cuda,
             )
         threads = settings.threads(self._ranks_here)
-        executor = Executor(plan, optimizer.parameters, backend, arena, tier, threads)
+        update = update_on_gpu if settings.gpu_adam == "triton" else fused_update(settings.gpu_adam)
+        executor = Executor(plan, optimizer.parameters, backend, arena, tier, threads, update)
         built = _Built(executor, rates, self._predict(plan, rates))
         if self._rank == 0:
             self._tell(built)
-            if cuda and not same_bits(backend.device):
+            if cuda and settings.gpu_adam == "triton" and not same_bits(backend.device):
                 self._say("megatron-s2: CPU and GPU round differently here; results depend on the fraction")
         return built
 

@@ -7,12 +7,22 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from megatron_s2.offload.adam import CHUNK, AdamW, Constants, State, same_bits, update_on_cpu, update_on_gpu
+from megatron_s2.offload.adam import (
+    CHUNK,
+    AdamW,
+    Constants,
+    State,
+    fused_update,
+    same_bits,
+    update_on_cpu,
+    update_on_gpu,
+)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -277,3 +287,38 @@ def test_slices_the_kernel_cannot_take_are_refused():
     state, gradient = (sample(128)[0], sample(128)[1])
     with pytest.raises(ValueError, match="slice of 64 elements: must be contiguous and of one size"):
         update_on_gpu(state, gradient[::2], torch.empty(64), SETTINGS["first"])
+
+
+def multi_tensor_adam(
+    chunk_size, overflow, tensors, lr, beta1, beta2, eps, step, mode, bias_correction, weight_decay
+):
+    """What Transformer Engine's and Apex's extensions compute with mode 1 and bias correction."""
+    assert (mode, bias_correction, overflow.item()) == (1, 1, 0) and chunk_size > 0
+    for gradient, master, exp_avg, exp_avg_sq in zip(*tensors, strict=True):
+        exp_avg.mul_(beta1).add_(gradient, alpha=1 - beta1)
+        exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        denominator = (exp_avg_sq / (1 - beta2**step)).sqrt() + eps
+        master.sub_(lr * (exp_avg / (1 - beta1**step) / denominator + weight_decay * master))
+
+
+@pytest.mark.parametrize(
+    "package, extension", [("transformer_engine", "transformer_engine_torch"), ("apex", "amp_C")]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_packages_kernels_take_the_same_step(monkeypatch, package, extension, dtype):
+    """With a stand-in for the extension."""
+    monkeypatch.setitem(sys.modules, extension, SimpleNamespace(multi_tensor_adam=multi_tensor_adam))
+    generator = torch.Generator().manual_seed(0)
+    state = State(*(torch.rand(640, generator=generator) for _ in range(3)))
+    gradient = torch.randn(640, generator=generator).to(dtype)
+    theirs, ours = copied(state), copied(state)
+    weights = [torch.empty(640) for _ in range(2)]
+    fused_update(package)(theirs, gradient, weights[0], SETTINGS["late"], 3.0)
+    update_on_cpu(ours, gradient.float(), weights[1], SETTINGS["late"], 3.0)
+    for a, b in zip((*theirs, weights[0]), (*ours, weights[1])):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_a_package_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="--s2-offload-gpu-adam apex: cannot be used here: No module named"):
+        fused_update("apex")
