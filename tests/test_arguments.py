@@ -50,7 +50,8 @@ def flags() -> dict[str, object]:
     """Our argparse actions by the name of their field, without the prefix."""
     parser = ArgumentParser()
     add_s2_args(parser)
-    return {a.dest.removeprefix("s2_"): a for a in parser._actions if a.dest.startswith("s2_")}
+    of_attention = [a for a in parser._actions if re.match("s2_(?!offload)", a.dest)]
+    return {a.dest.removeprefix("s2_"): a for a in of_attention}
 
 
 # Flags, settings and configuration stay in step.

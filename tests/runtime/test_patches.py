@@ -16,7 +16,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.utils import Split
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.training import training
+from megatron.training import argument_utils, training
 from megatron_arguments import parse
 
 from megatron_s2.runtime.patches import (
@@ -37,6 +37,7 @@ TOUCHED = [
     (GPTDataset, "_get_num_epochs"),
     (DistributedOptimizer, "state_dict"),
     (DistributedOptimizer, "_set_main_param_and_optimizer_states"),
+    (argument_utils, "gpt_config_from_args"),
     (training, "initialize_megatron"),
     (training, "set_jit_fusion_options"),
     (training, "num_floating_point_operations"),
@@ -70,7 +71,12 @@ def test_a_second_time_wraps_nothing_again():
     apply_patches(cpu=True)
     once = names()
     apply_patches(cpu=True)
-    for name in ("state_dict", "_set_main_param_and_optimizer_states", "initialize_megatron"):
+    for name in (
+        "state_dict",
+        "_set_main_param_and_optimizer_states",
+        "initialize_megatron",
+        "gpt_config_from_args",
+    ):
         assert names()[name] is once[name]
 
 
