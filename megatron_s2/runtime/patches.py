@@ -33,6 +33,7 @@ def apply_patches(cpu: bool) -> None:
     keep_adam_step_when_distributed_optimizer_resumes()
     refuse_empty_splits()
     rotate_packed_tokens_of_a_row()
+    pass_rope_scaling_factor_on()
     if cpu:
         let_pretrain_start_without_cuda()
         skip_jit_warmup()
@@ -44,8 +45,9 @@ def quiet_known_warnings() -> None:
     Megatron says about ten times at import that Transformer Engine and Apex are not installed (which
     implementation runs is decided by flags, and this package says it once), that it assumes rank 0 where
     there is one process, that parts this package doesn't use are experimental, that its distributed optimizer
-    looks at the `.grad` of views, and that its checkpoints call older functions of torch. Touches the filters
-    of `warnings` and one logger of torch. Call it before importing Megatron.
+    looks at the `.grad` of views, that its checkpoints call older functions of torch, and that one process
+    reads or writes a checkpoint. Touches the filters of `warnings` and one logger of torch. Call it before
+    importing Megatron.
     """
     for message in (
         "Transformer Engine and Apex are not installed",
@@ -55,7 +57,7 @@ def quiet_known_warnings() -> None:
         "Could not determine rank from torch.distributed",
         "MimoModelConfig is experimental",
         r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed",
-        ".*assuming the intent is to load in a single process",
+        ".*assuming the intent is to (load|save) in a single process",
         "The argument order of load has been changed",
         "Please use DTensor instead and we are deprecating ShardedTensor",
     ):
@@ -258,6 +260,28 @@ def rotate_packed_tokens_of_a_row() -> None:
 
     rotate.before_megatron_s2 = original
     rope_utils._apply_rotary_pos_emb_thd = rotate
+
+
+def pass_rope_scaling_factor_on() -> None:
+    """`--rope-scaling-factor` does not arrive in the model, which always scales by 8 (seen in 0.19.2).
+
+    A Llama 3.2, whose factor is 32, would be trained with other rotary positions than it knows. Touches
+    `megatron.training.argument_utils.gpt_config_from_args`.
+    """
+    from megatron.training import argument_utils
+
+    original = argument_utils.gpt_config_from_args
+    if hasattr(original, "before_megatron_s2"):
+        return
+
+    @wraps(original)
+    def gpt_config_from_args(args, *others, **named):
+        config = original(args, *others, **named)
+        config.rope_scaling_factor = args.rope_scaling_factor
+        return config
+
+    gpt_config_from_args.before_megatron_s2 = original
+    argument_utils.gpt_config_from_args = gpt_config_from_args
 
 
 def log_context_parallel_traffic(traffic: Traffic) -> None:
