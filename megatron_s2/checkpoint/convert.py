@@ -1,0 +1,223 @@
+"""The two conversions: Hugging Face directory to Megatron checkpoint and back."""
+
+import json
+import math
+import os
+import shutil
+from argparse import Namespace
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+from megatron_s2.checkpoint import hf_config, megatron_args
+from megatron_s2.checkpoint.model import Model
+from megatron_s2.checkpoint.safetensors_files import DTYPES, Weights, read_json, write_weights
+from megatron_s2.checkpoint.tensors import LAYERS, Placed, extra_state_keys, placed_tensors
+from megatron_s2.checkpoint.torch_dist import Checkpoint, Chunk, write_release
+from megatron_s2.checkpoint.whole import check_new, whole_directory
+from megatron_s2.data.errors import InputError
+from megatron_s2.settings import S2Settings
+
+RESUME = "resume.args"
+# What a Hugging Face directory holds besides weights; kept beside a Megatron checkpoint, under this name.
+COMPANIONS = "huggingface"
+_CONFIG = "config.json"
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_COMPANION_FILES = (*_TOKENIZER_FILES, "generation_config.json")
+# Any of these makes a directory one that transformers finds a tokenizer in.
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_OUTPUT, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
+
+
+def to_megatron(source: Path, output: Path, s2_flags: Namespace) -> list[str]:
+    """Writes the model in the Hugging Face directory `source` as a Megatron checkpoint.
+
+    Args:
+        source: with config.json, safetensors, and maybe a tokenizer.
+        output: a new directory, for `--load`.
+        s2_flags: parsed `--s2-…` flags (`add_s2_args`).
+
+    Returns:
+        The flags to train it with, one per line of `output/resume.args`.
+
+    Raises:
+        InputError: the model is none that can be converted, or `output` exists.
+        OSError: something cannot be read or written.
+    """
+    check_new(output)
+    _check_words(output)
+    if not source.is_dir():
+        raise InputError(f"--input {source}: there is no such directory")
+    config = read_json(source / _CONFIG)
+    model = hf_config.model_of(config)
+    settings = _settings(config, model, s2_flags)
+    window = hf_config.sliding_window(config)
+    if window is not None and settings is None:
+        raise InputError(
+            f"config.json: sliding_window {window}: the converted model would see everything; convert with "
+            "--s2-attention to train it with S2 attention instead, or set it to null"
+        )
+    weights = Weights(source)
+    placed = list(placed_tensors(model))
+    _check_weights(weights, placed, model)
+    chunks = [_chunk(tensor, weights, model) for tensor in placed]
+    size = sum(math.prod(chunk.sizes) * chunk.dtype.itemsize for chunk in chunks)
+    has_tokenizer = any((source / name).is_file() for name in _TOKENIZERS)
+    tokenizer = {}
+    if has_tokenizer:
+        place = Path(os.path.abspath(output), COMPANIONS)
+        tokenizer = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(place)}
+    written = megatron_args.arguments_of(model) | megatron_args.arguments_of_s2(settings) | tokenizer
+    flags = megatron_args.flags(written | {"bf16": chunks[0].dtype == torch.bfloat16})
+    lines = [" ".join(words) for words in flags]
+    args = megatron_args.saved_arguments(model, settings, tokenizer)
+    with whole_directory(output, size) as directory:
+        write_release(directory, chunks, extra_state_keys(model), args)
+        _copy(source, directory / COMPANIONS, (*_COMPANION_FILES, _CONFIG))
+        (directory / RESUME).write_text("".join(line + "\n" for line in lines))
+    return lines
+
+
+def to_hugging_face(
+    source: Path, output: Path, *, dtype: str | None, max_shard_size: int, vocab_size: int | None
+) -> tuple[Model, S2Settings | None]:
+    """Writes the model in the Megatron checkpoint `source` as a Hugging Face directory.
+
+    Args:
+        source: what a training was given as `--save`, or `to_megatron` wrote.
+        output: a new directory.
+        dtype: of the weights, a name in `DTYPES`; by default that of the embedding in the checkpoint.
+        max_shard_size: most bytes of a file of weights.
+        vocab_size: tokens that have an embedding, without padding, where the checkpoint does not say it.
+
+    Raises:
+        InputError: the checkpoint holds a model that none of the families is, or `output` exists.
+        OSError: something cannot be read or written.
+    """
+    check_new(output)
+    if not source.is_dir():
+        raise InputError(f"--input {source}: there is no such directory")
+    checkpoint = Checkpoint(source)
+    companions = _companions(source, checkpoint.args)
+    base = read_json(companions / _CONFIG) if (companions / _CONFIG).is_file() else {}
+    family = "mistral" if base.get("model_type") == "mistral" else "llama"
+    known_vocab = vocab_size or base.get("vocab_size")
+    model = megatron_args.model_of(checkpoint.args, family, known_vocab)
+    settings = megatron_args.settings_of(checkpoint.args, model)
+    placed = list(placed_tensors(model))
+    _check_tensors(checkpoint, placed, model)
+    dtypes = {name: known for known, name in DTYPES.items()}
+    dtype = dtype or dtypes[checkpoint.tensors()[placed[0].key][1]]
+    width = DTYPES[dtype].itemsize
+    sizes = {name: math.prod(shape) * width for tensor in placed for name, shape in tensor.parts.items()}
+    config = hf_config.config_of(model, base, settings, dtype)
+    with whole_directory(output, sum(sizes.values())) as directory:
+        write_weights(directory, sizes, _parts(checkpoint, placed, model, DTYPES[dtype]), max_shard_size)
+        _copy(companions, directory, _COMPANION_FILES)
+        (directory / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    return model, settings
+
+
+def _check_words(output: Path) -> None:
+    """The path stands in `resume.args`, whose words a shell takes apart (`$(cat …)`)."""
+    if any(letter.isspace() or letter in "*?[" for letter in os.path.abspath(output)):
+        raise InputError(
+            f"--output {output}: must be a path without spaces, *, ? and [, because it is part of the flags "
+            f"in {RESUME}"
+        )
+
+
+def _settings(config: hf_config.Config, model: Model, flags: Namespace) -> S2Settings | None:
+    """The pattern that flags give, or the one that the model was trained with; both must be the same."""
+    if flags.s2_learnable_sink:
+        raise InputError("--s2-learnable-sink: must not be set: the model has no learned sinks to convert")
+    given = megatron_args.settings_of(flags, model)
+    trained = hf_config.settings_of(config, model)
+    difference = megatron_args.first_difference(given, trained) if given and trained else None
+    if difference is not None:
+        flag, mine, its = difference
+        raise InputError(f"{flag} {mine}: the model was trained with {its}; give the same, or no S2 flags")
+    return given or trained
+
+
+def _check_weights(weights: Weights, placed: Iterable[Placed], model: Model) -> None:
+    """All tensors are there, and no others; a tied output layer may be, if it is the embedding."""
+    weights.check(placed, allowed=(_OUTPUT,) if model.tied else ())
+    has_both = model.tied and _OUTPUT in weights
+    if has_both and not torch.equal(weights.read(_OUTPUT), weights.read(_EMBEDDING)):
+        raise InputError(
+            f"{_OUTPUT}: differs from {_EMBEDDING}, though config.json says tie_word_embeddings true"
+        )
+
+
+def _chunk(tensor: Placed, weights: Weights, model: Model) -> Chunk:
+    def make() -> torch.Tensor:
+        return tensor.layout.join([weights.read(name) for name in tensor.parts], model)
+
+    dtype = weights.dtype(next(iter(tensor.parts)))
+    offsets, sizes = _place(tensor)
+    layers = () if tensor.layer is None else (model.num_layers,)
+    return Chunk(tensor.key, (*layers, *tensor.shape), offsets, sizes, dtype, make)
+
+
+def _place(tensor: Placed) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Where a tensor begins in the one over all layers, and its sizes there."""
+    nowhere = (0,) * len(tensor.shape)
+    return (nowhere, tensor.shape) if tensor.layer is None else ((tensor.layer, *nowhere), (1, *tensor.shape))
+
+
+def _companions(source: Path, args: Namespace) -> Path:
+    """Where what the model came with lies: beside the checkpoint, or where the run had its tokenizer."""
+    beside = source / COMPANIONS
+    tokenizer = getattr(args, "tokenizer_model", None)
+    if beside.is_dir() or args.tokenizer_type != "HuggingFaceTokenizer" or not tokenizer:
+        return beside
+    return Path(tokenizer)
+
+
+def _check_tensors(checkpoint: Checkpoint, placed: Iterable[Placed], model: Model) -> None:
+    """The checkpoint has the tensors of the model, more rows in the embeddings at most, and no others."""
+    stored = {key: of for key, of in checkpoint.tensors().items() if key.startswith(_MODEL_KEYS)}
+    for tensor in placed:
+        if tensor.key not in stored:
+            raise InputError(f"{tensor.key}: missing; the checkpoint's arguments say that the model has it")
+        size, dtype = stored[tensor.key]
+        expected = tensor.shape if tensor.layer is None else (model.num_layers, *tensor.shape)
+        is_padded = not tensor.key.startswith(LAYERS) and size[0] > expected[0] and size[1:] == expected[1:]
+        if size != expected and not (is_padded and tensor.shape[0] == model.vocab_size):
+            raise InputError(f"{tensor.key}: has shape {list(size)}; its arguments say {list(expected)}")
+        if dtype not in DTYPES.values():
+            raise InputError(f"{tensor.key}: is stored as {dtype}; must be one of {', '.join(DTYPES)}")
+    known = {tensor.key for tensor in placed}
+    for key in stored:
+        if key not in known:
+            raise InputError(f"{key}: no {model.family} model has it; the checkpoint cannot be converted")
+
+
+def _parts(
+    checkpoint: Checkpoint, placed: Iterable[Placed], model: Model, dtype: torch.dtype
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of Hugging Face's, one Megatron tensor of one layer read at a time."""
+    for tensor in placed:
+        joined = checkpoint.read({tensor.key: _place(tensor)})[tensor.key].reshape(tensor.shape)
+        for name, part in zip(tensor.parts, tensor.layout.split(joined, model)):
+            yield name, part.to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def _copy(source: Path, destination: Path, names: Iterable[str]) -> None:
+    destination.mkdir(exist_ok=True)
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, destination / name)

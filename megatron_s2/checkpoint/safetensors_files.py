@@ -1,0 +1,149 @@
+"""Hugging Face weights: one safetensors file, or several with an index."""
+
+import json
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from megatron_s2.checkpoint.tensors import Placed
+from megatron_s2.data.errors import InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+# Buffers that old transformers saved; they follow from config.json.
+_DERIVED = ".rotary_emb.inv_freq"
+
+
+class Weights:
+    """The tensors of a directory, read one by one.
+
+    Raises:
+        InputError: no safetensors there, or a file or the index is damaged.
+    """
+
+    def __init__(self, directory: Path):
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, str] = {}
+        self._files: dict[str, Path] = {}
+        for path in _files(directory):
+            with _opened(path) as file:
+                for name in file.keys():  # noqa: SIM118 - not a mapping
+                    if name in self._files:
+                        raise InputError(f"{path}: {name} is in {self._files[name].name} as well")
+                    stored = file.get_slice(name)
+                    self._files[name] = path
+                    self._shapes[name] = tuple(stored.get_shape())
+                    self._dtypes[name] = stored.get_dtype()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def check(self, tensors: Iterable[Placed], allowed: tuple[str, ...] = ()) -> None:
+        """Raises InputError unless the directory has the parts of `tensors`, in their shapes and a dtype that
+        is the same in all layers, and nothing else but `allowed`."""
+        expected: set[str] = set(allowed)
+        dtypes: dict[str, tuple[str, str]] = {}
+        for tensor in tensors:
+            for name, shape in tensor.parts.items():
+                expected.add(name)
+                if name not in self._files:
+                    raise InputError(f"{name}: missing; config.json says that the model has it")
+                if self._shapes[name] != shape:
+                    raise InputError(
+                        f"{name}: has shape {list(self._shapes[name])}; config.json says {list(shape)}"
+                    )
+                dtype = self._dtypes[name]
+                if dtype not in _STORED:
+                    raise InputError(f"{name}: is stored as {dtype}; must be one of {', '.join(_STORED)}")
+                first, its = dtypes.setdefault(tensor.key, (name, dtype))
+                if its != dtype:
+                    raise InputError(f"{name}: is stored as {dtype}, but {first} as {its}; must be the same")
+        for name in self._files:
+            if name not in expected and not name.endswith(_DERIVED):
+                raise InputError(f"{name}: config.json describes a model without it")
+
+    def dtype(self, name: str) -> torch.dtype:
+        return _STORED[self._dtypes[name]]
+
+    def read(self, name: str) -> torch.Tensor:
+        with _opened(self._files[name]) as file:
+            return file.get_tensor(name)
+
+
+def _opened(path: Path):
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise InputError(f"{path}: is no safetensors file, or damaged: {error}") from None
+
+
+def _files(directory: Path) -> list[Path]:
+    index = directory / _INDEX
+    if index.is_file():
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        for name in names:
+            if Path(name).name != name or not (directory / name).is_file():
+                raise InputError(f"{index}: names {name}, which is not in {directory}")
+        if names:
+            return [directory / name for name in names]
+    if (directory / _SINGLE).is_file():
+        return [directory / _SINGLE]
+    for pattern in _PICKLES:
+        for pickled in sorted(directory.glob(pattern)):
+            raise InputError(
+                f"{pickled}: is a pickle, which can run code when it is read; give safetensors "
+                "(transformers saves them by default)"
+            )
+    raise InputError(f"--input {directory}: has neither {_SINGLE} nor {_INDEX}")
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; raises InputError where there is none."""
+    try:
+        read = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: is no JSON: {error}") from None
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such file") from None
+    if not isinstance(read, dict):
+        raise InputError(f"{path}: must be a JSON object")
+    return read
+
+
+def write_weights(
+    directory: Path, sizes: dict[str, int], tensors: Iterator[tuple[str, torch.Tensor]], max_shard_size: int
+) -> None:
+    """Writes tensors to as few files, in this order, as `max_shard_size` bytes in each allow.
+
+    Args:
+        sizes: bytes of each tensor.
+        tensors: name and values, in the order of `sizes`; those of one file are held at a time.
+    """
+    files: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if files[-1] and filled + size > max_shard_size:
+            files.append([])
+            filled = 0
+        files[-1].append(name)
+        filled += size
+    places: dict[str, str] = {}
+    for number, names in enumerate(files, start=1):
+        file_name = _SINGLE if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
+        places |= dict.fromkeys(names, file_name)
+        path = directory / file_name
+        try:
+            save_file(dict(islice(tensors, len(names))), path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{path}: {error}") from None
+        path.chmod(directory.stat().st_mode & 0o666)  # as any new file; save_file leaves it to its owner
+    if len(files) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+        (directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n")

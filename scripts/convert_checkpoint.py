@@ -1,0 +1,86 @@
+"""Convert checkpoints: a Hugging Face directory to one that Megatron loads, and back."""
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_s2.arguments import add_s2_args
+from megatron_s2.data.command import CommandParser, run_command
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = arguments()
+    args = parser.parse_args(argv)
+
+    # Imports torch: bad flags need not wait for it.
+    from megatron_s2.runtime.patches import quiet_known_warnings
+
+    quiet_known_warnings()
+    from megatron_s2.checkpoint.convert import RESUME, to_hugging_face, to_megatron
+
+    if args.direction == "hf-to-megatron":
+        lines = to_megatron(args.input, args.output, args)
+        print(f"{args.output}: load it with --load {args.output} and the flags in {args.output / RESUME}:")
+        print("\n".join(lines))
+        return
+    model, settings = to_hugging_face(
+        args.input,
+        args.output,
+        dtype=args.dtype,
+        max_shard_size=args.max_shard_size,
+        vocab_size=args.vocab_size,
+    )
+    attention = "dense attention" if settings is None else "S2 attention (s2_attention in config.json)"
+    print(f"{args.output}: {model.family}, {model.num_layers} layers, {attention}")
+
+
+def arguments() -> CommandParser:
+    parser = CommandParser(description=__doc__)
+    directions = parser.add_subparsers(dest="direction", required=True, parser_class=CommandParser)
+    there = directions.add_parser("hf-to-megatron", help="for --load of a training")
+    _add_places(there, "directory with config.json and safetensors", "checkpoint to write, a new directory")
+    add_s2_args(there)
+    back = directions.add_parser("megatron-to-hf", help="for transformers")
+    _add_places(back, "checkpoint: what --save or hf-to-megatron wrote", "a new directory")
+    back.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="of the weights (default: that of the embedding in the checkpoint)",
+    )
+    back.add_argument(
+        "--max-shard-size",
+        type=_bytes,
+        default="5GB",
+        metavar="SIZE",
+        help="most bytes of a file, such as 5GB or 200MB (default: %(default)s)",
+    )
+    back.add_argument(
+        "--vocab-size",
+        type=int,
+        help="tokens without padding (default: what the checkpoint, or the model it came from, says)",
+    )
+    return parser
+
+
+def _add_places(parser: CommandParser, source: str, output: str) -> None:
+    parser.add_argument("--input", required=True, type=Path, metavar="DIR", help=source)
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help=output)
+
+
+def _bytes(text: str) -> int:
+    """Raises ValueError unless `text` is a positive number with a unit of `_UNITS`."""
+    number, unit = re.fullmatch(r"(\d+)([A-Z]*)", text.upper()).groups() if text[:1].isdigit() else ("", "")
+    size = int(number) * _UNITS.get(unit, 0)
+    if size <= 0:
+        raise ValueError(text)
+    return size
+
+
+_bytes.__name__ = "size"  # argparse names the type in its message
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

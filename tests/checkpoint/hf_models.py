@@ -1,0 +1,108 @@
+"""Tiny Hugging Face models of every family, made here; and the conversion as a user starts it."""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import torch
+from convert_checkpoint import main
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megatron_s2.data.command import run_command
+
+# Four query heads on two KV heads; a vocabulary that Megatron pads to 256.
+TINY = {
+    "vocab_size": 250,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 16384,
+    "initializer_range": 0.1,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+FAMILIES = {
+    "llama2": {"model_type": "llama", "num_key_value_heads": 4},
+    "llama3.1": {"model_type": "llama", "rope_parameters": {**LLAMA3, "factor": 8.0}},
+    "llama3.2, tied": {
+        "model_type": "llama",
+        "rope_parameters": {**LLAMA3, "factor": 32.0},
+        "tie_word_embeddings": True,
+    },
+    "llama, linear": {
+        "model_type": "llama",
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    },
+    "mistral": {"model_type": "mistral", "sliding_window": None, "head_dim": 32},
+    "qwen2": {"model_type": "qwen2", "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}},
+    "qwen2, tied": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "head_dim": 32},
+    "qwen3, tied": {"model_type": "qwen3", "head_dim": 32, "tie_word_embeddings": True},
+}
+
+
+def make_model(
+    directory: Path, family: str, dtype: torch.dtype = torch.float32, shard_size: str = "5GB", **changes
+) -> Path:
+    """Saves a model of `FAMILIES`; norms and biases too differ from where training begins."""
+    described = {**TINY, **FAMILIES[family], **changes}
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**described))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    model.to(dtype).save_pretrained(directory, max_shard_size=shard_size)
+    return directory
+
+
+def edit_config(directory: Path, **changes) -> None:
+    """Changes entries of a config.json; None removes one."""
+    path = directory / "config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+
+
+def convert(direction: str, source: Path, output: Path, *flags: str) -> str:
+    """What a conversion prints; raises RuntimeError with its last words if it does not end well."""
+    status, printed, errors = convert_in_vain(direction, source, output, *flags)
+    if status:
+        raise RuntimeError(errors)
+    return printed
+
+
+def convert_in_vain(direction: str, source: Path, output: Path, *flags: str) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of a conversion."""
+    words = [direction, "--input", str(source), "--output", str(output), *flags]
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            status = run_command(main, words)
+        except SystemExit as end:
+            status = end.code
+    return status, out.getvalue(), err.getvalue()
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a Hugging Face directory."""
+    return {
+        name: tensor
+        for file in sorted(directory.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
+
+
+def assert_bit_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert right[name].dtype == tensor.dtype, name
+        assert torch.equal(right[name], tensor), name
