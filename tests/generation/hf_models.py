@@ -1,0 +1,98 @@
+"""Tiny Hugging Face models of the tested families, and prompts for them."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+VOCAB = 97
+PAD = 0
+# Layer 2 is dense, layer 1 has S2 heads of two strides.
+SETTINGS = {
+    "block_size": 16,
+    "local_blocks": 2,
+    "vert_stride": [3, 4],
+    "sink_blocks": 1,
+    "dense_layers": [2],
+}
+SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "pad_token_id": PAD,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.2,  # logits far enough apart that greedy tokens are no matter of rounding
+}
+FAMILIES = {
+    "llama": (LlamaForCausalLM, LlamaConfig, {}),
+    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": None, "head_dim": 16}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 24}),
+}
+
+
+def save_model(directory, family: str, **config) -> None:
+    """A random model with S2 settings in its config.json, as the export writes them."""
+    model_class, config_class, own = FAMILIES[family]
+    torch.manual_seed(0)
+    model = model_class(config_class(**{**SHAPE, **own}))
+    for key, value in {"s2_attention": SETTINGS, "attn_implementation": "s2", **config}.items():
+        if value is not None:
+            setattr(model.config, key, value)
+    model.save_pretrained(directory)
+
+
+def prompts(*lengths: int) -> list[list[int]]:
+    draw = torch.Generator().manual_seed(1)
+    return [torch.randint(1, VOCAB, (length,), generator=draw).tolist() for length in lengths]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts in one rectangle, padded on one side; `row` finds the real tokens of a row in any result."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+
+    @classmethod
+    def of(cls, prompts: list[list[int]], side: str) -> "Batch":
+        longest = max(map(len, prompts))
+        ids = torch.full((len(prompts), longest), PAD)
+        mask = torch.zeros(len(prompts), longest, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            place = slice(longest - len(prompt), longest) if side == "left" else slice(len(prompt))
+            ids[row, place], mask[row, place] = torch.tensor(prompt), 1
+        return cls(ids, mask)
+
+    def row(self, result: torch.Tensor, row: int) -> torch.Tensor:
+        return result[row, self.attention_mask[row].bool()]
+
+
+def logits_of(model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
+    """`[tokens, vocabulary]` of one unpadded sequence, recomputed from nothing."""
+    with torch.no_grad():
+        return model(torch.tensor([tokens]), use_cache=False).logits[0]
+
+
+def greedy(model: PreTrainedModel, prompt: list[int], tokens: int) -> list[int]:
+    """The greedy continuation, every token from a full recompute."""
+    sequence = list(prompt)
+    for _ in range(tokens):
+        sequence.append(int(logits_of(model, sequence)[-1].argmax()))
+    return sequence[len(prompt) :]
