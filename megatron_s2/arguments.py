@@ -45,7 +45,12 @@ _BYPASSES = {
 }
 _S2_FLAG = "--s2-attention"
 # What a checkpoint's attention depends on: the S2 flags, and Megatron's for sink logits.
-_CHECKPOINTED = ("s2_attention", *(f"s2_{name}" for name in S2Settings.__dataclass_fields__), "softmax_type")
+_CHECKPOINTED = (
+    "s2_attention",
+    *(f"s2_{name}" for name in S2Settings.__dataclass_fields__),
+    "s2_anneal_steps",
+    "softmax_type",
+)
 
 
 def add_s2_args(parser: ArgumentParser) -> ArgumentParser:
@@ -94,6 +99,12 @@ def add_s2_args(parser: ArgumentParser) -> ArgumentParser:
         default=None,
         help="A learned logit per head, from 0 on, that takes part in the softmax without a value; the same "
         "as --softmax-type learnable.",
+    )
+    add(
+        "--s2-anneal-steps",
+        type=int,
+        help="Narrow from dense attention to the pattern over so many steps, for --finetune of a dense "
+        "model: strides double from 1, while the window halves. Default 0: the pattern from the first step.",
     )
     add(
         "--s2-autotune",
@@ -166,6 +177,7 @@ def validate_s2_args(args: Namespace, argv: Sequence[str] = ()) -> list[str]:
     settings = settings_from_args(args)
     args.s2_backend = args.s2_backend or "auto"
     args.s2_autotune = bool(args.s2_autotune)
+    args.s2_anneal_steps = args.s2_anneal_steps or 0
     args.s2_cp_schedule = args.s2_cp_schedule or "auto"
     cluster_from_args(args)
     if args.seq_length is not None and args.seq_length < settings.block_size:

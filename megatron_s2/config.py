@@ -31,6 +31,7 @@ class S2TransformerConfig(TransformerConfig):
     s2_num_dense_heads: int = 0
     s2_dense_layers: tuple[int, ...] = ()
     s2_dense_layer_freq: int = 0
+    s2_anneal_steps: int = 0
     s2_backend: str = "auto"
     s2_autotune: bool = False
     s2_cp_schedule: str = "auto"

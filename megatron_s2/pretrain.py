@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_s2.annealing import Annealing
 from megatron_s2.arguments import (
     add_s2_args,
     differences_from_checkpoint,
@@ -188,14 +189,20 @@ def _configure(argv: Sequence[str]):
     set_global_variables(args)
     model = gpt_config_from_args(args, config=config)
     traffic = Traffic()
+    annealing = None
     if args.s2_attention:
-        model.transformer_layer_spec = partial(s2_layer_spec, traffic=traffic)
+        if args.s2_anneal_steps:
+            steps_taken = partial(_steps_taken, args)
+            annealing = Annealing(s2_settings(config), args.s2_anneal_steps, steps_taken)
+        model.transformer_layer_spec = partial(s2_layer_spec, traffic=traffic, annealing=annealing)
         if args.context_parallel_size > 1:
             log_context_parallel_traffic(traffic)
     if args.s2_attention or spec_settings is not None:
         settings = s2_settings(config, **(spec_settings or {}))
-        count_s2_flops(settings)
+        count_s2_flops(annealing or settings)
         _show_table(args, config, settings, settled)
+        if annealing is not None and not _rank():
+            print(f"  annealing: {annealing}", flush=True)
     if for_offload and not _rank():
         print(f"megatron-s2: set for --s2-offload: {' '.join(for_offload)}", flush=True)
     return args, pretrain_cfg_container_from_args(args, model)
@@ -300,6 +307,11 @@ def _refuse_unsupported(args: Namespace) -> None:
             f"--micro-batch-size {args.micro_batch_size}: must be 1 with --dataloader-inter-document-masking "
             "and --pipeline-model-parallel-size > 1; use more micro-batches instead"
         )
+
+
+def _steps_taken(args: Namespace) -> int:
+    """Before the training step that is under way, or the last one."""
+    return getattr(args, "curr_iteration", None) or args.iteration
 
 
 def _rank() -> int:

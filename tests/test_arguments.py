@@ -30,7 +30,7 @@ OF_THE_MODEL = {"num_layers", "num_kv_heads"}
 CHOSEN = {field.name: field for field in fields(S2Settings) if field.name not in OF_THE_MODEL}
 # Flags that are no settings of the pattern.
 RATES = {field.name: field for field in fields(Cluster)}
-OTHER_FLAGS = {"attention", "learnable_sink", "backend", "autotune", "cp_schedule", *RATES}
+OTHER_FLAGS = {"attention", "learnable_sink", "backend", "autotune", "anneal_steps", "cp_schedule", *RATES}
 
 
 def validated(words: str):

@@ -17,11 +17,13 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import divide, get_pg_rank, get_pg_size
 from torch import Tensor
 
+from megatron_s2.annealing import Annealing, stages
 from megatron_s2.kernels import s2_attention
 from megatron_s2.parallel.assignment import Documents
 from megatron_s2.parallel.attention import call_of, context_parallel_attention
 from megatron_s2.parallel.exchange import Exchange, Traffic
 from megatron_s2.parallel.planner import Cluster, choose
+from megatron_s2.pattern import S2Pattern
 from megatron_s2.settings import S2Settings
 
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
@@ -41,6 +43,7 @@ class S2CoreAttention(MegatronModule):
         cp_schedule: how context-parallel ranks share the work: `auto`, `gather` or `a2a`.
         cluster: rates by which `auto` chooses.
         traffic: counts the bytes of context parallelism while training.
+        annealing: where the run is between dense attention and S2; None where it is S2 from the beginning.
         config, layer_number, attn_mask_type, attention_type, attention_dropout, softmax_scale, cp_comm_type,
             pg_collection: Megatron's contract of a core attention module.
 
@@ -65,6 +68,7 @@ class S2CoreAttention(MegatronModule):
         cp_schedule: str = "auto",
         cluster: Cluster | None = None,
         traffic: Traffic | None = None,
+        annealing: Annealing | None = None,
     ) -> None:
         super().__init__(config=config)
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
@@ -86,11 +90,19 @@ class S2CoreAttention(MegatronModule):
         self.backend = backend
         self.tuning = "autotune" if autotune else None
         self.is_dense = settings.is_dense(layer_number)
-        self.pattern = settings.pattern(layer_number).tp_slice(
-            get_pg_rank(self.tp_group), get_pg_size(self.tp_group)
+        self._annealing = annealing
+        target = settings.pattern(layer_number)
+        self._stages = tuple(
+            pattern.tp_slice(get_pg_rank(self.tp_group), get_pg_size(self.tp_group))
+            for pattern in (stages(target) if annealing else (target,))
         )
         self.current_max_attn_logits = None  # read by Megatron's qk-clip, which is refused with S2
         self._add_sink_logits(divide(config.num_attention_heads, get_pg_size(self.tp_group)))
+
+    @property
+    def pattern(self) -> S2Pattern:
+        """Of this tensor-parallel rank's KV heads, at this step."""
+        return self._annealing.now(self._stages) if self._annealing else self._stages[-1]
 
     def _add_sink_logits(self, heads: int) -> None:
         """Sink logits under Megatron's name, `[heads of this rank]`; learned ones start at 0."""

@@ -8,6 +8,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
+from megatron_s2.annealing import Annealing
 from megatron_s2.arguments import refuse_bypasses
 from megatron_s2.config import cluster_of, s2_settings
 from megatron_s2.layers.core_attention import S2CoreAttention
@@ -15,7 +16,12 @@ from megatron_s2.parallel.exchange import Traffic
 
 
 def s2_layer_spec(
-    config: GPTModelConfig, vp_stage: int | None = None, *, traffic: Traffic | None = None, **settings
+    config: GPTModelConfig,
+    vp_stage: int | None = None,
+    *,
+    traffic: Traffic | None = None,
+    annealing: Annealing | None = None,
+    **settings,
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """The layer spec that Megatron would choose for `config` (local or Transformer Engine, MLP or MoE), with
     S2 core attention.
@@ -28,6 +34,7 @@ def s2_layer_spec(
         config: the model configuration; S2 settings come from its transformer configuration.
         vp_stage: virtual pipeline stage, for specs that differ between stages.
         traffic: where the layers count the bytes of context parallelism.
+        annealing: where the run is between dense attention and S2.
         settings: fields of `S2Settings` that count more than the configuration's.
 
     Raises:
@@ -43,6 +50,7 @@ def s2_layer_spec(
         cp_schedule=getattr(config.transformer, "s2_cp_schedule", "auto"),
         cluster=cluster_of(config.transformer),
         traffic=traffic,
+        annealing=annealing,
     )
     for layer in spec.layer_specs if isinstance(spec, TransformerBlockSubmodules) else [spec]:
         layer.submodules.self_attention.submodules.core_attention = core_attention

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import torch
 
+from megatron_s2.annealing import Annealing
 from megatron_s2.offload.run import Offload
 from megatron_s2.parallel.exchange import Traffic
 from megatron_s2.settings import S2Settings
@@ -200,7 +201,7 @@ def skip_jit_warmup() -> None:
     training.set_jit_fusion_options = lambda *args, **kwargs: None
 
 
-def count_s2_flops(settings: S2Settings) -> None:
+def count_s2_flops(settings: S2Settings | Annealing) -> None:
     """`--log-throughput` counts core attention as dense and causal (0.19.2 has no hook to say otherwise).
 
     Its formula takes the sum of squared sequence lengths and halves it for the causal mask. Here each length
