@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from hf_models import FAMILIES, PAD, SETTINGS, SHAPE, Batch, greedy, logits_of, prompts, save_model
+from generation_models import FAMILIES, PAD, SETTINGS, SHAPE, Batch, greedy, logits_of, prompts, save_model
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import megatron_s2.hf
