@@ -18,6 +18,8 @@ from megatron.core.utils import divide, get_pg_rank, get_pg_size
 from torch import Tensor
 
 from megatron_s2.annealing import Annealing, stages
+from megatron_s2.generation.attention import cached_attention
+from megatron_s2.generation.cache import KVCache
 from megatron_s2.kernels import s2_attention
 from megatron_s2.parallel.assignment import Documents
 from megatron_s2.parallel.attention import call_of, context_parallel_attention
@@ -46,6 +48,9 @@ class S2CoreAttention(MegatronModule):
         annealing: where the run is between dense attention and S2; None where it is S2 from the beginning.
         config, layer_number, attn_mask_type, attention_type, attention_dropout, softmax_scale, cp_comm_type,
             pg_collection: Megatron's contract of a core attention module.
+
+    Attributes:
+        kv_cache: in generation the tokens before; forward is given new ones alone, and adds them to it.
 
     Raises:
         ValueError: what is asked for is not causal self-attention, or needs dropout.
@@ -96,6 +101,7 @@ class S2CoreAttention(MegatronModule):
             pattern.tp_slice(get_pg_rank(self.tp_group), get_pg_size(self.tp_group))
             for pattern in (stages(target) if annealing else (target,))
         )
+        self.kv_cache: KVCache | None = None
         self.current_max_attn_logits = None  # read by Megatron's qk-clip, which is refused with S2
         self._add_sink_logits(divide(config.num_attention_heads, get_pg_size(self.tp_group)))
 
@@ -132,7 +138,8 @@ class S2CoreAttention(MegatronModule):
         Args:
             query: `[seq_q, batch, heads, head_dim]`; packed `[tokens, heads, head_dim]`.
             key, value: `[seq_k, batch, kv_heads, head_dim]`; packed `[tokens, kv_heads, head_dim]`. With more
-                keys than queries (inference) the queries are the last positions.
+                keys than queries (inference) the queries are the last positions. With `kv_cache` the new
+                tokens' alone.
             attention_mask: not read; causality and documents say everything.
             attn_mask_type: causal, or without a mask for a single query.
             attention_bias: must be None.
@@ -151,7 +158,9 @@ class S2CoreAttention(MegatronModule):
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))
         if self.context_parallel is not None:
             return self._attend_over_ranks(q, k, v).transpose(0, 1).flatten(2)
-        if self.is_dense and self.softmax_offset is None and q.shape[1] == k.shape[1]:
+        if self.kv_cache is not None:
+            out = self._attend_to_cache(q, k, v)
+        elif self.is_dense and self.softmax_offset is None and q.shape[1] == k.shape[1]:
             out = _dense_causal(q, k, v, self.softmax_scale)
         else:
             out = self._attend(q, k, v, q_start=k.shape[1] - q.shape[1])
@@ -194,6 +203,18 @@ class S2CoreAttention(MegatronModule):
             softmax_scale=self.softmax_scale,
             sink_logits=self.softmax_offset,
             documents=documents,
+            backend=self.backend,
+        )
+
+    def _attend_to_cache(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return cached_attention(
+            q,
+            k,
+            v,
+            self.kv_cache,
+            softmax_scale=self.softmax_scale,
+            sink_logits=self.softmax_offset,
+            new=self.kv_cache.incoming,
             backend=self.backend,
         )
 
