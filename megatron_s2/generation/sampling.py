@@ -1,0 +1,58 @@
+"""Which token comes next: greedy, or drawn with temperature, top-k and top-p."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen from logits.
+
+    Args:
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k: only so many most likely tokens may be drawn; 0 for all.
+        top_p: of these only the most likely ones whose probabilities reach this sum; 1 for all.
+        seed: of the draws; each row of a batch has its own, so that the others do not change it.
+
+    Raises:
+        ValueError: a field is out of range; the message starts with its flag.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for flag, value, ok, allowed in (
+            ("--temperature", self.temperature, self.temperature >= 0, ">= 0"),
+            ("--top-k", self.top_k, self.top_k >= 0, ">= 0"),
+            ("--top-p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("--seed", self.seed, self.seed >= 0, ">= 0"),
+        ):
+            if not ok:
+                raise ValueError(f"{flag} {value}: must be {allowed}")
+
+    def generator(self, row: int) -> torch.Generator:
+        """What row `row` of a batch is drawn with."""
+        return torch.Generator().manual_seed(self.seed + row)
+
+    def choose(self, logits: Tensor, generator: torch.Generator) -> int:
+        """The next token after `logits` `[vocabulary]`."""
+        if self.temperature == 0:
+            return int(logits.argmax())
+        return int(torch.multinomial(self.probabilities(logits), 1, generator=generator))
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """With which probability each token is drawn, `[vocabulary]`, on the CPU in float32."""
+        logits, tokens = (logits.float().cpu() / self.temperature).sort(descending=True, stable=True)
+        if self.top_k:
+            logits[self.top_k :] = float("-inf")
+        p = logits.softmax(0)
+        # A token stays when those before it have not reached the sum, so the first always does.
+        p[p.cumsum(0) - p >= self.top_p] = 0
+        return torch.zeros_like(p).scatter_(0, tokens, p / p.sum())
