@@ -79,10 +79,11 @@ def to_megatron(source: Path, output: Path, s2_flags: Namespace) -> list[str]:
     if has_tokenizer:
         place = Path(os.path.abspath(output), COMPANIONS)
         tokenizer = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(place)}
-    written = megatron_args.arguments_of(model) | megatron_args.arguments_of_s2(settings) | tokenizer
-    flags = megatron_args.flags(written | {"bf16": chunks[0].dtype == torch.bfloat16})
+    pattern = megatron_args.arguments_of_s2(settings, s2_flags.s2_anneal_steps or 0)
+    arguments = megatron_args.arguments_of(model) | pattern | tokenizer
+    flags = megatron_args.flags(arguments | {"bf16": chunks[0].dtype == torch.bfloat16})
     lines = [" ".join(words) for words in flags]
-    args = megatron_args.saved_arguments(model, settings, tokenizer)
+    args = megatron_args.saved_arguments(arguments)
     with whole_directory(output, size) as directory:
         write_release(directory, chunks, extra_state_keys(model), args)
         _copy(source, directory / COMPANIONS, (*_COMPANION_FILES, _CONFIG))
@@ -116,6 +117,8 @@ def to_hugging_face(
     known_vocab = vocab_size or base.get("vocab_size")
     model = megatron_args.model_of(checkpoint.args, family, known_vocab)
     settings = megatron_args.settings_of(checkpoint.args, model)
+    if settings is not None:
+        megatron_args.check_annealed(checkpoint.args, checkpoint.common["iteration"])
     placed = list(placed_tensors(model))
     _check_tensors(checkpoint, placed, model)
     dtypes = {name: known for known, name in DTYPES.items()}
@@ -141,8 +144,7 @@ def _check_words(output: Path) -> None:
 
 def _settings(config: hf_config.Config, model: Model, flags: Namespace) -> S2Settings | None:
     """The pattern that flags give, or the one that the model was trained with; both must be the same."""
-    if flags.s2_learnable_sink:
-        raise InputError("--s2-learnable-sink: must not be set: the model has no learned sinks to convert")
+    megatron_args.check_s2_flags(flags)
     given = megatron_args.settings_of(flags, model)
     trained = hf_config.settings_of(config, model)
     difference = megatron_args.first_difference(given, trained) if given and trained else None

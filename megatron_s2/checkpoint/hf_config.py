@@ -16,7 +16,7 @@ _ARCHITECTURES = {
 # What this attention function is called in transformers; a load fails where it is not registered.
 _ATTENTION = "s2"
 _S2_KEY = "s2_attention"
-_ATTENTION_KEYS = ("_attn_implementation", "attn_implementation")
+_ATTENTION_KEY = "attn_implementation"
 _NOT_OF_A_MODEL_FILE = ("num_layers", "num_kv_heads")
 _DEFAULT_BASE = 10000.0
 # Megatron has these as constants (`RotaryEmbedding._apply_scaling`); only the factor can be chosen.
@@ -147,7 +147,7 @@ def config_of(model: Model, base: Config, settings: S2Settings | None, dtype: st
     described = _model_or_none(base)
     if described is None or described.family != model.family:
         base = {}
-    config = {name: v for name, v in base.items() if name not in (_S2_KEY, *_ATTENTION_KEYS)}
+    config = {name: v for name, v in base.items() if name not in (_S2_KEY, _ATTENTION_KEY)}
     if described != model:
         for name in ("rope_parameters", "rope_theta", "rope_scaling"):
             config.pop(name, None)
@@ -161,7 +161,7 @@ def config_of(model: Model, base: Config, settings: S2Settings | None, dtype: st
         config[_S2_KEY] = {
             name: value for name, value in asdict(settings).items() if name not in _NOT_OF_A_MODEL_FILE
         }
-        config |= dict.fromkeys(_ATTENTION_KEYS, _ATTENTION)
+        config[_ATTENTION_KEY] = _ATTENTION
     return config
 
 

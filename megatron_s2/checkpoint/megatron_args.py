@@ -72,11 +72,12 @@ def arguments_of(model: Model) -> dict[str, object]:
     return arguments
 
 
-def arguments_of_s2(settings: S2Settings | None) -> dict[str, object]:
+def arguments_of_s2(settings: S2Settings | None, anneal_steps: int) -> dict[str, object]:
     """The arguments that S2 settings are, by the names they have after parsing."""
     if settings is None:
         return {"s2_attention": False}
-    return {"s2_attention": True} | {f"s2_{name}": getattr(settings, name) for name in _S2_FIELDS}
+    pattern = {f"s2_{name}": getattr(settings, name) for name in _S2_FIELDS}
+    return {"s2_attention": True} | pattern | ({"s2_anneal_steps": anneal_steps} if anneal_steps else {})
 
 
 def flags(arguments: dict[str, object]) -> list[list[str]]:
@@ -98,8 +99,9 @@ def flags(arguments: dict[str, object]) -> list[list[str]]:
     return found
 
 
-def saved_arguments(model: Model, settings: S2Settings | None, tokenizer: dict[str, str]) -> Namespace:
-    """What stands in a checkpoint as the arguments of the run that wrote it."""
+def saved_arguments(arguments: dict[str, object]) -> Namespace:
+    """What stands in a checkpoint as the arguments of the run that wrote it: `arguments`, and others that
+    Megatron looks for when it loads."""
     written = {
         "add_position_embedding": True,
         "add_qkv_bias": False,
@@ -109,11 +111,12 @@ def saved_arguments(model: Model, settings: S2Settings | None, tokenizer: dict[s
         "num_query_groups": 1,
         "pipeline_model_parallel_size": 1,
         "qk_layernorm": False,
+        "s2_anneal_steps": 0,
         "s2_learnable_sink": False,
         "softmax_type": "vanilla",
         "tensor_model_parallel_size": 1,
     }
-    return Namespace(**written | arguments_of(model) | arguments_of_s2(settings) | tokenizer)
+    return Namespace(**written | arguments)
 
 
 def model_of(args: Namespace, family_without_marks: str, vocab_size: int | None) -> Model:
@@ -166,14 +169,11 @@ def settings_of(args: Namespace, model: Model) -> S2Settings | None:
     `--s2-attention`.
 
     Raises:
-        InputError: a setting is out of range, or given without `--s2-attention`.
+        InputError: a setting is out of range.
     """
-    given = {name: getattr(args, f"s2_{name}", None) for name in _S2_FIELDS}
     if not getattr(args, "s2_attention", False):
-        for name, value in given.items():
-            if value is not None:
-                raise InputError(f"--s2-{name.replace('_', '-')}: needs --s2-attention")
         return None
+    given = {name: getattr(args, f"s2_{name}", None) for name in _S2_FIELDS}
     whole = Namespace(
         num_layers=model.num_layers,
         group_query_attention=True,
@@ -185,6 +185,32 @@ def settings_of(args: Namespace, model: Model) -> S2Settings | None:
         return settings_from_args(whole)
     except ValueError as error:
         raise InputError(str(error)) from None
+
+
+def check_s2_flags(flags: Namespace) -> None:
+    """Raises InputError where `--s2-…` flags are given that say nothing about a model, or without
+    `--s2-attention`."""
+    of_a_model = {"s2_attention", "s2_anneal_steps", *(f"s2_{name}" for name in _S2_FIELDS)}
+    for name, value in vars(flags).items():
+        if not name.startswith("s2_") or value in (None, False):
+            continue
+        flag = "--" + name.replace("_", "-")
+        if name == "s2_learnable_sink":
+            raise InputError(f"{flag}: must not be set: the model has no learned sinks to convert")
+        if name not in of_a_model:
+            raise InputError(f"{flag}: must not be set: it is for training, and no part of a checkpoint")
+        if not flags.s2_attention:
+            raise InputError(f"{flag}: needs --s2-attention")
+
+
+def check_annealed(args: Namespace, iteration: int) -> None:
+    """Raises InputError for a checkpoint that still saw more than its pattern."""
+    steps = getattr(args, "s2_anneal_steps", None) or 0
+    if 0 < iteration < steps:
+        raise InputError(
+            f"--s2-anneal-steps {steps}: the checkpoint is of step {iteration}, before its attention is the "
+            f"pattern; take one from step {steps} on"
+        )
 
 
 def first_difference(given: S2Settings, saved: S2Settings) -> tuple[str, object, object] | None:

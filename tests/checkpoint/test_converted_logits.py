@@ -1,0 +1,77 @@
+"""A converted model computes in Megatron, through the user's command, what transformers computes."""
+
+import pytest
+import torch
+from hf_models import FAMILIES, TINY, convert, edit_config, make_model
+from megatron_logits import logits
+from transformers import AutoModelForCausalLM
+
+S2 = ("--s2-attention", "--s2-block-size", "16", "--s2-local-blocks", "2", "--s2-vert-stride", "3", "4")
+# Long enough that slower rotary frequencies of the Llama 3 scaling show.
+LENGTH = 512
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return torch.randint(TINY["vocab_size"], (1, LENGTH), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("hf")
+    return {family: make_model(directory / family, family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def in_megatron(sources, tokens, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("megatron")
+    outputs = {family: directory / str(number) for number, family in enumerate(sources)}
+    for family, source in sources.items():
+        convert("hf-to-megatron", source, outputs[family])
+    outputs["sparse"] = directory / "sparse"
+    convert("hf-to-megatron", sources["qwen3"], outputs["sparse"], *S2)
+    return logits(directory, outputs, tokens)
+
+
+def in_transformers(source, tokens, **chosen) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(source, **chosen)
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_those_of_transformers(sources, in_megatron, tokens, family):
+    expected = in_transformers(sources[family], tokens, attn_implementation="eager")
+    assert expected.std() > 0.3
+    torch.testing.assert_close(in_megatron[family][..., : TINY["vocab_size"]], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_sparse_model_computes_the_same_in_transformers(sources, in_megatron, tokens, tmp_path):
+    import megatron_s2.hf  # noqa: F401 - registers the attention function
+
+    convert("hf-to-megatron", sources["qwen3"], tmp_path / "megatron", *S2)
+    convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "sparse")
+    sparse = in_transformers(tmp_path / "sparse", tokens)
+    torch.testing.assert_close(in_megatron["sparse"][..., : TINY["vocab_size"]], sparse, rtol=1e-5, atol=1e-5)
+    assert (sparse - in_megatron["qwen3"][..., : TINY["vocab_size"]]).abs().max() > 1e-3
+
+
+def test_padded_tokens_have_no_weight(in_megatron):
+    for of_family in in_megatron.values():
+        assert of_family.shape[-1] == 256
+        assert not of_family[..., TINY["vocab_size"] :].any()
+
+
+@pytest.mark.parametrize(
+    ("family", "otherwise"),
+    [
+        ("llama3.1", {"rope_type": "default"}),
+        ("llama3.2, tied", {"factor": 8.0}),  # what Megatron computes whatever factor it is given
+        ("llama, linear", {"rope_type": "default"}),
+    ],
+)
+def test_rope_scaling_makes_a_difference_that_these_tests_see(sources, tokens, family, otherwise, tmp_path):
+    scaled = in_transformers(sources[family], tokens)
+    other = make_model(tmp_path / "other", family)
+    edit_config(other, rope_parameters=FAMILIES[family]["rope_parameters"] | otherwise)
+    assert (scaled - in_transformers(other, tokens)).abs().max() > 1e-3

@@ -1,0 +1,100 @@
+"""A converted checkpoint goes on in training, with its printed flags, under every parallel layout alike."""
+
+from pathlib import Path
+
+import pytest
+from hf_models import convert, make_model, weights
+from megatron_run import MOCK_DATA, Run, assert_same_losses, train_all
+
+S2 = ("--s2-attention", "--s2-block-size", "16", "--s2-local-blocks", "2", "--s2-vert-stride", "3")
+# One is dense, one sparse; of one the output layer is the embedding, which pipeline stages share.
+MODELS = {"llama": ("llama3.1", ()), "qwen2": ("qwen2, tied", S2)}
+LAYOUTS = {
+    "TP2": "--tensor-model-parallel-size 2",
+    "PP2": "--pipeline-model-parallel-size 2",
+    "DP2": "--use-distributed-optimizer",
+}
+CASES = [*((model, layout) for model in MODELS for layout in LAYOUTS), ("qwen2", "CP2")]
+TEN_STEPS = "--tokenizer-type NullTokenizer --lr 3e-3 --eval-iters 0"
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("converted")
+
+
+@pytest.fixture(scope="module")
+def flags(directory) -> dict[str, str]:
+    """What resumes each model: `--load` and the words of `resume.args`."""
+    found = {}
+    for name, (family, s2) in MODELS.items():
+        source = make_model(
+            directory / f"{name}-hf", family, num_hidden_layers=2, max_position_embeddings=128
+        )
+        checkpoint = directory / f"{name}-megatron"
+        convert("hf-to-megatron", source, checkpoint, *s2)
+        words = (checkpoint / "resume.args").read_text().split()
+        found[name] = f"{TEN_STEPS} --load {checkpoint} {' '.join(words)}"
+    return found
+
+
+@pytest.fixture(scope="module")
+def one_rank(directory, flags) -> dict[str, Run]:
+    loads = f"{TEN_STEPS} --load {directory / 'llama-megatron'}"
+    runs = {
+        "llama": flags["llama"],
+        "qwen2": f"{flags['qwen2']} --save {directory / 'trained'} --save-interval 10",
+        "finetune": f"{flags['llama']} --finetune",
+        "from its arguments": f"{loads} --use-checkpoint-args --vocab-size 250 --norm-epsilon 1e-6 "
+        "--use-rope-scaling",
+        "dense": flags["qwen2"].partition("--s2-attention")[0],
+        "another stride": f"{flags['qwen2']} --s2-vert-stride 8",
+    }
+    return train_all(directory / "one", runs, model="", data=MOCK_DATA)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(directory, flags) -> dict[str, Run]:
+    layouts = LAYOUTS | {"CP2": "--context-parallel-size 2"}
+    runs = {f"{model} {layout}": f"{flags[model]} {layouts[layout]}" for model, layout in CASES}
+    runs["qwen2 TP2"] += f" --save {directory / 'trained-by-two'} --save-interval 10"
+    return train_all(directory / "two", runs, ranks=2, model="", data=MOCK_DATA)
+
+
+@pytest.mark.parametrize(("model", "layout"), CASES)
+def test_losses_are_the_same_in_every_layout(one_rank, two_ranks, model, layout):
+    assert_same_losses(two_ranks[f"{model} {layout}"], one_rank[model], 1e-4)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_loss_falls(one_rank, model):
+    losses = one_rank[model].losses
+    assert losses[10] < losses[1] - 0.5
+
+
+@pytest.mark.parametrize("run", ["finetune", "from its arguments"])
+def test_other_ways_to_load_start_from_the_same_weights(one_rank, run):
+    assert one_rank[run].losses == one_rank["llama"].losses
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ("dense", "--s2-attention not given: the checkpoint was trained with it"),
+        ("another stride", "--s2-vert-stride 8: the checkpoint was trained with 3"),
+    ],
+)
+def test_another_attention_needs_finetune(one_rank, run, message):
+    assert one_rank[run].status == 2
+    assert f"error: {message}" in one_rank[run].output
+
+
+def test_what_was_trained_is_exported_whatever_layout_saved_it(directory, one_rank, two_ranks):
+    for name in ("trained", "trained-by-two"):
+        convert("megatron-to-hf", directory / name, directory / f"{name}-hf")
+    one, two, before = (weights(directory / f"{name}-hf") for name in ("trained", "trained-by-two", "qwen2"))
+    assert one.keys() == two.keys() == before.keys()
+    for name, tensor in one.items():
+        assert tensor.shape == before[name].shape
+        assert (tensor - before[name]).abs().max() > 1e-4, f"{name} was not trained"
+        assert (tensor - two[name]).abs().max() < 1e-3, name
