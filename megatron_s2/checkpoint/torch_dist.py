@@ -117,9 +117,15 @@ def write_release(
 
 
 def _raise_cause(error: CheckpointException) -> None:
-    """Raises what stopped torch.distributed.checkpoint, which catches everything, Ctrl-C included."""
+    """Raises what stopped torch.distributed.checkpoint, which catches everything, Ctrl-C included.
+
+    That of a full disk lies deeper: `torch.save` ends in a RuntimeError about where it stopped.
+    """
     cause, _ = next(iter(error.failures.values()))
-    raise cause from None
+    deeper = cause
+    while deeper is not None and not isinstance(deeper, OSError):
+        deeper = deeper.__context__
+    raise deeper or cause from None
 
 
 class _Writer(FileSystemWriter):
