@@ -1,0 +1,279 @@
+"""What cannot be converted is refused in one line, with status 2, and nothing is left of the output."""
+
+import json
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from hf_models import convert, convert_in_vain, edit_config, make_model, weights
+from safetensors.torch import save_file
+
+from megatron_s2.checkpoint import convert as conversion
+from megatron_s2.checkpoint import torch_dist, whole
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "convert_checkpoint.py"
+S2 = ("--s2-attention", "--s2-block-size", "16", "--s2-local-blocks", "2", "--s2-vert-stride", "4")
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    return make_model(tmp_path / "hf", "llama3.1", num_hidden_layers=2)
+
+
+@pytest.fixture
+def trained(source, tmp_path) -> Path:
+    convert("hf-to-megatron", source, tmp_path / "megatron", *S2)
+    return tmp_path / "megatron"
+
+
+def assert_refused(direction: str, source: Path, message: str, *flags: str) -> None:
+    output = source.parent / "output"
+    before = sorted(source.parent.iterdir())
+    status, printed, errors = convert_in_vain(direction, source, output, *flags)
+    assert (status, printed) == (2, ""), errors
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    assert message in errors
+    assert sorted(source.parent.iterdir()) == before
+
+
+def store(source: Path, changed: dict[str, torch.Tensor | None]) -> None:
+    kept = {name: tensor for name, tensor in (weights(source) | changed).items() if tensor is not None}
+    save_file(kept, source / "model.safetensors")
+
+
+def write_checkpoint_of(trained: Path, **changes) -> None:
+    """Gives a checkpoint other arguments, in the place where Megatron's older versions had them."""
+    common = torch_dist.Checkpoint(trained).common
+    vars(common["args"]).update(changes)
+    torch.save(common, trained / "release" / "common.pt")
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"model_type": "gpt_neox"}, "model_type gpt_neox: must be one of llama, mistral, qwen2, qwen3"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "architectures ['LlamaForSequenceC"),
+        ({"hidden_act": "gelu"}, "config.json: hidden_act gelu: must be silu"),
+        ({"attention_bias": True}, "config.json: attention_bias True: must be False"),
+        ({"mlp_bias": True}, "config.json: mlp_bias True: must be False"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config {'bits': 4}: must be None"),
+        ({"hidden_size": "64"}, "config.json: hidden_size 64: must be a whole number >= 1"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads 3: must divide num_attention_heads 4"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type yarn: must be default,"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.5}}, "factor 2.5: must be a whole number"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "rope_scaling: factor None: must be a number"),
+        ({"rope_parameters": {"rope_theta": 0.5}}, "rope_theta 0.5: must be a whole number"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5: must be 1.0"),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 2.0}},
+            "low_freq_factor 2.0: must be 1, fixed in Megatron",
+        ),
+        ({"s2_attention": {"stride": 4}}, "s2_attention stride: is no setting of S2 attention"),
+        ({"s2_attention": {"block_size": 48}}, "s2_attention: block_size 48: must be a power of two"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_model_that_megatron_or_we_do_not_have(source, entries, message):
+    edit_config(source, **entries)
+    assert_refused("hf-to-megatron", source, message)
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+def test_a_sliding_window_without_s2(tmp_path, family):
+    windowed = {"sliding_window": 4096, "use_sliding_window": True, "max_window_layers": 1}
+    source = make_model(tmp_path / "hf", family, **windowed)
+    assert_refused("hf-to-megatron", source, "sliding_window 4096: the converted model would see everything")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"model.layers.1.mlp.up_proj.weight": None}, "model.layers.1.mlp.up_proj.weight: missing"),
+        (
+            {"model.layers.1.mlp.up_proj.bias": torch.zeros(96)},
+            "up_proj.bias: config.json describes a model w",
+        ),
+        ({"model.norm.weight": torch.ones(65)}, "model.norm.weight: has shape [65]; config.json says [64]"),
+        ({"model.norm.weight": torch.ones(64).char()}, "norm.weight: is stored as I8; must be one of F32"),
+        (
+            {"model.layers.1.input_layernorm.weight": torch.ones(64).bfloat16()},
+            "is stored as BF16, but model.layers.0.input_layernorm.weight as F32; must be the same",
+        ),
+    ],
+    ids=["missing", "extra", "shape", "dtype", "mixed dtypes"],
+)
+def test_weights_that_are_not_those_of_the_config(source, changed, message):
+    store(source, changed)
+    assert_refused("hf-to-megatron", source, message)
+
+
+def test_a_tied_output_layer_that_differs(tmp_path):
+    source = make_model(tmp_path / "hf", "qwen3, tied")
+    store(source, {"lm_head.weight": torch.ones(250, 64)})
+    assert_refused("hf-to-megatron", source, "lm_head.weight: differs from model.embed_tokens.weight")
+
+
+def test_pickled_weights_are_not_opened(source):
+    (source / "model.safetensors").unlink()
+    (source / "pytorch_model.bin").write_bytes(b"not even a pickle")
+    assert_refused("hf-to-megatron", source, "pytorch_model.bin: is a pickle, which can run code")
+
+
+def test_damaged_files(source):
+    (source / "model.safetensors").write_bytes(b"\x00" * 100)
+    assert_refused("hf-to-megatron", source, "model.safetensors: is no safetensors file, or damaged")
+    index = source / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))
+    assert_refused("hf-to-megatron", source, "names ../model.safetensors, which is not in")
+    index.write_text("{")
+    assert_refused("hf-to-megatron", source, "index.json: is no JSON")
+
+
+def test_what_is_no_model_directory(tmp_path):
+    assert_refused("hf-to-megatron", tmp_path / "nowhere", "nowhere: there is no such directory")
+    assert_refused("megatron-to-hf", tmp_path / "nowhere", "nowhere: there is no such directory")
+    (tmp_path / "empty").mkdir()
+    assert_refused("hf-to-megatron", tmp_path / "empty", "config.json: there is no such file")
+    assert_refused("megatron-to-hf", tmp_path / "empty", "empty: is no checkpoint: it has no latest_chec")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--s2-vert-stride", "4"), "--s2-vert-stride: needs --s2-attention"),
+        (("--s2-attention", "--s2-block-size", "48"), "--s2-block-size 48: must be a power of two"),
+        (("--s2-attention", "--s2-learnable-sink"), "--s2-learnable-sink: must not be set"),
+        (("--s2-attention", "--s2-backend", "torch"), "--s2-backend: must not be set: it is for training"),
+    ],
+)
+def test_s2_flags_that_say_nothing_about_a_model(source, flags, message):
+    assert_refused("hf-to-megatron", source, message, *flags)
+
+
+def test_another_pattern_than_the_models_own(source, trained, tmp_path):
+    convert("megatron-to-hf", trained, tmp_path / "sparse")
+    message = "--s2-vert-stride 8: the model was trained with 4; give the same"
+    assert_refused("hf-to-megatron", tmp_path / "sparse", message, *S2, "--s2-vert-stride", "8")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"softmax_type": "learnable"}, "--s2-learnable-sink: none of the families has learned sinks"),
+        ({"normalization": "LayerNorm"}, "--normalization LayerNorm: the checkpoint was trained with it"),
+        ({"num_experts": 8}, "--num-experts 8: the checkpoint was trained with it; must be None"),
+        ({"add_qkv_bias": True, "qk_layernorm": True}, "--add-qkv-bias: no family has it together with"),
+        ({"ffn_hidden_size": 48}, "linear_fc1.weight: has shape [2, 192, 64]; its arguments say [2, 96, 64]"),
+        ({"qk_layernorm": True}, "q_layernorm.weight: missing; the checkpoint's arguments say"),
+        ({"untie_embeddings_and_output_weights": False}, "output_layer.weight: no llama model has it"),
+        ({"s2_anneal_steps": 100}, "the checkpoint is of step 7, before its attention is the pattern"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_checkpoint_of_a_model_that_no_family_is(trained, changes, message):
+    write_checkpoint_of(trained, **changes)
+    if "s2_anneal_steps" in changes:
+        common = torch.load(trained / "release/common.pt", weights_only=False)
+        torch.save(common | {"iteration": 7}, trained / "release/common.pt")
+    assert_refused("megatron-to-hf", trained, message)
+
+
+def test_a_vocabulary_that_nobody_says(trained):
+    write_checkpoint_of(trained, vocab_size=None)
+    (trained / "huggingface" / "config.json").unlink()
+    assert_refused("megatron-to-hf", trained, "--vocab-size: must be given")
+    assert convert("megatron-to-hf", trained, trained.parent / "output", "--vocab-size", "250")
+
+
+class _Harmful:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["HARM"],)
+
+
+@pytest.mark.parametrize("file", [".metadata", "common.pt"])
+def test_a_pickle_that_runs_code_does_not_run(trained, tmp_path, monkeypatch, file):
+    monkeypatch.setenv("HARM", str(tmp_path / "harm"))
+    harmful = {"args": Namespace(harm=_Harmful())}
+    if file == "common.pt":
+        torch.save(harmful, trained / "release" / file)
+    else:
+        (trained / "release" / file).write_bytes(pickle.dumps(harmful))
+    assert_refused("megatron-to-hf", trained, str(trained / "release"))
+    assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
+def test_an_output_that_exists_is_left_alone(source, trained, tmp_path, direction):
+    given = source if direction == "hf-to-megatron" else trained
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "precious").touch()
+    assert_refused(direction, given, "output: exists already; give a directory that does not")
+    assert [path.name for path in (tmp_path / "output").iterdir()] == ["precious"]
+
+
+def test_an_output_whose_flags_a_shell_would_take_apart(source):
+    status, _, errors = convert_in_vain("hf-to-megatron", source, source.parent / "two words")
+    assert status == 2
+    assert "must be a path without spaces" in errors
+
+
+@pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
+def test_a_disk_that_is_too_small_is_seen_before(source, trained, monkeypatch, direction):
+    monkeypatch.setattr(whole.shutil, "disk_usage", lambda path: Namespace(free=1000))
+    given = source if direction == "hf-to-megatron" else trained
+    assert_refused(direction, given, "GB and its disk has 1e-06 GB left")
+
+
+@pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
+def test_a_disk_that_fills_up_half_way(source, trained, tmp_path, direction):
+    """The limit of a file's size stands in for it: the kernel ends a write in the middle."""
+    given = source if direction == "hf-to-megatron" else trained
+    before = sorted(tmp_path.iterdir())
+    done = subprocess.run(
+        [sys.executable, SCRIPT, direction, "--input", given, "--output", tmp_path / "output"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)),
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert "File too large" in done.stderr
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
+def test_no_space_left_half_way(source, trained, monkeypatch, direction):
+    def write(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(conversion, "_copy", write)  # after the weights
+    given = source if direction == "hf-to-megatron" else trained
+    assert_refused(direction, given, "No space left on device")
+
+
+@pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
+def test_ctrl_c_half_way_leaves_nothing(source, trained, tmp_path, monkeypatch, direction):
+    owner = conversion.Weights if direction == "hf-to-megatron" else conversion.Checkpoint
+    read, reads = owner.read, iter(range(1000))
+
+    def interrupted_read(self, wanted):
+        if next(reads) == 5:
+            signal.raise_signal(signal.SIGINT)
+        return read(self, wanted)
+
+    monkeypatch.setattr(owner, "read", interrupted_read)
+    given = source if direction == "hf-to-megatron" else trained
+    before = sorted(tmp_path.iterdir())
+    status, printed, errors = convert_in_vain(direction, given, tmp_path / "output")
+    assert (status, printed, errors) == (130, "", "interrupted\n")
+    assert sorted(tmp_path.iterdir()) == before
