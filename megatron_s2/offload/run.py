@@ -25,7 +25,7 @@ from megatron_s2.offload.plan import OffloadPlan, make_plan
 from megatron_s2.offload.queues import AwaitedOnce, CudaBackend, ThreadBackend
 from megatron_s2.offload.rates import DRIFT_STEPS, Machine, drifted, rates_of
 from megatron_s2.offload.simulator import Simulation, auto_plan, simulate
-from megatron_s2.offload.trace import write_trace
+from megatron_s2.offload.trace import of_update, shifted, write_trace
 
 if TYPE_CHECKING:
     from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
@@ -203,8 +203,10 @@ class Offload:
         step = settings[0].step
         is_power_of_two = step & (step - 1) == 0
         if self._settings.trace and is_power_of_two and self._rank == 0 and optimizer is self._optimizers[0]:
-            timelines = {"predicted": built.predicted.events, "measured": built.executor.events}
-            write_trace(self._settings.trace, timelines)
+            measured, predicted = built.executor.events, built.predicted.events
+            begins = [min(event.start for event in of_update(events)) for events in (measured, predicted)]
+            predicted = shifted(predicted, begins[0] - begins[1])
+            write_trace(self._settings.trace, {"predicted": predicted, "measured": measured})
         if len(built.seconds) == STEPS_BETWEEN_LOOKS:
             self._look(optimizer, built)
             built.seconds.clear()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 # What works side by side. Transfers between host and GPU, updates, transfers between NVMe and host.
@@ -69,12 +69,24 @@ def busy_shares(events: Sequence[Event]) -> dict[str, float]:
     return shares
 
 
+def of_update(events: Sequence[Event]) -> list[Event]:
+    """Without backward and what gradients do beside it; all of them where there is nothing else."""
+    rest = [event for event in events if event.name.split()[0] not in ("backward", "gradients")]
+    return rest or list(events)
+
+
+def shifted(events: Sequence[Event], seconds: float) -> list[Event]:
+    """The same, so much later."""
+    return [replace(event, start=event.start + seconds, end=event.end + seconds) for event in events]
+
+
 def bottleneck(events: Sequence[Event]) -> str:
-    """One line that names the busiest queue.
+    """One line that names the busiest queue of the update.
 
     Raises:
         ValueError: there are no events.
     """
+    events = of_update(events)
     shares = busy_shares(events)
     if not shares:
         raise ValueError("a timeline without events has no bottleneck")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_s2.offload.trace import Event, bottleneck, busy_shares, read_trace, span, write_trace
+from megatron_s2.offload.trace import Event, bottleneck, busy_shares, read_trace, shifted, span, write_trace
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "plot_trace.py"
 PREDICTED = [
@@ -179,3 +179,17 @@ def test_plan_model_simulator_and_trace_import_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_the_bottleneck_is_that_of_the_update():
+    """Gradients may have left long before, beside backward."""
+    events = [
+        Event("gpu", "backward", 0.0, 9.0),
+        Event("d2h", "gradients 1", 1.0, 9.5),
+        Event("cpu", "update 1", 10.0, 11.0),
+        Event("h2d", "weights 1", 11.0, 12.0),
+        Event("cpu", "update 2", 11.0, 12.0),
+    ]
+    assert bottleneck(events) == "CPU is busiest, 100% of 2 s"
+    assert bottleneck(shifted(events, 5.0)) == bottleneck(events)
+    assert bottleneck(events[:2]) == "GPU is busiest, 95% of 9.5 s"
