@@ -1,0 +1,138 @@
+"""The GPTModel in a Megatron checkpoint, built from the arguments that the checkpoint holds."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_s2.checkpoint.megatron_args import flags
+from megatron_s2.checkpoint.torch_dist import Checkpoint
+from megatron_s2.data.errors import InputError
+from megatron_s2.generation.text import Text, megatron_text
+
+# What describes a model, or its tokenizer, and Megatron's --use-checkpoint-args does not take over.
+_DESCRIBING = (
+    "activation_func_clamp_value",
+    "apply_residual_connection_post_layernorm",
+    "attention_output_gate",
+    "layernorm_epsilon",
+    "make_vocab_size_divisible_by",
+    "qk_l2_norm",
+    "qk_layernorm",
+    "quick_geglu",
+    "rope_scaling_factor",
+    "rotary_seq_len_interpolation_factor",
+    "softmax_type",
+    "use_rope_scaling",
+    "vocab_size",
+)
+_RUN = [
+    *("--use-checkpoint-args", "--no-load-optim", "--no-load-rng", "--exit-on-missing-checkpoint"),
+    # Megatron's parser wants a training; none takes place.
+    *("--skip-train", "--train-iters", "1", "--eval-iters", "0", "--lr", "1", "--mock-data"),
+    *("--micro-batch-size", "1", "--global-batch-size", "1", "--num-workers", "0", "--no-rope-fusion"),
+]
+
+
+@dataclass(frozen=True)
+class LoadedGPT:
+    """A model in evaluation mode, its tokenizer, and how many tokens that has."""
+
+    model: object
+    text: Text
+    vocab_size: int
+
+
+def load_gpt(directory: Path, tokenizer_model: str | None = None) -> LoadedGPT:
+    """Loads a `torch_dist` checkpoint onto this machine's GPU, or its CPU, as one rank.
+
+    Megatron's global state and a process group are left behind: once per process.
+
+    Args:
+        directory: what was given to the training as `--save`.
+        tokenizer_model: replaces the checkpoint's `--tokenizer-model`.
+
+    Raises:
+        ValueError: it is no checkpoint, or one of a model that cannot be built here.
+    """
+    try:
+        checkpoint = Checkpoint(directory)
+        saved, tensors = checkpoint.args, checkpoint.tensors()
+    except InputError as error:
+        raise ValueError(str(error).replace("--input", "--load", 1)) from None
+    if not getattr(saved, "s2_attention", False) and getattr(saved, "spec", None) is None:
+        raise ValueError(f"--load {directory}: was trained without S2 attention, and has no small cache")
+    # Megatron tells what it does in dozens of lines; what is wrong, it raises.
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        return _build(arguments_of(directory, saved, _dtype(tensors), tokenizer_model))
+
+
+def _dtype(tensors: dict) -> torch.dtype:
+    _, dtype = tensors["embedding.word_embeddings.weight"]
+    return dtype
+
+
+def arguments_of(
+    directory: Path, saved: Namespace, dtype: torch.dtype, tokenizer_model: str | None = None
+) -> list[str]:
+    """The command line of a run that loads a checkpoint.
+
+    Args:
+        saved: the arguments that the checkpoint holds.
+        dtype: of its weights.
+        tokenizer_model: replaces the one in `saved`.
+    """
+    describing = {name: getattr(saved, name, None) for name in _DESCRIBING}
+    model = tokenizer_model or getattr(saved, "tokenizer_model", None)
+    kind = getattr(saved, "tokenizer_type", None)
+    if kind is None or (tokenizer_model and kind == "NullTokenizer"):
+        kind = "HuggingFaceTokenizer" if model else "NullTokenizer"
+    describing |= {
+        "tokenizer_type": kind,
+        "tokenizer_model": model,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+    }
+    length = getattr(saved, "seq_length", None) or saved.max_position_embeddings
+    given = [word for words in flags(describing) for word in words]
+    return [*_RUN, "--load", str(directory), "--seq-length", str(length), *given]
+
+
+def _build(argv: list[str]) -> LoadedGPT:
+    from megatron_s2.runtime.flags import Machine, runnable_arguments
+    from megatron_s2.runtime.patches import apply_patches
+
+    machine = Machine.detect()
+    argv, _ = runnable_arguments(argv, machine)
+    if not machine.gpu:
+        from megatron_s2.runtime.cpu import enable_cpu_runtime
+
+        enable_cpu_runtime()
+    apply_patches(cpu=not machine.gpu)
+
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.utils import unwrap_model
+    from megatron.training import get_tokenizer
+    from megatron.training.checkpointing import load_checkpoint
+    from megatron.training.initialize import initialize_megatron
+
+    from megatron_s2.pretrain import _configure
+
+    try:
+        args, container = _configure(argv)
+    except AssertionError as error:
+        raise ValueError(f"--load: Megatron refuses the checkpoint's arguments: {error}") from error
+    initialize_megatron(allow_no_cuda=not machine.gpu, store=torch.distributed.HashStore())
+    builder = container.model.get_builder_cls()(container.model)
+    models = builder.build_distributed_models(
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
+    )
+    load_checkpoint(models, None, None)
+    tokenizer = get_tokenizer()
+    text = megatron_text(tokenizer, args.tokenizer_type)
+    return LoadedGPT(unwrap_model(models[0]).eval(), text, tokenizer.vocab_size)

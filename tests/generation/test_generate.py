@@ -1,0 +1,201 @@
+"""scripts/generate.py: both kinds of model give their text, bad input one line, Ctrl-C 130."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from generation_models import greedy, prompts, save_model
+from megatron_run import train_all
+from transformers import AutoModelForCausalLM
+
+import megatron_s2.hf
+from megatron_s2.data.command import run_command
+from megatron_s2.generation.cache import cache_bytes
+from megatron_s2.generation.text import Stream, Text
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "generate.py"
+TRAINED = """
+    --num-layers 3 --train-iters 1 --save-interval 1 --s2-attention --s2-block-size 16 --s2-local-blocks 2
+    --s2-vert-stride 3 4 --s2-dense-layers 2 --s2-learnable-sink --qk-layernorm --norm-epsilon 1e-6
+    --init-method-std 0.2
+"""
+LENGTHS = (5, 100, 47)
+
+
+def load_main():
+    spec = importlib.util.spec_from_file_location("generate", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+main = load_main()
+
+
+def process(*command) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, *command], stdout=pipe, stderr=pipe, text=True, env=environment)
+
+
+@pytest.fixture(scope="module")
+def hugging_face(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("qwen3")
+    save_model(directory, "qwen3")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def model(hugging_face):
+    return AutoModelForCausalLM.from_pretrained(hugging_face).eval()
+
+
+@pytest.fixture(scope="module")
+def converted(hugging_face, tmp_path_factory):
+    """The same model as a Megatron checkpoint."""
+    from megatron_s2.arguments import add_s2_args
+    from megatron_s2.checkpoint.convert import to_megatron
+    from megatron_s2.data.command import CommandParser
+
+    directory = tmp_path_factory.mktemp("converted") / "checkpoint"
+    to_megatron(hugging_face, directory, add_s2_args(CommandParser()).parse_args([]))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("trained")
+    train_all(directory / "runs", {"s2": f"{TRAINED} --save {directory / 'checkpoint'}"})
+    return directory / "checkpoint"
+
+
+def words(tokens: list[int]) -> str:
+    return " ".join(map(str, tokens))
+
+
+def flags(*given) -> list[str]:
+    return [*map(str, given), "--token-ids"]
+
+
+def ask(texts: list[list[int]]) -> list[str]:
+    return [word for text in texts for word in ("--prompt", words(text))]
+
+
+def output(capsys, *given) -> tuple[str, str]:
+    assert run_command(main, flags(*given)) == 0
+    return tuple(capsys.readouterr())
+
+
+def test_a_prompt_is_continued(capsys, hugging_face, model):
+    [prompt] = prompts(100)
+    out, err = output(capsys, "--hf", hugging_face, *ask([prompt]), "--max-new-tokens", 12)
+    assert out == words(greedy(model, prompt, 12)) + "\n"
+    prefill, decode, cache = err.splitlines()
+    assert prefill.startswith("prefill: 100 tokens in ") and prefill.endswith(" tokens/s")
+    assert decode.startswith("decode: 11 tokens in ")
+    settings = megatron_s2.hf.settings_of(model.config)
+    kept = sum(cache_bytes(settings.pattern(layer), 111, 24, model.dtype) for layer in (1, 2, 3))
+    assert cache.startswith(f"cache: {kept} bytes, dense {3 * 2 * 111 * 2 * 24 * 4} bytes ")
+
+
+def test_a_file_of_prompts_is_a_batch(capsys, hugging_face, model, tmp_path):
+    texts = prompts(*LENGTHS)
+    (tmp_path / "prompts.txt").write_text("\n".join(map(words, texts)) + "\n\n")
+    out, _ = output(
+        capsys, "--hf", hugging_face, "--prompt-file", tmp_path / "prompts.txt", "--max-new-tokens", 9
+    )
+    expected = [f"[{row + 1}] {words(greedy(model, text, 9))}" for row, text in enumerate(texts)]
+    assert out.splitlines() == expected
+
+
+def test_a_seed_draws_the_same_again(capsys, hugging_face):
+    how = ("--max-new-tokens", 20, "--temperature", 1.0, "--top-k", 50, "--top-p", 0.9)
+    drawn = [
+        output(capsys, "--hf", hugging_face, "--prompt", "1 2 3", *how, "--seed", seed)[0]
+        for seed in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_megatron_checkpoint_gives_what_its_hugging_face_model_does(converted, model):
+    texts = prompts(*LENGTHS)
+    asked = ask(texts)
+    running = process(SCRIPT, "--load", converted, *asked, "--max-new-tokens", "12", "--ignore-eos")
+    out, err = running.communicate(timeout=120)
+    assert running.returncode == 0, err
+    assert out.splitlines() == [f"[{n + 1}] {words(greedy(model, text, 12))}" for n, text in enumerate(texts)]
+    assert [line.split(":")[0] for line in err.splitlines()] == ["prefill", "decode", "cache"]
+
+
+def test_a_trained_checkpoint_gives_the_same_tokens_with_any_cache(trained):
+    request = {"prompts": prompts(*LENGTHS), "tokens": 16}
+    running = process(Path(__file__).with_name("checkpoint_generation.py"), trained, json.dumps(request))
+    out, err = running.communicate(timeout=120)
+    assert running.returncode == 0, err
+    found = json.loads(out)
+    assert found["cache"] == found["recomputed"] == found["static"]
+    assert (found["sinks"], found["epsilon"]) == (3, 1e-6)
+    assert (found["text"], found["stop"]) == ("1 2 3", [254])
+
+
+def test_ctrl_c_ends_quietly(hugging_face):
+    running = process(SCRIPT, "--hf", hugging_face, *flags("--prompt", "1 2", "--max-new-tokens", 10**6))
+    assert running.stdout.read(1)
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert err == "interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--prompt 1", "error: one of the arguments --hf --load is required"),
+        ("--hf {hf}", "error: one of the arguments --prompt --prompt-file is required"),
+        ("--hf /nowhere --prompt 1", "error: --hf /nowhere: is no directory with a config.json"),
+        ("--load /nowhere --prompt 1", "error: --load /nowhere: is no directory"),
+        ("--load {hf} --prompt 1", "error: --load {hf}: is no checkpoint: it has no latest"),
+        ("--hf {hf} --prompt-file /nowhere", "error: --prompt-file /nowhere: is no file"),
+        ("--hf {hf} --prompt one", "error: --prompt 'one': must be token ids"),
+        ("--hf {hf} --prompt 97", "error: --prompt '97': token 97 is none of the model's 97"),
+        ("--hf {hf} --prompt 1 --max-new-tokens 0", "error: --max-new-tokens 0: must be >= 1"),
+        ("--hf {hf} --prompt 1 --temperature -1", "error: --temperature -1.0: must be >= 0"),
+        ("--hf {hf} --prompt 1 --top-k -1", "error: --top-k -1: must be >= 0"),
+        ("--hf {hf} --prompt 1 --top-p 0", "error: --top-p 0.0: must be above 0 and at most 1"),
+        ("--hf {hf} --prompt 1 --seed -1", "error: --seed -1: must be >= 0"),
+    ],
+)
+def test_bad_input_is_one_line(capsys, hugging_face, given, message):
+    words = [word.format(hf=hugging_face) for word in given.split()]
+    try:
+        status = run_command(main, flags(*words))
+    except SystemExit as ended:
+        status = ended.code
+    err = capsys.readouterr().err
+    assert status == 2
+    assert err.startswith(message.format(hf=hugging_face)) and err.count("\n") == 1
+
+
+def test_models_without_s2_or_tokenizer_are_refused(capsys, hugging_face, tmp_path):
+    assert run_command(main, ["--hf", str(hugging_face), "--prompt", "text"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: --tokenizer-model {hugging_face}: has no tokenizer")
+    save_model(tmp_path, "llama", s2_attention=None, attn_implementation=None)
+    assert run_command(main, flags("--hf", tmp_path, "--prompt", "1")) == 2
+    assert capsys.readouterr().err.startswith(f"error: --hf {tmp_path}: s2_attention None: must be a dict")
+
+
+def test_a_character_of_several_tokens_is_written_when_it_is_complete():
+    pieces = [b"a", "\u00e9".encode()[:1], "\u00e9".encode()[1:], b"b"]
+    text = Text(list, lambda ids: b"".join(pieces[n] for n in ids).decode(errors="replace"), frozenset())
+    written = []
+    stream = Stream(text, written.append)
+    for token in range(4):
+        stream.add(token)
+    stream.end()
+    assert written == ["a", "\u00e9", "b", ""]

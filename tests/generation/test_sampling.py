@@ -1,0 +1,48 @@
+"""Sampling: greedy at temperature 0; top-k and top-p leave the most likely; a seed decides the draws."""
+
+import pytest
+import torch
+
+from megatron_s2.generation.sampling import Sampling
+
+P = torch.tensor([0.1, 0.4, 0.2, 0.3])
+LOGITS = P.log()
+
+
+def test_temperature_0_takes_the_most_likely():
+    assert Sampling().choose(LOGITS, torch.Generator()) == 1
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ({}, [0.1, 0.4, 0.2, 0.3]),
+        ({"top_k": 2}, [0, 4 / 7, 0, 3 / 7]),
+        ({"top_k": 9}, [0.1, 0.4, 0.2, 0.3]),
+        ({"top_p": 0.4}, [0, 1, 0, 0]),
+        ({"top_p": 0.5}, [0, 4 / 7, 0, 3 / 7]),
+        ({"top_p": 1e-9}, [0, 1, 0, 0]),
+        ({"top_k": 3, "top_p": 0.9}, [0, 4 / 9, 2 / 9, 3 / 9]),
+    ],
+)
+def test_what_may_be_drawn(how, expected):
+    got = Sampling(temperature=1.0, **how).probabilities(LOGITS)
+    assert torch.allclose(got, torch.tensor(expected, dtype=torch.float32), atol=1e-6)
+
+
+def test_temperature_sharpens():
+    got = Sampling(temperature=0.5).probabilities(LOGITS)
+    assert torch.allclose(got, P**2 / (P**2).sum())
+
+
+def test_draws_follow_the_probabilities_and_the_seed():
+    sampling = Sampling(temperature=1.0, top_k=3, seed=5)
+    draws = [
+        [sampling.choose(LOGITS, generator) for _ in range(3000)]
+        for generator in (sampling.generator(0),) * 2
+    ]
+    again = sampling.generator(0)
+    assert draws[0] == [sampling.choose(LOGITS, again) for _ in range(3000)]
+    assert draws[1] != draws[0]
+    shares = torch.tensor(draws[0]).bincount(minlength=4) / 3000
+    assert torch.allclose(shares, torch.tensor([0, 4 / 9, 2 / 9, 3 / 9]), atol=0.03)
