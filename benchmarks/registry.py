@@ -1,6 +1,6 @@
 """Every benchmark there is, by name."""
 
-from benchmarks import attention, context_parallel, offload, quickstart
+from benchmarks import attention, context_parallel, decode, offload, quickstart
 from benchmarks.benchmark import Benchmark
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -8,6 +8,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     for benchmark in (
         attention.BENCHMARK,
         context_parallel.BENCHMARK,
+        decode.BENCHMARK,
         offload.BENCHMARK,
         quickstart.BENCHMARK,
     )
