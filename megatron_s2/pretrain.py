@@ -17,6 +17,7 @@ from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -123,7 +124,7 @@ def train(argv: Sequence[str]) -> None:
 
     offload = None
     if args.s2_offload:
-        offload = Offload(offload_settings(args), _rank(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        offload = Offload(offload_settings(args), _rank(), _ranks_here())
     use_offload(offload)
     try:
         pretrain(
@@ -134,10 +135,16 @@ def train(argv: Sequence[str]) -> None:
             store=None if "WORLD_SIZE" in os.environ else torch.distributed.HashStore(),
         )
     except (EmptySplitError, OffloadError) as error:
+        _end(offload)
         _refuse(str(error))
-    finally:
+    except SystemExit:
+        _end(offload)
+        raise
+    except BaseException:
         if offload is not None:
-            offload.close()
+            offload.abandon()  # queues may wait for peers that are gone
+        raise
+    _end(offload)
     if (writer := get_tensorboard_writer()) is not None:
         writer.close()
 
@@ -314,6 +321,22 @@ def _steps_taken(args: Namespace) -> int:
     return getattr(args, "curr_iteration", None) or args.iteration
 
 
+def _end(offload: Offload | None) -> None:
+    if offload is not None:
+        offload.close()
+
+
+def _ranks_here() -> int:
+    """On this machine, as the launcher says."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return 1
+    said = [os.environ.get(name, "") for name in ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE")]
+    numbers = [int(word) for word in said if word.isdigit()]
+    if not numbers:
+        _refuse("LOCAL_WORLD_SIZE: must be set by the launcher, or SLURM_NTASKS_PER_NODE, with --s2-offload")
+    return numbers[0]
+
+
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
@@ -338,7 +361,7 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _refuse(message: str) -> None:
+def _refuse(message: str) -> NoReturn:
     """Ends this rank with status 2; rank 0 says why, in one line.
 
     A launcher kills the other ranks as soon as one has ended, so they give rank 0 time to be first. If it

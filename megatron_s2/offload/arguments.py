@@ -43,6 +43,11 @@ _REFUSED = {
         "--overlap-param-gather-with-optimizer-step",
         "the step is one for all of the model",
     ),
+    "qk_clip": ("--qk-clip", "it changes masters, which are not where it looks for them"),
+    "load_main_params_from_ckpt": (
+        "--load-main-params-from-ckpt",
+        "masters come from the checkpoint's state, or else from the weights",
+    ),
     "rl_offload_optimizer_during_inference": (
         "--rl-offload-optimizer-during-inference",
         "the state is not on the GPU",
@@ -118,7 +123,8 @@ def add_offload_args(parser: ArgumentParser) -> None:
         "--s2-offload-nvme-dir",
         metavar="DIR[,DIR]",
         help="Directories for the state that neither budget holds, shared by their measured bandwidth. Needs "
-        "--s2-offload-host-budget-gb.",
+        "--s2-offload-host-budget-gb. While a checkpoint is saved or loaded the first holds a copy of the "
+        "state, 12 bytes per parameter.",
     )
     add(
         "--s2-offload-cpu-threads",
@@ -166,6 +172,12 @@ def validate_offload_args(args: Namespace, argv: Sequence[str] = ()) -> list[str
     for name, (flag, why) in _REFUSED.items():
         if getattr(args, name, None):
             raise ValueError(f"{flag}: must not be set with {_FLAG}: {why}")
+    modules = " ".join(map(str, (args.cuda_graph_modules or []) + (args.cuda_graph_scope_deprecated or [])))
+    if args.cuda_graph_impl == "full_iteration" or "full_iteration" in modules:
+        raise ValueError(
+            f"--cuda-graph-impl full_iteration: must be another with {_FLAG}: gradients leave by the host's "
+            "code during backward"
+        )
     if args.optimizer != "adam":
         raise ValueError(f"--optimizer {args.optimizer}: must be adam with {_FLAG}")
     for name in _DTYPES:

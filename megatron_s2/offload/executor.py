@@ -235,6 +235,10 @@ class Executor:
         first, last = start // self._plan.subgroup_size, (stop - 1) // self._plan.subgroup_size
         return self._plan.subgroups[first : last + 1]
 
+    def remove_files(self) -> None:
+        """Remove the names of the files on NVMe, of a state that is of no use any more."""
+        self._places.remove_files()
+
     # Gradients
 
     def _send(self, subgroup: Subgroup, piece: Piece) -> None:

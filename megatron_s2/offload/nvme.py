@@ -161,6 +161,11 @@ class NvmeTier:
         self._close_files()
         self._ring.close()
 
+    def remove_files(self) -> None:
+        """Remove the files' names; their space is free when the process ends."""
+        for file in self._files:
+            file.path.unlink(missing_ok=True)
+
     def _close_files(self) -> None:
         self._threads.shutdown()
         for file in self._files:

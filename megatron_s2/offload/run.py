@@ -9,6 +9,7 @@ to apply. So they may leave for the host as soon as they are reduced, during bac
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -43,6 +44,7 @@ _MARKS = (
     "shared",
     "shared_embedding",
     "flextron_router_pp_sync",
+    "pipeline_parallel",
 )
 
 
@@ -63,14 +65,15 @@ class _Shard(NamedTuple):
 class _Folded:
     """What gradients are still to be multiplied by."""
 
-    loss_scale: float = 1.0
+    loss_scale: float | None = None
     tokens: float | torch.Tensor = 1.0
     clip: float = 1.0
+    norm: float = 0.0
 
     @property
     def before_clipping(self) -> float:
         """Makes the norm of what lies in the buffers that of the gradients."""
-        return float(self.tokens) / self.loss_scale
+        return float(self.tokens) / (self.loss_scale or 1.0)
 
 
 @dataclass
@@ -112,9 +115,14 @@ class Offload:
         inner = optimizer.optimizer
         self._optimizers.append(inner)
         ddp = optimizer.ddp_config
-        self._flushes_in_backward = ddp.overlap_grad_reduce
-        if ddp.num_distributed_optimizer_instances > 1 or ddp.reduce_scatter_with_fp32_accumulation:
+        config = optimizer.model_chunks[0].config
+        if (
+            ddp.num_distributed_optimizer_instances > 1
+            or ddp.reduce_scatter_with_fp32_accumulation
+            or max(config.gtp_weight_remat_size, config.expert_gtp_weight_remat_size) > 1
+        ):
             return  # their reduction ends where only Megatron knows
+        self._flushes_in_backward = ddp.overlap_grad_reduce
         named = {p: name for chunk in optimizer.model_chunks for name, p in chunk.named_parameters()}
         for parameter, (group, order) in optimizer.model_param_group_index_map.items():
             if not leaves_late(named[parameter], parameter):
@@ -140,8 +148,10 @@ class Offload:
                     shard.optimizer.flush(shard.place, gradient, buckets.grad_reduce_handle)
 
     def hold_loss_scale(self, scale: float) -> None:
-        """Gradients are to be divided by the loss scale."""
-        self._folded.loss_scale = scale
+        """Gradients are to be divided by the loss scale: that of the first optimizer, which the loss was
+        multiplied by."""
+        if self._folded.loss_scale is None:
+            self._folded.loss_scale = scale
 
     def hold_tokens(self, factor: float | torch.Tensor) -> None:
         """Gradients are to be multiplied by one over the number of tokens."""
@@ -154,7 +164,9 @@ class Offload:
 
     def true_norm(self, norm: float | torch.Tensor) -> float | torch.Tensor:
         """The norm of the gradients, from that of what lies in the buffers."""
-        return norm * self._folded.before_clipping
+        norm = norm * self._folded.before_clipping
+        self._folded.norm = float(norm)
+        return norm
 
     # What optimizers ask
 
@@ -162,7 +174,7 @@ class Offload:
     def gradient_scale(self) -> float:
         """What the update divides gradients by; infinity or NaN where their norm is."""
         factor = self._folded.before_clipping * self._folded.clip
-        return 1 / factor if factor else math.inf
+        return 1 / factor if factor and math.isfinite(self._folded.norm) else math.inf
 
     def executor_of(self, optimizer: OffloadedAdamW) -> Executor | None:
         """Its executor, built when this is first asked for; None where this rank updates nothing.
@@ -176,7 +188,9 @@ class Offload:
             try:
                 self._built[optimizer] = self._build(optimizer)
             except ValueError as error:
-                raise OffloadError(str(error)) from error
+                share = self._share(optimizer)
+                of_share = f" (for {share:.0%} of this rank's parameters)" if share < 1 else ""
+                raise OffloadError(f"{error}{of_share}") from error
             self._built[optimizer].executor.set_masters()
         return self._built[optimizer].executor
 
@@ -190,7 +204,15 @@ class Offload:
         executor = self.executor_of(optimizer)
         out = None
         if executor.plan.tiers.nvme and stop > start:
-            with tempfile.NamedTemporaryFile(dir=self._settings.nvme_dirs[0]) as file:
+            directory = self._settings.nvme_dirs[0]
+            with tempfile.NamedTemporaryFile(dir=directory) as file:
+                try:  # writing to a hole that cannot be filled would end the process
+                    os.posix_fallocate(file.fileno(), 0, 4 * (stop - start))
+                except OSError as error:
+                    raise OffloadError(
+                        f"--s2-offload-nvme-dir {directory}: has no room for the copy of the state that a "
+                        f"checkpoint takes: {error.strerror}"
+                    ) from error
                 out = torch.from_file(file.name, shared=True, size=stop - start)
         return executor.read(name, start, stop, out)
 
@@ -206,7 +228,10 @@ class Offload:
             measured, predicted = built.executor.events, built.predicted.events
             begins = [min(event.start for event in of_update(events)) for events in (measured, predicted)]
             predicted = shifted(predicted, begins[0] - begins[1])
-            write_trace(self._settings.trace, {"predicted": predicted, "measured": measured})
+            try:
+                write_trace(self._settings.trace, {"predicted": predicted, "measured": measured})
+            except OSError as error:
+                self._say(f"megatron-s2: --s2-offload-trace {self._settings.trace}: not written: {error}")
         if len(built.seconds) == STEPS_BETWEEN_LOOKS:
             self._look(optimizer, built)
             built.seconds.clear()
@@ -219,11 +244,16 @@ class Offload:
         self._optimizers.clear()
         self._early.clear()
 
+    def abandon(self) -> None:
+        """Remove the files on NVMe, without waiting for what may never end."""
+        for built in self._built.values():
+            built.executor.remove_files()
+
     # Building
 
     def _build(self, optimizer: OffloadedAdamW) -> _Built:
         settings, number = self._settings, self._optimizers.index(optimizer)
-        share = optimizer.elements / sum(one.elements for one in self._optimizers)
+        share = self._share(optimizer)
         plan = make_plan(
             optimizer.elements,
             settings.gpu_fraction or 0.0,
@@ -263,6 +293,9 @@ class Offload:
             if cuda and settings.gpu_adam == "triton" and not same_bits(backend.device):
                 self._say("megatron-s2: CPU and GPU round differently here; results depend on the fraction")
         return built
+
+    def _share(self, optimizer: OffloadedAdamW) -> float:
+        return optimizer.elements / sum(one.elements for one in self._optimizers)
 
     @property
     def _predicts(self) -> bool:

@@ -347,10 +347,12 @@ def use_offload(offload: Offload | None) -> None:
     reduction has begun says so. What would change all gradients after that is only noted, for the update to
     apply: unscaling (infinities are still looked for), the division by the number of tokens, and clipping;
     norms are corrected by it, and computed in float32 (of 16-bit gradients, Megatron's own functions for
-    machines without Transformer Engine return 16 bits).
+    machines without Transformer Engine return 16 bits). A checkpoint takes one copy of each state tensor,
+    where Megatron would ask for each twice; `--log-params-norm` takes weights, since masters are not there.
 
     Touches `HybridDeviceOptimizer` of `megatron.core.optimizer` and of its module `distrib_optimizer`; there
-    `DistributedOptimizer.__init__`, `zero_grad` and `_unscale_main_grads_and_check_for_nan`;
+    `DistributedOptimizer.__init__`, `zero_grad`, `_get_main_param_and_optimizer_states` and
+    `_unscale_main_grads_and_check_for_nan`; `main_param` of parameters, where it is None;
     `get_grad_norm_fp32` and `clip_grad_by_total_norm_fp32` of its module `optimizer`;
     `DistributedDataParallel.scale_gradients`; and `start_grad_sync` of `_ParamAndGradBucketGroup`.
     """
@@ -369,8 +371,19 @@ def use_offload(offload: Offload | None) -> None:
 
     def construct(original, self, inner, *args, **kwargs):
         original(self, inner, *args, **kwargs)
-        if inner is not None:
-            offload.adopt(self)
+        if inner is None:
+            return
+        for chunk in self.model_chunks:
+            for parameter in chunk.parameters():
+                if getattr(parameter, "main_param", parameter) is None:
+                    del parameter.main_param, parameter.main_param_sharded
+        offload.adopt(self)
+
+    def copies_of_state(original, self, model_param):
+        group, order = self.model_param_group_index_map[model_param]
+        copies = dict(self.optimizer.state[self.optimizer.param_groups[group]["params"][order]])
+        copies["param"] = copies.pop("master_param")
+        return copies
 
     def zero_grad(original, self, *args, **kwargs):
         original(self, *args, **kwargs)
@@ -410,6 +423,7 @@ def use_offload(offload: Offload | None) -> None:
         (distrib_optimizer, "HybridDeviceOptimizer", OffloadedOptimizer),
         (distributed, "__init__", construct),
         (distributed, "zero_grad", zero_grad),
+        (distributed, "_get_main_param_and_optimizer_states", copies_of_state),
         (distributed, "_unscale_main_grads_and_check_for_nan", check_for_inf),
         (optimizer, "get_grad_norm_fp32", norm),
         (optimizer, "clip_grad_by_total_norm_fp32", clip),

@@ -35,13 +35,16 @@ def offload(monkeypatch):
         run.close()
 
 
-def distributed(run: Offload, *sizes: int, overlap: bool = False, **ddp) -> SimpleNamespace:
+def distributed(
+    run: Offload, *sizes: int, overlap: bool = False, eps: float = 1e-8, **ddp
+) -> SimpleNamespace:
     """What `adopt` reads of a distributed optimizer, over a matrix of each size that this rank has whole."""
     model = torch.nn.ParameterList([torch.nn.Parameter(torch.ones(1, size)) for size in sizes])
+    model.config = SimpleNamespace(gtp_weight_remat_size=1, expert_gtp_weight_remat_size=1)
     shards = [p.detach().view(-1) for p in model]
     config = {"overlap_grad_reduce": overlap, "num_distributed_optimizer_instances": 1}
     return SimpleNamespace(
-        optimizer=OffloadedAdamW([{"params": shards}], run, **ADAM),
+        optimizer=OffloadedAdamW([{"params": shards}], run, **ADAM | {"eps": eps}),
         ddp_config=SimpleNamespace(**config | {"reduce_scatter_with_fp32_accumulation": False} | ddp),
         model_chunks=[model],
         model_param_group_index_map={p: (0, n) for n, p in enumerate(model)},
@@ -88,18 +91,19 @@ def test_all_ranks_count_what_there_was_before_any_took_its_part(offload, monkey
 @pytest.mark.parametrize("overlap", [False, True])
 def test_a_step_is_adamw_of_the_folded_gradients(offload, overlap):
     run = offload(gpu_fraction=0.5, subgroup_size=64)
-    one = distributed(run, 640, 100, overlap=overlap)
+    one = distributed(run, 640, 100, overlap=overlap, eps=1.0)  # far above the gradients: factors show
     run.adopt(one)
     run.begin_step()
     run.gradients_reduced(bucket_group(one.model_chunks[0]))
     run.hold_loss_scale(8.0)
+    run.hold_loss_scale(2.0)  # of another optimizer, which did not scale the loss
     run.hold_tokens(torch.tensor(0.25))
     assert run.true_norm(64.0) == 2.0
     run.hold_clip(1.0, 2.0)
     one.optimizer.step()
     expected = torch.nn.Parameter(torch.ones(740))
     expected.grad = torch.full((740,), 0.5 / 8 * 0.25 / (2.0 + 1e-6))
-    torch.optim.AdamW([expected], **ADAM).step()
+    torch.optim.AdamW([expected], **ADAM | {"eps": 1.0}).step()
     got = torch.cat([p.detach().view(-1) for p in one.model_chunks[0]])
     torch.testing.assert_close(got, expected.detach(), rtol=1e-6, atol=0)
 
