@@ -17,6 +17,7 @@ LONG = (
     "test_lost_peer",
     "test_context_parallel_bench",
     "test_attention_bench",
+    "test_converted_training",
     "test_executor",
     "test_s2_checkpoints",
     "test_preprocess",

@@ -114,8 +114,8 @@ def to_hugging_face(
     companions = _companions(source, checkpoint.args)
     base = read_json(companions / _CONFIG) if (companions / _CONFIG).is_file() else {}
     family = "mistral" if base.get("model_type") == "mistral" else "llama"
-    known_vocab = vocab_size or base.get("vocab_size")
-    model = megatron_args.model_of(checkpoint.args, family, known_vocab)
+    vocab_size = vocab_size or getattr(checkpoint.args, "vocab_size", None) or base.get("vocab_size")
+    model = megatron_args.model_of(checkpoint.args, family, vocab_size)
     settings = megatron_args.settings_of(checkpoint.args, model)
     if settings is not None:
         megatron_args.check_annealed(checkpoint.args, checkpoint.common["iteration"])
@@ -199,7 +199,10 @@ def _check_tensors(checkpoint: Checkpoint, placed: Iterable[Placed], model: Mode
         expected = tensor.shape if tensor.layer is None else (model.num_layers, *tensor.shape)
         is_padded = not tensor.key.startswith(LAYERS) and size[0] > expected[0] and size[1:] == expected[1:]
         if size != expected and not (is_padded and tensor.shape[0] == model.vocab_size):
-            raise InputError(f"{tensor.key}: has shape {list(size)}; its arguments say {list(expected)}")
+            hint = "" if tensor.key.startswith(LAYERS) else " (tokens: --vocab-size)"
+            raise InputError(
+                f"{tensor.key}: has shape {list(size)}; its arguments say {list(expected)}{hint}"
+            )
         if dtype not in DTYPES.values():
             raise InputError(f"{tensor.key}: is stored as {dtype}; must be one of {', '.join(DTYPES)}")
     known = {tensor.key for tensor in placed}

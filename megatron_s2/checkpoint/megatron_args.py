@@ -125,7 +125,7 @@ def model_of(args: Namespace, family_without_marks: str, vocab_size: int | None)
     Args:
         args: the arguments of the run that wrote the checkpoint.
         family_without_marks: llama or mistral, which are the same in Megatron.
-        vocab_size: tokens that have an embedding, where the arguments do not say it.
+        vocab_size: tokens that have an embedding, None where nothing says it.
 
     Raises:
         InputError: the arguments say something that none of the families has, by flag.
@@ -143,7 +143,6 @@ def model_of(args: Namespace, family_without_marks: str, vocab_size: int | None)
     if biased and normed:
         raise InputError("--add-qkv-bias: no family has it together with --qk-layernorm")
     scaled = getattr(args, "use_rope_scaling", False)
-    vocab_size = vocab_size or args.vocab_size
     if vocab_size is None:
         raise InputError("--vocab-size: must be given, because the checkpoint does not say it")
     return Model(

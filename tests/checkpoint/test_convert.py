@@ -97,6 +97,19 @@ def test_the_pattern_is_part_of_the_config_and_comes_back(tmp_path):
     assert config(tmp_path / "twice") == config(tmp_path / "sparse")
 
 
+def test_flags_of_training_that_belong_to_the_model_are_printed(tmp_path):
+    source = make_model(tmp_path / "hf", "qwen3", torch.bfloat16)
+    printed = convert("hf-to-megatron", source, tmp_path / "megatron", *S2, "--s2-anneal-steps", "100")
+    for line in (
+        "--qk-layernorm",
+        "--kv-channels 32",
+        "--bf16",
+        "--s2-anneal-steps 100",
+        "--norm-epsilon 1e-06",
+    ):
+        assert f"\n{line}\n" in printed
+
+
 def test_transformers_refuses_a_sparse_model_where_s2_is_not_registered(tmp_path):
     source = make_model(tmp_path / "hf", "qwen3")
     convert("hf-to-megatron", source, tmp_path / "megatron", *S2)

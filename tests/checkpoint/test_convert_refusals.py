@@ -190,6 +190,7 @@ def test_a_vocabulary_that_nobody_says(trained):
     write_checkpoint_of(trained, vocab_size=None)
     (trained / "huggingface" / "config.json").unlink()
     assert_refused("megatron-to-hf", trained, "--vocab-size: must be given")
+    assert_refused("megatron-to-hf", trained, "(tokens: --vocab-size)", "--vocab-size", "400")
     assert convert("megatron-to-hf", trained, trained.parent / "output", "--vocab-size", "250")
 
 
