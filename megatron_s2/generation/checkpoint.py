@@ -48,7 +48,7 @@ class LoadedGPT:
     vocab_size: int
 
 
-def load_gpt(directory: Path, tokenizer_model: str | None = None) -> LoadedGPT:
+def load_gpt(directory: Path, tokenizer_model: str | None = None, needs_cache: bool = True) -> LoadedGPT:
     """Loads a `torch_dist` checkpoint onto this machine's GPU, or its CPU, as one rank.
 
     Megatron's global state and a process group are left behind: once per process.
@@ -56,6 +56,7 @@ def load_gpt(directory: Path, tokenizer_model: str | None = None) -> LoadedGPT:
     Args:
         directory: what was given to the training as `--save`.
         tokenizer_model: replaces the checkpoint's `--tokenizer-model`.
+        needs_cache: refuse a model without S2 attention, which has no small cache.
 
     Raises:
         ValueError: it is no checkpoint, or one of a model that cannot be built here.
@@ -65,7 +66,8 @@ def load_gpt(directory: Path, tokenizer_model: str | None = None) -> LoadedGPT:
         saved, tensors = checkpoint.args, checkpoint.tensors()
     except InputError as error:
         raise ValueError(str(error).replace("--input", "--load", 1)) from None
-    if not getattr(saved, "s2_attention", False) and getattr(saved, "spec", None) is None:
+    is_dense = not getattr(saved, "s2_attention", False) and getattr(saved, "spec", None) is None
+    if needs_cache and is_dense:
         raise ValueError(f"--load {directory}: was trained without S2 attention, and has no small cache")
     # Megatron tells what it does in dozens of lines; what is wrong, it raises.
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):

@@ -1,0 +1,53 @@
+"""Loss and perplexity of a Megatron checkpoint or a Hugging Face model on an indexed data set.
+
+The tokens of the data set, in order, are cut into windows of --seq-length; the loss is the mean over all of
+them. The same command on both sides of a conversion, or with and without S2 attention, says what it cost.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_s2.data.command import CommandParser, run_command
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = arguments().parse_args(argv)
+
+    # Imports torch: bad flags need not wait for it.
+    from megatron_s2.runtime.patches import quiet_known_warnings
+
+    quiet_known_warnings()
+    from megatron_s2.data.errors import InputError
+    from megatron_s2.evaluation import evaluate, hugging_face_losses, megatron_losses, windows
+
+    try:
+        batches = windows(args.data_path, args.seq_length, args.samples, args.micro_batch_size)
+        losses = hugging_face_losses(args.hf, args.dtype) if args.hf else megatron_losses(args.load)
+        print(evaluate(losses, batches))
+    except ValueError as error:
+        raise InputError(" ".join(str(error).split())) from error
+
+
+def arguments() -> CommandParser:
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--hf", type=Path, metavar="DIR", help="Hugging Face directory")
+    model.add_argument("--load", type=Path, metavar="CKPT", help="Megatron checkpoint: what --save wrote")
+    add = parser.add_argument
+    add("--data-path", required=True, metavar="PREFIX", help="what scripts/preprocess_data.py wrote")
+    add("--seq-length", type=int, required=True, metavar="N", help="tokens of a window")
+    add("--samples", type=int, metavar="N", help="only the first N windows (default: all)")
+    add("--micro-batch-size", type=int, default=1, metavar="N", help="windows at a time (default: 1)")
+    add(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16"],
+        help="of a Hugging Face model's weights (default: as stored)",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

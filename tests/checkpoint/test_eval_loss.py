@@ -1,0 +1,134 @@
+"""The loss of a data set, by scripts/eval_loss.py: the plain mean, and that of a training's first step."""
+
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hf_models import convert, make_model
+from megatron_run import ROOT, train_all
+from transformers import AutoModelForCausalLM
+
+import megatron_s2.hf
+from megatron_s2.evaluation import Evaluation, evaluate, windows
+
+S2 = ("--s2-attention", "--s2-block-size", "16", "--s2-local-blocks", "2", "--s2-vert-stride", "3")
+LENGTH, WINDOWS = 128, 8
+LAYOUTS = {
+    "TP1": "",
+    "TP2": "--tensor-model-parallel-size 2",
+    "PP2": "--pipeline-model-parallel-size 2",
+    "DP2": "--use-distributed-optimizer",
+}
+
+
+def write_documents(prefix: Path, documents: list[list[int]]) -> Path:
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
+    for document in documents:
+        builder.add_document(document, [len(document)])
+    builder.finalize(f"{prefix}.idx")
+    return prefix
+
+
+def eval_loss(*words: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "scripts" / "eval_loss.py"), *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def loss_of(done: subprocess.CompletedProcess) -> float:
+    assert done.returncode == 0, done.stderr
+    found = re.fullmatch(rf"loss (\S+), perplexity \S+, over {WINDOWS * LENGTH} tokens\n", done.stdout)
+    return float(found[1])
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("eval")
+
+
+@pytest.fixture(scope="module")
+def data(directory) -> Path:
+    """One document of whole windows, so that an epoch of training sees just these, in any order."""
+    tokens = np.random.default_rng(3).integers(0, 250, LENGTH * WINDOWS + 1)
+    return write_documents(directory / "one", [tokens.tolist()])
+
+
+@pytest.fixture(scope="module", params=["dense", "sparse"])
+def model(request, directory) -> tuple[Path, Path]:
+    """Hugging Face directory and checkpoint; the vocabulary needs no padding, which Megatron would count."""
+    sizes = {"num_hidden_layers": 2, "max_position_embeddings": LENGTH, "vocab_size": 256}
+    name = request.param
+    source = make_model(directory / f"{name}-hf", "qwen3", **sizes)
+    checkpoint = directory / f"{name}-megatron"
+    convert("hf-to-megatron", source, checkpoint, *(S2 if name == "sparse" else ()))
+    if name == "sparse":
+        convert("megatron-to-hf", checkpoint, directory / "sparse-back")
+        source = directory / "sparse-back"
+    return source, checkpoint
+
+
+def test_both_sides_of_a_conversion_and_the_first_step_of_training_agree(model, data, tmp_path):
+    source, checkpoint = model
+    on = ("--data-path", data, "--seq-length", LENGTH, "--micro-batch-size", 3)
+    loss = loss_of(eval_loss("--load", checkpoint, *on))
+    assert loss_of(eval_loss("--hf", source, *on)) == pytest.approx(loss, rel=1e-5)
+    flags = f"--load {checkpoint} {(checkpoint / 'resume.args').read_text()} --tokenizer-type NullTokenizer"
+    flags += f" --train-iters 1 --micro-batch-size 2 --global-batch-size {WINDOWS} --eval-iters 0"
+    of_data = f"--data-path {data} --split 100,0,0"
+    for ranks in (1, 2):
+        chosen = {name: f"{flags} {more}" for name, more in LAYOUTS.items() if ranks == 1 + (name != "TP1")}
+        for name, run in train_all(tmp_path / str(ranks), chosen, ranks, model="", data=of_data).items():
+            assert run.losses == {1: pytest.approx(loss, rel=1e-4)}, name
+
+
+def test_windows_follow_one_another_through_documents_of_any_length(tmp_path):
+    stream = list(range(100))
+    documents = [stream[:1], stream[1:40], [], stream[40:43], stream[43:]]
+    prefix = write_documents(tmp_path / "text", [d for d in documents if d])
+    batches = list(windows(prefix, 10, batch=4))
+    assert [len(batch) for batch in batches] == [4, 4, 1]
+    rows = torch.cat(batches)
+    assert rows.tolist() == [stream[10 * n : 10 * n + 11] for n in range(9)]
+    assert torch.equal(torch.cat(list(windows(prefix, 10, samples=2))), rows[:2])
+
+
+def test_the_loss_is_the_mean_over_tokens(directory, data):
+    source = make_model(directory / "plain", "llama2", vocab_size=256)
+    network = AutoModelForCausalLM.from_pretrained(source)
+    (tokens,) = windows(data, LENGTH, samples=3, batch=3)
+    with torch.no_grad():
+        expected = network(input_ids=tokens[:, :-1]).logits.log_softmax(-1)
+    expected = -expected.gather(-1, tokens[:, 1:, None]).mean().item()
+    losses = megatron_s2.evaluation.hugging_face_losses(source)
+    found = evaluate(losses, windows(data, LENGTH, samples=3))
+    assert found.tokens == 3 * LENGTH and found.loss == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_line_it_prints():
+    assert str(Evaluation(math.log(2), 10)) == "loss 0.693147, perplexity 2.0000, over 10 tokens"
+    assert "perplexity inf" in str(Evaluation(1e4, 1))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--hf", "/nowhere"], "--hf /nowhere: is no directory with a config.json"),
+        (["--load", "/nowhere"], "--load /nowhere: is no directory"),
+        (["--hf", "/nowhere", "--seq-length", "0"], "--seq-length 0: must be >= 1"),
+        (["--hf", "/nowhere", "--samples", "9"], "has 8 windows of 128 tokens, not 9"),
+        (
+            ["--hf", "/nowhere", "--data-path", "/no/data"],
+            "--data-path /no/data: there is no file /no/data.bin",
+        ),
+    ],
+)
+def test_bad_input_is_one_line(data, words, message):
+    done = eval_loss("--data-path", data, "--seq-length", LENGTH, *words)
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.fullmatch(rf"error: .*{re.escape(message)}.*\n", done.stderr)
