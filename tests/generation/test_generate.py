@@ -9,9 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from generation_models import greedy, prompts, save_model
+from generation_models import VOCAB, greedy, prompts, save_model
 from megatron_run import train_all
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import megatron_s2.hf
 from megatron_s2.data.command import run_command
@@ -46,8 +49,12 @@ def process(*command) -> subprocess.Popen:
 
 @pytest.fixture(scope="module")
 def hugging_face(tmp_path_factory):
+    """With a tokenizer in which token n is the word `wn`."""
     directory = tmp_path_factory.mktemp("qwen3")
     save_model(directory, "qwen3")
+    tokenizer = Tokenizer(WordLevel({f"w{n}": n for n in range(VOCAB)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w96").save_pretrained(directory)
     return directory
 
 
@@ -68,6 +75,15 @@ def converted(hugging_face, tmp_path_factory):
     return directory
 
 
+@pytest.fixture(scope="module", autouse=True)
+def from_converted(converted):
+    """The command on that checkpoint, started before the other tests."""
+    asked = ask(prompts(*LENGTHS), spelled)
+    with process(SCRIPT, "--load", converted, *asked, "--max-new-tokens", "12", "--ignore-eos") as running:
+        yield running
+        running.kill()
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     directory = tmp_path_factory.mktemp("trained")
@@ -83,8 +99,13 @@ def flags(*given) -> list[str]:
     return [*map(str, given), "--token-ids"]
 
 
-def ask(texts: list[list[int]]) -> list[str]:
-    return [word for text in texts for word in ("--prompt", words(text))]
+def spelled(tokens: list[int]) -> str:
+    """As the tokenizer does."""
+    return " ".join(f"w{token}" for token in tokens)
+
+
+def ask(texts: list[list[int]], written=words) -> list[str]:
+    return [word for text in texts for word in ("--prompt", written(text))]
 
 
 def output(capsys, *given) -> tuple[str, str]:
@@ -114,6 +135,26 @@ def test_a_file_of_prompts_is_a_batch(capsys, hugging_face, model, tmp_path):
     assert out.splitlines() == expected
 
 
+def test_text_ends_with_the_stop_token(capsys, hugging_face, model):
+    [prompt] = prompts(30)
+    row = greedy(model, prompt, 8)
+    model_stops_at = row[4]
+    end = row.index(model_stops_at)
+    given = ["--hf", str(hugging_face), *ask([prompt], spelled), "--max-new-tokens", "8"]
+    assert run_command(main, given) == 0
+    assert capsys.readouterr().out == spelled(row) + "\n"
+    saved = hugging_face / "generation_config.json"
+    before = saved.read_text()
+    saved.write_text(json.dumps({"eos_token_id": model_stops_at}))
+    try:
+        assert run_command(main, given) == 0
+        assert capsys.readouterr().out == spelled(row[: end + 1]) + "\n"
+        assert run_command(main, [*given, "--ignore-eos"]) == 0
+        assert capsys.readouterr().out == spelled(row) + "\n"
+    finally:
+        saved.write_text(before)
+
+
 def test_a_seed_draws_the_same_again(capsys, hugging_face):
     how = ("--max-new-tokens", 20, "--temperature", 1.0, "--top-k", 50, "--top-p", 0.9)
     drawn = [
@@ -123,13 +164,11 @@ def test_a_seed_draws_the_same_again(capsys, hugging_face):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_a_megatron_checkpoint_gives_what_its_hugging_face_model_does(converted, model):
-    texts = prompts(*LENGTHS)
-    asked = ask(texts)
-    running = process(SCRIPT, "--load", converted, *asked, "--max-new-tokens", "12", "--ignore-eos")
-    out, err = running.communicate(timeout=120)
-    assert running.returncode == 0, err
-    assert out.splitlines() == [f"[{n + 1}] {words(greedy(model, text, 12))}" for n, text in enumerate(texts)]
+def test_a_megatron_checkpoint_gives_what_its_hugging_face_model_does(from_converted, model):
+    out, err = from_converted.communicate(timeout=120)
+    assert from_converted.returncode == 0, err
+    rows = [greedy(model, text, 12) for text in prompts(*LENGTHS)]
+    assert out.splitlines() == [f"[{n + 1}] {spelled(row)}" for n, row in enumerate(rows)]
     assert [line.split(":")[0] for line in err.splitlines()] == ["prefill", "decode", "cache"]
 
 
@@ -182,12 +221,13 @@ def test_bad_input_is_one_line(capsys, hugging_face, given, message):
     assert err.startswith(message.format(hf=hugging_face)) and err.count("\n") == 1
 
 
-def test_models_without_s2_or_tokenizer_are_refused(capsys, hugging_face, tmp_path):
-    assert run_command(main, ["--hf", str(hugging_face), "--prompt", "text"]) == 2
-    assert capsys.readouterr().err.startswith(f"error: --tokenizer-model {hugging_face}: has no tokenizer")
-    save_model(tmp_path, "llama", s2_attention=None, attn_implementation=None)
-    assert run_command(main, flags("--hf", tmp_path, "--prompt", "1")) == 2
-    assert capsys.readouterr().err.startswith(f"error: --hf {tmp_path}: s2_attention None: must be a dict")
+def test_models_without_s2_or_tokenizer_are_refused(capsys, tmp_path):
+    save_model(tmp_path / "s2", "llama")
+    assert run_command(main, ["--hf", str(tmp_path / "s2"), "--prompt", "text"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: --tokenizer-model {tmp_path / 's2'}: has no tokenizer")
+    save_model(tmp_path / "dense", "llama", s2_attention=None, attn_implementation=None)
+    assert run_command(main, flags("--hf", tmp_path / "dense", "--prompt", "1")) == 2
+    assert capsys.readouterr().err.startswith(f"error: --hf {tmp_path / 'dense'}: s2_attention None: must be")
 
 
 def test_a_character_of_several_tokens_is_written_when_it_is_complete():
