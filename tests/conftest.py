@@ -13,6 +13,7 @@ LONG = (
     "test_context_parallel",
     "test_resources",
     "test_pretrain",
+    "test_generate",
     "test_golden",
     "test_lost_peer",
     "test_context_parallel_bench",
