@@ -35,11 +35,9 @@ class GPTDecoder:
     def __init__(self, model: GPTModel, batch: int, max_tokens: int, vocab_size: int | None = None) -> None:
         config = model.config
         layers = [module for module in model.modules() if isinstance(module, S2CoreAttention)]
-        for name in ("tensor", "pipeline", "context"):
-            if getattr(config, f"{name}_model_parallel_size", 1) > 1:
-                raise ValueError(f"--{name}-model-parallel-size: must be 1 in generation")
-        if config.context_parallel_size > 1:
-            raise ValueError("--context-parallel-size: must be 1 in generation")
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
+            if (size := getattr(config, name)) > 1:
+                raise ValueError(f"--{name.replace('_', '-')} {size}: must be 1 in generation")
         if len(layers) != config.num_layers:
             raise ValueError(
                 f"--s2-attention: must be given: {config.num_layers - len(layers)} of {config.num_layers} "

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gpt_models import S2, SHAPE, VOCAB, gpt, greedy, logits_of, one_rank, prompts
+from gpt_models import SHAPE, VOCAB, gpt, greedy, logits_of, one_rank, prompts
 
 from megatron_s2.generation import decoding
 from megatron_s2.generation.cache import cache_bytes, dense_cache_bytes
@@ -164,8 +164,11 @@ def test_a_closed_decoder_leaves_the_model_as_it_was(plain_model):
 def test_refuses_what_has_no_cache():
     with pytest.raises(ValueError, match=r"^--max-position-embeddings 64: must be at least the 65 tokens"):
         GPTDecoder(gpt(position="learned_absolute", max_positions=64), 1, 65)
+    divided = gpt()
+    divided.config.context_parallel_size = 2
+    with pytest.raises(ValueError, match=r"^--context-parallel-size 2: must be 1 in generation"):
+        GPTDecoder(divided, 1, 65)
     dense = gpt()
     dense.decoder.layers[0].self_attention.core_attention = torch.nn.Identity()
     with pytest.raises(ValueError, match=r"^--s2-attention: must be given: 1 of 3 layers have another"):
         GPTDecoder(dense, 1, 65)
-    assert S2["s2_attention"]
