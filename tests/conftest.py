@@ -7,6 +7,8 @@ import pytest
 
 # A worker that began one of these last would leave the other without work. Longest first.
 LONG = (
+    "test_offload_training",
+    "test_offload_checkpoints",
     "test_cp_training",
     "test_triton",
     "test_s2_training",
@@ -19,6 +21,8 @@ LONG = (
     "test_context_parallel_bench",
     "test_attention_bench",
     "test_converted_training",
+    "test_eval_loss",
+    "test_examples",
     "test_executor",
     "test_s2_checkpoints",
     "test_preprocess",

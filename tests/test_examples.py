@@ -175,3 +175,65 @@ def test_the_laptop_recipe_trains(tmp_path):
     assert "S2 in 3 of 4 layers" in done.stdout
     assert re.search(r"iteration +2/ +2 .* lm loss: \d", done.stdout)
     assert list(logs.iterdir())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_dense_model_is_made_sparse(tmp_path, family):
+    """The whole recipe on a tiny model; of one the training ends early, and a second call goes on."""
+    model, prefix = tiny_model(tmp_path, family), tiny_data(tmp_path)
+    words = (
+        f"--hf {model} --data-prefix {prefix} --out {tmp_path / 'out'} --seq-length 64 --global-batch-size 4 "
+    )
+    words += (
+        "--s2-anneal-steps 6 --lr 3e-3 --lr-warmup-iters 0 --save-interval 4 --num-workers 0 --log-interval 1"
+    )
+    script = EXAMPLES / "continue-pretraining" / "train.sh"
+    pattern = "--s2-block-size 16 --s2-local-blocks 1 --s2-vert-stride 2"
+
+    def run(*more: str) -> str:
+        done = subprocess.run(
+            ["bash", str(script), *words.split(), "--train-iters", "8", *more],
+            cwd=tmp_path,
+            env=environment() | {"PATTERN": pattern, "SAMPLES": "4", "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    printed = run("--exit-interval", "6") if family == "llama" else run()
+    dense, sparse, after = (float(loss) for loss in re.findall(r"^loss (\S+), perplexity", printed, re.M))
+    assert dense != sparse and after < sparse - 0.3
+    assert "annealing: stride 1, window 2 from step 0; stride 2, window 1 from step 6" in printed
+    assert "It goes on: The" in printed
+    if family == "llama":
+        went_on = run()
+        assert re.search(r"iteration +7/ +8 ", went_on) and not re.search(r"iteration +6/ +8 ", went_on)
+        assert float(re.search(r"^loss (\S+), perplexity", went_on, re.M)[1]) < after
+
+
+def tiny_model(directory: Path, family: str) -> Path:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from megatron_s2.data.documents import Corpus
+    from megatron_s2.data.tokenizer import train_tokenizer
+
+    (directory / "text").mkdir()
+    (directory / "text" / "one.txt").write_text("the cat sat on the mat and the dog sat on the cat\n" * 100)
+    train_tokenizer(Corpus(str(directory / "text")), 270, str(directory / "model"))
+    sizes = {"vocab_size": 270, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    described = AutoConfig.for_model(
+        family, **sizes, **heads, **({"head_dim": 32} if family == "qwen3" else {})
+    )
+    AutoModelForCausalLM.from_config(described).save_pretrained(directory / "model")
+    return directory / "model"
+
+
+def tiny_data(directory: Path) -> Path:
+    words = f"--input {directory / 'text'} --output-prefix {directory / 'data'} --append-eod --workers 1 "
+    words += f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {directory / 'model'}"
+    command = [sys.executable, str(ROOT / "scripts" / "preprocess_data.py"), *words.split()]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    return directory / "data_text_document"

@@ -44,6 +44,7 @@ def assert_s2(built: partial, settings: S2Settings, backend: str) -> None:
         "cp_schedule": "auto",
         "cluster": Cluster(),
         "traffic": None,
+        "annealing": None,
     }
 
 
