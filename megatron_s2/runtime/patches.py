@@ -33,6 +33,7 @@ def apply_patches(cpu: bool) -> None:
     let_distributed_optimizer_resume_with_torch_adam()
     keep_adam_step_when_distributed_optimizer_resumes()
     refuse_empty_splits()
+    keep_padding_to_its_own_sample()
     rotate_packed_tokens_of_a_row()
     pass_rope_scaling_factor_on()
     if cpu:
@@ -163,6 +164,32 @@ def refuse_empty_splits() -> None:
 
     num_epochs.before_megatron_s2 = original
     GPTDataset._get_num_epochs = num_epochs
+
+
+def keep_padding_to_its_own_sample() -> None:
+    """The padding of the first sample is left out of the loss of all later ones, too (seen in 0.19.2).
+
+    `GPTDataset` keeps the first sample's loss mask for those that follow, and then writes that sample's
+    padding into it. Where the data hold the tokenizer's pad token, losses depend on which sample each rank
+    happens to read first. Here what is kept is whole. Touches
+    `megatron.core.datasets.gpt_dataset.GPTDataset.__getitem__`.
+    """
+    from megatron.core.datasets.gpt_dataset import GPTDataset
+
+    original = GPTDataset.__getitem__
+    if hasattr(original, "before_megatron_s2"):
+        return
+
+    @wraps(original)
+    def get_item(self, index):
+        was_cached = self.masks_and_position_ids_are_cached
+        sample = original(self, index)
+        if self.masks_and_position_ids_are_cached and not was_cached:
+            self.cached_loss_mask = torch.ones_like(self.cached_loss_mask)
+        return sample
+
+    get_item.before_megatron_s2 = original
+    GPTDataset.__getitem__ = get_item
 
 
 def let_eval_interval_be_unset(args: Namespace) -> None:

@@ -9,6 +9,7 @@ import warnings
 from argparse import Namespace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from megatron.core.datasets import utils
@@ -23,6 +24,7 @@ from megatron_s2.runtime.patches import (
     EmptySplitError,
     apply_patches,
     count_s2_flops,
+    keep_padding_to_its_own_sample,
     let_distributed_optimizer_resume_with_torch_adam,
     let_eval_interval_be_unset,
     quiet_known_warnings,
@@ -35,6 +37,7 @@ from megatron_s2.settings import S2Settings
 TOUCHED = [
     (utils, "compile_helpers"),
     (GPTDataset, "_get_num_epochs"),
+    (GPTDataset, "__getitem__"),
     (DistributedOptimizer, "state_dict"),
     (DistributedOptimizer, "_set_main_param_and_optimizer_states"),
     (argument_utils, "gpt_config_from_args"),
@@ -125,6 +128,28 @@ def test_a_split_without_tokens_is_refused_instead_of_repeated_for_ever():
     assert GPTDataset._get_num_epochs(dataset, 200) == 3
     with pytest.raises(EmptySplitError, match=r"^--split 99,1,0: the valid split of data/text has no tokens"):
         GPTDataset._get_num_epochs(dataset, 0)
+
+
+def test_the_padding_of_the_first_sample_is_none_of_later_ones(unpatched, monkeypatch):
+    """Tokens 1 to 9, of which 5 is the tokenizer's padding; each sample begins one later."""
+    keep_padding_to_its_own_sample()
+    monkeypatch.setattr(GPTDataset, "__abstractmethods__", frozenset())
+    dataset = object.__new__(GPTDataset)
+    dataset.config = SimpleNamespace(
+        **dict.fromkeys(["reset_position_ids", "reset_attention_mask", "eod_mask_loss"], False),
+        **dict.fromkeys(["create_attention_mask", "inter_document_masking"], False),
+        add_extra_token_to_sequence=True,
+        tokenizer=SimpleNamespace(eod=100),
+    )
+    dataset.masks_and_position_ids_are_cacheable, dataset.masks_and_position_ids_are_cached = True, False
+    dataset._pad_token_id = 5
+    monkeypatch.setattr(
+        GPTDataset,
+        "_query_document_sample_shuffle_indices",
+        lambda self, index: (np.arange(1 + index, 6 + index), [], [5]),
+    )
+    masks = [dataset[index]["loss_mask"].tolist() for index in (2, 0, 3)]
+    assert masks == [[1, 0, 1, 1], [1, 1, 1, 0], [0, 1, 1, 1]]
 
 
 @pytest.mark.parametrize(("given", "used"), [(None, sys.maxsize), (0, sys.maxsize), (7, 7)])
