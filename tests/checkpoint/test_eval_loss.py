@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from eval_loss import main
 from hf_models import convert, make_model
 from megatron_run import ROOT, train_all
 from transformers import AutoModelForCausalLM
 
 import megatron_s2.hf
+from megatron_s2.data.command import run_command
 from megatron_s2.evaluation import Evaluation, evaluate, windows
 
 S2 = ("--s2-attention", "--s2-block-size", "16", "--s2-local-blocks", "2", "--s2-vert-stride", "3")
@@ -36,14 +38,16 @@ def write_documents(prefix: Path, documents: list[list[int]]) -> Path:
     return prefix
 
 
-def eval_loss(*words: object) -> subprocess.CompletedProcess:
+def in_a_process(*words: object) -> str:
+    """What the command prints; a checkpoint's model leaves Megatron's global state behind."""
     command = [sys.executable, str(ROOT / "scripts" / "eval_loss.py"), *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-
-
-def loss_of(done: subprocess.CompletedProcess) -> float:
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    found = re.fullmatch(rf"loss (\S+), perplexity \S+, over {WINDOWS * LENGTH} tokens\n", done.stdout)
+    return done.stdout
+
+
+def loss_of(printed: str) -> float:
+    found = re.fullmatch(rf"loss (\S+), perplexity \S+, over {WINDOWS * LENGTH} tokens\n", printed)
     return float(found[1])
 
 
@@ -73,11 +77,12 @@ def model(request, directory) -> tuple[Path, Path]:
     return source, checkpoint
 
 
-def test_both_sides_of_a_conversion_and_the_first_step_of_training_agree(model, data, tmp_path):
+def test_both_sides_of_a_conversion_and_the_first_step_of_training_agree(model, data, tmp_path, capsys):
     source, checkpoint = model
-    on = ("--data-path", data, "--seq-length", LENGTH, "--micro-batch-size", 3)
-    loss = loss_of(eval_loss("--load", checkpoint, *on))
-    assert loss_of(eval_loss("--hf", source, *on)) == pytest.approx(loss, rel=1e-5)
+    on = ("--data-path", str(data), "--seq-length", str(LENGTH), "--micro-batch-size", "3")
+    loss = loss_of(in_a_process("--load", checkpoint, *on))
+    main(["--hf", str(source), *on])
+    assert loss_of(capsys.readouterr().out) == pytest.approx(loss, rel=1e-5)
     flags = f"--load {checkpoint} {(checkpoint / 'resume.args').read_text()} --tokenizer-type NullTokenizer"
     flags += f" --train-iters 1 --micro-batch-size 2 --global-batch-size {WINDOWS} --eval-iters 0"
     of_data = f"--data-path {data} --split 100,0,0"
@@ -128,7 +133,8 @@ def test_the_line_it_prints():
         ),
     ],
 )
-def test_bad_input_is_one_line(data, words, message):
-    done = eval_loss("--data-path", data, "--seq-length", LENGTH, *words)
-    assert done.returncode == 2 and done.stdout == ""
-    assert re.fullmatch(rf"error: .*{re.escape(message)}.*\n", done.stderr)
+def test_bad_input_is_one_line(data, words, message, capsys):
+    status = run_command(main, ["--data-path", str(data), "--seq-length", str(LENGTH), *words])
+    printed = capsys.readouterr()
+    assert status == 2 and printed.out == ""
+    assert re.fullmatch(rf"error: .*{re.escape(message)}.*\n", printed.err)

@@ -12,7 +12,7 @@ from megatron_run import Run, train_all, train_until_killed
 BASE = (
     "--bf16 --lr 3e-5 --min-lr 3e-6 --lr-decay-iters 60 --clip-grad 0.1 --eval-iters 0 --micro-batch-size 2"
 )
-SIX_STEPS = f"{BASE} --global-batch-size 8 --train-iters 6 --save-interval 3"
+FOUR_STEPS = f"{BASE} --global-batch-size 8 --train-iters 4 --save-interval 2"
 STOCK = "--use-distributed-optimizer"
 HYBRID = f"{STOCK} --optimizer-offload-fraction 0"
 FORMATS = {
@@ -46,18 +46,18 @@ def saved(directory, placements) -> dict[tuple[int, str], Run]:
     runs = {}
     for ranks in RANKS:
         flags = {
-            name: f"{SIX_STEPS} {placements[n]} {form} --save '{directory}/{ranks} {name}'"
+            name: f"{FOUR_STEPS} {placements[n]} {form} --save '{directory}/{ranks} {name}'"
             for n, (name, form) in enumerate(FORMATS.items())
         }
         finished = train_all(directory / f"saved-{ranks}", flags, ranks)
         for name in FORMATS:
-            from_step_3(directory / f"{ranks} {name}")
+            from_step_2(directory / f"{ranks} {name}")
         runs |= {(ranks, name): run for name, run in finished.items()}
     return runs
 
 
-def from_step_3(checkpoint: Path) -> None:
-    (checkpoint / "latest_checkpointed_iteration.txt").write_text("3")  # "torch" knows no --ckpt-step
+def from_step_2(checkpoint: Path) -> None:
+    (checkpoint / "latest_checkpointed_iteration.txt").write_text("2")  # "torch" knows no --ckpt-step
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def resumed(directory, placements, saved) -> dict[tuple[int, str, int], Run]:
     runs = {}
     for ranks in RANKS:
         flags = {
-            (before, name): f"{SIX_STEPS} {placements[(n + 1 + (ranks != before)) % 3]} {form} "
+            (before, name): f"{FOUR_STEPS} {placements[(n + 1 + (ranks != before)) % 3]} {form} "
             f"--load '{directory}/{before} {name}'"
             for before, (n, (name, form)) in product(RANKS, enumerate(FORMATS.items()))
         }
@@ -82,7 +82,7 @@ def resumed(directory, placements, saved) -> dict[tuple[int, str, int], Run]:
 def test_placements_train_alike(saved):
     for ranks in RANKS:
         first, *others = (saved[ranks, name].losses for name in FORMATS)
-        assert len(first) == 6
+        assert len(first) == 4
         assert all(losses == first for losses in others)
 
 
@@ -90,7 +90,7 @@ def test_placements_train_alike(saved):
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("before", RANKS)
 def test_a_resumed_run_goes_on_as_if_it_had_not_ended(saved, resumed, before, form, after):
-    rest = {step: loss for step, loss in saved[before, form].losses.items() if step > 3}
+    rest = {step: loss for step, loss in saved[before, form].losses.items() if step > 2}
     went_on = resumed[before, form, after]
     assert went_on.status == 0, went_on.output
     if after == before:
@@ -101,29 +101,29 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_ended(saved, resumed, before, fo
 
 @pytest.mark.parametrize("form", ["reshardable over ranks", "fully reshardable"])
 def test_checkpoints_of_and_for_megatrons_optimizers(placements, tmp_path, form):
-    common = f"{SIX_STEPS} {FORMATS[form]}"
+    common = f"{FOUR_STEPS} {FORMATS[form]}"
     hybrid = {"hybrid": f"{common} {STOCK} --optimizer-offload-fraction 0 --save {tmp_path}/hybrid"}
     runs = train_all(tmp_path / "hybrid-run", hybrid, before=["hybrid_device_optimizer_on_cpu"])
     flags = {
         "stock": f"{common} {STOCK} --save {tmp_path}/stock",
         "ours": f"{common} {placements[2]} --save {tmp_path}/ours",
-        "ours goes on with stock": f"{common} {STOCK} --load {tmp_path}/ours --ckpt-step 3",
+        "ours goes on with stock": f"{common} {STOCK} --load {tmp_path}/ours --ckpt-step 2",
     }
     for name in ("stock", "hybrid"):
-        load = f"--load {tmp_path}/{name} --ckpt-step 3"
+        load = f"--load {tmp_path}/{name} --ckpt-step 2"
         flags[f"{name} goes on with ours"] = f"{common} {placements[1]} {load}"
         flags[f"weights of {name} with ours"] = f"{common} {placements[0]} {load} --finetune"
         flags[f"weights of {name} with stock"] = f"{common} {STOCK} {load} --finetune"
     runs |= train_all(tmp_path / "runs", flags)
     whole = runs["stock"].losses
-    rest = {step: loss for step, loss in whole.items() if step > 3}
+    rest = {step: loss for step, loss in whole.items() if step > 2}
     for name in ("ours", "hybrid"):
         assert runs[name].losses == pytest.approx(whole, rel=1e-5), name
     for name in ("stock goes on with ours", "hybrid goes on with ours", "ours goes on with stock"):
         assert runs[name].losses == pytest.approx(rest, rel=1e-5), name
     for name in ("stock", "hybrid"):
         theirs, ours = (runs[f"weights of {name} with {which}"].losses for which in ("stock", "ours"))
-        assert len(ours) == 6
+        assert len(ours) == 4
         assert ours == pytest.approx(theirs, rel=1e-5), name
 
 

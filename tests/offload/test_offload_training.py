@@ -67,10 +67,11 @@ def batches(accumulation: int, ranks: int) -> str:
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_same_bits_at_every_placement_and_the_losses_of_megatrons_optimizer(tmp_path, ranks, accumulation):
     batch = batches(accumulation, ranks)
+    chosen = placements(tmp_path / "nvme", ranks)
+    if (accumulation, ranks) in ((3, 1), (1, 2)):  # the farthest apart
+        chosen = {name: chosen[name] for name in ("all on the CPU", "on NVMe")}
     runs = {"stock": f"{STOCK} {batch}"}
-    runs |= {
-        name: f"{OFFLOAD} {batch} {flags}" for name, flags in placements(tmp_path / "nvme", ranks).items()
-    }
+    runs |= {name: f"{OFFLOAD} {batch} {flags}" for name, flags in chosen.items()}
     runs = train_all(tmp_path, saving(runs, tmp_path), ranks)
     stock, first, *others = runs.values()
     assert len(stock.losses) == 20
@@ -86,7 +87,7 @@ def test_same_bits_at_every_placement_and_the_losses_of_megatrons_optimizer(tmp_
 
 
 FEATURES = {
-    "fp16 with a dynamic loss scale": "--fp16 --initial-loss-scale 65536 --loss-scale-window 5",
+    "fp16 with a dynamic loss scale": "--fp16 --initial-loss-scale 65536 --loss-scale-window 2",
     "loss per token": "--bf16 --calculate-per-token-loss",
     "float32": "",
     "norm of the weights": "--bf16 --log-params-norm",
@@ -104,10 +105,10 @@ UNTIED = "--untie-embeddings-and-output-weights"
 
 
 def against_stock(directory: Path, flags: dict[str, str], ranks: int, model: str) -> None:
-    """Ten steps of each, with a third of the gradients on their way to the host during backward."""
+    """Five steps of each, with a third of the gradients on their way to the host during backward."""
     # With an eps far above the gradients' size updates are proportional to them: a wrong factor shows.
-    common = "--lr 3e-3 --min-lr 3e-4 --adam-eps 0.1 --clip-grad 0.1 --eval-iters 0 --micro-batch-size 4"
-    common += f" --global-batch-size {8 * ranks}"
+    common = "--lr 3e-3 --min-lr 3e-4 --adam-eps 0.1 --clip-grad 0.1 --eval-iters 0 --micro-batch-size 2"
+    common += f" --global-batch-size {4 * ranks} --train-iters 5"
     ours = f"--s2-offload {fraction(0.67)} {SMALL} {IN_BACKWARD}"
     runs = {}
     for name, more in flags.items():
@@ -116,7 +117,7 @@ def against_stock(directory: Path, flags: dict[str, str], ranks: int, model: str
     runs = train_all(directory, runs, ranks, model)
     for name in flags:
         stock, one = runs[f"stock, {name}"], runs[f"ours, {name}"]
-        assert len(one.losses) == 10, one.output
+        assert len(one.losses) == 5, one.output
         assert one.losses == pytest.approx(stock.losses, rel=1e-5), name
         assert one.scalar("grad-norm") == pytest.approx(stock.scalar("grad-norm"), rel=1e-3), name
         if "--log-params-norm" in flags[name]:
@@ -133,12 +134,12 @@ def test_gradients_that_change_after_their_reduction_leave_late(tmp_path):
 
 
 def test_a_step_with_infinite_gradients_leaves_the_state_as_it_is(tmp_path):
-    """A loss scale of 2^40 overflows half precision; each skipped step halves it."""
-    flags = f"--fp16 --initial-loss-scale {2**40} --hysteresis 1 --eval-iters 0 --lr 3e-5 --min-lr 3e-6"
+    """A loss scale of 2^26 overflows half precision; each skipped step halves it."""
+    flags = f"--fp16 --initial-loss-scale {2**26} --hysteresis 1 --eval-iters 0 --lr 3e-5 --min-lr 3e-6"
     flags += " --micro-batch-size 4 --global-batch-size 8 --lr-decay-iters 10"
     runs = {
-        "stock": f"{flags} --use-distributed-optimizer --train-iters 30",
-        "offload": f"{flags} --s2-offload {fraction(0.5)} {SMALL} {IN_BACKWARD} --train-iters 30",
+        "stock": f"{flags} --use-distributed-optimizer --train-iters 12",
+        "offload": f"{flags} --s2-offload {fraction(0.5)} {SMALL} {IN_BACKWARD} --train-iters 12",
     }
     runs = train_all(tmp_path, runs)
     skipped = [step for step, norm in runs["stock"].scalar("loss-scale").items() if norm > 2**20]
@@ -161,12 +162,12 @@ def test_gradients_leave_during_backward(tmp_path, overlap):
 def test_a_run_holds_its_host_budget_while_its_state_is_several_times_larger(tmp_path):
     """The process grows by that much less than where the host holds all; how much both grow by activations
     and by what would be the GPU's memory is the same."""
-    budget, slack = 100_000_000, 64 * 2**20
+    budget, slack = 45_000_000, 48 * 2**20
     flags = (
-        f"{OFFLOAD} --train-iters 3 --num-layers 6 --hidden-size 768 --ffn-hidden-size 2048 --seq-length 32"
+        f"{OFFLOAD} --train-iters 3 --num-layers 6 --hidden-size 512 --ffn-hidden-size 1536 --seq-length 32"
     )
     flags += f" --micro-batch-size 1 --global-batch-size 1 {fraction(0)} {IN_BACKWARD}"
-    flags += f" --s2-offload-subgroup-size {2**20}"
+    flags += f" --s2-offload-subgroup-size {2**19}"
     on_disk = f"--s2-offload-nvme-dir {tmp_path} --s2-offload-host-budget-gb {budget / 1e9}"
     runs = {}
     for name, more in {"on the host": "", "on NVMe": on_disk}.items():  # a process each
