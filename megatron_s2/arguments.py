@@ -294,7 +294,8 @@ def take_from_checkpoint(args: Namespace, saved: Namespace) -> None:
         return
     args.s2_attention = True
     for name in (n for n in (*_CHECKPOINTED, "s2_learnable_sink") if n in args and n.startswith("s2_")):
-        if getattr(args, name) is None:
+        anneals_afresh = name == "s2_anneal_steps" and args.finetune  # only if the command line says so
+        if getattr(args, name) is None and not anneals_afresh:
             setattr(args, name, getattr(saved, name, None))
     args.softmax_type = saved.softmax_type if args.softmax_type == "vanilla" else args.softmax_type
 

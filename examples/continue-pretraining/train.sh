@@ -8,7 +8,7 @@
 # --hf DIR          model and tokenizer: Llama, Mistral, Qwen2 or Qwen3, in safetensors
 # --data-prefix P   dataset written by scripts/preprocess_data.py with that tokenizer, without .bin
 # --eval-prefix P   dataset to judge by (default: the training data)
-# --out DIR         everything that is made (default runs/continue-pretraining)
+# --out DIR         everything that is made (default runs/continue-pretraining); the result in DIR/exported
 # --ranks N         processes, one per GPU (default 1)
 # --seq-length N    tokens per sequence (default 32768)
 # --prompt TEXT     what the result continues (default: The)
@@ -51,7 +51,15 @@ JUDGE=(--data-path "${EVAL:-$PREFIX}" --seq-length "$LENGTH" --samples "${SAMPLE
 
 say() { printf '\n%s\n' "$*"; }
 
+refuse() {
+    printf 'error: %s\n' "$*" >&2
+    exit 2
+}
+
+ASKED="$HF ${PATTERN[*]}"
 mkdir -p "$OUT"
+[[ -e $OUT/asked ]] || printf '%s\n' "$ASKED" >"$OUT/asked"
+[[ $(<"$OUT/asked") == "$ASKED" ]] || refuse "--out $OUT: was made from $(<"$OUT/asked"); give another"
 if [[ ! -e $START ]]; then
     say "Converting $HF"
     python scripts/convert_checkpoint.py hf-to-megatron --input "$HF" --output "$START" --s2-attention "${PATTERN[@]}"
@@ -67,14 +75,17 @@ else
 fi
 
 say "Training: ${FROM[*]}"
-eval "MODEL=($(<"$START/resume.args"))"
+read -ra MODEL -d '' <"$START/resume.args" || true
 torchrun --standalone --nproc-per-node "$RANKS" scripts/pretrain_gpt.py \
     "${MODEL[@]}" "${TRAINING[@]}" "${DATA[@]}" "${LOGGING[@]}" \
     "${FROM[@]}" --save "$TRAINED" --save-interval 500 --ckpt-format torch_dist "${MORE[@]}"
 
+# Refuses what is still being annealed.
+rm -rf "$OUT/exported.new"
+python scripts/convert_checkpoint.py megatron-to-hf --input "$TRAINED" --output "$OUT/exported.new"
+rm -rf "$OUT/exported"
+mv "$OUT/exported.new" "$OUT/exported"
 say "After training, with the pattern"
 python scripts/eval_loss.py --load "$TRAINED" "${JUDGE[@]}"
-rm -rf "$OUT/hf"
-python scripts/convert_checkpoint.py megatron-to-hf --input "$TRAINED" --output "$OUT/hf"
 say "It goes on: $PROMPT"
-python scripts/generate.py --hf "$OUT/hf" --prompt "$PROMPT" --max-new-tokens 32
+python scripts/generate.py --hf "$OUT/exported" --prompt "$PROMPT" --max-new-tokens 32

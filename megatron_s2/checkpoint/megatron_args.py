@@ -34,6 +34,7 @@ _REQUIRED = {
     "experimental_attention_variant": None,
     "heterogeneous_layers_config_path": None,
     "hybrid_layer_pattern": None,
+    "spec": None,  # it may bring an attention that the other arguments do not tell of
 }
 _S2_FIELDS = tuple(S2Settings.__dataclass_fields__)[2:]  # without the model's own numbers
 

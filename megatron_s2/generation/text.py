@@ -53,7 +53,9 @@ def hugging_face_text(directory: Path, stop: frozenset[int]) -> Text:
         stop = frozenset({tokenizer.eos_token_id})
     return Text(
         lambda text: tokenizer(text).input_ids,
-        lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+        lambda ids: tokenizer.decode(  # cleaned up, text may get shorter by another token
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        ),
         stop,
     )
 

@@ -9,9 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from megatron_s2.offload.adam import fused_update
 from megatron_s2.offload.plan import ALIGNMENT, GB, SUBGROUP_SIZE, check_fraction
 
 _FLAG = "--s2-offload"
@@ -218,6 +215,10 @@ def offload_settings(args: Namespace) -> OffloadSettings:
         raise ValueError(f"--s2-offload-nvme-dir {args.s2_offload_nvme_dir}: must name each directory once")
     gpu_adam = args.s2_offload_gpu_adam or "triton"
     if gpu_adam != "triton":
+        import torch
+
+        from megatron_s2.offload.adam import fused_update
+
         if not torch.cuda.is_available():
             raise ValueError(f"--s2-offload-gpu-adam {gpu_adam}: needs a GPU, and there is none here")
         fused_update(gpu_adam)

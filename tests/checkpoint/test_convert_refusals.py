@@ -169,6 +169,7 @@ def test_another_pattern_than_the_models_own(source, trained, tmp_path):
     [
         ({"softmax_type": "learnable"}, "--s2-learnable-sink: none of the families has learned sinks"),
         ({"normalization": "LayerNorm"}, "--normalization LayerNorm: the checkpoint was trained with it"),
+        ({"spec": ["a", "b"]}, "--spec"),
         ({"num_experts": 8}, "--num-experts 8: the checkpoint was trained with it; must be None"),
         ({"add_qkv_bias": True, "qk_layernorm": True}, "--add-qkv-bias: no family has it together with"),
         ({"ffn_hidden_size": 48}, "linear_fc1.weight: has shape [2, 192, 64]; its arguments say [2, 96, 64]"),

@@ -236,7 +236,7 @@ def processes_in_session(session):
 def test_an_interrupted_run_leaves_nothing_and_ends_quietly(start, tmp_path, workers, number, status):
     process = start(workers)
     os.killpg(process.pid, number)  # as a terminal does: to the workers as well
-    process.join(20)
+    process.join(60)
     assert process.exitcode == status
     assert os.listdir(tmp_path / "out") == []
     assert "Traceback" not in (tmp_path / "stderr").read_text()
