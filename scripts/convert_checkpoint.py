@@ -26,15 +26,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{args.output}: load it with --load {args.output} and the flags in {args.output / RESUME}:")
         print("\n".join(lines))
         return
-    model, settings = to_hugging_face(
+    done = to_hugging_face(
         args.input,
         args.output,
         dtype=args.dtype,
         max_shard_size=args.max_shard_size,
         vocab_size=args.vocab_size,
+        family=args.family,
     )
-    attention = "dense attention" if settings is None else "S2 attention (s2_attention in config.json)"
-    print(f"{args.output}: {model.family}, {model.num_layers} layers, {attention}")
+    attention = "dense attention" if done.settings is None else "S2 attention (s2_attention in config.json)"
+    tokenizer = "no tokenizer" if done.tokenizer is None else f"tokenizer from {done.tokenizer}"
+    print(
+        f"{args.output}: {done.model.family} ({done.reason}), {done.model.num_layers} layers, {attention}, "
+        f"{tokenizer}"
+    )
 
 
 def arguments() -> CommandParser:
@@ -48,7 +53,7 @@ def arguments() -> CommandParser:
     back.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
-        help="of the weights (default: that of the embedding in the checkpoint)",
+        help="of all weights (default: each has the one that it has in the checkpoint)",
     )
     back.add_argument(
         "--max-shard-size",
@@ -59,8 +64,14 @@ def arguments() -> CommandParser:
     )
     back.add_argument(
         "--vocab-size",
-        type=int,
+        type=_positive,
         help="tokens without padding (default: what the checkpoint, or the model it came from, says)",
+    )
+    back.add_argument(
+        "--family",
+        choices=["llama", "mistral"],
+        help="which of the two a model is, because in Megatron they are the same (default: what the model it "
+        "came from says, or llama)",
     )
     return parser
 
@@ -68,6 +79,17 @@ def arguments() -> CommandParser:
 def _add_places(parser: CommandParser, source: str, output: str) -> None:
     parser.add_argument("--input", required=True, type=Path, metavar="DIR", help=source)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help=output)
+
+
+def _positive(text: str) -> int:
+    """Raises ValueError unless `text` is a whole number >= 1."""
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
+_positive.__name__ = "whole number >= 1"  # argparse names the type in its message
 
 
 def _bytes(text: str) -> int:
@@ -79,7 +101,7 @@ def _bytes(text: str) -> int:
     return size
 
 
-_bytes.__name__ = "size"  # argparse names the type in its message
+_bytes.__name__ = "size"
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import os
 import shutil
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -39,6 +40,25 @@ _COMPANION_FILES = (*_TOKENIZER_FILES, "generation_config.json")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _OUTPUT, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
+# Families that are the same in Megatron.
+NAMES_OF_LLAMA = ("llama", "mistral")
+_MARKS = {"qwen2": "--add-qkv-bias", "qwen3": "--qk-layernorm"}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `to_hugging_face` wrote.
+
+    Args:
+        settings: None for dense attention.
+        reason: what the family follows from.
+        tokenizer: where the tokenizer's files came from; None where there are none.
+    """
+
+    model: Model
+    settings: S2Settings | None
+    reason: str
+    tokenizer: Path | None
 
 
 def to_megatron(source: Path, output: Path, s2_flags: Namespace) -> list[str]:
@@ -74,9 +94,8 @@ def to_megatron(source: Path, output: Path, s2_flags: Namespace) -> list[str]:
     _check_weights(weights, placed, model)
     chunks = [_chunk(tensor, weights, model) for tensor in placed]
     size = sum(math.prod(chunk.sizes) * chunk.dtype.itemsize for chunk in chunks)
-    has_tokenizer = any((source / name).is_file() for name in _TOKENIZERS)
     tokenizer = {}
-    if has_tokenizer:
+    if _has_tokenizer(source):
         place = Path(os.path.abspath(output), COMPANIONS)
         tokenizer = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(place)}
     pattern = megatron_args.arguments_of_s2(settings, s2_flags.s2_anneal_steps or 0)
@@ -92,16 +111,25 @@ def to_megatron(source: Path, output: Path, s2_flags: Namespace) -> list[str]:
 
 
 def to_hugging_face(
-    source: Path, output: Path, *, dtype: str | None, max_shard_size: int, vocab_size: int | None
-) -> tuple[Model, S2Settings | None]:
+    source: Path,
+    output: Path,
+    *,
+    dtype: str | None,
+    max_shard_size: int,
+    vocab_size: int | None,
+    family: str | None,
+) -> Exported:
     """Writes the model in the Megatron checkpoint `source` as a Hugging Face directory.
 
     Args:
         source: what a training was given as `--save`, or `to_megatron` wrote.
         output: a new directory.
-        dtype: of the weights, a name in `DTYPES`; by default that of the embedding in the checkpoint.
+        dtype: of all weights, a name in `DTYPES`; by default each has the one that it has in the checkpoint,
+            and config.json names that of the embedding.
         max_shard_size: most bytes of a file of weights.
         vocab_size: tokens that have an embedding, without padding, where the checkpoint does not say it.
+        family: one of `NAMES_OF_LLAMA`, where the config.json of the model that training began with does not
+            say which.
 
     Raises:
         InputError: the checkpoint holds a model that none of the families is, or `output` exists.
@@ -113,24 +141,36 @@ def to_hugging_face(
     checkpoint = Checkpoint(source)
     companions = _companions(source, checkpoint.args)
     base = read_json(companions / _CONFIG) if (companions / _CONFIG).is_file() else {}
-    family = "mistral" if base.get("model_type") == "mistral" else "llama"
-    vocab_size = vocab_size or getattr(checkpoint.args, "vocab_size", None) or base.get("vocab_size")
-    model = megatron_args.model_of(checkpoint.args, family, vocab_size)
+    said = (vocab_size, getattr(checkpoint.args, "vocab_size", None), base.get("vocab_size"))
+    tokens = next((number for number in said if isinstance(number, int) and number > 0), None)
+    known = base.get("model_type") if base.get("model_type") in NAMES_OF_LLAMA else None
+    model = megatron_args.model_of(checkpoint.args, family or known or "llama", tokens)
+    if model.family in _MARKS:
+        reason = f"from the checkpoint's {_MARKS[model.family]}"
+    elif family or known:
+        reason = "from --family" if family else f"from {companions / _CONFIG}"
+    else:
+        reason = "or Mistral, the same in Megatron: --family mistral"
+    if family not in (None, model.family):
+        raise InputError(f"--family {family}: the model is {model.family}, {reason}")
     settings = megatron_args.settings_of(checkpoint.args, model)
     if settings is not None:
-        megatron_args.check_annealed(checkpoint.args, checkpoint.common["iteration"])
+        megatron_args.check_annealed(checkpoint.args, checkpoint.iteration)
     placed = list(placed_tensors(model))
     _check_tensors(checkpoint, placed, model)
-    dtypes = {name: known for known, name in DTYPES.items()}
-    dtype = dtype or dtypes[checkpoint.tensors()[placed[0].key][1]]
-    width = DTYPES[dtype].itemsize
-    sizes = {name: math.prod(shape) * width for tensor in placed for name, shape in tensor.parts.items()}
-    config = hf_config.config_of(model, base, settings, dtype)
+    stored = {key: DTYPES[dtype] if dtype else its for key, (_, its) in checkpoint.tensors().items()}
+    sizes = {
+        name: math.prod(shape) * stored[tensor.key].itemsize
+        for tensor in placed
+        for name, shape in tensor.parts.items()
+    }
+    of_embedding = next(name for name, its in DTYPES.items() if its == stored[placed[0].key])
+    config = hf_config.config_of(model, base, settings, of_embedding)
     with whole_directory(output, sum(sizes.values())) as directory:
-        write_weights(directory, sizes, _parts(checkpoint, placed, model, DTYPES[dtype]), max_shard_size)
+        write_weights(directory, sizes, _parts(checkpoint, placed, model, stored), max_shard_size)
         _copy(companions, directory, _COMPANION_FILES)
         (directory / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    return model, settings
+    return Exported(model, settings, reason, companions if _has_tokenizer(companions) else None)
 
 
 def _check_words(output: Path) -> None:
@@ -157,11 +197,12 @@ def _settings(config: hf_config.Config, model: Model, flags: Namespace) -> S2Set
 def _check_weights(weights: Weights, placed: Iterable[Placed], model: Model) -> None:
     """All tensors are there, and no others; a tied output layer may be, if it is the embedding."""
     weights.check(placed, allowed=(_OUTPUT,) if model.tied else ())
-    has_both = model.tied and _OUTPUT in weights
-    if has_both and not torch.equal(weights.read(_OUTPUT), weights.read(_EMBEDDING)):
-        raise InputError(
-            f"{_OUTPUT}: differs from {_EMBEDDING}, though config.json says tie_word_embeddings true"
-        )
+    if model.tied and _OUTPUT in weights:
+        output, embedding = weights.read(_OUTPUT), weights.read(_EMBEDDING)
+        if output.dtype != embedding.dtype or not torch.equal(output, embedding):
+            raise InputError(
+                f"{_OUTPUT}: differs from {_EMBEDDING}, though config.json says tie_word_embeddings true"
+            )
 
 
 def _chunk(tensor: Placed, weights: Weights, model: Model) -> Chunk:
@@ -184,9 +225,12 @@ def _companions(source: Path, args: Namespace) -> Path:
     """Where what the model came with lies: beside the checkpoint, or where the run had its tokenizer."""
     beside = source / COMPANIONS
     tokenizer = getattr(args, "tokenizer_model", None)
-    if beside.is_dir() or args.tokenizer_type != "HuggingFaceTokenizer" or not tokenizer:
-        return beside
-    return Path(tokenizer)
+    is_one = getattr(args, "tokenizer_type", None) == "HuggingFaceTokenizer" and tokenizer
+    return Path(tokenizer) if is_one and not beside.is_dir() else beside
+
+
+def _has_tokenizer(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in _TOKENIZERS)
 
 
 def _check_tensors(checkpoint: Checkpoint, placed: Iterable[Placed], model: Model) -> None:
@@ -212,13 +256,17 @@ def _check_tensors(checkpoint: Checkpoint, placed: Iterable[Placed], model: Mode
 
 
 def _parts(
-    checkpoint: Checkpoint, placed: Iterable[Placed], model: Model, dtype: torch.dtype
+    checkpoint: Checkpoint, placed: Iterable[Placed], model: Model, dtypes: dict[str, torch.dtype]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of Hugging Face's, one Megatron tensor of one layer read at a time."""
+    """Every tensor of Hugging Face's, one Megatron tensor of one layer read at a time.
+
+    Args:
+        dtypes: to write, by Megatron's key.
+    """
     for tensor in placed:
-        joined = checkpoint.read({tensor.key: _place(tensor)})[tensor.key].reshape(tensor.shape)
+        joined = checkpoint.read(tensor.key, *_place(tensor)).reshape(tensor.shape)
         for name, part in zip(tensor.parts, tensor.layout.split(joined, model)):
-            yield name, part.to(dtype, copy=True, memory_format=torch.contiguous_format)
+            yield name, part.to(dtypes[tensor.key], copy=True, memory_format=torch.contiguous_format)
 
 
 def _copy(source: Path, destination: Path, names: Iterable[str]) -> None:

@@ -1,5 +1,6 @@
 """Hugging Face's `config.json`: the model it describes, and the one that describes a model."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 
@@ -69,7 +70,7 @@ def model_of(config: Config) -> Model:
         head_dim=head_dim,
         vocab_size=_whole(config, "vocab_size"),
         max_position_embeddings=_whole(config, "max_position_embeddings"),
-        norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
+        norm_epsilon=_number("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
         **_rotary(config),
         tied=bool(config.get("tie_word_embeddings", False)),
     )
@@ -77,9 +78,12 @@ def model_of(config: Config) -> Model:
 
 def _rotary(config: Config) -> dict[str, object]:
     """Reads `rope_parameters`, or what stood for it before transformers 5: `rope_theta`, `rope_scaling`."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise _error("rope_scaling", rope, "must be an object or null")
+    rope = dict(rope)
     base = rope.pop("rope_theta", None) or config.get("rope_theta") or _DEFAULT_BASE
-    if base != int(base):
+    if _number("rope_theta", base) != int(base):
         raise _error("rope_theta", base, "must be a whole number (Megatron's --rotary-base)")
     share = rope.pop("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     if share != 1.0:
@@ -87,8 +91,8 @@ def _rotary(config: Config) -> dict[str, object]:
     older = rope.pop("type", "default")
     kind = rope.pop("rope_type", older)
     factor = rope.pop("factor", None)
-    if kind in ("llama3", "linear") and not isinstance(factor, int | float):
-        raise _error("rope_scaling: factor", factor, "must be a number")
+    if kind in ("llama3", "linear"):
+        _number("rope_scaling: factor", factor)
     read = {"rotary_base": int(base), "llama3_factor": None, "linear_factor": None}
     if kind == "llama3":
         for name, constant in _LLAMA3.items():
@@ -126,13 +130,15 @@ def settings_of(config: Config, model: Model) -> S2Settings | None:
     saved = config.get(_S2_KEY)
     if saved is None:
         return None
+    if not isinstance(saved, dict):
+        raise _error(_S2_KEY, saved, "must be an object")
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
     for name in fields:
         if name not in S2Settings.__dataclass_fields__ or name in _NOT_OF_A_MODEL_FILE:
             raise _error(_S2_KEY, name, "is no setting of S2 attention")
     try:
         return S2Settings(num_layers=model.num_layers, num_kv_heads=model.num_query_groups, **fields)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise InputError(f"config.json: {_S2_KEY}: {error}") from None
 
 
@@ -202,6 +208,12 @@ def _whole(config: Config, name: str) -> int:
     if not isinstance(value, int) or value < 1:
         raise _error(name, value, "must be a whole number >= 1")
     return value
+
+
+def _number(name: str, value: object) -> float:
+    if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise _error(name, value, "must be a number > 0")
+    return float(value)
 
 
 def _error(name: str, value: object, rule: str) -> InputError:

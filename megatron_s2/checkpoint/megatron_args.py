@@ -36,6 +36,19 @@ _REQUIRED = {
     "hybrid_layer_pattern": None,
     "spec": None,  # it may bring an attention that the other arguments do not tell of
 }
+_SIZES = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "group_query_attention",
+    "num_query_groups",
+    "kv_channels",
+    "max_position_embeddings",
+    "layernorm_epsilon",
+    "rotary_base",
+    "untie_embeddings_and_output_weights",
+)
 _S2_FIELDS = tuple(S2Settings.__dataclass_fields__)[2:]  # without the model's own numbers
 
 
@@ -86,7 +99,7 @@ def flags(arguments: dict[str, object]) -> list[list[str]]:
     out."""
     found = []
     for name, value in arguments.items():
-        flag = _FLAGS.get(name, "--" + name.replace("_", "-"))
+        flag = _flag(name)
         if value is False and name in _FLAGS_OF_FALSE:
             found.append([_FLAGS_OF_FALSE[name]])
         elif value is True:
@@ -98,6 +111,10 @@ def flags(arguments: dict[str, object]) -> list[list[str]]:
         elif value is not False and value is not None and value != ():
             found.append([flag, str(value)])
     return found
+
+
+def _flag(name: str) -> str:
+    return _FLAGS.get(name, "--" + name.replace("_", "-"))
 
 
 def saved_arguments(arguments: dict[str, object]) -> Namespace:
@@ -135,11 +152,15 @@ def model_of(args: Namespace, family_without_marks: str, vocab_size: int | None)
         raise InputError(
             "--s2-learnable-sink: none of the families has learned sinks; they cannot be written"
         )
+    for name in _SIZES:
+        if getattr(args, name, None) is None:
+            raise InputError(
+                f"{_flag(name)}: the checkpoint's arguments do not say it, so the model is not known"
+            )
     for name, required in _REQUIRED.items():
         value = getattr(args, name, required)
         if value != required:
-            flag = "--" + name.replace("_", "-")
-            raise InputError(f"{flag} {value}: the checkpoint was trained with it; must be {required}")
+            raise InputError(f"{_flag(name)} {value}: the checkpoint was trained with it; must be {required}")
     biased, normed = getattr(args, "add_qkv_bias", False), getattr(args, "qk_layernorm", False)
     if biased and normed:
         raise InputError("--add-qkv-bias: no family has it together with --qk-layernorm")
@@ -194,7 +215,7 @@ def check_s2_flags(flags: Namespace) -> None:
     for name, value in vars(flags).items():
         if not name.startswith("s2_") or value in (None, False):
             continue
-        flag = "--" + name.replace("_", "-")
+        flag = _flag(name)
         if name == "s2_learnable_sink":
             raise InputError(f"{flag}: must not be set: the model has no learned sinks to convert")
         if name not in of_a_model:
@@ -204,12 +225,14 @@ def check_s2_flags(flags: Namespace) -> None:
 
 
 def check_annealed(args: Namespace, iteration: int) -> None:
-    """Raises InputError for a checkpoint that still saw more than its pattern."""
+    """Raises InputError for a checkpoint that still saw more than its pattern: all that was there when it
+    has not been trained at all."""
     steps = getattr(args, "s2_anneal_steps", None) or 0
-    if 0 < iteration < steps:
+    if iteration < steps:
+        otherwise = "" if iteration else ", or convert the model anew without --s2-anneal-steps"
         raise InputError(
             f"--s2-anneal-steps {steps}: the checkpoint is of step {iteration}, before its attention is the "
-            f"pattern; take one from step {steps} on"
+            f"pattern; take one from step {steps} on{otherwise}"
         )
 
 
@@ -218,5 +241,5 @@ def first_difference(given: S2Settings, saved: S2Settings) -> tuple[str, object,
     mine, its = asdict(given), asdict(saved)
     for name in _S2_FIELDS:
         if mine[name] != its[name]:
-            return f"--s2-{name.replace('_', '-')}", mine[name], its[name]
+            return _flag(f"s2_{name}"), mine[name], its[name]
     return None

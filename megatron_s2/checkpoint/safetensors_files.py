@@ -46,8 +46,9 @@ class Weights:
         return name in self._files
 
     def check(self, tensors: Iterable[Placed], allowed: tuple[str, ...] = ()) -> None:
-        """Raises InputError unless the directory has the parts of `tensors`, in their shapes and a dtype that
-        is the same in all layers, and nothing else but `allowed`."""
+        """Raises InputError unless the directory has the parts of `tensors`, in their shapes, and nothing
+        else but `allowed`. What becomes one tensor in Megatron, such as query, key and value of all layers,
+        must have one dtype."""
         expected: set[str] = set(allowed)
         dtypes: dict[str, tuple[str, str]] = {}
         for tensor in tensors:
@@ -64,7 +65,10 @@ class Weights:
                     raise InputError(f"{name}: is stored as {dtype}; must be one of {', '.join(_STORED)}")
                 first, its = dtypes.setdefault(tensor.key, (name, dtype))
                 if its != dtype:
-                    raise InputError(f"{name}: is stored as {dtype}, but {first} as {its}; must be the same")
+                    raise InputError(
+                        f"{name}: is stored as {dtype}, but {first} as {its}; must be the same, because they "
+                        "are one tensor in Megatron"
+                    )
         for name in self._files:
             if name not in expected and not name.endswith(_DERIVED):
                 raise InputError(f"{name}: config.json describes a model without it")
@@ -74,7 +78,10 @@ class Weights:
 
     def read(self, name: str) -> torch.Tensor:
         with _opened(self._files[name]) as file:
-            return file.get_tensor(name)
+            try:
+                return file.get_tensor(name)
+            except SafetensorError as error:
+                raise InputError(f"{self._files[name]}: {name} is not read: {error}") from None
 
 
 def _opened(path: Path):
@@ -85,16 +92,14 @@ def _opened(path: Path):
 
 
 def _files(directory: Path) -> list[Path]:
-    index = directory / _INDEX
+    index, single = directory / _INDEX, directory / _SINGLE
     if index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        for name in names:
-            if Path(name).name != name or not (directory / name).is_file():
-                raise InputError(f"{index}: names {name}, which is not in {directory}")
-        if names:
-            return [directory / name for name in names]
-    if (directory / _SINGLE).is_file():
-        return [directory / _SINGLE]
+        files = _files_of_index(index)
+        if single.is_file() and single not in files:
+            raise InputError(f"{index}: does not name {_SINGLE}, which is there as well; remove one of them")
+        return files
+    if single.is_file():
+        return [single]
     for pattern in _PICKLES:
         for pickled in sorted(directory.glob(pattern)):
             raise InputError(
@@ -104,11 +109,22 @@ def _files(directory: Path) -> list[Path]:
     raise InputError(f"--input {directory}: has neither {_SINGLE} nor {_INDEX}")
 
 
+def _files_of_index(index: Path) -> list[Path]:
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise InputError(f"{index}: weight_map must be an object that says for each tensor which file has it")
+    for tensor, name in places.items():
+        is_name = isinstance(name, str) and name != "" and Path(name).name == name
+        if not is_name or not (index.parent / name).is_file():
+            raise InputError(f"{index}: {tensor!r} is in {name!r}, which is no file in {index.parent}")
+    return [index.parent / name for name in sorted(set(places.values()))]
+
+
 def read_json(path: Path) -> dict:
     """The object in a JSON file; raises InputError where there is none."""
     try:
-        read = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        read = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: is no JSON: {error}") from None
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file") from None

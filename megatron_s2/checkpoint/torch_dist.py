@@ -8,8 +8,11 @@ of are allowed in it, and tensors and arguments are read by torch's own `weights
 import io
 import json
 import pickle
+import re
+import struct
 from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +20,8 @@ import torch
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import (
     CheckpointException,
-    DefaultLoadPlanner,
     DefaultSavePlanner,
-    FileSystemReader,
     FileSystemWriter,
-    LoadPlan,
     Metadata,
     SavePlan,
 )
@@ -33,7 +33,6 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_s2.data.errors import InputError
 
@@ -64,6 +63,22 @@ _CLASSES_OF_METADATA = {
     ("pathlib", "PosixPath"),
     ("collections", "OrderedDict"),
 }
+# What unpickling, torch's readers and a look at the result raise where bytes are not what they were.
+_OF_GARBLED_BYTES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+    struct.error,
+)
 
 
 @dataclass(frozen=True)
@@ -183,8 +198,12 @@ class Checkpoint:
         self.path = directory / _iteration(directory)
         if not (self.path / "metadata.json").is_file() or not (self.path / ".metadata").is_file():
             raise InputError(f"--input {directory}: {self.path.name} is no torch_dist checkpoint")
-        self._reader = _SafeReader(self.path)
-        self._metadata = self._reader.read_metadata()
+        self._metadata = _read_metadata(self.path / ".metadata")
+        self._tensors = {
+            key: stored
+            for key, stored in self._metadata.state_dict_metadata.items()
+            if isinstance(stored, TensorStorageMetadata)
+        }
         self.common = self._read_common()
 
     @property
@@ -194,65 +213,107 @@ class Checkpoint:
             raise InputError(f"{self.path}: holds no arguments, so the model is not known")
         return self.common["args"]
 
+    @property
+    def iteration(self) -> int:
+        """Steps of training that the run had taken."""
+        if not isinstance(self.common.get("iteration"), int):
+            raise InputError(f"{self.path}: does not say its iteration")
+        return self.common["iteration"]
+
     def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Size and dtype of every tensor."""
-        return {
-            key: (tuple(stored.size), stored.properties.dtype)
-            for key, stored in self._metadata.state_dict_metadata.items()
-            if isinstance(stored, TensorStorageMetadata)
-        }
+        return {key: (tuple(stored.size), stored.properties.dtype) for key, stored in self._tensors.items()}
 
-    def read(self, wanted: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> dict[str, torch.Tensor]:
-        """Parts of tensors, however they are cut in the files.
+    def read(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
+        """A part of a tensor, however it is cut in the files.
 
         Args:
-            wanted: offsets and sizes of the part, by key.
+            offsets, sizes: of the part.
+
+        Raises:
+            InputError: a file is damaged.
         """
-        parts = {
-            key: torch.empty(sizes, dtype=self._metadata.state_dict_metadata[key].properties.dtype)
-            for key, (_, sizes) in wanted.items()
-        }
-        offsets = {key: place for key, (place, _) in wanted.items()}
-        try:
-            checkpoint.load(parts, storage_reader=self._reader, planner=_PartsPlanner(offsets), no_dist=True)
-        except CheckpointException as error:
-            _raise_cause(error)
-        return parts
+        stored = self._tensors[key]
+        part = torch.empty(sizes, dtype=stored.properties.dtype)
+        filled = 0
+        for chunk in stored.chunks:
+            first = [max(mine, its) for mine, its in zip(offsets, chunk.offsets)]
+            last = [min(a + b, c + d) for a, b, c, d in zip(offsets, sizes, chunk.offsets, chunk.sizes)]
+            if all(begin < end for begin, end in zip(first, last)):
+                piece = part[_between(first, last, offsets)]
+                piece.copy_(self._read_chunk(key, chunk)[_between(first, last, chunk.offsets)])
+                filled += piece.numel()
+        if filled != part.numel():
+            raise InputError(f"{self.path}: {key} is not whole: a part of it is in none of the files")
+        return part
+
+    def _read_chunk(self, key: str, chunk: ChunkStorageMetadata) -> torch.Tensor:
+        tensor = self._load(MetadataIndex(key, chunk.offsets), _load_tensor)
+        if not isinstance(tensor, torch.Tensor) or tensor.shape != chunk.sizes:
+            raise InputError(f"{self.path}: {key} has another shape in its file than .metadata says")
+        return tensor
 
     def _read_common(self) -> dict:
         older = self.path / _COMMON_OF_OLDER
         if older.is_file():
-            return _read_safely(older, older.open("rb"))
-        stream = {_COMMON: io.BytesIO()}
-        if _COMMON not in self._metadata.state_dict_metadata:
+            with _told_as_input_error(f"{older}: is not read: it is damaged, or may run code"):
+                common = _load_arguments(older)
+        elif _COMMON in self._metadata.state_dict_metadata:
+            common = self._load(MetadataIndex(_COMMON), _load_arguments)
+            common = common[0] if isinstance(common, list) and common else None
+        else:
             raise InputError(f"{self.path}: holds no arguments, so the model is not known")
-        checkpoint.load(stream, storage_reader=self._reader, planner=_BytesPlanner(), no_dist=True)
-        return _read_safely(self.path, stream[_COMMON])[0]
+        if not isinstance(common, dict):
+            raise InputError(f"{self.path}: holds no arguments, so the model is not known")
+        return common
+
+    def _load(self, index: MetadataIndex, load: Callable[[io.IOBase], object]) -> object:
+        """What is stored under an index, as `load` reads it."""
+        place = self._metadata.storage_data.get(index)
+        if place is None:
+            raise InputError(f"{self.path}: .metadata does not say where {index.fqn} is")
+        file = self.path / place.relative_path
+        problem = f"{file}: {index.fqn} is not read: it is damaged, or may run code"
+        with _told_as_input_error(problem), file.open("rb") as whole:
+            return load(_Slice(whole, place.offset, place.length))
+
+
+def _between(first: Sequence[int], last: Sequence[int], begin: Sequence[int]) -> tuple[slice, ...]:
+    """What lies from `first` to `last`, in a tensor that begins at `begin`."""
+    return tuple(slice(a - start, b - start) for a, b, start in zip(first, last, begin))
 
 
 def _iteration(directory: Path) -> str:
     tracker = directory / _TRACKER
     if not tracker.is_file():
         raise InputError(f"--input {directory}: is no checkpoint: it has no {_TRACKER}")
-    text = tracker.read_text().strip()
+    text = tracker.read_text(errors="replace").strip()
     if text == _RELEASE:
         return _RELEASE
-    if not text.isdigit():
-        raise InputError(f"{tracker}: must say an iteration or {_RELEASE}, not {text!r}")
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise InputError(f"{tracker}: must say an iteration or {_RELEASE}, not {text[:40]!r}")
     return f"iter_{int(text):07}"
 
 
-def _read_safely(path: Path, stream: io.IOBase) -> object:
+@contextmanager
+def _told_as_input_error(what: str) -> Iterator[None]:
+    """Whatever stops a reader in garbled bytes is one line, which begins with `what`."""
+    try:
+        yield
+    except _OF_GARBLED_BYTES as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise InputError(f"{what}: {reason}") from None
+
+
+def _load_tensor(stream: io.IOBase) -> torch.Tensor:
+    return torch.load(stream, map_location="cpu", weights_only=True)
+
+
+def _load_arguments(stream: io.IOBase | Path) -> object:
     from megatron.core.safe_globals import SAFE_GLOBALS
 
-    with torch.serialization.safe_globals(SAFE_GLOBALS), stream:
-        try:
-            return torch.load(stream, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            reason = str(error).partition("\n")[0]
-            raise InputError(
-                f"{path}: its arguments are not read, because that may run code: {reason}"
-            ) from None
+    with torch.serialization.safe_globals(SAFE_GLOBALS):
+        return torch.load(stream, map_location="cpu", weights_only=True)
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -265,48 +326,62 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of a checkpoint")
 
 
-class _SafeReader(FileSystemReader):
-    _read: Metadata | None = None
-
-    def read_metadata(self, *args, **kwargs) -> Metadata:
-        if self._read is None:
-            path = Path(self.path) / ".metadata"
-            with path.open("rb") as stream:
-                try:
-                    self._read = _MetadataUnpickler(stream).load()
-                except (pickle.UnpicklingError, EOFError, AttributeError) as error:
-                    raise InputError(f"{path}: is not read: {error}") from None
-            if not isinstance(self._read, Metadata):
-                raise InputError(f"{path}: is not read: it holds no metadata")
-            for place in self._read.storage_data.values():
-                if Path(place.relative_path).name != place.relative_path:
-                    raise InputError(f"{path}: names {place.relative_path}, a file elsewhere")
-        return self._read
-
-
-class _PartsPlanner(DefaultLoadPlanner):
-    """Reads parts of tensors: `offsets` says where each begins."""
-
-    def __init__(self, offsets: dict[str, tuple[int, ...]]):
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._offsets = offsets
-
-    def create_local_plan(self) -> LoadPlan:
-        items = []
-        for key, part in self.state_dict.items():
-            place = ChunkStorageMetadata(torch.Size(self._offsets[key]), part.size())
-            items += create_read_items_for_chunk_list(key, self.metadata.state_dict_metadata[key], [place])
-        return LoadPlan(items)
-
-    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
-        return self.state_dict[index.fqn]
+def _read_metadata(path: Path) -> Metadata:
+    """What `.metadata` says, where the files that it names are there and as long as it says."""
+    ends: dict[str, int] = {}
+    with _told_as_input_error(f"{path}: is not read"), path.open("rb") as stream:
+        read = _MetadataUnpickler(stream).load()
+        if not isinstance(read, Metadata):
+            raise TypeError("it holds no metadata")
+        for stored in read.state_dict_metadata.values():
+            if isinstance(stored, TensorStorageMetadata):
+                _check_stored(stored)
+        for place in read.storage_data.values():
+            if min(place.offset, place.length) < 0 or place.transform_descriptors:
+                raise ValueError("it names a part of a file that is none, or is compressed")
+            name = place.relative_path
+            if not name or Path(name).name != name:
+                raise ValueError(f"it names {name!r}, a file elsewhere")
+            ends[name] = max(ends.get(name, 0), place.offset + place.length)
+    for name, end in ends.items():
+        file = path.with_name(name)
+        if not file.is_file():
+            raise InputError(f"{file}: missing, though the checkpoint has a part in it")
+        if file.stat().st_size < end:
+            raise InputError(f"{file}: is cut off at {file.stat().st_size} of {end} bytes")
+    return read
 
 
-class _BytesPlanner(DefaultLoadPlanner):
-    """Gives the bytes of an object as they are, where the default unpickles them."""
+def _check_stored(stored: TensorStorageMetadata) -> None:
+    """Raises TypeError or ValueError unless it describes a tensor."""
+    if not isinstance(stored.properties.dtype, torch.dtype):
+        raise TypeError("it names a dtype that is none")
+    for chunk in stored.chunks:
+        if not len(stored.size) == len(chunk.offsets) == len(chunk.sizes):
+            raise ValueError("it names a part of a tensor with other axes")
 
-    def __init__(self):
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
-    def load_bytes(self, read_item, value: io.BytesIO) -> None:
-        self.state_dict[read_item.dest_index.fqn] = value
+class _Slice(io.RawIOBase):
+    """A part of a file, as a file of its own."""
+
+    def __init__(self, file: io.BufferedReader, offset: int, length: int):
+        self._file, self._offset, self._length, self._at = file, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: memoryview) -> int:
+        self._file.seek(self._offset + self._at)
+        count = self._file.readinto(memoryview(buffer)[: max(self._length - self._at, 0)])
+        self._at += count
+        return count

@@ -33,8 +33,8 @@ def whole_directory(path: Path, size: int) -> Iterator[Path]:
             f"--output {path}: needs {size / 1e9:.3g} GB and its disk has {free / 1e9:.3g} GB left"
         )
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary.mkdir()  # fails where another process of this number writes there, and leaves it alone
     try:
-        temporary.mkdir()
         yield temporary
         check_new(path)
         temporary.rename(path)

@@ -1,4 +1,4 @@
-"""Tiny Hugging Face models of every family, made here; and the conversion as a user starts it."""
+"""Tiny Hugging Face models of every family, made here; and the conversion as a user starts it, or in vain."""
 
 import contextlib
 import io
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from convert_checkpoint import main
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_s2.data.command import run_command
@@ -43,6 +43,12 @@ FAMILIES = {
         "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
     },
     "mistral": {"model_type": "mistral", "sliding_window": None, "head_dim": 32},
+    "mistral, tied": {
+        "model_type": "mistral",
+        "sliding_window": None,
+        "head_dim": 32,
+        "tie_word_embeddings": True,
+    },
     "qwen2": {"model_type": "qwen2", "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}},
     "qwen2, tied": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "head_dim": 32},
@@ -90,6 +96,24 @@ def convert_in_vain(direction: str, source: Path, output: Path, *flags: str) -> 
         except SystemExit as end:
             status = end.code
     return status, out.getvalue(), err.getvalue()
+
+
+def assert_refused(direction: str, source: Path, message: str, *flags: str) -> None:
+    """A conversion of `source` ends with one line that contains `message`, and leaves nothing beside it."""
+    output = source.parent / "output"
+    before = sorted(source.parent.iterdir())
+    status, printed, errors = convert_in_vain(direction, source, output, *flags)
+    assert (status, printed) == (2, ""), errors
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    assert message in errors
+    assert sorted(source.parent.iterdir()) == before
+
+
+def store(source: Path, changed: dict[str, torch.Tensor | None]) -> None:
+    """Changes tensors of a model in one file; None removes one."""
+    kept = {name: tensor for name, tensor in (weights(source) | changed).items() if tensor is not None}
+    save_file(kept, source / "model.safetensors")
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:

@@ -1,12 +1,13 @@
 """A model goes to Megatron's format and comes back bit by bit, whatever family, dtype and files it has."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from hf_models import FAMILIES, assert_bit_equal, convert, edit_config, make_model, weights
+from hf_models import FAMILIES, assert_bit_equal, convert, edit_config, make_model, store, weights
 from transformers import AutoModelForCausalLM
 
 S2 = ("--s2-attention", "--s2-block-size", "16", "--s2-local-blocks", "2", "--s2-vert-stride", "3", "4")
@@ -17,17 +18,94 @@ def config(directory) -> dict:
     return json.loads((directory / "config.json").read_text())
 
 
+@pytest.mark.parametrize("shards", ["one file", "shards"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_there_and_back_changes_no_bit(tmp_path, family, dtype):
-    source = make_model(tmp_path / "hf", family, dtype)
+def test_there_and_back_changes_no_bit(tmp_path, family, dtype, shards):
+    size = "5GB" if shards == "one file" else "60KB"
+    source = make_model(tmp_path / "hf", family, dtype, size)
     convert("hf-to-megatron", source, tmp_path / "megatron")
-    convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "back")
+    convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "back", "--max-shard-size", size)
+    for directory in (source, tmp_path / "back"):
+        assert (len(list(directory.glob("*.safetensors"))) > 3) == (shards == "shards")
     assert_bit_equal(weights(source), weights(tmp_path / "back"))
     assert config(tmp_path / "back") == config(source)
 
 
-def test_shards_are_read_and_written(tmp_path):
+def test_each_tensor_keeps_its_dtype(tmp_path):
+    source = make_model(tmp_path / "hf", "qwen3", torch.bfloat16)
+    wider = {name: tensor.float() / 3 for name, tensor in weights(source).items() if tensor.dim() == 1}
+    halved = {name: tensor.half() for name, tensor in weights(source).items() if "down_proj" in name}
+    store(source, wider | halved)
+    convert("hf-to-megatron", source, tmp_path / "megatron")
+    convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "back", "--max-shard-size", "60KB")
+    assert {tensor.dtype for tensor in weights(source).values()} == {
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+    }
+    assert_bit_equal(weights(source), weights(tmp_path / "back"))
+    assert config(tmp_path / "back") == config(source)
+    assert max(file.stat().st_size for file in tmp_path.glob("back/*.safetensors")) < 70_000
+
+    convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "as asked", "--dtype", "float32")
+    widened = {name: tensor.float() for name, tensor in weights(source).items()}
+    assert_bit_equal(weights(tmp_path / "as asked"), widened)
+    assert config(tmp_path / "as asked")["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("flags", [(), S2], ids=["dense", "sparse"])
+def test_a_mistral_without_its_config_is_one_if_asked(tmp_path, flags):
+    source = make_model(tmp_path / "hf", "mistral")
+    convert("hf-to-megatron", source, tmp_path / "megatron", *flags)
+    printed = convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "beside")
+    place = tmp_path / "megatron/huggingface/config.json"
+    assert f"beside: mistral (from {place}), 3 layers, " in printed
+    shutil.rmtree(tmp_path / "megatron/huggingface")  # as in what a training saves
+    printed = convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "plain")
+    assert "plain: llama (or Mistral, the same in Megatron: --family mistral), 3 layers, " in printed
+    printed = convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "asked", "--family", "mistral")
+    assert "asked: mistral (from --family), 3 layers, " in printed
+    assert config(tmp_path / "plain")["architectures"] == ["LlamaForCausalLM"]
+    assert config(tmp_path / "asked")["architectures"] == ["MistralForCausalLM"]
+    assert config(tmp_path / "asked")["sliding_window"] is None
+    for name in ("plain", "asked"):
+        assert_bit_equal(weights(source), weights(tmp_path / name))
+    if not flags:
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "asked")
+        assert type(loaded).__name__ == "MistralForCausalLM"
+        assert_bit_equal(dict(loaded.named_parameters()), weights(source))
+
+
+@pytest.mark.parametrize(("family", "flag"), [("qwen2", "--add-qkv-bias"), ("qwen3, tied", "--qk-layernorm")])
+def test_a_family_that_the_arguments_tell(tmp_path, family, flag):
+    convert("hf-to-megatron", make_model(tmp_path / "hf", family), tmp_path / "megatron")
+    shutil.rmtree(tmp_path / "megatron/huggingface")
+    printed = convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "back")
+    assert f"back: {family[:5]} (from the checkpoint's {flag}), 3 layers, dense attention, no tok" in printed
+
+
+def test_what_is_read_may_be_links_and_may_not_be_writable(tmp_path):
+    """As in a cache of downloads: links to files of other names, in directories that nobody writes to."""
+    source = make_model(tmp_path / "hf", "llama3.1", shard_size="60KB")
+    (source / "tokenizer.json").write_text("{}")
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
+    blobs.mkdir()
+    snapshot.mkdir()
+    for number, file in enumerate(sorted(source.iterdir())):
+        shutil.copyfile(file, blobs / str(number))
+        (snapshot / file.name).symlink_to(f"../blobs/{number}")
+        (blobs / str(number)).chmod(0o400)
+    snapshot.chmod(0o500)
+    convert("hf-to-megatron", snapshot, tmp_path / "megatron")
+    (tmp_path / "link").symlink_to("megatron", target_is_directory=True)
+    convert("megatron-to-hf", tmp_path / "link", tmp_path / "back")
+    assert_bit_equal(weights(source), weights(tmp_path / "back"))
+    assert not (tmp_path / "back/tokenizer.json").is_symlink()
+    (tmp_path / "back/tokenizer.json").write_text("writable")
+
+
+def test_shards_are_those_that_transformers_reads(tmp_path):
     source = make_model(tmp_path / "hf", "qwen2", shard_size="60KB")
     assert len(list(source.glob("*.safetensors"))) > 3
     convert("hf-to-megatron", source, tmp_path / "megatron")
@@ -55,13 +133,9 @@ def test_another_dtype_is_a_rounding_of_the_weights(tmp_path):
 
 
 def test_a_tied_output_layer_may_be_stored_again(tmp_path):
-    from safetensors.torch import save_file
-
     source = make_model(tmp_path / "hf", "qwen3, tied")
     stored = weights(source)
-    save_file(
-        stored | {"lm_head.weight": stored["model.embed_tokens.weight"].clone()}, source / "model.safetensors"
-    )
+    store(source, {"lm_head.weight": stored["model.embed_tokens.weight"].clone()})
     convert("hf-to-megatron", source, tmp_path / "megatron")
     convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "back")
     assert_bit_equal(weights(tmp_path / "back"), stored)
@@ -136,6 +210,7 @@ def test_tokenizer_files_go_along(tmp_path):
     printed = convert("hf-to-megatron", source, tmp_path / "megatron")
     place = tmp_path / "megatron" / "huggingface"
     assert f"--tokenizer-type HuggingFaceTokenizer\n--tokenizer-model {place}\n" in printed
-    convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "back")
+    printed = convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "back")
+    assert printed.endswith(f", dense attention, tokenizer from {place}\n")
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()

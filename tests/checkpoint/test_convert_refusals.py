@@ -1,6 +1,5 @@
 """What cannot be converted is refused in one line, with status 2, and nothing is left of the output."""
 
-import json
 import os
 import pickle
 import resource
@@ -12,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_models import convert, convert_in_vain, edit_config, make_model, weights
-from safetensors.torch import save_file
+from hf_models import assert_refused, convert, convert_in_vain, edit_config, make_model, store
 
 from megatron_s2.checkpoint import convert as conversion
 from megatron_s2.checkpoint import torch_dist, whole
@@ -31,22 +29,6 @@ def source(tmp_path) -> Path:
 def trained(source, tmp_path) -> Path:
     convert("hf-to-megatron", source, tmp_path / "megatron", *S2)
     return tmp_path / "megatron"
-
-
-def assert_refused(direction: str, source: Path, message: str, *flags: str) -> None:
-    output = source.parent / "output"
-    before = sorted(source.parent.iterdir())
-    status, printed, errors = convert_in_vain(direction, source, output, *flags)
-    assert (status, printed) == (2, ""), errors
-    assert errors.startswith("error: ")
-    assert errors.count("\n") == 1
-    assert message in errors
-    assert sorted(source.parent.iterdir()) == before
-
-
-def store(source: Path, changed: dict[str, torch.Tensor | None]) -> None:
-    kept = {name: tensor for name, tensor in (weights(source) | changed).items() if tensor is not None}
-    save_file(kept, source / "model.safetensors")
 
 
 def write_checkpoint_of(trained: Path, **changes) -> None:
@@ -71,6 +53,9 @@ def write_checkpoint_of(trained: Path, **changes) -> None:
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.5}}, "factor 2.5: must be a whole number"),
         ({"rope_parameters": {"rope_type": "linear"}}, "rope_scaling: factor None: must be a number"),
         ({"rope_parameters": {"rope_theta": 0.5}}, "rope_theta 0.5: must be a whole number"),
+        ({"rope_parameters": {"rope_theta": float("inf")}}, "rope_theta inf: must be a number > 0"),
+        ({"rope_parameters": [8.0]}, "rope_scaling [8.0]: must be an object or null"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps small: must be a number > 0"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5: must be 1.0"),
         (
             {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 2.0}},
@@ -78,6 +63,8 @@ def write_checkpoint_of(trained: Path, **changes) -> None:
         ),
         ({"s2_attention": {"stride": 4}}, "s2_attention stride: is no setting of S2 attention"),
         ({"s2_attention": {"block_size": 48}}, "s2_attention: block_size 48: must be a power of two"),
+        ({"s2_attention": {"block_size": "16"}}, "config.json: s2_attention: "),
+        ({"s2_attention": "yes"}, "s2_attention yes: must be an object"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -107,8 +94,16 @@ def test_a_sliding_window_without_s2(tmp_path, family):
             {"model.layers.1.input_layernorm.weight": torch.ones(64).bfloat16()},
             "is stored as BF16, but model.layers.0.input_layernorm.weight as F32; must be the same",
         ),
+        (
+            {f"model.layers.{n}.self_attn.k_proj.weight": torch.ones(32, 64).bfloat16() for n in (0, 1)},
+            "k_proj.weight: is stored as BF16, but model.layers.0.self_attn.q_proj.weight as F32; must be",
+        ),
+        (
+            {f"model.layers.{n}.mlp.up_proj.weight": torch.ones(96, 64).half() for n in (0, 1)},
+            "up_proj.weight: is stored as F16, but model.layers.0.mlp.gate_proj.weight as F32; must be the",
+        ),
     ],
-    ids=["missing", "extra", "shape", "dtype", "mixed dtypes"],
+    ids=["missing", "extra", "shape", "dtype", "layers of two dtypes", "query and key", "gate and up"],
 )
 def test_weights_that_are_not_those_of_the_config(source, changed, message):
     store(source, changed)
@@ -117,24 +112,15 @@ def test_weights_that_are_not_those_of_the_config(source, changed, message):
 
 def test_a_tied_output_layer_that_differs(tmp_path):
     source = make_model(tmp_path / "hf", "qwen3, tied")
-    store(source, {"lm_head.weight": torch.ones(250, 64)})
-    assert_refused("hf-to-megatron", source, "lm_head.weight: differs from model.embed_tokens.weight")
+    for other in (torch.ones(250, 64), torch.ones(250, 64).half(), torch.ones(256, 64)):
+        store(source, {"lm_head.weight": other})
+        assert_refused("hf-to-megatron", source, "lm_head.weight: differs from model.embed_tokens.weight")
 
 
 def test_pickled_weights_are_not_opened(source):
     (source / "model.safetensors").unlink()
     (source / "pytorch_model.bin").write_bytes(b"not even a pickle")
     assert_refused("hf-to-megatron", source, "pytorch_model.bin: is a pickle, which can run code")
-
-
-def test_damaged_files(source):
-    (source / "model.safetensors").write_bytes(b"\x00" * 100)
-    assert_refused("hf-to-megatron", source, "model.safetensors: is no safetensors file, or damaged")
-    index = source / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))
-    assert_refused("hf-to-megatron", source, "names ../model.safetensors, which is not in")
-    index.write_text("{")
-    assert_refused("hf-to-megatron", source, "index.json: is no JSON")
 
 
 def test_what_is_no_model_directory(tmp_path):
@@ -175,6 +161,7 @@ def test_another_pattern_than_the_models_own(source, trained, tmp_path):
         ({"ffn_hidden_size": 48}, "linear_fc1.weight: has shape [2, 192, 64]; its arguments say [2, 96, 64]"),
         ({"qk_layernorm": True}, "q_layernorm.weight: missing; the checkpoint's arguments say"),
         ({"untie_embeddings_and_output_weights": False}, "output_layer.weight: no llama model has it"),
+        ({"kv_channels": None}, "--kv-channels: the checkpoint's arguments do not say it"),
         ({"s2_anneal_steps": 100}, "the checkpoint is of step 7, before its attention is the pattern"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -187,11 +174,28 @@ def test_a_checkpoint_of_a_model_that_no_family_is(trained, changes, message):
     assert_refused("megatron-to-hf", trained, message)
 
 
+def test_a_checkpoint_that_is_to_be_annealed_and_was_never_trained(source, tmp_path):
+    """Its attention is dense still, whatever pattern its arguments name."""
+    convert("hf-to-megatron", source, tmp_path / "megatron", *S2, "--s2-anneal-steps", "100")
+    message = "is of step 0, before its attention is the pattern; take one from step 100 on, or convert the"
+    assert_refused("megatron-to-hf", tmp_path / "megatron", message)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_a_family_that_the_arguments_contradict(tmp_path, family):
+    convert("hf-to-megatron", make_model(tmp_path / "hf", family), tmp_path / "megatron")
+    flags = ("--family", "mistral")
+    assert_refused(
+        "megatron-to-hf", tmp_path / "megatron", f"--family mistral: the model is {family}", *flags
+    )
+
+
 def test_a_vocabulary_that_nobody_says(trained):
     write_checkpoint_of(trained, vocab_size=None)
     (trained / "huggingface" / "config.json").unlink()
     assert_refused("megatron-to-hf", trained, "--vocab-size: must be given")
     assert_refused("megatron-to-hf", trained, "(tokens: --vocab-size)", "--vocab-size", "400")
+    assert_refused("megatron-to-hf", trained, "invalid whole number >= 1 value: '-1'", "--vocab-size", "-1")
     assert convert("megatron-to-hf", trained, trained.parent / "output", "--vocab-size", "250")
 
 
@@ -268,10 +272,10 @@ def test_ctrl_c_half_way_leaves_nothing(source, trained, tmp_path, monkeypatch, 
     owner = conversion.Weights if direction == "hf-to-megatron" else conversion.Checkpoint
     read, reads = owner.read, iter(range(1000))
 
-    def interrupted_read(self, wanted):
+    def interrupted_read(self, *wanted):
         if next(reads) == 5:
             signal.raise_signal(signal.SIGINT)
-        return read(self, wanted)
+        return read(self, *wanted)
 
     monkeypatch.setattr(owner, "read", interrupted_read)
     given = source if direction == "hf-to-megatron" else trained

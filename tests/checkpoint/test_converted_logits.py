@@ -7,6 +7,7 @@ from megatron_logits import logits
 from transformers import AutoModelForCausalLM
 
 S2 = ("--s2-attention", "--s2-block-size", "16", "--s2-local-blocks", "2", "--s2-vert-stride", "3", "4")
+SPARSE = ("llama3.1", "llama3.2, tied", "mistral", "qwen2", "qwen3")
 # Long enough that slower rotary frequencies of the Llama 3 scaling show.
 LENGTH = 512
 
@@ -28,8 +29,9 @@ def in_megatron(sources, tokens, tmp_path_factory):
     outputs = {family: directory / str(number) for number, family in enumerate(sources)}
     for family, source in sources.items():
         convert("hf-to-megatron", source, outputs[family])
-    outputs["sparse"] = directory / "sparse"
-    convert("hf-to-megatron", sources["qwen3"], outputs["sparse"], *S2)
+    for family in SPARSE:
+        outputs[f"sparse {family}"] = directory / f"sparse-{len(outputs)}"
+        convert("hf-to-megatron", sources[family], outputs[f"sparse {family}"], *S2)
     return logits(directory, outputs, tokens)
 
 
@@ -46,14 +48,16 @@ def test_logits_are_those_of_transformers(sources, in_megatron, tokens, family):
     torch.testing.assert_close(in_megatron[family][..., : TINY["vocab_size"]], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_sparse_model_computes_the_same_in_transformers(sources, in_megatron, tokens, tmp_path):
+@pytest.mark.parametrize("family", SPARSE)
+def test_a_sparse_model_computes_the_same_in_transformers(sources, in_megatron, tokens, tmp_path, family):
     import megatron_s2.hf  # noqa: F401 - registers the attention function
 
-    convert("hf-to-megatron", sources["qwen3"], tmp_path / "megatron", *S2)
+    convert("hf-to-megatron", sources[family], tmp_path / "megatron", *S2)
     convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "sparse")
     sparse = in_transformers(tmp_path / "sparse", tokens)
-    torch.testing.assert_close(in_megatron["sparse"][..., : TINY["vocab_size"]], sparse, rtol=1e-5, atol=1e-5)
-    assert (sparse - in_megatron["qwen3"][..., : TINY["vocab_size"]]).abs().max() > 1e-3
+    expected = in_megatron[f"sparse {family}"][..., : TINY["vocab_size"]]
+    torch.testing.assert_close(sparse, expected, rtol=1e-5, atol=1e-5)
+    assert (sparse - in_megatron[family][..., : TINY["vocab_size"]]).abs().max() > 1e-3
 
 
 def test_padded_tokens_have_no_weight(in_megatron):

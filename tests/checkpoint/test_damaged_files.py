@@ -1,0 +1,176 @@
+"""Damaged input is refused in one line that names the file, and nothing is left of the output."""
+
+import json
+import random
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from hf_models import assert_refused, convert, convert_in_vain, make_model
+
+from megatron_s2.checkpoint import torch_dist
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    return make_model(tmp_path / "hf", "qwen3", shard_size="200KB")
+
+
+@pytest.fixture
+def converted(source, tmp_path) -> Path:
+    convert("hf-to-megatron", source, tmp_path / "megatron")
+    return tmp_path / "megatron"
+
+
+@pytest.fixture
+def release(converted) -> Path:
+    return converted / "release"
+
+
+def cut(file: Path, share: float = 0.5) -> None:
+    written = file.read_bytes()
+    file.write_bytes(written[: int(len(written) * share)])
+
+
+def garble(file: Path, first: float, last: float) -> None:
+    """Overwrites a part, given as shares of the whole, with other bytes."""
+    written = bytearray(file.read_bytes())
+    place = slice(int(first * len(written)), int(last * len(written)))
+    written[place] = random.Random(1).randbytes(len(written[place]))
+    file.write_bytes(written)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_a_file_of_tensors_that_is_cut_off(converted, release, share):
+    file = release / "__0_0.distcp"
+    size = file.stat().st_size
+    cut(file, share)
+    message = f"{file}: is cut off at {int(size * share)} of {size} bytes"
+    assert_refused("megatron-to-hf", converted, message)
+
+
+def test_a_file_of_tensors_that_is_missing(converted, release):
+    (release / "__0_0.distcp").unlink()
+    assert_refused(
+        "megatron-to-hf", converted, "__0_0.distcp: missing, though the checkpoint has a part in it"
+    )
+
+
+def test_tensors_that_are_garbled_are_found_while_others_are_written(converted, release):
+    garble(release / "__0_0.distcp", 0.7, 0.8)
+    flags = ("--max-shard-size", "50KB")
+    assert_refused("megatron-to-hf", converted, "__0_0.distcp: decoder.layers.", *flags)
+
+
+def test_arguments_that_are_garbled(converted, release):
+    garble(release / "__0_0.distcp", 0.0, 0.02)
+    message = "__0_0.distcp: common_state/shard_0_1 is not read: it is damaged, or may run code: "
+    assert_refused("megatron-to-hf", converted, message)
+
+
+@pytest.mark.parametrize("damage", [cut, lambda file: garble(file, 0.1, 0.6), lambda file: cut(file, 0)])
+def test_arguments_in_a_file_of_their_own_that_are_damaged(converted, release, damage):
+    torch.save(torch_dist.Checkpoint(converted).common, release / "common.pt")
+    damage(release / "common.pt")
+    message = f"{release}/common.pt: is not read: it is damaged, or may run code: "
+    assert_refused("megatron-to-hf", converted, message)
+
+
+@pytest.mark.parametrize("common", [None, [], {"args": 1}])
+def test_arguments_that_are_none(converted, release, common):
+    torch.save(common, release / "common.pt")
+    assert_refused("megatron-to-hf", converted, f"{release}: holds no arguments")
+
+
+@pytest.mark.parametrize("damage", [cut, lambda file: garble(file, 0.1, 0.6), lambda file: cut(file, 0)])
+def test_the_list_of_tensors_that_is_damaged(converted, release, damage):
+    damage(release / ".metadata")
+    assert_refused("megatron-to-hf", converted, f"{release}/.metadata: is not read: ")
+
+
+def test_a_tensor_of_which_a_part_is_in_no_file(converted, monkeypatch):
+    read = torch_dist._read_metadata
+
+    def read_less(path):
+        metadata = read(path)
+        metadata.state_dict_metadata["decoder.layers.mlp.linear_fc2.weight"].chunks.pop()
+        return metadata
+
+    monkeypatch.setattr(torch_dist, "_read_metadata", read_less)
+    assert_refused("megatron-to-hf", converted, "decoder.layers.mlp.linear_fc2.weight is not whole")
+
+
+@pytest.mark.parametrize("file", [".metadata", "__0_0.distcp", "common.pt"])
+def test_wherever_a_few_bytes_are_others_no_conversion_ends_in_a_traceback(
+    converted, release, tmp_path, file
+):
+    torch.save(torch_dist.Checkpoint(converted).common, release / "common.pt")
+    whole, dice = (release / file).read_bytes(), random.Random(5)
+    refused = 0
+    for number in range(40):
+        damaged = bytearray(whole)
+        for _ in range(4):
+            damaged[dice.randrange(len(whole))] = dice.randrange(256)
+        (release / file).write_bytes(damaged)
+        status, _, errors = convert_in_vain("megatron-to-hf", converted, tmp_path / f"output-{number}")
+        assert status == 0 or (status, errors.count("\n"), errors[:7]) == (2, 1, "error: ")
+        refused += status != 0
+    assert refused or file == "__0_0.distcp"  # most of its bytes are weights, and may be anything
+
+
+@pytest.mark.parametrize("text", [b"\xff\xfe", b"iter", b"", b"9" * 5000, "²".encode()])
+def test_a_tracker_that_says_no_iteration(converted, text):
+    (converted / "latest_checkpointed_iteration.txt").write_bytes(text)
+    assert_refused("megatron-to-hf", converted, "iteration.txt: must say an iteration or release, not ")
+
+
+def test_ctrl_c_while_arguments_are_read(converted, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch_dist, "_load_arguments", lambda stream: signal.raise_signal(signal.SIGINT))
+    status, printed, errors = convert_in_vain("megatron-to-hf", converted, tmp_path / "output")
+    assert (status, printed, errors) == (130, "", "interrupted\n")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.99])
+def test_weights_that_are_cut_off(source, share):
+    file = sorted(source.glob("*.safetensors"))[1]
+    cut(file, share)
+    assert_refused("hf-to-megatron", source, f"{file}: is no safetensors file, or damaged")
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        (None, "weight_map must be an object"),
+        ([], "weight_map must be an object"),
+        ({}, "weight_map must be an object"),
+        (["a"], "weight_map must be an object"),
+        ({"a": 1}, "'a' is in 1, which is no file in"),
+        ({"a": ["b"]}, "'a' is in ['b'], which is no file in"),
+        ({"a": "none.safetensors"}, "'a' is in 'none.safetensors', which is no file in"),
+        ({"a": ""}, "'a' is in '', which is no file in"),
+        ({"a": ".."}, "'a' is in '..', which is no file in"),
+        ({"a": "../hf/config.json"}, "'a' is in '../hf/config.json', which is no file in"),
+        ({"a": "config.json"}, "config.json: is no safetensors file"),
+    ],
+    ids=str,
+)
+def test_an_index_that_names_no_files_of_the_directory(source, places, message):
+    (source / INDEX).write_text(json.dumps({"weight_map": places}))
+    assert_refused("hf-to-megatron", source, message)
+
+
+@pytest.mark.parametrize("text", [b"{", b"[]", b"\xff\xff", b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}"])
+def test_an_index_that_is_no_json_object(source, text):
+    (source / INDEX).write_bytes(text)
+    assert_refused("hf-to-megatron", source, f"{source / INDEX}: ")
+
+
+def test_an_index_beside_another_model(source, tmp_path):
+    whole = make_model(tmp_path / "whole", "qwen3")
+    shutil.copyfile(whole / WEIGHTS, source / WEIGHTS)
+    assert_refused("hf-to-megatron", source, f"does not name {WEIGHTS}, which is there as well")
