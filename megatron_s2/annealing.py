@@ -67,6 +67,17 @@ class Annealing:
         """Query-key pairs of core attention now, mean over layers and heads: as `S2Settings.mean_pairs`."""
         return _mean_pairs(self.settings, self._stage, seq_len)
 
+    def note(self) -> str | None:
+        """Says what attention is before the target is reached; None from then on."""
+        if self._stage == len(self._all) - 1:
+            return None
+        now, target = self.now(self._all), self._all[-1]
+        return (
+            f"step {self.iteration()} of --s2-anneal-steps {self.steps}: attention has stride "
+            f"{max(now.strides)} and window {now.local_blocks}, not yet {max(target.strides)} and "
+            f"{target.local_blocks}"
+        )
+
     def __str__(self) -> str:
         """The schedule, stage by stage."""
         last = len(self._all) - 1

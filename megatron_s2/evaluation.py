@@ -13,7 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from megatron_s2.checkpoint.model import FAMILIES
+
+# Tokens whose logits exist at a time: of 32768 tokens and 128256 words they would take 17 GB in float32.
+PIECE = 1024
 
 
 @dataclass(frozen=True)
@@ -84,34 +90,51 @@ def evaluate(token_losses: Callable[[Tensor], Tensor], batches: Iterator[Tensor]
     return Evaluation(total / count, count)
 
 
-def hugging_face_losses(directory: str | Path, dtype: str = "auto") -> Callable[[Tensor], Tensor]:
-    """Those of a transformers model; with S2 attention where its config.json says so.
+@dataclass(frozen=True)
+class Judged:
+    """A model whose loss can be asked for.
+
+    Args:
+        losses: of `[batch, tokens + 1]` int64 on the CPU, the cross entropy of each next token,
+            `[batch, tokens]`; raises ValueError for a token that is not in the vocabulary.
+        notes: what to know of the model before its loss is compared with another's.
+    """
+
+    losses: Callable[[Tensor], Tensor]
+    notes: tuple[str, ...] = ()
+
+
+def hugging_face_model(directory: str | Path, dtype: str = "auto") -> Judged:
+    """A transformers model of one of the families that are converted; with S2 attention where its config.json
+    says so.
 
     Raises:
-        ValueError: the directory holds no model that can be loaded.
+        ValueError: the directory holds no such model, or not all of it.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from megatron_s2.generation.hugging_face import load_pretrained
 
-    import megatron_s2.hf  # registers "s2"
-
-    if not (Path(directory) / "config.json").is_file():
-        raise ValueError(f"--hf {directory}: is no directory with a config.json")
-    sparse = getattr(AutoConfig.from_pretrained(directory), "s2_attention", None) is not None
-    model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype, attn_implementation=megatron_s2.hf.NAME if sparse else "sdpa"
-    )
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    model = load_pretrained(directory, dtype)
+    config = model.config
+    if config.model_type not in FAMILIES:
+        # What others do to logits (scale them, say) is not known here.
+        raise ValueError(
+            f"--hf {directory}: model_type {config.model_type}: must be one of {', '.join(FAMILIES)}"
+        )
 
     def losses(tokens: Tensor) -> Tensor:
-        tokens = tokens.to(model.device)
-        logits = model(input_ids=tokens[:, :-1], use_cache=False).logits.float()
-        return torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+        tokens = _known(tokens, config.vocab_size).to(model.device)
+        hidden = model.base_model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
+        pieces = [
+            F.cross_entropy(model.lm_head(states).float().transpose(1, 2), next_tokens, reduction="none")
+            for states, next_tokens in zip(hidden.split(PIECE, 1), tokens[:, 1:].split(PIECE, 1))
+        ]
+        return torch.cat(pieces, 1)
 
-    return losses
+    return Judged(losses)
 
 
-def megatron_losses(directory: str | Path) -> Callable[[Tensor], Tensor]:
-    """Those of the GPTModel of a checkpoint, as its training computes them.
+def megatron_model(directory: str | Path) -> Judged:
+    """The GPTModel of a checkpoint, whose losses are those that its training computes.
 
     Raises:
         ValueError: the directory holds no checkpoint that can be loaded.
@@ -120,15 +143,39 @@ def megatron_losses(directory: str | Path) -> Callable[[Tensor], Tensor]:
 
     if not Path(directory).is_dir():
         raise ValueError(f"--load {directory}: is no directory")
-    model = load_gpt(Path(directory), needs_cache=False).model
-    device = next(model.parameters()).device
+    loaded = load_gpt(Path(directory), needs_cache=False, needs_tokenizer=False)
+    device = next(loaded.model.parameters()).device
 
     def losses(tokens: Tensor) -> Tensor:
-        tokens = tokens.to(device)
+        tokens = _known(tokens, loaded.vocab_size).to(device)
         positions = torch.arange(tokens.shape[1] - 1, device=device).expand(tokens.shape[0], -1)
-        return model(tokens[:, :-1], positions, None, labels=tokens[:, 1:].contiguous())
+        return loaded.model(
+            tokens[:, :-1], positions, None, labels=tokens[:, 1:], output_processor=_losses_in_pieces
+        )
 
-    return losses
+    notes = [] if loaded.note is None else [loaded.note]
+    if (padding := loaded.padded_vocab_size - loaded.vocab_size) > 0:
+        notes.append(
+            f"the loss counts {padding} rows of vocabulary padding, as its training does and --hf does not"
+        )
+    return Judged(losses, tuple(notes))
+
+
+def _losses_in_pieces(
+    *, hidden_states, output_layer, output_weight, scale_logits, compute_language_model_loss, labels, **_
+) -> Tensor:
+    """`[batch, tokens]` of hidden states `[tokens, batch, hidden]`."""
+    pieces = []
+    for states, next_tokens in zip(hidden_states.split(PIECE), labels.split(PIECE, 1)):
+        logits, _ = output_layer(states, weight=output_weight)
+        pieces.append(compute_language_model_loss(next_tokens.contiguous(), scale_logits(logits)))
+    return torch.cat(pieces, 1)
+
+
+def _known(tokens: Tensor, vocab_size: int) -> Tensor:
+    if (most := int(tokens.max())) >= vocab_size:
+        raise ValueError(f"--data-path: has token {most}, which is none of the model's {vocab_size}")
+    return tokens
 
 
 def _batches(data, seq_length: int, samples: int, batch: int) -> Iterator[Tensor]:

@@ -238,6 +238,10 @@ class NewTokens:
         """Attention of the queries `[batch, tokens, heads, head_dim]`; the cache takes the tokens up."""
         k, v = self.k.transpose(1, 2), self.v.transpose(1, 2)
         if padding is None:
+            if len(set(self.cache.lengths)) > 1:
+                raise ValueError(
+                    "attention_mask: must be given, [batch, tokens], because an earlier one had padding"
+                )
             return cached_attention(q, k, v, self.cache, scale)
         new = padding.new_counts
         if padding.counts != [length + count for length, count in zip(self.cache.lengths, new)]:

@@ -4,6 +4,8 @@
 `python -m megatron_s2.pretrain …`. Every Megatron flag means what it means there.
 """
 
+from __future__ import annotations
+
 import os
 import re
 import signal
@@ -17,7 +19,7 @@ from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
@@ -48,6 +50,9 @@ from megatron_s2.runtime.patches import (
 )
 from megatron_s2.settings import S2Settings
 from megatron_s2.summary import startup_table
+
+if TYPE_CHECKING:
+    from megatron.training.config.container import PretrainConfigContainer
 
 # What Megatron can do and this entry point does not, so that it is refused instead of half done.
 _UNSUPPORTED = {
@@ -111,7 +116,7 @@ def train(argv: Sequence[str]) -> None:
     apply_patches(cpu=not machine.gpu)
 
     try:
-        args, container = _configure(argv)
+        args, container = configure(argv)
     except ValueError as error:
         _refuse(str(error))
     except AssertionError as error:
@@ -149,11 +154,19 @@ def train(argv: Sequence[str]) -> None:
         writer.close()
 
 
-def _configure(argv: Sequence[str]):
-    """Parses and validates the command line, in the steps of Megatron's `parse_and_validate_args`.
+def configure(argv: Sequence[str]) -> tuple[Namespace, PretrainConfigContainer]:
+    """Parses and validates the command line, in the steps of Megatron's `parse_and_validate_args`, and sets
+    Megatron's global variables.
 
     The steps are called one by one to check the input between them: paths before Megatron looks at anything,
     S2 flags before it opens log writers and reads the tokenizer.
+
+    Returns:
+        Megatron's arguments, and what `megatron.training.pretrain` takes.
+
+    Raises:
+        ValueError: bad input; the message names the flag.
+        AssertionError: Megatron refuses it.
     """
     from megatron.training import arguments
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args

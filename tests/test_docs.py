@@ -12,7 +12,12 @@ from megatron_s2.arguments import add_s2_args
 
 DOCS = Path(__file__).parent.parent / "docs"
 # Whose numbers are all printed by their own Python blocks.
-COMPUTED = [DOCS / "how-s2-works.md", DOCS / "context-parallel.md", DOCS / "offload.md"]
+COMPUTED = [
+    DOCS / "how-s2-works.md",
+    DOCS / "context-parallel.md",
+    DOCS / "offload.md",
+    DOCS / "generation.md",
+]
 MOST_IMAGE_BYTES = 150_000
 
 

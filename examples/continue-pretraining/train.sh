@@ -13,8 +13,9 @@
 # --seq-length N    tokens per sequence (default 32768)
 # --prompt TEXT     what the result continues (default: The)
 #
-# Every other argument goes to the training and counts more than the flags below; those of the pattern
-# (--s2-block-size and so on) belong into PATTERN, since the checkpoint is made for it.
+# Relative paths count from the repository. Every other argument goes to the training and counts more than the
+# flags below; those of the pattern (--s2-block-size and so on) belong into PATTERN, since the checkpoint is made
+# for it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 # The active environment; if megatron-s2 is not in it, the .venv that scripts/quickstart.sh makes.

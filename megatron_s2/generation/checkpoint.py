@@ -7,13 +7,18 @@ from argparse import Namespace
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
+from megatron_s2.checkpoint.convert import COMPANIONS
 from megatron_s2.checkpoint.megatron_args import flags
 from megatron_s2.checkpoint.torch_dist import Checkpoint
 from megatron_s2.data.errors import InputError
-from megatron_s2.generation.text import Text, megatron_text
+from megatron_s2.generation.text import Text, has_tokenizer, megatron_text, stop_tokens
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
 
 # What describes a model, or its tokenizer, and Megatron's --use-checkpoint-args does not take over.
 _DESCRIBING = (
@@ -31,6 +36,7 @@ _DESCRIBING = (
     "use_rope_scaling",
     "vocab_size",
 )
+_TOKEN_IDS = "NullTokenizer"
 _RUN = [
     *("--use-checkpoint-args", "--no-load-optim", "--no-load-rng", "--exit-on-missing-checkpoint"),
     # Megatron's parser wants a training; none takes place.
@@ -41,22 +47,38 @@ _RUN = [
 
 @dataclass(frozen=True)
 class LoadedGPT:
-    """A model in evaluation mode, its tokenizer, and how many tokens that has."""
+    """A model in evaluation mode and its tokenizer.
 
-    model: object
+    Args:
+        vocab_size: tokens, without the padding of the vocabulary.
+        padded_vocab_size: with it.
+        note: what a user should know of its attention: that it is still being annealed; None for nothing.
+    """
+
+    model: GPTModel
     text: Text
     vocab_size: int
+    padded_vocab_size: int
+    note: str | None
 
 
-def load_gpt(directory: Path, tokenizer_model: str | None = None, needs_cache: bool = True) -> LoadedGPT:
+def load_gpt(
+    directory: Path,
+    tokenizer_model: str | None = None,
+    *,
+    needs_cache: bool = True,
+    needs_tokenizer: bool = True,
+) -> LoadedGPT:
     """Loads a `torch_dist` checkpoint onto this machine's GPU, or its CPU, as one rank.
 
-    Megatron's global state and a process group are left behind: once per process.
+    Megatron's own loader reads it, which trusts the file as `--load` of a training does. Megatron's global
+    state and a process group are left behind: once per process.
 
     Args:
         directory: what was given to the training as `--save`.
         tokenizer_model: replaces the checkpoint's `--tokenizer-model`.
         needs_cache: refuse a model without S2 attention, which has no small cache.
+        needs_tokenizer: False reads token ids only.
 
     Raises:
         ValueError: it is no checkpoint, or one of a model that cannot be built here.
@@ -69,9 +91,26 @@ def load_gpt(directory: Path, tokenizer_model: str | None = None, needs_cache: b
     is_dense = not getattr(saved, "s2_attention", False) and getattr(saved, "spec", None) is None
     if needs_cache and is_dense:
         raise ValueError(f"--load {directory}: was trained without S2 attention, and has no small cache")
+    kind, place = _tokenizer_of(directory, saved, tokenizer_model) if needs_tokenizer else (_TOKEN_IDS, None)
+    companions = Path(place) if place is not None and Path(place).is_dir() else directory / COMPANIONS
+    stop = stop_tokens(companions)
     # Megatron tells what it does in dozens of lines; what is wrong, it raises.
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-        return _build(arguments_of(directory, saved, _dtype(tensors), tokenizer_model))
+        return _build(arguments_of(directory, saved, _dtype(tensors), kind, place), stop)
+
+
+def _tokenizer_of(directory: Path, saved: Namespace, given: str | None) -> tuple[str, str | None]:
+    """`--tokenizer-type` and `--tokenizer-model`: of the given one, or the run's, or the one that lies beside
+    the checkpoint, where that was moved."""
+    kind, place = getattr(saved, "tokenizer_type", None), getattr(saved, "tokenizer_model", None)
+    beside = directory / COMPANIONS
+    if given is not None:
+        place = given
+    elif place is not None and not Path(place).exists() and has_tokenizer(beside):
+        place = str(beside)
+    if kind in (None, _TOKEN_IDS):
+        kind = _TOKEN_IDS if place is None else "HuggingFaceTokenizer"
+    return kind, place
 
 
 def _dtype(tensors: dict) -> torch.dtype:
@@ -80,23 +119,25 @@ def _dtype(tensors: dict) -> torch.dtype:
 
 
 def arguments_of(
-    directory: Path, saved: Namespace, dtype: torch.dtype, tokenizer_model: str | None = None
+    directory: Path,
+    saved: Namespace,
+    dtype: torch.dtype,
+    tokenizer_type: str = _TOKEN_IDS,
+    tokenizer_model: str | None = None,
 ) -> list[str]:
     """The command line of a run that loads a checkpoint.
 
     Args:
         saved: the arguments that the checkpoint holds.
         dtype: of its weights.
-        tokenizer_model: replaces the one in `saved`.
+        tokenizer_type, tokenizer_model: of the run.
     """
     describing = {name: getattr(saved, name, None) for name in _DESCRIBING}
-    model = tokenizer_model or getattr(saved, "tokenizer_model", None)
-    kind = getattr(saved, "tokenizer_type", None)
-    if kind is None or (tokenizer_model and kind == "NullTokenizer"):
-        kind = "HuggingFaceTokenizer" if model else "NullTokenizer"
+    if tokenizer_type == _TOKEN_IDS:
+        describing["vocab_size"] = describing["vocab_size"] or saved.padded_vocab_size
     describing |= {
-        "tokenizer_type": kind,
-        "tokenizer_model": model,
+        "tokenizer_type": tokenizer_type,
+        "tokenizer_model": tokenizer_model,
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
     }
@@ -105,7 +146,7 @@ def arguments_of(
     return [*_RUN, "--load", str(directory), "--seq-length", str(length), *given]
 
 
-def _build(argv: list[str]) -> LoadedGPT:
+def _build(argv: list[str], stop: frozenset[int]) -> LoadedGPT:
     from megatron_s2.runtime.flags import Machine, runnable_arguments
     from megatron_s2.runtime.patches import apply_patches
 
@@ -123,10 +164,10 @@ def _build(argv: list[str]) -> LoadedGPT:
     from megatron.training.checkpointing import load_checkpoint
     from megatron.training.initialize import initialize_megatron
 
-    from megatron_s2.pretrain import _configure
+    from megatron_s2.pretrain import configure
 
     try:
-        args, container = _configure(argv)
+        args, container = configure(argv)
     except AssertionError as error:
         raise ValueError(f"--load: Megatron refuses the checkpoint's arguments: {error}") from error
     initialize_megatron(allow_no_cuda=not machine.gpu, store=torch.distributed.HashStore())
@@ -135,6 +176,21 @@ def _build(argv: list[str]) -> LoadedGPT:
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
     )
     load_checkpoint(models, None, None)
+    [model] = (unwrap_model(model).eval() for model in models)
     tokenizer = get_tokenizer()
-    text = megatron_text(tokenizer, args.tokenizer_type)
-    return LoadedGPT(unwrap_model(models[0]).eval(), text, tokenizer.vocab_size)
+    return LoadedGPT(
+        model,
+        megatron_text(tokenizer, args.tokenizer_type, stop),
+        min(args.vocab_size or tokenizer.vocab_size, args.padded_vocab_size),
+        args.padded_vocab_size,
+        _note(model),
+    )
+
+
+def _note(model: GPTModel) -> str | None:
+    from megatron_s2.layers.core_attention import S2CoreAttention
+
+    layers = (module for module in model.modules() if isinstance(module, S2CoreAttention))
+    annealings = {layer.annealing for layer in layers}
+    notes = {annealing.note() for annealing in annealings if annealing is not None}
+    return next(iter(notes), None)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_s2.generation.decoding import Decoder, Generation, Request, generate
 from megatron_s2.generation.sampling import Sampling
-from megatron_s2.generation.text import Stream, Text, hugging_face_text, token_ids
+from megatron_s2.generation.text import Stream, Text, hugging_face_text, stop_tokens, token_ids
 
 
 def run(args: Namespace) -> None:
@@ -69,7 +69,11 @@ def _prompts(args: Namespace) -> list[str]:
     path = Path(args.prompt_file)
     if not path.is_file():
         raise ValueError(f"--prompt-file {path}: is no file")
-    prompts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt-file {path}: must be UTF-8: {error}") from None
+    prompts = [line for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"--prompt-file {path}: has no prompts")
     return prompts
@@ -79,29 +83,12 @@ _Model = tuple[Text, int, Callable[[int, int], Decoder]]
 
 
 def _hugging_face(args: Namespace) -> _Model:
-    directory = args.hf
-    if not (directory / "config.json").is_file():
-        raise ValueError(f"--hf {directory}: is no directory with a config.json")
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
+    from megatron_s2.generation.hugging_face import HuggingFaceDecoder, load_pretrained
 
-    from megatron_s2.generation.hugging_face import HuggingFaceDecoder
-    from megatron_s2.hf import NAME, settings_of
-
-    disable_progress_bar()
-    try:
-        settings_of(AutoConfig.from_pretrained(directory))
-    except ValueError as error:
-        raise ValueError(f"--hf {directory}: {error}") from None
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation=NAME, dtype="auto").to(device)
-    eos = model.generation_config.eos_token_id
-    stop = frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos)
+    model = load_pretrained(args.hf, needs_s2=True)
+    stop = stop_tokens(args.hf)
     text = (
-        token_ids(stop)
-        if args.token_ids
-        else hugging_face_text(Path(args.tokenizer_model or directory), stop)
+        token_ids(stop) if args.token_ids else hugging_face_text(Path(args.tokenizer_model or args.hf), stop)
     )
     return text, model.config.vocab_size, lambda batch, tokens: HuggingFaceDecoder(model, batch, tokens)
 
@@ -112,10 +99,11 @@ def _megatron(args: Namespace) -> _Model:
     from megatron_s2.generation.checkpoint import load_gpt
     from megatron_s2.generation.gpt import GPTDecoder
 
-    loaded = load_gpt(args.load, args.tokenizer_model)
-    text = token_ids(loaded.text.stop) if args.token_ids else loaded.text
+    loaded = load_gpt(args.load, args.tokenizer_model, needs_tokenizer=not args.token_ids)
+    if loaded.note is not None:
+        print(f"note: {loaded.note}", file=sys.stderr)
     return (
-        text,
+        loaded.text,
         loaded.vocab_size,
         lambda batch, tokens: GPTDecoder(loaded.model, batch, tokens, loaded.vocab_size),
     )

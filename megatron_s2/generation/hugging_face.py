@@ -1,15 +1,51 @@
-"""Generation with a Hugging Face model whose attention is S2, through the small cache."""
+"""Hugging Face models from directories, and generation with one whose attention is S2."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from megatron_s2.generation.cache import KVCache
-from megatron_s2.hf import S2Cache
+from megatron_s2.hf import NAME, S2Cache, settings_of
+
+
+def load_pretrained(directory: str | Path, dtype: str = "auto", *, needs_s2: bool = False) -> PreTrainedModel:
+    """The causal language model in a directory, from safetensors, onto this machine's GPU or its CPU; with S2
+    attention where its config.json says so, else SDPA.
+
+    Args:
+        dtype: of the weights, as transformers names it; auto for that of the files.
+        needs_s2: refuse a model without S2 attention.
+
+    Raises:
+        ValueError: there is none, or not all of it.
+    """
+    if not (Path(directory) / "config.json").is_file():
+        raise ValueError(f"--hf {directory}: is no directory with a config.json")
+    disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(directory)
+        sparse = needs_s2 or getattr(config, "s2_attention", None) is not None
+        if sparse:
+            settings_of(config)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=dtype,
+            attn_implementation=NAME if sparse else "sdpa",
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"--hf {directory}: {error}") from error
+    if missing := found["missing_keys"]:
+        raise ValueError(f"--hf {directory}: has no {min(missing)}; transformers would make it up")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 class HuggingFaceDecoder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,13 +39,36 @@ def token_ids(stop: frozenset[int] = frozenset()) -> Text:
     return Text(encode, lambda ids: " ".join(map(str, ids)), stop)
 
 
+def has_tokenizer(directory: Path) -> bool:
+    """Whether it holds the files of one."""
+    return any((directory / name).is_file() for name in _TOKENIZERS)
+
+
+def stop_tokens(directory: Path) -> frozenset[int]:
+    """The tokens that end a text, as a Hugging Face directory says; none where it does not.
+
+    Raises:
+        ValueError: its files are damaged.
+    """
+    for path in (directory / "generation_config.json", directory / "config.json"):
+        if not path.is_file():
+            continue
+        try:
+            said = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{path}: is not read: {error}") from None
+        if said is not None:
+            return frozenset([said] if isinstance(said, int) else said)
+    return frozenset()
+
+
 def hugging_face_text(directory: Path, stop: frozenset[int]) -> Text:
     """The tokenizer in a Hugging Face directory; `stop` are the model's own end tokens.
 
     Raises:
         ValueError: there is none.
     """
-    if not any((directory / name).is_file() for name in _TOKENIZERS):
+    if not has_tokenizer(directory):
         raise ValueError(f"--tokenizer-model {directory}: has no tokenizer; give another, or --token-ids")
     from transformers import AutoTokenizer
 
@@ -60,11 +84,14 @@ def hugging_face_text(directory: Path, stop: frozenset[int]) -> Text:
     )
 
 
-def megatron_text(tokenizer, kind: str) -> Text:
-    """The tokenizer of a Megatron run; `kind` is its `--tokenizer-type`."""
-    stop = frozenset({tokenizer.eod})
+def megatron_text(tokenizer, kind: str, stop: frozenset[int]) -> Text:
+    """The tokenizer of a Megatron run; `kind` is its `--tokenizer-type`, `stop` the model's own end tokens.
+
+    The end token of a NullTokenizer is made up, and need not be one of the model's.
+    """
     if kind == "NullTokenizer":
         return token_ids(stop)
+    stop = stop or frozenset({tokenizer.eod})
 
     def decode(ids: Sequence[int]) -> str:
         return tokenizer.detokenize([token for token in ids if token not in stop])
@@ -74,19 +101,27 @@ def megatron_text(tokenizer, kind: str) -> Text:
 
 @dataclass
 class Stream:
-    """Text of a growing list of tokens, given out as it becomes certain."""
+    """Text of a growing list of tokens, given out as it becomes certain.
+
+    What a token reads as may depend on those before it. So new ones are decoded behind the ones that were
+    written last, not behind all.
+    """
 
     text: Text
     write: Callable[[str], object]
-    _tokens: list[int] = field(default_factory=list)
-    _written: int = 0
+    _written: list[int] = field(default_factory=list)
+    _new: list[int] = field(default_factory=list)
 
     def add(self, token: int) -> None:
-        self._tokens.append(token)
-        text = self.text.decode(self._tokens)
-        if not text.endswith(_UNFINISHED):
-            self.write(text[self._written :])
-            self._written = len(text)
+        self._new.append(token)
+        text = self._text_of_new()
+        if text and not text.endswith(_UNFINISHED):
+            self.write(text)
+            self._written, self._new = self._new, []
 
     def end(self) -> None:
-        self.write(self.text.decode(self._tokens)[self._written :])
+        self.write(self._text_of_new())
+
+    def _text_of_new(self) -> str:
+        before = self.text.decode(self._written)
+        return self.text.decode(self._written + self._new)[len(before) :]

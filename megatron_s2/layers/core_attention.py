@@ -95,7 +95,7 @@ class S2CoreAttention(MegatronModule):
         self.backend = backend
         self.tuning = "autotune" if autotune else None
         self.is_dense = settings.is_dense(layer_number)
-        self._annealing = annealing
+        self.annealing = annealing
         target = settings.pattern(layer_number)
         self._stages = tuple(
             pattern.tp_slice(get_pg_rank(self.tp_group), get_pg_size(self.tp_group))
@@ -108,7 +108,7 @@ class S2CoreAttention(MegatronModule):
     @property
     def pattern(self) -> S2Pattern:
         """Of this tensor-parallel rank's KV heads, at this step."""
-        return self._annealing.now(self._stages) if self._annealing else self._stages[-1]
+        return self.annealing.now(self._stages) if self.annealing else self._stages[-1]
 
     def _add_sink_logits(self, heads: int) -> None:
         """Sink logits under Megatron's name, `[heads of this rank]`; learned ones start at 0."""
@@ -157,6 +157,8 @@ class S2CoreAttention(MegatronModule):
             return self._packed(query, key, value, packed_seq_params)
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))
         if self.context_parallel is not None:
+            if self.kv_cache is not None or q.shape[1] != k.shape[1]:
+                raise ValueError("--context-parallel-size: must be 1 in generation with S2 attention")
             return self._attend_over_ranks(q, k, v).transpose(0, 1).flatten(2)
         if self.kv_cache is not None:
             out = self._attend_to_cache(q, k, v)
@@ -187,8 +189,6 @@ class S2CoreAttention(MegatronModule):
         self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None
     ) -> Tensor:
         exchange = self.context_parallel
-        if k.shape[1] != q.shape[1]:
-            raise ValueError("--context-parallel-size: must be 1 in generation with S2 attention")
         if not self.training:
             exchange = replace(exchange, traffic=Traffic())
         call = call_of(q, v, exchange.ranks)

@@ -1,9 +1,10 @@
-"""Layer specs: Megatron's own, with core attention replaced."""
+"""Layer specs: Megatron's own, with S2 core attention, and self-attention that knows its small cache."""
 
 from __future__ import annotations
 
 from functools import partial
 
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
@@ -12,6 +13,7 @@ from megatron_s2.annealing import Annealing
 from megatron_s2.arguments import refuse_bypasses
 from megatron_s2.config import cluster_of, s2_settings
 from megatron_s2.layers.core_attention import S2CoreAttention
+from megatron_s2.layers.self_attention import S2SelfAttention
 from megatron_s2.parallel.exchange import Traffic
 
 
@@ -53,5 +55,8 @@ def s2_layer_spec(
         annealing=annealing,
     )
     for layer in spec.layer_specs if isinstance(spec, TransformerBlockSubmodules) else [spec]:
-        layer.submodules.self_attention.submodules.core_attention = core_attention
+        attention = layer.submodules.self_attention
+        attention.submodules.core_attention = core_attention
+        if attention.module is SelfAttention:
+            attention.module = S2SelfAttention
     return spec

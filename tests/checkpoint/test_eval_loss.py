@@ -12,11 +12,12 @@ import torch
 from eval_loss import main
 from hf_models import convert, make_model
 from megatron_run import ROOT, train_all
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-import megatron_s2.hf
+from megatron_s2 import evaluation
 from megatron_s2.data.command import run_command
-from megatron_s2.evaluation import Evaluation, evaluate, windows
+from megatron_s2.evaluation import Evaluation, evaluate, hugging_face_model, windows
 
 S2 = ("--s2-attention", "--s2-block-size", "16", "--s2-local-blocks", "2", "--s2-vert-stride", "3")
 LENGTH, WINDOWS = 128, 8
@@ -38,12 +39,12 @@ def write_documents(prefix: Path, documents: list[list[int]]) -> Path:
     return prefix
 
 
-def in_a_process(*words: object) -> str:
-    """What the command prints; a checkpoint's model leaves Megatron's global state behind."""
+def in_a_process(*words: object) -> tuple[str, str]:
+    """stdout and stderr of the command; a checkpoint's model leaves Megatron's global state behind."""
     command = [sys.executable, str(ROOT / "scripts" / "eval_loss.py"), *map(str, words)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return done.stdout, done.stderr
 
 
 def loss_of(printed: str) -> float:
@@ -80,7 +81,9 @@ def model(request, directory) -> tuple[Path, Path]:
 def test_both_sides_of_a_conversion_and_the_first_step_of_training_agree(model, data, tmp_path, capsys):
     source, checkpoint = model
     on = ("--data-path", str(data), "--seq-length", str(LENGTH), "--micro-batch-size", "3")
-    loss = loss_of(in_a_process("--load", checkpoint, *on))
+    out, err = in_a_process("--load", checkpoint, *on)
+    assert err == ""
+    loss = loss_of(out)
     main(["--hf", str(source), *on])
     assert loss_of(capsys.readouterr().out) == pytest.approx(loss, rel=1e-5)
     flags = f"--load {checkpoint} {(checkpoint / 'resume.args').read_text()} --tokenizer-type NullTokenizer"
@@ -90,6 +93,17 @@ def test_both_sides_of_a_conversion_and_the_first_step_of_training_agree(model, 
         chosen = {name: f"{flags} {more}" for name, more in LAYOUTS.items() if ranks == 1 + (name != "TP1")}
         for name, run in train_all(tmp_path / str(ranks), chosen, ranks, model="", data=of_data).items():
             assert run.losses == {1: pytest.approx(loss, rel=1e-4)}, name
+
+
+def test_what_makes_a_loss_another_is_noted(directory, data):
+    """Attention that is still being annealed, and padding of the vocabulary."""
+    source = make_model(directory / "odd-hf", "qwen3", num_hidden_layers=2, vocab_size=250)
+    convert("hf-to-megatron", source, directory / "odd", *S2, "--s2-anneal-steps", "10")
+    _, err = in_a_process("--load", directory / "odd", "--data-path", data, "--seq-length", LENGTH)
+    assert err.splitlines() == [
+        "note: step 0 of --s2-anneal-steps 10: attention has stride 1 and window 8, not yet 3 and 2",
+        "note: the loss counts 6 rows of vocabulary padding, as its training does and --hf does not",
+    ]
 
 
 def test_windows_follow_one_another_through_documents_of_any_length(tmp_path):
@@ -103,16 +117,54 @@ def test_windows_follow_one_another_through_documents_of_any_length(tmp_path):
     assert torch.equal(torch.cat(list(windows(prefix, 10, samples=2))), rows[:2])
 
 
-def test_the_loss_is_the_mean_over_tokens(directory, data):
+def test_the_loss_is_the_mean_over_tokens(directory, data, monkeypatch):
     source = make_model(directory / "plain", "llama2", vocab_size=256)
     network = AutoModelForCausalLM.from_pretrained(source)
     (tokens,) = windows(data, LENGTH, samples=3, batch=3)
     with torch.no_grad():
         expected = network(input_ids=tokens[:, :-1]).logits.log_softmax(-1)
     expected = -expected.gather(-1, tokens[:, 1:, None]).mean().item()
-    losses = megatron_s2.evaluation.hugging_face_losses(source)
-    found = evaluate(losses, windows(data, LENGTH, samples=3))
+    model = hugging_face_model(source)
+    found = evaluate(model.losses, windows(data, LENGTH, samples=3))
     assert found.tokens == 3 * LENGTH and found.loss == pytest.approx(expected, rel=1e-6)
+    monkeypatch.setattr(evaluation, "PIECE", 50)
+    in_pieces = evaluate(model.losses, windows(data, LENGTH, samples=3))
+    assert in_pieces.loss == pytest.approx(expected, rel=1e-6)
+
+
+def test_tokens_of_another_tokenizer_are_refused(directory, data, capsys):
+    source = make_model(directory / "small", "llama2", vocab_size=200)
+    words = ("--hf", str(source), "--data-path", str(data), "--seq-length", str(LENGTH))
+    assert run_command(main, words) == 2
+    expected = r"error: --data-path: has token \d+, which is none of the model's 200\n"
+    assert re.fullmatch(expected, capsys.readouterr().err)
+
+
+def test_another_architecture_is_refused(directory, data, capsys):
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2)).save_pretrained(directory / "gpt2")
+    words = ("--hf", str(directory / "gpt2"), "--data-path", str(data), "--seq-length", str(LENGTH))
+    assert run_command(main, words) == 2
+    assert "model_type gpt2: must be one of llama, mistral," in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "pickled"])
+def test_a_model_that_is_not_whole_is_refused(directory, tmp_path, data, capsys, damage):
+    source = make_model(tmp_path / "model", "llama2", vocab_size=256)
+    weights = source / "model.safetensors"
+    if damage == "missing":
+        tensors = load_file(weights)
+        del tensors["model.norm.weight"]
+        save_file(tensors, weights, metadata={"format": "pt"})
+    elif damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-1])
+    else:
+        torch.save(load_file(weights), source / "pytorch_model.bin")
+        weights.unlink()
+    words = ("--hf", str(source), "--data-path", str(data), "--seq-length", str(LENGTH))
+    assert run_command(main, words) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert err.startswith(f"error: --hf {source}: ")
+    assert ("has no model.norm.weight" in err) is (damage == "missing")
 
 
 def test_the_line_it_prints():

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from generation_models import VOCAB, greedy, prompts, save_model
 from megatron_run import train_all
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel, Metaspace, WhitespaceSplit
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import megatron_s2.hf
@@ -180,7 +180,7 @@ def test_a_trained_checkpoint_gives_the_same_tokens_with_any_cache(trained):
     found = json.loads(out)
     assert found["cache"] == found["recomputed"] == found["static"]
     assert (found["sinks"], found["epsilon"]) == (3, 1e-6)
-    assert (found["text"], found["stop"]) == ("1 2 3", [254])
+    assert (found["text"], found["stop"]) == ("1 2 3", [])
 
 
 def test_ctrl_c_ends_quietly(hugging_face):
@@ -228,6 +228,33 @@ def test_models_without_s2_or_tokenizer_are_refused(capsys, tmp_path):
     save_model(tmp_path / "dense", "llama", s2_attention=None, attn_implementation=None)
     assert run_command(main, flags("--hf", tmp_path / "dense", "--prompt", "1")) == 2
     assert capsys.readouterr().err.startswith(f"error: --hf {tmp_path / 'dense'}: s2_attention None: must be")
+
+
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+def test_a_stream_writes_what_decoding_all_gives(kind):
+    """Spaces and bytes that read differently alone."""
+    if kind == "bytes":
+        tokenizer = Tokenizer(BPE({letter: n for n, letter in enumerate(sorted(ByteLevel.alphabet()))}, []))
+        tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(), decoders.ByteLevel()
+    else:
+        pieces = ["<unk>", *(f"<0x{n:02X}>" for n in range(256)), "\u2581", "\u2581a", "a", "b"]
+        tokenizer = Tokenizer(BPE({piece: n for n, piece in enumerate(pieces)}, [], byte_fallback=True))
+        tokenizer.pre_tokenizer = Metaspace()
+        tokenizer.decoder = decoders.Sequence(
+            [
+                decoders.Replace("\u2581", " "),
+                decoders.ByteFallback(),
+                decoders.Fuse(),
+                decoders.Strip(" ", 1, 0),
+            ]
+        )
+    ids = tokenizer.encode("a b  \u00e9a \U0001f600 a\n\n b").ids
+    text, written = Text(list, tokenizer.decode, frozenset()), []
+    stream = Stream(text, written.append)
+    for token in ids:
+        stream.add(token)
+    stream.end()
+    assert "".join(written) == tokenizer.decode(ids) and len(written) > 5
 
 
 def test_a_character_of_several_tokens_is_written_when_it_is_complete():

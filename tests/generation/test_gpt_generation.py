@@ -1,5 +1,8 @@
 """A Megatron GPTModel decodes through the cache what it computes from whole sequences."""
 
+from itertools import pairwise
+from types import SimpleNamespace
+
 import pytest
 import torch
 from gpt_models import SHAPE, VOCAB, gpt, greedy, logits_of, one_rank, prompts
@@ -127,23 +130,75 @@ def test_a_stop_token_ends_its_row_only(plain_model, decoder_of):
     assert [token for row, token in seen if row == 0] == rows[0][:end]
 
 
-def test_static_inference_gives_the_same_tokens(plain_model):
-    """Megatron's own context, in which keys and values arrive whole."""
+@torch.no_grad()
+def in_static_context(model, context, new: torch.Tensor) -> torch.Tensor:
+    """Logits `[batch, tokens, vocabulary]` of the next tokens `[batch, tokens]` of a static context."""
+    start = context.sequence_len_offset
+    positions = torch.arange(start, start + new.shape[1]).expand_as(new)
+    logits = model(new, positions, None, inference_context=context)
+    context.increment_sequence_len_offset(new.shape[1])
+    return logits
+
+
+def static_context(batch: int, tokens: int):
     from megatron.core.inference.contexts import StaticInferenceContext
 
-    [prompt] = prompts(100)
-    expected = greedy(plain_model, prompt, 12)
-    context = StaticInferenceContext(1, 112)
-    new, rows = prompt, []
-    for _ in range(12):
-        start = context.sequence_len_offset
-        positions = torch.arange(start, start + len(new))[None]
-        with torch.no_grad():
-            logits = plain_model(torch.tensor([new]), positions, None, inference_context=context)
-        context.sequence_len_offset += len(new)
-        rows.append(int(logits[0, -1].argmax()))
-        new = rows[-1:]
-    assert rows == expected
+    return StaticInferenceContext(batch, tokens)
+
+
+def test_megatrons_static_inference_has_the_same_logits_over_the_small_cache(model):
+    """Two prompts of equal length, in pieces, and a second use of the context."""
+    texts = torch.tensor([prompts(120)[0], prompts(60, 120)[1]])
+    expected = torch.stack([logits_of(model, text) for text in texts.tolist()])
+    context = static_context(2, 120)
+    for cuts in ((0, 100, 101, 102, 120), (0, 33, 96, 97, 120)):
+        for first, stop in pairwise(cuts):
+            assert_close(in_static_context(model, context, texts[:, first:stop]), expected[:, first:stop])
+        context.reset()
+    caches, head_dim = context.key_value_memory_dict, SHAPE["kv_channels"]
+    assert set(caches) == {(1, 0), (2, 0), (3, 0)}
+    for layer, cache in zip(model.decoder.layers, caches.values()):
+        pattern = layer.self_attention.core_attention.pattern
+        assert cache.bytes == 2 * cache_bytes(pattern, 120, head_dim, torch.float32)
+    assert sum(cache.bytes for cache in caches.values()) < sum(cache.dense_bytes for cache in caches.values())
+    assert torch.equal(logits_of(model, texts[0].tolist()), expected[0]), "the model keeps a cache"
+
+
+def test_a_static_context_holds_parts_of_a_batch_apart(plain_model):
+    texts = torch.tensor(prompts(50, 50))
+    expected = torch.stack([logits_of(plain_model, text) for text in texts.tolist()])
+    context = static_context(2, 50)
+    for first, stop in ((0, 30), (30, 50)):
+        for row in (0, 1):
+            context.batch_size_offset, context.sequence_len_offset = row, first
+            logits = in_static_context(plain_model, context, texts[row : row + 1, first:stop])
+            assert_close(logits[0], expected[row, first:stop])
+
+
+def test_what_would_bypass_the_small_cache_is_refused(plain_model):
+    [prompt] = prompts(50)
+    tokens, context = torch.tensor([prompt]), static_context(1, 60)
+    in_static_context(plain_model, context, tokens)
+    context.sequence_len_offset = 40
+    with pytest.raises(ValueError, match=r"^sequence_len_offset 40: must be what each .* has had, \[50\]"):
+        in_static_context(plain_model, context, tokens[:, :1])
+    context.sequence_len_offset = 50
+    with pytest.raises(ValueError, match=r"^max_sequence_length 60: must be at least the 100 tokens"):
+        in_static_context(plain_model, context, tokens)
+    dynamic = SimpleNamespace(is_static_batching=lambda: False, is_dynamic_batching=lambda: True)
+    hidden = torch.zeros(1, 1, SHAPE["hidden_size"])
+    attention = plain_model.decoder.layers[0].self_attention
+    with pytest.raises(ValueError, match=r"^inference_context: must be a StaticInferenceContext"):
+        attention(hidden, None, inference_context=dynamic)
+    with pytest.raises(ValueError, match=r"^inference_context: must be None in training mode"):
+        attention.train()(hidden, None, inference_context=static_context(1, 60))
+    attention.eval()
+    attention.core_attention.context_parallel = object()
+    try:
+        with pytest.raises(ValueError, match=r"^--context-parallel-size: must be 1 in generation"):
+            attention(hidden, None, inference_context=static_context(1, 60))
+    finally:
+        attention.core_attention.context_parallel = None
 
 
 def test_padding_of_the_vocabulary_never_comes(plain_model, decoder_of):

@@ -97,10 +97,14 @@ def test_growth_sets_aside_at_most_a_quarter_and_a_block_more_than_needed():
 @pytest.mark.parametrize("layer", range(4))
 def test_an_eighth_of_dense_at_32k(layer):
     pattern = S2Pattern(8, block_size=64, local_blocks=8, vert_stride=16, layer=layer)
-    tokens = 32 * 1024
+    tokens, head_dim = 32 * 1024, 4
     assert pattern.local_blocks * pattern.block_size == 512
-    kept = cache_bytes(pattern, tokens, 128, torch.bfloat16)
-    assert kept <= dense_cache_bytes(8, tokens, 128, torch.bfloat16) / 8
+    keys = torch.zeros(1, tokens, 8, head_dim, dtype=torch.bfloat16)
+    cache = KVCache(pattern, 1, head_dim, torch.bfloat16, max_tokens=tokens)
+    cache.append(keys, keys)
+    assert cache.bytes == cache_bytes(pattern, tokens, head_dim, torch.bfloat16)
+    dense = dense_cache_bytes(8, tokens, head_dim, torch.bfloat16)
+    assert cache.bytes <= cache.capacity_bytes <= dense / 8
 
 
 def test_a_dense_layer_keeps_everything():

@@ -1,10 +1,11 @@
-"""s2_layer_spec: Megatron's own spec for a model, with core attention replaced and nothing else."""
+"""s2_layer_spec: Megatron's own spec for a model, with S2 attention and nothing else replaced."""
 
 from dataclasses import fields
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
@@ -12,6 +13,7 @@ from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 from megatron_s2.config import S2TransformerConfig
 from megatron_s2.layers import specs
 from megatron_s2.layers.core_attention import S2CoreAttention
+from megatron_s2.layers.self_attention import S2SelfAttention
 from megatron_s2.layers.specs import s2_layer_spec
 from megatron_s2.parallel.planner import Cluster
 from megatron_s2.settings import S2Settings
@@ -61,6 +63,8 @@ def test_autotuning_reaches_the_layers():
 
 def test_everything_else_is_as_megatron_chose_it():
     ours, theirs = s2_layer_spec(model(**CHOSEN)), default_layer_spec(model(**CHOSEN), None)
+    assert ours.submodules.self_attention.module is S2SelfAttention
+    ours.submodules.self_attention.module = SelfAttention
     ours.submodules.self_attention.submodules.core_attention = core_attention(theirs)
     assert ours.module is theirs.module
     for field in fields(theirs.submodules):
@@ -101,7 +105,7 @@ def test_settings_out_of_range_are_refused():
 def test_the_spec_of_another_implementation_is_treated_alike(monkeypatch):
     """Transformer Engine's needs its package; what it has in common with every spec is what is relied on."""
     attention = SimpleNamespace(
-        submodules=SimpleNamespace(core_attention="TEDotProductAttention", linear_qkv=1)
+        module=SelfAttention, submodules=SimpleNamespace(core_attention="TEDotProductAttention", linear_qkv=1)
     )
     engine = SimpleNamespace(submodules=SimpleNamespace(self_attention=attention, mlp="TENormMLP"))
     asked = []
@@ -112,4 +116,5 @@ def test_the_spec_of_another_implementation_is_treated_alike(monkeypatch):
     spec = s2_layer_spec(config, vp_stage=1)
     assert spec is engine and asked == [(config, 1)]
     assert_s2(core_attention(spec), SETTINGS, "reference")
+    assert attention.module is S2SelfAttention
     assert (attention.submodules.linear_qkv, engine.submodules.mlp) == (1, "TENormMLP")
