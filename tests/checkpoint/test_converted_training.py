@@ -1,10 +1,16 @@
 """A converted checkpoint goes on in training, with its printed flags, under every parallel layout alike."""
 
+import contextlib
+import io
+import re
 import shutil
 from pathlib import Path
 
+import eval_loss
+import numpy as np
 import pytest
-from hf_models import convert, make_model, weights
+import torch
+from hf_models import convert, make_model, store, weights
 from megatron_run import MOCK_DATA, Run, assert_same_losses, train_all
 from transformers import AutoTokenizer
 
@@ -20,6 +26,9 @@ LAYOUTS = {
     "DP2": "--use-distributed-optimizer",
 }
 CASES = [*((model, layout) for model in MODELS for layout in LAYOUTS), ("qwen2", "CP2")]
+# Those whose first loss is compared with that of scripts/eval_loss.py.
+JUDGED = {"tied": ("llama3.2, tied", ()), "mistral": ("mistral", S2)}
+LENGTH = 128
 TOKENS = 270  # a vocabulary that Megatron pads to 384
 TEN_STEPS = "--eval-iters 0 --load"
 # Losses are compared on data without padding: Megatron (0.19.2) masks in all samples what is padding in the
@@ -56,7 +65,51 @@ def flags(directory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def one_rank(directory, flags) -> dict[str, Run]:
+def data(directory) -> Path:
+    """One window of tokens again and again, so that every sample of a training and of an evaluation is it."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    window = np.random.default_rng(3).integers(0, 256, LENGTH).tolist()
+    builder = IndexedDatasetBuilder(str(directory / "window.bin"), dtype=np.int32)
+    builder.add_document(window * 8, [LENGTH * 8])
+    builder.finalize(str(directory / "window.idx"))
+    return directory / "window"
+
+
+@pytest.fixture(scope="module")
+def judged(directory, data) -> dict[str, tuple[float, str]]:
+    """The loss that is said of each model of `JUDGED`, and the flags that train it on the same data. Its
+    vocabulary needs no padding, which Megatron would count."""
+    sizes = {"num_hidden_layers": 2, "max_position_embeddings": LENGTH, "vocab_size": 256}
+    found = {}
+    for name, (family, s2) in JUDGED.items():
+        source = make_model(directory / f"{name}-hf", family, **sizes)
+        checkpoint, back = directory / f"{name}-judged", directory / f"{name}-back"
+        convert("hf-to-megatron", source, checkpoint, *s2)
+        convert("megatron-to-hf", checkpoint, back)
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            eval_loss.main(["--hf", str(back), "--data-path", str(data), "--seq-length", str(LENGTH)])
+        loss = float(re.match(r"loss (\S+),", said.getvalue())[1])
+        resume = (checkpoint / "resume.args").read_text()
+        of_data = f"--data-path {data} --split 100,0,0 --train-iters 3"
+        found[name] = loss, f"{TEN_STEPS} {checkpoint} {resume} {NO_PADDING} {of_data}"
+    return found
+
+
+@pytest.fixture(scope="module")
+def mixed(directory) -> str:
+    """What trains a model of bfloat16 matrices and float32 norms for one step, and saves it."""
+    sizes = {"num_hidden_layers": 2, "max_position_embeddings": 128, "vocab_size": TOKENS}
+    source = make_model(directory / "mixed-hf", "qwen3", torch.bfloat16, **sizes)
+    store(source, {name: norm.float() for name, norm in weights(source).items() if norm.dim() == 1})
+    convert("hf-to-megatron", source, directory / "mixed-megatron")
+    words = (directory / "mixed-megatron" / "resume.args").read_text()
+    saves = f"--save {directory / 'mixed-trained'} --save-interval 1 --train-iters 1"
+    return f"{TEN_STEPS} {directory / 'mixed-megatron'} {words} {saves} {MOCK_DATA}"
+
+
+@pytest.fixture(scope="module")
+def one_rank(directory, flags, judged, mixed) -> dict[str, Run]:
     loads = f"{TEN_STEPS} {directory / 'llama-megatron'}"
     runs = {
         "llama": flags["llama"],
@@ -68,15 +121,20 @@ def one_rank(directory, flags) -> dict[str, Run]:
         "dense": flags["qwen2"].replace("--s2-attention", "").partition("--s2-")[0],
         "another stride": f"{flags['qwen2']} --s2-vert-stride 8",
     }
-    return train_all(directory / "one", runs, model="", data=MOCK_DATA)
+    runs = {name: f"{MOCK_DATA} {words}" for name, words in runs.items()}
+    runs |= {f"{name} TP1": words for name, (_, words) in judged.items()}
+    return train_all(directory / "one", runs | {"mixed": mixed}, model="", data="")
 
 
 @pytest.fixture(scope="module")
-def two_ranks(directory, flags) -> dict[str, Run]:
+def two_ranks(directory, flags, judged) -> dict[str, Run]:
     layouts = LAYOUTS | {"CP2": "--context-parallel-size 2"}
     runs = {f"{model} {layout}": f"{flags[model]} {NO_PADDING} {layouts[layout]}" for model, layout in CASES}
     runs["qwen2 TP2"] += f" --save {directory / 'trained-by-two'} --save-interval 10"
-    return train_all(directory / "two", runs, ranks=2, model="", data=MOCK_DATA)
+    runs = {name: f"{MOCK_DATA} {words}" for name, words in runs.items()}
+    for name, (_, words) in judged.items():
+        runs |= {f"{name} {layout}": f"{words} {LAYOUTS[layout]}" for layout in LAYOUTS}
+    return train_all(directory / "two", runs, ranks=2, model="", data="")
 
 
 @pytest.mark.parametrize(("model", "layout"), CASES)
@@ -88,6 +146,21 @@ def test_losses_are_the_same_in_every_layout(one_rank, two_ranks, model, layout)
 def test_the_loss_falls(one_rank, model):
     losses = one_rank[model].losses
     assert losses[10] < losses[1] - 0.4
+
+
+@pytest.mark.parametrize("layout", ["TP1", *LAYOUTS])
+@pytest.mark.parametrize("model", JUDGED)
+def test_the_first_loss_is_that_of_an_evaluation(judged, one_rank, two_ranks, model, layout):
+    said, _ = judged[model]
+    losses = (one_rank | two_ranks)[f"{model} {layout}"].losses
+    assert losses[1] == pytest.approx(said, rel=1e-4)
+    assert losses[3] < losses[2] < losses[1] - 0.01
+
+
+def test_a_training_saves_all_weights_in_its_own_dtype(directory, one_rank):
+    assert one_rank["mixed"].status == 0
+    convert("megatron-to-hf", directory / "mixed-trained", directory / "mixed-back")
+    assert {tensor.dtype for tensor in weights(directory / "mixed-back").values()} == {torch.bfloat16}
 
 
 def test_the_tokenizer_is_the_models_own(one_rank):
