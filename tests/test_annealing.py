@@ -3,9 +3,10 @@
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from megatron_run import train_all
+from megatron_run import Run, train_all
+from test_s2_training import FOUR_LAYERS, FROM, FULL_RECOMPUTE, RICH
 
 from megatron_s2.annealing import Annealing, stages
 from megatron_s2.pattern import S2Pattern
@@ -37,6 +38,7 @@ def test_heads_stop_at_their_own_stride():
     assert [p.strides for p in stages(target)] == [(1, 1, 1), (2, 2, 1), (2, 4, 1), (2, 6, 1)]
 
 
+@settings(deadline=None)  # the first example imports torch
 @given(st.sampled_from([2, 4, 8]), st.integers(1, 3), st.integers(1, 4), st.integers(0, 2), st.integers(0, 5))
 def test_each_stage_sees_a_part_of_what_the_one_before_saw(stride, window, heads, sinks, layer):
     target = S2Pattern(heads, 16, window, stride, sink_blocks=sinks, layer=layer)
@@ -122,3 +124,122 @@ def test_finetuning_counts_from_its_own_first_step(runs):
 def test_what_has_no_meaning_is_refused(runs, run, message):
     assert runs[run].status == 2
     assert any(line.startswith(f"error: {message}") for line in runs[run].output.splitlines())
+
+
+# Four stages of two steps. Weights never move, so a step's loss says which batch it was and which pattern.
+BLOCKS = "--s2-attention --s2-block-size 16 --s2-sink-blocks 1"
+TARGET = f"{BLOCKS} --s2-local-blocks 1 --s2-vert-stride 8 3 --s2-phases 5 2"
+STAGES = (
+    f"{BLOCKS} --s2-local-blocks 8 --s2-vert-stride 1",
+    f"{BLOCKS} --s2-local-blocks 4 --s2-vert-stride 2 --s2-phases 1 0",
+    f"{BLOCKS} --s2-local-blocks 2 --s2-vert-stride 4 3 --s2-phases 1 2",
+    TARGET,
+)
+STAGE_OF_STEP = {1: 0, 2: 0, 3: 1, 4: 1, 5: 2, 6: 2, 7: 3, 8: 3}
+SHARP = "--init-method-std 0.2"  # attention that tells keys apart, as a trained model's does
+STILL = f"--train-iters 8 --lr 0 --min-lr 0 --eval-interval 1 {SHARP}"
+TRAINING, VALIDATION = "lm loss", "lm loss validation"
+
+
+@pytest.fixture(scope="module")
+def still(tmp_path_factory) -> dict[str | int, Run]:
+    directory = tmp_path_factory.mktemp("still")
+    saved = directory / "checkpoint"
+    annealed = f"{TARGET} --s2-anneal-steps 6 {STILL}"
+    return train_all(
+        directory,
+        {
+            "annealed": f"{annealed} --save {saved} --save-interval 3",
+            "resumed": f"{annealed} --load {saved} --ckpt-step 3",
+            "evaluated": f"{annealed} --load {saved} --ckpt-step 3 --skip-train",
+            **{f"stage {k}": f"{flags} {STILL}" for k, flags in enumerate(STAGES)},
+        },
+    )
+
+
+def of_fixed_patterns(still: dict[str, Run], tag: str) -> dict[int, float]:
+    """What each step logs in a run whose pattern is, from its first step on, that of the step's stage."""
+    fixed = [still[f"stage {k}"].scalar(tag) for k in range(len(STAGES))]
+    for step in STAGE_OF_STEP:
+        assert len({losses[step] for losses in fixed}) == len(fixed)
+    return {step: fixed[k][step] for step, k in STAGE_OF_STEP.items()}
+
+
+def test_each_step_trains_on_the_pattern_of_its_stage(still):
+    assert still["annealed"].losses == of_fixed_patterns(still, TRAINING)
+
+
+def test_a_run_resumed_inside_a_stage_trains_on_its_pattern(still):
+    expected = of_fixed_patterns(still, TRAINING)
+    assert still["resumed"].losses == {step: expected[step] for step in (4, 5, 6, 7, 8)}
+
+
+def test_evaluation_after_a_step_sees_the_pattern_of_that_step(still):
+    expected = of_fixed_patterns(still, VALIDATION)
+    assert still["annealed"].scalar(VALIDATION) == expected
+    assert still["resumed"].scalar(VALIDATION) == {step: expected[step] for step in (4, 5, 6, 7, 8)}
+
+
+def test_evaluation_of_a_checkpoint_sees_the_pattern_it_was_in(still):
+    expected = still["stage 1"].scalar(VALIDATION)[1]  # a run that does not train begins with the first batch
+    assert f"iteration 3 on validation set | lm loss value: {expected:.6E}" in still["evaluated"].output
+
+
+# A dense step, one with stride 2, two with the target. No dense head: each tensor rank has one to narrow.
+NARROWING = f"{RICH} --s2-num-dense-heads 0 --s2-anneal-steps 2 --exit-interval 4 --eval-interval 2"
+PIPELINE, CONTEXT = "--pipeline-model-parallel-size 2", "--context-parallel-size 2"
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory) -> dict[str, Run]:
+    directory = tmp_path_factory.mktemp("one")
+    start = directory / "checkpoint"
+    return train_all(
+        directory,
+        {
+            "start": f"{FOUR_LAYERS} {RICH} {SHARP} --train-iters 1 --save {start} --save-interval 1",
+            "annealed": f"{FROM} {start} {NARROWING}",
+            "full recompute": f"{FROM} {start} {NARROWING} {FULL_RECOMPUTE}",
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def two_ranks(one_rank, tmp_path_factory) -> dict[str, Run]:
+    annealed = f"{FROM} {one_rank['start'].log_dir.parent / 'checkpoint'} {NARROWING}"
+    return train_all(
+        tmp_path_factory.mktemp("two"),
+        {
+            "tensor": f"{annealed} --tensor-model-parallel-size 2",
+            "pipeline": f"{annealed} {PIPELINE}",
+            "interleaved": f"{annealed} {PIPELINE} --num-layers-per-virtual-pipeline-stage 1",
+            "pipeline, full recompute": f"{annealed} {PIPELINE} {FULL_RECOMPUTE}",
+            "context, gather": f"{annealed} {CONTEXT} --s2-cp-schedule gather",
+            "context, a2a": f"{annealed} {CONTEXT} --s2-cp-schedule a2a",
+            "context, full recompute": f"{annealed} {CONTEXT} --s2-cp-schedule gather {FULL_RECOMPUTE}",
+        },
+        ranks=2,
+    )
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "tensor",
+        "pipeline",
+        "interleaved",
+        "pipeline, full recompute",
+        "context, gather",
+        "context, a2a",
+        "context, full recompute",
+    ],
+)
+def test_two_ranks_narrow_as_one(two_ranks, one_rank, layout):
+    for tag, steps in ((TRAINING, [1, 2, 3, 4]), (VALIDATION, [2, 4])):
+        control = one_rank["annealed"].scalar(tag)
+        assert sorted(control) == steps
+        assert two_ranks[layout].scalar(tag) == pytest.approx(control, rel=1e-4)
+
+
+def test_recomputation_narrows_at_the_same_steps(one_rank):
+    assert one_rank["full recompute"].losses == one_rank["annealed"].losses
