@@ -39,6 +39,7 @@ _DESCRIBING = (
 _TOKEN_IDS = "NullTokenizer"
 _RUN = [
     *("--use-checkpoint-args", "--no-load-optim", "--no-load-rng", "--exit-on-missing-checkpoint"),
+    "--no-use-tokenizer-model-from-checkpoint-args",  # it may lie elsewhere
     # Megatron's parser wants a training; none takes place.
     *("--skip-train", "--train-iters", "1", "--eval-iters", "0", "--lr", "1", "--mock-data"),
     *("--micro-batch-size", "1", "--global-batch-size", "1", "--num-workers", "0", "--no-rope-fusion"),

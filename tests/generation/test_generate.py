@@ -65,14 +65,14 @@ def model(hugging_face):
 
 @pytest.fixture(scope="module")
 def converted(hugging_face, tmp_path_factory):
-    """The same model as a Megatron checkpoint."""
+    """The same model as a Megatron checkpoint, moved after it was made: its tokenizer is beside it."""
     from megatron_s2.arguments import add_s2_args
     from megatron_s2.checkpoint.convert import to_megatron
     from megatron_s2.data.command import CommandParser
 
-    directory = tmp_path_factory.mktemp("converted") / "checkpoint"
-    to_megatron(hugging_face, directory, add_s2_args(CommandParser()).parse_args([]))
-    return directory
+    directory = tmp_path_factory.mktemp("converted")
+    to_megatron(hugging_face, directory / "first", add_s2_args(CommandParser()).parse_args([]))
+    return (directory / "first").rename(directory / "checkpoint")
 
 
 @pytest.fixture(scope="module", autouse=True)
