@@ -142,7 +142,7 @@ TRAINING, VALIDATION = "lm loss", "lm loss validation"
 
 
 @pytest.fixture(scope="module")
-def still(tmp_path_factory) -> dict[str | int, Run]:
+def still(tmp_path_factory) -> dict[str, Run]:
     directory = tmp_path_factory.mktemp("still")
     saved = directory / "checkpoint"
     annealed = f"{TARGET} --s2-anneal-steps 6 {STILL}"
