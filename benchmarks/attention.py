@@ -282,7 +282,7 @@ def _measure_on_cpu(trials: list[Trial], case: Case, repeats: int) -> None:
 def _measure_on_cuda(trials: list[Trial], case: Case, repeats: int) -> None:
     for trial in trials:
         with trial.attempt(trial.passes):
-            runs = _runs(_prepared(trial), case)
+            runs = passes_of(_prepared(trial), case)
             for which in trial.passes:
                 with trial.attempt([which]):
                     runs[which]()  # compiles
@@ -290,7 +290,7 @@ def _measure_on_cuda(trials: list[Trial], case: Case, repeats: int) -> None:
                     trial.seconds[which] = summary(cuda_times(runs[which], repeats))
 
 
-def _runs(attention: Attention, case: Case) -> dict[str, Callable[[], object]]:
+def passes_of(attention: Attention, case: Case) -> dict[str, Callable[[], object]]:
     """What is timed, by pass, its inputs allocated."""
     *inputs, dout = case.inputs()
     return {
@@ -306,8 +306,8 @@ def prepare_for_memory(arguments: tuple[str, Case, int]) -> Callable[[], object]
     p, prepare = case.pattern, IMPLEMENTATIONS[name].prepare
     all_code = (p.local_blocks + max(p.strides) + 1) * p.block_size  # tokens at which shards are seen
     short = replace(case, seq_length=min(all_code, case.seq_length))
-    _runs(prepare(short), short)[PASSES[1]]()
-    return _runs(prepare(case), case)[PASSES[1]]
+    passes_of(prepare(short), short)[PASSES[1]]()
+    return passes_of(prepare(case), case)[PASSES[1]]
 
 
 BENCHMARK = Benchmark(

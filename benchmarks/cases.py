@@ -47,6 +47,8 @@ SHAPES = {
     "grouped": Shape(S2Pattern(8, 64, 8, 16), batch=1, heads=32, head_dim=128, dtype="bfloat16"),
     # What DKernel's own benchmark runs by default; its phases are ours where heads = stride.
     "dkernel": Shape(S2Pattern(16, 64, 8, 16), batch=4, heads=16, head_dim=128, dtype="bfloat16"),
+    # A quarter of grouped's shards: at 131072 tokens its FLOPs are a 44th of dense attention's.
+    "stride-64": Shape(S2Pattern(8, 64, 8, 64), batch=1, heads=32, head_dim=128, dtype="bfloat16"),
 }
 DEFAULT_SHAPES = {"cpu": ["cpu"], "cuda": ["grouped", "dkernel"]}
 DEFAULT_LENGTHS = {"cpu": [4096, 16384], "cuda": [2**n for n in range(12, 19)]}

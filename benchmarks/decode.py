@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import decode_report
 from benchmarks.benchmark import Benchmark, Row, WrongResultError
-from benchmarks.cases import DTYPES, Case, Shape
+from benchmarks.cases import DTYPES, SHAPES, Case
 from benchmarks.environment import code_hash
 from benchmarks.exactness import visible_keys
-from benchmarks.measure import Company, interleaved_times, summary
-from megatron_s2 import S2Pattern
+from benchmarks.measure import Company, interleaved_times, kernel_times, summary
 from megatron_s2.generation.attention import cached_attention
-from megatron_s2.generation.cache import KVCache
+from megatron_s2.generation.cache import KVCache, cache_bytes, dense_cache_bytes
 from megatron_s2.kernels.compare import require_as_exact_as_plain, require_equal
 from megatron_s2.kernels.reference import masked_attention
 
-SHAPE = Shape(S2Pattern(2, 64, 8, 16), batch=1, heads=8, head_dim=64, dtype="float32")
+DEFAULT_SHAPES = {"cpu": SHAPES["cpu"], "cuda": SHAPES["grouped"]}
+DEFAULT_CONTEXTS = {"cpu": [32768], "cuda": [2**n for n in range(13, 18)]}
 _CODE = ("megatron_s2/generation/*.py", "benchmarks/decode.py")
-_BLOCK = SHAPE.pattern.block_size  # tokens of a timed run: a window moves on once in each
 
 _PYTORCH = 1e-5  # error of its own kernels: over so many keys they are less exact than plain float32
 
@@ -33,18 +32,26 @@ _PYTORCH = 1e-5  # error of its own kernels: over so many keys they are less exa
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--context",
-        type=int,
-        default=32768,
-        metavar="N",
-        help="tokens in the cache before the first decoded one (default: %(default)s)",
+        type=_lengths,
+        metavar="N,N,…",
+        help="tokens in the cache before the first decoded one (default: 32768; on cuda every power of two "
+        "from 8192 to 131072)",
     )
     parser.add_argument("--repeats", type=int, default=15, help="timed runs (default: %(default)s)")
+
+
+def _lengths(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise ArgumentTypeError(f"{text}: must be numbers of tokens, such as 8192,32768") from None
 
 
 class Decoding(ABC):
     """Attention of one token after another, behind a context.
 
     Args:
+        case: shape, and the context's length and device.
         k, v: `[1, tokens, kv_heads, head_dim]` of the context.
         tokens: that will be decoded.
     """
@@ -52,7 +59,7 @@ class Decoding(ABC):
     sparse = False
 
     @abstractmethod
-    def __init__(self, k: Tensor, v: Tensor, tokens: int): ...
+    def __init__(self, case: Case, k: Tensor, v: Tensor, tokens: int): ...
 
     @abstractmethod
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -69,9 +76,9 @@ class SmallCache(Decoding):
 
     sparse = True
 
-    def __init__(self, k: Tensor, v: Tensor, tokens: int):
-        _, context, _, head_dim = k.shape
-        self._cache = KVCache(SHAPE.pattern, 1, head_dim, k.dtype, max_tokens=context + tokens)
+    def __init__(self, case: Case, k: Tensor, v: Tensor, tokens: int):
+        most = case.seq_length + tokens
+        self._cache = KVCache(case.pattern, 1, case.shape.head_dim, k.dtype, k.device, max_tokens=most)
         self._cache.append(k, v)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -85,7 +92,7 @@ class SmallCache(Decoding):
 class FullCache(Decoding):
     """Dense, through PyTorch's own grouped-query attention."""
 
-    def __init__(self, k: Tensor, v: Tensor, tokens: int):
+    def __init__(self, case: Case, k: Tensor, v: Tensor, tokens: int):
         self._length = k.shape[1]
         self._k, self._v = (F.pad(x.transpose(1, 2), (0, 0, 0, tokens)) for x in (k, v))
 
@@ -120,55 +127,85 @@ IMPLEMENTATIONS: dict[str, type[Decoding]] = {
 
 
 def run(args: Namespace, stored: list[Row]) -> Iterator[Row]:
-    for name in ("context", "repeats"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)}: must be >= 1")
-    shared = {**Case(SHAPE, args.context, "cpu").row(), "decode_code": code_hash(_CODE)}
-    found = {row["implementation"] for row in stored if all(row.get(k) == v for k, v in shared.items())}
-    if found < set(IMPLEMENTATIONS):
-        yield from (shared | row for row in measure(args.context, args.repeats))
+    """Rows of one context after the other; what is stored of some implementations only is measured again."""
+    contexts = args.context or DEFAULT_CONTEXTS[args.device]
+    for name, least in (("context", min(contexts)), ("repeats", args.repeats)):
+        if least < 1:
+            raise ValueError(f"--{name} {least}: must be >= 1")
+    for context in contexts:
+        case = Case(DEFAULT_SHAPES[args.device], context, args.device)
+        shared = {**case.row(), "decode_code": code_hash(_CODE)}
+        found = {row["implementation"] for row in stored if all(row.get(k) == v for k, v in shared.items())}
+        if found < set(IMPLEMENTATIONS):
+            yield from (shared | row for row in measure(case, args.repeats))
 
 
 @torch.no_grad()
-def measure(context: int, repeats: int) -> Iterator[Row]:
-    """Checks all implementations, then times them in turns."""
-    checked = {name: check(name, context) for name in IMPLEMENTATIONS}
-    tokens = _BLOCK * (repeats + 1)
-    inputs = _inputs(context + tokens)
-    decodings = {name: _begun(name, inputs, context, tokens) for name in IMPLEMENTATIONS}
-    places = dict.fromkeys(IMPLEMENTATIONS, context)
+def measure(case: Case, repeats: int) -> Iterator[Row]:
+    """Checks all implementations, then times them in turns.
 
-    def block(name: str) -> Iterator[None]:
+    A run is a block of tokens, so that a window moves on once in each. Times are those of the wall, with all
+    that the host does to launch kernels; on CUDA the seconds in which kernels ran are told apart.
+    """
+    checked = {name: check(name, case) for name in IMPLEMENTATIONS}
+    block = case.pattern.block_size
+    tokens = block * (repeats + 1 + (case.device == "cuda"))
+    inputs = _inputs(case, tokens)
+    decodings = {name: _begun(name, case, inputs, tokens) for name in IMPLEMENTATIONS}
+    places = dict.fromkeys(IMPLEMENTATIONS, case.seq_length)
+
+    def decode_block(name: str) -> None:
         start = places[name]
-        for position in range(start, start + _BLOCK):
+        for position in range(start, start + block):
             decodings[name].step(*(x[:, position : position + 1] for x in inputs))
-        places[name] += _BLOCK
+        places[name] += block
+
+    def timed(name: str) -> Iterator[None]:
+        decode_block(name)
+        if case.device == "cuda":
+            torch.cuda.synchronize()
         yield
 
     with Company() as company:
-        times = interleaved_times({name: partial(block, name) for name in IMPLEMENTATIONS}, repeats)
+        times = interleaved_times({name: partial(timed, name) for name in IMPLEMENTATIONS}, repeats)
     for name, decoding in decodings.items():
+        kernels = None
+        if case.device == "cuda":
+            found = kernel_times(partial(decode_block, name), "cuda")
+            kernels = sum(kernel["seconds"] for kernel in found) / block
         yield {
             "implementation": name,
             "checked_tokens": checked[name],
-            "tokens_per_run": _BLOCK,
+            "tokens_per_run": block,
             "other_cpus": company.cpus,
-            "seconds_per_token": summary(times[name][:, 0] / _BLOCK),
+            "seconds_per_token": summary(times[name][:, 0] / block),
+            "kernel_seconds_per_token": kernels,
             "cache_bytes": decoding.bytes,
+            "closed_form_bytes": closed_form_bytes(case, decoding.sparse, case.seq_length + tokens),
         }
 
 
-def _inputs(tokens: int) -> tuple[Tensor, ...]:
-    q, k, v, _ = Case(SHAPE, tokens, "cpu").inputs()
+def closed_form_bytes(case: Case, sparse: bool, tokens: int) -> int:
+    """What a cache of so many tokens keeps, by formula."""
+    head_dim, dtype = case.shape.head_dim, DTYPES[case.shape.dtype]
+    if sparse:
+        return cache_bytes(case.pattern, tokens, head_dim, dtype)
+    return dense_cache_bytes(case.pattern.num_kv_heads, tokens, head_dim, dtype)
+
+
+def _inputs(case: Case, tokens: int) -> tuple[Tensor, ...]:
+    """Of the context and so many tokens behind it."""
+    q, k, v, _ = Case(case.shape, case.seq_length + tokens, case.device).inputs()
     return q.detach(), k.detach(), v.detach()
 
 
-def _begun(name: str, inputs: tuple[Tensor, ...], context: int, tokens: int) -> Decoding:
+def _begun(name: str, case: Case, inputs: tuple[Tensor, ...], tokens: int) -> Decoding:
     _, k, v = inputs
-    return IMPLEMENTATIONS[name](k[:, :context], v[:, :context], tokens)
+    context = case.seq_length
+    return IMPLEMENTATIONS[name](case, k[:, :context], v[:, :context], tokens)
 
 
-def check(name: str, context: int) -> int:
+def check(name: str, case: Case) -> int:
     """Compares a block of decoded tokens with plain masked attention in float64.
 
     Returns:
@@ -178,23 +215,25 @@ def check(name: str, context: int) -> int:
         WrongResultError: an error of ours is larger than the house's rule allows, or one of PyTorch's is no
             rounding.
     """
-    inputs = _inputs(context + _BLOCK)
-    decoding = _begun(name, inputs, context, _BLOCK)
-    rows = torch.arange(context, context + _BLOCK)
+    context, pattern, block = case.seq_length, case.pattern, case.pattern.block_size
+    inputs = _inputs(case, block)
+    decoding = _begun(name, case, inputs, block)
+    rows = torch.arange(context, context + block)
     got = torch.cat([decoding.step(*(x[:, row : row + 1] for x in inputs)) for row in rows.tolist()], 1)
     if decoding.sparse:
-        visible = visible_keys(SHAPE.pattern, rows, context + _BLOCK)
+        visible = visible_keys(pattern, rows, context + block)
     else:
-        visible = (torch.arange(context + _BLOCK) <= rows[:, None]).expand(SHAPE.pattern.num_kv_heads, -1, -1)
+        visible = (torch.arange(context + block) <= rows[:, None]).expand(pattern.num_kv_heads, -1, -1)
+    visible = visible.to(case.device)
 
     def plain(dtype: torch.dtype) -> Tensor:
         q, k, v = (x.to(dtype) for x in inputs)
-        return masked_attention(q[:, rows], k, v, visible, SHAPE.head_dim**-0.5, None)[0]
+        return masked_attention(q[:, rows], k, v, visible, case.shape.head_dim**-0.5, None)[0]
 
-    exact = {"out": plain(torch.float64)}
+    exact, dtype = {"out": plain(torch.float64)}, DTYPES[case.shape.dtype]
     try:
-        if decoding.sparse:
-            require_as_exact_as_plain({"out": got}, {"out": plain(DTYPES[SHAPE.dtype])}, exact)
+        if decoding.sparse or dtype != torch.float32:
+            require_as_exact_as_plain({"out": got}, {"out": plain(dtype)}, exact)
         else:
             require_equal({"out": got}, exact, _PYTORCH)
     except AssertionError as error:
@@ -202,25 +241,12 @@ def check(name: str, context: int) -> int:
     return len(rows)
 
 
-def table(rows: list[Row]) -> str:
-    newest = {(row["seq_length"], row["implementation"]): row for row in rows}
-    lines = [
-        f"{'context':>8} {'':<13} {'us/token':>10} {'p20':>10} {'p80':>10} {'cache bytes':>12} {'of sdpa':>8}"
-    ]
-    for (context, name), row in sorted(newest.items()):
-        times = [1e6 * row["seconds_per_token"][which] for which in ("median", "p20", "p80")]
-        dense = newest[context, "sdpa"]
-        share = row["seconds_per_token"]["median"] / dense["seconds_per_token"]["median"]
-        shown = " ".join(f"{time:>10.1f}" for time in times)
-        lines.append(f"{context:>8} {name:<13} {shown} {row['cache_bytes']['kept']:>12} {share:>8.3f}")
-    return "\n".join(lines)
-
-
-def plot(rows: list[Row], directory: Path) -> list[Path]:
-    """Three numbers need no picture."""
-    return []
-
-
 BENCHMARK = Benchmark(
-    name="decode", help=__doc__, add_arguments=add_arguments, run=run, table=table, plot=plot
+    name="decode",
+    help=__doc__,
+    add_arguments=add_arguments,
+    run=run,
+    table=decode_report.table,
+    plot=decode_report.plot,
+    takes_device=True,
 )

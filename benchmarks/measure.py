@@ -130,3 +130,22 @@ def cuda_peak_memory(run: Callable[[], object]) -> int:
     before = torch.cuda.memory_allocated()
     run()
     return torch.cuda.max_memory_allocated() - before
+
+
+def kernel_times(run: Callable[[], object], device: str) -> list[dict]:
+    """What a run spends its time in, by torch.profiler: name, calls and seconds of each kernel, on the CPU of
+    each operation without those it calls; longest first. `run` must have run before."""
+    from torch.profiler import ProfilerActivity, profile
+
+    on_gpu = device == "cuda"
+    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+    with profile(activities=[activity]) as profiler:
+        run()
+        if on_gpu:
+            torch.cuda.synchronize()
+    field = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    found = [
+        {"name": event.key, "calls": event.count, "seconds": getattr(event, field) / 1e6}
+        for event in profiler.key_averages()
+    ]
+    return sorted((one for one in found if one["seconds"] > 0), key=lambda one: -one["seconds"])

@@ -16,8 +16,8 @@ from benchmarks import offload_report
 from benchmarks.benchmark import Benchmark, Row, WrongResultError
 from benchmarks.environment import code_hash, package_version
 from benchmarks.measure import Company, summary
-from benchmarks.offload_training import Training, train
-from megatron_s2.offload.plan import ALIGNMENT, SUBGROUP_SIZE
+from benchmarks.training_process import Training, train
+from megatron_s2.offload.plan import ALIGNMENT, GB, SUBGROUP_SIZE
 
 WARM_UP = 3
 HEAD_DIM = 64
@@ -35,7 +35,7 @@ _CODE = (
     "megatron_s2/offload/*.py",
     "megatron_s2/runtime/*.py",
     "benchmarks/offload.py",
-    "benchmarks/offload_training.py",
+    "benchmarks/training_process.py",
 )
 _PACKAGES = ("megatron-core", "transformer-engine")
 
@@ -148,18 +148,29 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="N,N,…",
         help="micro-batches of a step, default 1,4,16",
     )
-    sizes = parser.add_argument_group("the model, by default of a size for the device").add_argument
-    sizes("--hidden-size", type=int, help=_default_help("hidden_size"))
-    sizes("--num-layers", type=int, help=_default_help("num_layers"))
-    sizes("--seq-length", type=int, help=f"tokens of a micro-batch; {_default_help('seq_length')}")
-    sizes("--subgroup-size", type=int, help=f"of ours; {_default_help('subgroup_size')}")
-    sizes("--bucket-size", type=int, help=f"of gradient reductions; {_default_help('bucket_size')}")
+    parser.add_argument(
+        "--gpu-memory-gb",
+        type=float,
+        metavar="X",
+        help=f"GB (10**9 bytes) that PyTorch may take of the GPU; {NONE.name} may take all there is, and its "
+        "peak says whether it would fit (default: no limit)",
+    )
     parser.add_argument(
         "--repeats",
         type=int,
         default=5,
         help="timed steps, and as many again for the optimizer's part (default: %(default)s)",
     )
+    add_model_arguments(parser)
+
+
+def add_model_arguments(parser: ArgumentParser) -> None:
+    sizes = parser.add_argument_group("the model, by default of a size for the device").add_argument
+    sizes("--hidden-size", type=int, help=_default_help("hidden_size"))
+    sizes("--num-layers", type=int, help=_default_help("num_layers"))
+    sizes("--seq-length", type=int, help=f"tokens of a micro-batch; {_default_help('seq_length')}")
+    sizes("--subgroup-size", type=int, help=f"of ours; {_default_help('subgroup_size')}")
+    sizes("--bucket-size", type=int, help=f"of gradient reductions; {_default_help('bucket_size')}")
 
 
 def _default_help(field: str) -> str:
@@ -210,6 +221,11 @@ def run(args: Namespace, stored: list[Row]) -> Iterator[Row]:
         WrongResultError: a training failed, or its losses are not those they must be.
     """
     model = model_of(args)
+    if args.gpu_memory_gb is not None:
+        if args.device != "cuda":
+            raise ValueError(f"--gpu-memory-gb {args.gpu_memory_gb:g}: must not be set with --device cpu")
+        if not 0 < args.gpu_memory_gb < math.inf:
+            raise ValueError(f"--gpu-memory-gb {args.gpu_memory_gb:g}: must be > 0")
     for accumulation in args.accumulation:
         control = first = None
         for case in CASES.values():
@@ -237,6 +253,7 @@ def _setting(case: Case, model: Model, accumulation: int, args: Namespace) -> Ro
         "accumulation": accumulation,
         "device": args.device,
         "model": vars(model),
+        "gpu_memory_gb": args.gpu_memory_gb,
         "flags": flags(case, model, accumulation, args.threads),
         "warm_up": WARM_UP,
         "repeats": args.repeats,
@@ -266,7 +283,8 @@ def measure(case: Case, model: Model, accumulation: int, args: Namespace) -> Row
     start, before = time.perf_counter(), os.times()
     with Company() as company:
         words = flags(case, model, accumulation, args.threads)
-        training = train(words, WARM_UP, args.repeats, args.device, args.threads)
+        limit = None if args.gpu_memory_gb is None or case is NONE else int(args.gpu_memory_gb * GB)
+        training = train(words, WARM_UP, args.repeats, args.device, args.threads, gpu_memory=limit)
     elapsed, after = time.perf_counter() - start, os.times()
     own = after.children_user + after.children_system - before.children_user - before.children_system
     if training.status and not case.may_be_refused:

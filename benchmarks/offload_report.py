@@ -22,13 +22,13 @@ _WHAT = (
     "being where they are needed when it starts. flush gain: the step with gradients flushed after backward "
     "over that with them flushed during it, at the same fraction."
 )
-_SETTING = ("device", "model", "warm_up", "repeats")
+_SETTING = ("device", "model", "gpu_memory_gb", "warm_up", "repeats")
 
 Newest = dict[tuple[int, str], Row]
 """The newest row of each (accumulation, case) of one setting, in the order of measurement."""
 
 
-def _by_setting(rows: list[Row]) -> list[Newest]:
+def by_setting(rows: list[Row]) -> list[Newest]:
     settings: dict[str, Newest] = {}
     for row in rows:
         newest = settings.setdefault(json.dumps([row[key] for key in _SETTING]), {})
@@ -36,7 +36,7 @@ def _by_setting(rows: list[Row]) -> list[Newest]:
     return list(settings.values())
 
 
-def _median(row: Row | None) -> float | None:
+def median(row: Row | None) -> float | None:
     return row["seconds"]["median"] if row and row["seconds"] else None
 
 
@@ -45,7 +45,7 @@ def _measured(newest: Newest, accumulation: int, flush: bool) -> dict[float | st
     return {
         row["fraction"]: row
         for (n, _), row in newest.items()
-        if n == accumulation and row["flush"] is flush and _median(row)
+        if n == accumulation and row["flush"] is flush and median(row)
     }
 
 
@@ -53,9 +53,9 @@ def flush_gain(newest: Newest, row: Row) -> float | None:
     """How many times shorter a step of ours is because gradients leave during backward and not after it, at
     one share of the GPU; None where it does not flush then, or the other is not measured."""
     late = _measured(newest, row["accumulation"], flush=False).get(row["fraction"])
-    if not (row["flush"] and _median(row) and late and late["gpu_share"] == row["gpu_share"]):
+    if not (row["flush"] and median(row) and late and late["gpu_share"] == row["gpu_share"]):
         return None
-    return _median(late) / _median(row)
+    return median(late) / median(row)
 
 
 def interleaving_gain(newest: Newest, accumulation: int) -> str | None:
@@ -64,9 +64,9 @@ def interleaving_gain(newest: Newest, accumulation: int) -> str | None:
     rows = _measured(newest, accumulation, flush=True)
     if not {0, 1} <= set(rows):
         return None
-    best = min(rows.values(), key=_median)
+    best = min(rows.values(), key=median)
     share = "" if best["fraction"] != "auto" else f" ({best['gpu_share']:.1%})"
-    over = {one: _median(rows[one]) / _median(best) for one in (0, 1)}
+    over = {one: median(rows[one]) / median(best) for one in (0, 1)}
     return (
         f"accumulation {accumulation}, interleaving, flush in backward: best fraction "
         f"{best['fraction']}{share}, {over[0]:.2f}x over 0, {over[1]:.2f}x over 1"
@@ -80,13 +80,23 @@ def _describe(newest: Newest) -> str:
     size = f"{counted / 1e6:.1f}M parameters, " if counted else ""
     return (
         f"{size}hidden {model['hidden_size']}, {model['num_layers']} layers, {model['seq_length']} tokens a "
-        f"micro-batch, subgroups of {model['subgroup_size']}, {row['device']}"
+        f"micro-batch, subgroups of {model['subgroup_size']}, {row['device']}{_budget(newest)}"
     )
+
+
+def _budget(newest: Newest) -> str:
+    """The GPU memory that was allowed, and what a training without offload takes."""
+    limit = next(iter(newest.values()))["gpu_memory_gb"]
+    if limit is None:
+        return ""
+    peaks = [row["gpu_peak_bytes"] for row in newest.values() if row["case"] == "none" and median(row)]
+    needs = f"; without offload it takes {max(peaks) / 1e9:.1f} GB" if peaks else ""
+    return f", {limit:g} GB of its memory{needs}"
 
 
 def table(rows: list[Row]) -> str:
     lines = []
-    for newest in _by_setting(rows):
+    for newest in by_setting(rows):
         header = (("step", "p20", "p80", "optimizer"), ("flush gain", "GPU share", "host peak", "GPU peak"))
         lines += [
             _describe(newest),
@@ -133,8 +143,8 @@ def plot(rows: list[Row], directory: Path) -> list[Path]:
     from matplotlib import pyplot as plt
 
     paths = []
-    for newest in _by_setting(rows):
-        accumulations = sorted({n for (n, _), row in newest.items() if _median(row)})
+    for newest in by_setting(rows):
+        accumulations = sorted({n for (n, _), row in newest.items() if median(row)})
         if not accumulations:
             continue
         size = 1.5 + 3.6 * len(accumulations), 4.2
@@ -157,19 +167,19 @@ def plot(rows: list[Row], directory: Path) -> list[Path]:
 def _draw(axis, newest: Newest, accumulation: int) -> None:
     for name, look in PEERS.items():
         row = newest.get((accumulation, name))
-        if _median(row):
-            axis.axhline(1e3 * _median(row), **look)
+        if median(row):
+            axis.axhline(1e3 * median(row), **look)
     for flush, look in _FLUSH.items():
         ours = _measured(newest, accumulation, flush)
         if auto := ours.pop("auto", None):
             star = {**look, "marker": "*", "label": f"{look['label']}, auto"}
             axis.plot(
-                auto["gpu_share"], 1e3 * _median(auto), markersize=12, linestyle="none", zorder=3, **star
+                auto["gpu_share"], 1e3 * median(auto), markersize=12, linestyle="none", zorder=3, **star
             )
         if ours:
             points = sorted((row["gpu_share"], *_milliseconds(row)) for row in ours.values())
-            shares, median, below, above = zip(*points)
-            axis.errorbar(shares, median, yerr=(below, above), capsize=3, **look)
+            shares, medians, below, above = zip(*points)
+            axis.errorbar(shares, medians, yerr=(below, above), capsize=3, **look)
     axis.set(
         xlabel="share of updates on the GPU",
         ylabel="ms a step",
@@ -183,5 +193,5 @@ def _draw(axis, newest: Newest, accumulation: int) -> None:
 def _milliseconds(row: Row) -> tuple[float, float, float]:
     """Median, and how far the spread reaches below and above it."""
     seconds = row["seconds"]
-    median = seconds["median"]
-    return 1e3 * median, 1e3 * (median - seconds["p20"]), 1e3 * (seconds["p80"] - median)
+    middle = seconds["median"]
+    return 1e3 * middle, 1e3 * (middle - seconds["p20"]), 1e3 * (seconds["p80"] - middle)

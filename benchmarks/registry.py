@@ -1,15 +1,29 @@
 """Every benchmark there is, by name."""
 
-from benchmarks import attention, context_parallel, decode, offload, quickstart
+from benchmarks import (
+    attention,
+    attention_profile,
+    context_parallel,
+    decode,
+    device,
+    offload,
+    offload_timeline,
+    quickstart,
+    training_step,
+)
 from benchmarks.benchmark import Benchmark
 
 BENCHMARKS: dict[str, Benchmark] = {
     benchmark.name: benchmark
     for benchmark in (
+        device.BENCHMARK,
         attention.BENCHMARK,
+        attention_profile.BENCHMARK,
+        training_step.BENCHMARK,
         context_parallel.BENCHMARK,
-        decode.BENCHMARK,
         offload.BENCHMARK,
+        offload_timeline.BENCHMARK,
+        decode.BENCHMARK,
         quickstart.BENCHMARK,
     )
 }

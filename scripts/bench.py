@@ -67,7 +67,8 @@ def measure(args: argparse.Namespace) -> None:
     new = []
     for row in benchmark.run(args, stored):
         new.append(results.append(row))
-        print(f"{len(new)} rows", end="\r", file=sys.stderr, flush=True)
+        if sys.stderr.isatty():
+            print(f"{len(new)} rows", end="\r", file=sys.stderr, flush=True)
     print(benchmark.table(stored + new))
     print(f"rows: {results.path}" if new else "nothing new: all this is stored (--again measures it again)")
 

@@ -9,6 +9,7 @@ import pytest
 LONG = (
     "test_offload_training",
     "test_offload_checkpoints",
+    "test_record",
     "test_cp_training",
     "test_triton",
     "test_s2_training",

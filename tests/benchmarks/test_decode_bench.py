@@ -4,14 +4,16 @@ import json
 
 import pytest
 import torch
+from conftest import RUNNER
 
 from megatron_s2.generation.cache import cache_bytes, dense_cache_bytes
 
-TOY = ["decode", "--context", "1000", "--repeats", "2", "--threads", "1"]
+TOY = ["decode", "--device", "cpu", "--context", "1000", "--repeats", "2", "--threads", "1"]
 KEYS = {
     *("benchmark", "date", "machine", "versions", "commit", "decode_code", "implementation"),
     *("seq_length", "device", "batch", "heads", "kv_heads", "head_dim", "dtype", "pattern"),
     *("checked_tokens", "tokens_per_run", "other_cpus", "seconds_per_token", "cache_bytes"),
+    *("kernel_seconds_per_token", "closed_form_bytes"),
 }
 
 
@@ -45,12 +47,48 @@ def test_rows_say_all_there_is_to_say(bench, decode, tmp_path, capsys):
         assert row["seconds_per_token"]["repeats"] == 2
         kept = dense_cache_bytes(2, tokens, 64, torch.float32)
         if row["implementation"] == "s2-cache":
-            kept = cache_bytes(decode.SHAPE.pattern, tokens, 64, torch.float32)
-        assert row["cache_bytes"]["kept"] == kept
+            kept = cache_bytes(decode.DEFAULT_SHAPES["cpu"].pattern, tokens, 64, torch.float32)
+        assert row["cache_bytes"]["kept"] == row["closed_form_bytes"] == kept
+        assert row["kernel_seconds_per_token"] is None, "of CUDA only"
     assert "s2-cache" in capsys.readouterr().out
     assert bench.main([*TOY, "--out", str(tmp_path)]) == 0
     assert len(rows_in(tmp_path)) == 3
     assert "nothing new" in capsys.readouterr().out
+
+
+def test_contexts_are_measured_one_by_one_and_drawn(bench, decode, tmp_path, monkeypatch, capsys):
+    measured = []
+
+    def measure(case, repeats):
+        measured.append(case.seq_length)
+        seconds = dict.fromkeys(("median", "p20", "p80"), case.seq_length / 1e9)
+        for name in decode.IMPLEMENTATIONS:
+            yield {"implementation": name, "seconds_per_token": seconds, "cache_bytes": {"kept": 2**20}}
+
+    monkeypatch.setattr(decode, "measure", measure)
+    assert bench.main([*TOY, "--context", "1000,2000", "--out", str(tmp_path)]) == 0
+    assert bench.main([*TOY, "--context", "2000,3000", "--out", str(tmp_path)]) == 0
+    assert measured == [1000, 2000, 3000]
+    capsys.readouterr()
+    assert bench.main(["plot", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.strip().endswith("decode.png")
+
+
+def test_the_row_stored_before_there_were_gpus_is_still_shown(decode):
+    directory = RUNNER.parents[1] / "benchmarks" / "results" / "amd-epyc-2-cores"
+    rows = [json.loads(line) for line in (directory / "decode-20261121T105139.jsonl").open()]
+    assert "536.1" in decode.BENCHMARK.table(rows) and decode.BENCHMARK.plot(rows, directory) == []
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_kernels_are_told_apart_from_launches(bench, tmp_path):
+    options = ["--device", "cuda", "--context", "2048", "--out", str(tmp_path)]
+    assert bench.main([*TOY, *options]) == 0
+    rows = rows_in(tmp_path)
+    assert len(rows) == 3 and {row["dtype"] for row in rows} == {"bfloat16"}
+    for row in rows:
+        assert row["kernel_seconds_per_token"] > 0
+        assert row["cache_bytes"]["kept"] == row["closed_form_bytes"]
 
 
 def test_a_wrong_result_is_never_timed(bench, decode, tmp_path, monkeypatch, capsys):

@@ -18,6 +18,7 @@ LOSSES = tuple(5.5 - step / 100 for step in range(STEPS))
 KEYS = {
     *("benchmark", "date", "machine", "versions", "commit", "offload_code", "packages"),
     *("case", "fraction", "flush", "accumulation", "device", "model", "flags", "warm_up", "repeats"),
+    "gpu_memory_gb",
     *("not_measured", "parameters", "gpu_share", "losses", "seconds", "optimizer_seconds"),
     *("host_peak_bytes", "gpu_peak_bytes", "other_cpus", "note"),
 }
@@ -51,7 +52,7 @@ class Trainings:
     def __init__(self, benchmark):
         self.benchmark, self.left, self.ran = benchmark, {}, []
 
-    def __call__(self, flags, warm_up, repeats, device, threads):
+    def __call__(self, flags, warm_up, repeats, device, threads, gpu_memory):
         line = " ".join(flags)
         found = [case for case in self.benchmark.CASES.values() if " ".join(case.flags) in line]
         case = max(found, key=lambda case: len(" ".join(case.flags)))
@@ -85,7 +86,7 @@ def trained(benchmark):
     flags = [benchmark.flags(benchmark.CASES[name], model, 2, threads=1) for name in names]
     with ThreadPoolExecutor() as pool:
         runs = [pool.submit(benchmark.train, words, 1, 2, "cpu", 1) for words in flags]
-        alone = [sys.executable, "-m", "benchmarks.offload_training", "report.json", "0", *flags[0]]
+        alone = [sys.executable, "-m", "benchmarks.training_process", "report.json", "0", "0", *flags[0]]
         left = subprocess.run(alone, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, check=False)
         return {name: run.result() for name, run in zip(names, runs)} | {"alone": left.returncode}
 
@@ -129,6 +130,15 @@ def test_megatrons_offload_says_why_it_does_not_run_without_a_gpu(benchmark, tra
 )
 def test_what_failed_is_named_by_its_error(benchmark, output, said):
     assert benchmark.Training(-9, output).failure == said
+
+
+@pytest.mark.gpu
+def test_a_training_gets_no_more_of_the_gpu_than_it_may_take(benchmark):
+    model = benchmark.Model(1024, num_layers=2, seq_length=64, subgroup_size=2**20, bucket_size=2**22)
+    words = benchmark.flags(benchmark.NONE, model, 1, threads=1)
+    assert benchmark.train(words, 1, 1, "cuda", 1).status == 0
+    refused = benchmark.train(words, 1, 1, "cuda", 1, gpu_memory=2**28)
+    assert refused.status and "OutOfMemoryError" in refused.output
 
 
 # Rows.
@@ -231,6 +241,7 @@ def test_losses_may_differ_from_those_without_offload_by_rounding(bench, trainin
         (["--bucket-size", "0"], "--bucket-size 0: must be >= 1"),
         (["--repeats", "0"], "--repeats 0: must be >= 1"),
         (["--accumulation", "4,0"], "--accumulation 0: must be >= 1"),
+        (["--gpu-memory-gb", "40"], "--gpu-memory-gb 40: must not be set with --device cpu"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

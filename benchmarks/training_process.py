@@ -17,6 +17,7 @@ from pathlib import Path
 from threading import Thread
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.environment import ROOT
 from megatron_s2.curves import TRAIN_LOSS, read_scalars
@@ -31,8 +32,8 @@ class Training:
         output: all it printed.
         losses: of every iteration.
         step_seconds: whole iterations from one end to the next, with Megatron's synchronizations only.
-        optimizer_seconds: of later iterations, from the end of their backward and reduction to the end of
-            the update and of what it copies; the GPU is synchronized before and after.
+        optimizer_seconds: of later iterations, where asked for, from the end of their backward and reduction
+            to the end of the update and of what it copies; the GPU is synchronized before and after.
         host_peak_bytes: most resident memory there was (VmHWM); None where the system does not tell.
         gpu_peak_bytes: `torch.cuda.max_memory_allocated`; None without a GPU.
     """
@@ -53,12 +54,24 @@ class Training:
         return [*lines, *errors][-1]
 
 
-def train(flags: Sequence[str], warm_up: int, repeats: int, device: str, threads: int) -> Training:
-    """Trains with `flags` for `warm_up + 2 * repeats` iterations and waits for the end.
+def train(
+    flags: Sequence[str],
+    warm_up: int,
+    repeats: int,
+    device: str,
+    threads: int,
+    time_optimizer: bool = True,
+    gpu_memory: int | None = None,
+) -> Training:
+    """Trains with `flags` for `warm_up + 2 * repeats` iterations, without `time_optimizer` for
+    `warm_up + repeats`, and waits for the end.
 
     The first iterations are not timed, the next `repeats` are timed as a whole, the last for their
-    optimizer's part: timing that takes synchronizations which the others shall not have. A training ends
-    with this process, however that ends.
+    optimizer's part: timing that takes synchronizations which the others shall not have. Dense attention is
+    SDPA's flash kernel or an error, never another. A training ends with this process, however that ends.
+
+    Args:
+        gpu_memory: bytes that PyTorch may take of the GPU; None for all.
     """
     inherited = {name: x for name, x in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     environment = {**inherited, "OMP_NUM_THREADS": str(threads)}
@@ -68,9 +81,12 @@ def train(flags: Sequence[str], warm_up: int, repeats: int, device: str, threads
         environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # the same sums however many streams there are
     with tempfile.TemporaryDirectory() as directory:
         report, log = Path(directory) / "report.json", Path(directory) / "tensorboard"
-        own = ["--train-iters", str(warm_up + 2 * repeats), "--log-interval", "1"]
+        untimed = warm_up + repeats
+        iterations = untimed + (repeats if time_optimizer else 0)
+        own = ["--train-iters", str(iterations), "--log-interval", "1"]
         own += ["--log-timers-to-tensorboard", "--tensorboard-dir", str(log)]
-        process = [sys.executable, "-m", "benchmarks.offload_training", str(report), str(warm_up + repeats)]
+        setting = [str(report), str(untimed), str(gpu_memory or 0)]
+        process = [sys.executable, "-m", "benchmarks.training_process", *setting]
         ours_to_close, until_closed = os.pipe()[::-1]
         try:
             done = subprocess.run(
@@ -101,7 +117,7 @@ def train(flags: Sequence[str], warm_up: int, repeats: int, device: str, threads
         )
 
 
-def _main(report: Path, untimed: int, flags: Sequence[str]) -> None:
+def _main(report: Path, untimed: int, gpu_memory: int, flags: Sequence[str]) -> None:
     from megatron_s2 import pretrain
 
     Thread(target=_end_with_stdin, daemon=True).start()
@@ -112,8 +128,12 @@ def _main(report: Path, untimed: int, flags: Sequence[str]) -> None:
         _time_optimizer(untimed, optimizer_seconds)
 
     pretrain.apply_patches = patch_and_time  # Megatron cannot be imported before a run is prepared
-    pretrain.main(flags)
     on_gpu = torch.cuda.is_available()
+    if gpu_memory:
+        there_is = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gpu_memory / there_is))
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        pretrain.main(flags)
     found = {
         "optimizer_seconds": optimizer_seconds,
         "host_peak_bytes": _peak_resident_bytes(),
@@ -155,4 +175,4 @@ def _peak_resident_bytes() -> int | None:
 
 
 if __name__ == "__main__":
-    _main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
+    _main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])

@@ -1,0 +1,242 @@
+"""The record: stages share a budget, none is run twice, none stops the others, what is missing is said."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import RUNNER
+
+ROOT = RUNNER.parents[1]
+SCRIPT = ROOT / "scripts" / "gpu_record.sh"
+
+
+@pytest.fixture(scope="module")
+def record(bench):
+    from benchmarks import record
+
+    return record
+
+
+FACTS = {
+    "date": "2026-11-21T12:00:00+00:00",
+    "machine": {"name": "a-machine", "gpu": None},
+    "versions": {"torch": "2"},
+    "commit": {"code": "x"},
+}
+
+
+@pytest.fixture
+def code(record, monkeypatch):
+    """One code on one machine, whatever happens to the checkout meanwhile."""
+    monkeypatch.setattr(record, "code_hash", lambda patterns: "same")
+    monkeypatch.setattr(record, "facts", lambda device: FACTS)
+
+
+def rows_in(directory: Path, benchmark: str = "record") -> list[dict]:
+    files = sorted(directory.glob(f"*/{benchmark}-*.jsonl"))
+    return [json.loads(line) for path in files for line in path.read_text().splitlines()]
+
+
+def prints(record, name: str, text: str, **more):
+    return record.Stage(name, ("-c", text), **{"weight": 1.0, **more})
+
+
+# Decisions.
+
+
+def test_time_that_a_stage_leaves_goes_to_the_later_ones(record):
+    first, second, third = (prints(record, name, "", weight=w) for name, w in (("a", 1), ("b", 2), ("c", 1)))
+    assert record.seconds_for(first, [second, third], 400) == 100
+    assert record.seconds_for(second, [third], 390) == 260
+    assert record.seconds_for(third, [], 380) == 380
+
+
+def test_a_stage_is_done_for_its_words_code_machine_and_versions(record):
+    stage = prints(record, "a", "pass")
+    setting = {"machine": {"name": "m", "load": 1.0}, "versions": {"torch": "2"}, "commit": {"code": "x"}}
+    now = {**setting, "record_code": "c"}
+    done = {**now, "stage": "a", "words": ["-c", "pass"], "result": "done"}
+    assert record.is_done(stage, [done], {**now, "machine": {"name": "m", "load": 9.0}})
+    for other in (
+        {"result": "failed"},
+        {"words": ["-c", "other"]},
+        {"record_code": "d"},
+        {"versions": {"torch": "3"}},
+        {"machine": {"name": "n", "load": 1.0}},
+    ):
+        assert not record.is_done(stage, [done | other], now), other
+    assert not record.is_done(prints(record, "a", "pass", always=True), [done], now)
+
+
+def test_tests_without_megatron_say_so(record, monkeypatch):
+    tests = next(stage for stage in record.stages(record.COMMITTED, toy=False) if stage.name == "tests")
+    monkeypatch.setattr(record, "find_spec", lambda name: None)
+    told = record.judged(tests, 2, ["4 errors in 2 s"])
+    assert told["result"] == "failed" and "megatron-core is not installed" in told["reason"]
+    assert "4 errors in 2 s" in told["reason"]
+    step = next(stage for stage in record.stages(record.COMMITTED, toy=False) if stage.name == "step")
+    assert record.outcome_of(step, 100)["reason"] == f"megatron-core is not installed for {sys.executable}"
+    assert record.judged(tests, 5, [])["result"] == "not measured"
+
+
+def test_every_command_of_the_record_is_one_that_the_runner_takes(record, bench, capsys):
+    """Parsed only: those of the GPU cannot run here."""
+    for toy in (False, True):
+        for stage in record.stages(record.COMMITTED, toy):
+            script, *words = stage.words
+            if script == "scripts/bench.py":
+                with pytest.raises(SystemExit) as ended:
+                    bench.main([*words, "--help"])  # bad words end with status 2 before
+                assert ended.value.code == 0, stage.name
+    plan = record.stages(record.COMMITTED, toy=False)
+    assert [stage.name for stage in plan][:2] == ["device", "tests"]
+    assert [stage.name for stage in plan][-2:] == ["plots", "page"]
+    assert not any(str(ROOT) in word for stage in plan for word in stage.words), "rows name no one's folders"
+
+
+# Stages of a line each.
+
+
+def test_a_failed_stage_is_named_and_stops_no_other(record, code, tmp_path, capsys):
+    plan = [
+        prints(record, "first", "print('one')"),
+        prints(record, "second", "print('broken pipe'); raise SystemExit(3)"),
+        prints(record, "third", "print('three')"),
+        prints(record, "page", "print('drawn')", always=True),
+    ]
+    assert record.record(plan, tmp_path, 600, "cpu") == 1
+    out, err = capsys.readouterr()
+    assert err == "error: failed: second; why is said above and stored\n"
+    assert "   three" in out and "   drawn" in out
+    assert [(row["stage"], row["result"]) for row in rows_in(tmp_path)] == [
+        *(("first", "done"), ("second", "failed"), ("third", "done"), ("page", "done"))
+    ]
+    assert rows_in(tmp_path)[1]["reason"] == "exit status 3: broken pipe"
+    assert record.record(plan, tmp_path, 600, "cpu") == 1
+    assert [row["stage"] for row in rows_in(tmp_path)[4:]] == ["second", "page"], (
+        "what is done is not repeated"
+    )
+
+
+def test_without_time_nothing_is_begun_but_the_page_is_written(record, code, tmp_path, capsys):
+    plan = [prints(record, "first", "1"), prints(record, "page", "print('drawn')", always=True)]
+    assert record.record(plan, tmp_path, 0, "cpu") == 0
+    first, page = rows_in(tmp_path)
+    assert (first["result"], first["reason"], page["result"]) == ("not measured", "no time left", "done")
+    assert "not finished: first; the same command goes on" in capsys.readouterr().out
+
+
+def test_a_stage_whose_time_is_up_ends_with_all_it_began(record, code, tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "_LEAST", 0.0)
+    monkeypatch.setattr(record, "_GRACE", 0.5)
+    child = "import os, time; open(r'{0}', 'w').write(str(os.getpid())); time.sleep(600)"
+    deaf = "import signal, subprocess, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+    pid = tmp_path / "pid"
+    begin = f"subprocess.run([sys.executable, '-c', {child.format(pid)!r}])"
+    status, _ = record.run(["-c", deaf + begin], limit=3)
+    assert status is None
+    if pid.exists():  # on a busy machine the time may be up before
+        with pytest.raises(ProcessLookupError):
+            for _ in range(100):
+                os.kill(int(pid.read_text()), 0)
+                time.sleep(0.05)
+    stage = prints(record, "deaf", "", weight=1)
+    assert record.judged(stage, status, [])["result"] == "out of time"
+
+
+DRIVER = """
+import sys
+sys.path.insert(0, {root!r})
+from benchmarks import record
+record.code_hash, record.facts = lambda patterns: "same", lambda device: {facts!r}
+words = "print('one')", "import time; print('begun', flush=True); time.sleep(600)"
+plan = [record.Stage(name, ("-c", text), 1.0) for name, text in zip(("first", "second"), words)]
+record.stages = lambda out, toy: plan
+sys.exit(record.main(["--toy", "--out", {out!r}]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_record_keeps_what_is_done_and_goes_on(record, code, tmp_path, number):
+    out = str(tmp_path / "rows")
+    driver = DRIVER.format(root=str(ROOT), out=out, facts=FACTS)
+    process = subprocess.Popen(
+        [sys.executable, "-c", driver],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    for line in process.stdout:
+        if "begun" in line:
+            break
+    process.send_signal(number)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert err == "interrupted: what was measured is stored, the same command goes on\n"
+    assert [row["result"] for row in rows_in(tmp_path / "rows")] == ["done", "interrupted"]
+    plan = [prints(record, "first", "print('one')"), prints(record, "second", "print('two')")]
+    assert record.record(plan, tmp_path / "rows", 600, "cpu") == 0
+    assert [row["stage"] for row in rows_in(tmp_path / "rows")[2:]] == ["second"]
+
+
+# The command.
+
+
+def command(*words: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", str(SCRIPT), "--python", sys.executable, *words],
+        capture_output=True,
+        text=True,
+        timeout=3600,
+        check=False,
+    )
+
+
+def test_the_record_of_a_gpu_needs_one(record, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(record.torch.cuda, "is_available", lambda: False)
+    for words, message in (
+        (
+            [],
+            "no CUDA device: this measures one GPU; --toy --out DIR runs all stages on the CPU at toy sizes",
+        ),
+        (["--toy"], "--toy: needs --out DIR, another than benchmarks/results, which is for measurements"),
+        (["--toy", "--out", str(record.COMMITTED)], "--toy: needs --out DIR, another than"),
+        (["--toy", "--out", str(tmp_path), "--minutes", "-1"], "--minutes -1: must be >= 0"),
+    ):
+        assert record.main(words) == 2
+        assert capsys.readouterr().err.startswith(f"error: {message}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_plan_says_what_each_stage_may_take(record, code, capsys, tmp_path):
+    assert record.main(["--plan", "--toy", "--out", str(tmp_path), "--minutes", "11"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert list(lines) == [stage.name for stage in record.stages(tmp_path, toy=True)]
+    assert " at the end " in lines["page"]
+    seconds = [int(line.split()[1]) for name, line in lines.items() if name not in ("plots", "page")]
+    assert abs(sum(seconds) - 600) <= len(seconds)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_toy_record_goes_through_every_stage(record, tmp_path):
+    done = command("--toy", "--out", str(tmp_path), "--minutes", "60")
+    assert done.returncode == 0, done.stdout + done.stderr
+    stages = {row["stage"]: row for row in rows_in(tmp_path)}
+    assert list(stages) == [stage.name for stage in record.stages(tmp_path, toy=True)]
+    results = {name: row["result"] for name, row in stages.items()}
+    assert results.pop("tests") in ("done", "not measured")
+    assert set(results.values()) == {"done"}
+    for name in ("device", "attention", "profile", "step", "offload", "timeline", "decode"):
+        assert rows_in(tmp_path, name), name
+    assert all(row["seconds"] for row in rows_in(tmp_path, "step"))
+    pictures = {path.name for path in tmp_path.glob("*/*.png")}
+    assert pictures == {"attention-cpu.png", "step.png", "offload.png", "timeline.png", "decode.png"}
+    page = (tmp_path / "results.md").read_text()
+    assert "No GPU has been measured yet" in page
+    assert all(f"### {name}, on " in page for name in ("step", "timeline", "record"))
