@@ -180,6 +180,8 @@ def validate_s2_args(args: Namespace, argv: Sequence[str] = ()) -> list[str]:
     args.s2_anneal_steps = args.s2_anneal_steps or 0
     args.s2_cp_schedule = args.s2_cp_schedule or "auto"
     cluster_from_args(args)
+    if args.s2_anneal_steps:
+        _check_annealing(args)
     if args.seq_length is not None and args.seq_length < settings.block_size:
         raise ValueError(
             f"--seq-length {args.seq_length}: must be at least one block "
@@ -206,6 +208,19 @@ def cluster_from_args(args: Namespace) -> Cluster:
     except ValueError as error:
         name, rest = str(error).split(" ", 1)
         raise ValueError(f"{_flag('s2_' + name)} {rest}") from None
+
+
+def _check_annealing(args: Namespace) -> None:
+    older = (
+        (args.enable_cuda_graph, "--enable-cuda-graph"),
+        (args.external_cuda_graph, "--external-cuda-graph"),
+    )
+    captures = args.cuda_graph_impl != "none", f"--cuda-graph-impl {args.cuda_graph_impl}"
+    for given, flag in (captures, *older):
+        if given:
+            raise ValueError(
+                f"{flag}: must not be set with --s2-anneal-steps: a graph keeps the attention of its capture"
+            )
 
 
 def _check_context_parallel(args: Namespace) -> None:

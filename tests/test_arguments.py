@@ -214,6 +214,10 @@ def test_what_would_bypass_s2_is_refused_with_the_reason(flag, why):
         "--context-parallel-size 8 --s2-cp-schedule a2a": "--s2-cp-schedule a2a: must be auto or gather "
         "where --context-parallel-size 8 is larger than --num-attention-heads 4 over "
         "--tensor-model-parallel-size 1",
+        "--s2-anneal-steps 9 --cuda-graph-impl local": "--cuda-graph-impl local: must not be set with "
+        "--s2-anneal-steps: a graph keeps the attention of its capture",
+        "--s2-anneal-steps 9 --enable-cuda-graph": "--enable-cuda-graph: must not be set with "
+        "--s2-anneal-steps: a graph keeps the attention of its capture",
         "--context-parallel-size 2 --s2-autotune": "--s2-autotune: must not be set with "
         "--context-parallel-size 2, where nothing is tuned",
         "--context-parallel-size 2 --s2-backend reference": "--s2-backend reference: must be auto, torch or "
