@@ -164,13 +164,16 @@ def to_hugging_face(
         for tensor in placed
         for name, shape in tensor.parts.items()
     }
-    of_embedding = next(name for name, its in DTYPES.items() if its == stored[placed[0].key])
-    config = hf_config.config_of(model, base, settings, of_embedding)
+    config = hf_config.config_of(model, base, settings, _name(stored[placed[0].key]))
     with whole_directory(output, sum(sizes.values())) as directory:
         write_weights(directory, sizes, _parts(checkpoint, placed, model, stored), max_shard_size)
         _copy(companions, directory, _COMPANION_FILES)
         (directory / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     return Exported(model, settings, reason, companions if _has_tokenizer(companions) else None)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return next(name for name, its in DTYPES.items() if its == dtype)
 
 
 def _check_words(output: Path) -> None:
@@ -265,8 +268,15 @@ def _parts(
     """
     for tensor in placed:
         joined = checkpoint.read(tensor.key, *_place(tensor)).reshape(tensor.shape)
+        dtype = dtypes[tensor.key]
         for name, part in zip(tensor.parts, tensor.layout.split(joined, model)):
-            yield name, part.to(dtypes[tensor.key], copy=True, memory_format=torch.contiguous_format)
+            written = part.to(dtype, copy=True, memory_format=torch.contiguous_format)
+            if dtype != part.dtype and not torch.equal(written.isfinite(), part.isfinite()):
+                most = torch.finfo(dtype).max
+                raise InputError(
+                    f"--dtype {_name(dtype)}: {name} has numbers beyond its largest, {most:g}; give another"
+                )
+            yield name, written
 
 
 def _copy(source: Path, destination: Path, names: Iterable[str]) -> None:

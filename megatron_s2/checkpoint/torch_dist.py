@@ -126,12 +126,12 @@ def write_release(
             no_dist=True,
         )
     except CheckpointException as error:
-        _raise_cause(error)
+        _raise_cause(error, release)
     (release / "metadata.json").write_text(json.dumps(_FORMAT))
     (directory / _TRACKER).write_text(_RELEASE)
 
 
-def _raise_cause(error: CheckpointException) -> None:
+def _raise_cause(error: CheckpointException, directory: Path) -> None:
     """Raises what stopped torch.distributed.checkpoint, which catches everything, Ctrl-C included.
 
     That of a full disk lies deeper: `torch.save` ends in a RuntimeError about where it stopped.
@@ -140,6 +140,8 @@ def _raise_cause(error: CheckpointException) -> None:
     deeper = cause
     while deeper is not None and not isinstance(deeper, OSError):
         deeper = deeper.__context__
+    if deeper is not None and deeper.errno and deeper.filename is None:
+        deeper = OSError(deeper.errno, deeper.strerror, str(directory))
     raise deeper or cause from None
 
 

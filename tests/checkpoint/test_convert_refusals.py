@@ -225,6 +225,24 @@ def test_an_output_that_exists_is_left_alone(source, trained, tmp_path, directio
     assert [path.name for path in (tmp_path / "output").iterdir()] == ["precious"]
 
 
+@pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
+def test_the_unfinished_output_of_another_is_left_alone(source, trained, tmp_path, direction):
+    """Another machine may have a process of the same number that writes to the same disk."""
+    given = source if direction == "hf-to-megatron" else trained
+    unfinished = tmp_path / f".output.{os.getpid()}.part"
+    unfinished.mkdir()
+    (unfinished / "precious").touch()
+    assert_refused(direction, given, f"File exists: '{unfinished}'")
+    assert [path.name for path in unfinished.iterdir()] == ["precious"]
+
+
+def test_numbers_that_a_dtype_does_not_have(source, tmp_path):
+    store(source, {"model.layers.1.mlp.up_proj.weight": torch.full((96, 64), 70_000.0)})
+    convert("hf-to-megatron", source, tmp_path / "megatron")
+    message = "--dtype float16: model.layers.1.mlp.up_proj.weight has numbers beyond its largest, 65504"
+    assert_refused("megatron-to-hf", tmp_path / "megatron", message, "--dtype", "float16")
+
+
 def test_an_output_whose_flags_a_shell_would_take_apart(source):
     status, _, errors = convert_in_vain("hf-to-megatron", source, source.parent / "two words")
     assert status == 2
@@ -253,7 +271,7 @@ def test_a_disk_that_fills_up_half_way(source, trained, tmp_path, direction):
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
-    assert "File too large" in done.stderr
+    assert "File too large" in done.stderr and str(tmp_path / ".output.") in done.stderr
     assert sorted(tmp_path.iterdir()) == before
 
 
