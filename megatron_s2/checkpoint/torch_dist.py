@@ -251,8 +251,9 @@ class Checkpoint:
 
     def _read_chunk(self, key: str, chunk: ChunkStorageMetadata) -> torch.Tensor:
         tensor = self._load(MetadataIndex(key, chunk.offsets), _load_tensor)
-        if not isinstance(tensor, torch.Tensor) or tensor.shape != chunk.sizes:
-            raise InputError(f"{self.path}: {key} has another shape in its file than .metadata says")
+        said = (chunk.sizes, self._tensors[key].properties.dtype)
+        if not isinstance(tensor, torch.Tensor) or (tensor.shape, tensor.dtype) != said:
+            raise InputError(f"{self.path}: {key} has another shape or dtype in its file than .metadata says")
         return tensor
 
     def _read_common(self) -> dict:

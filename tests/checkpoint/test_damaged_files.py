@@ -93,16 +93,24 @@ def test_the_list_of_tensors_that_is_damaged(converted, release, damage):
     assert_refused("megatron-to-hf", converted, f"{release}/.metadata: is not read: ")
 
 
-def test_a_tensor_of_which_a_part_is_in_no_file(converted, monkeypatch):
-    read = torch_dist._read_metadata
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda stored: stored.chunks.pop(), "is not whole: a part of it is in none of the files"),
+        (lambda stored: setattr(stored.properties, "dtype", torch.bfloat16), "has another shape or dtype in"),
+    ],
+    ids=["a part in no file", "another dtype"],
+)
+def test_a_list_of_tensors_that_is_not_what_the_files_hold(converted, monkeypatch, change, message):
+    read, key = torch_dist._read_metadata, "decoder.layers.mlp.linear_fc2.weight"
 
-    def read_less(path):
+    def read_changed(path):
         metadata = read(path)
-        metadata.state_dict_metadata["decoder.layers.mlp.linear_fc2.weight"].chunks.pop()
+        change(metadata.state_dict_metadata[key])
         return metadata
 
-    monkeypatch.setattr(torch_dist, "_read_metadata", read_less)
-    assert_refused("megatron-to-hf", converted, "decoder.layers.mlp.linear_fc2.weight is not whole")
+    monkeypatch.setattr(torch_dist, "_read_metadata", read_changed)
+    assert_refused("megatron-to-hf", converted, f"{key} {message}")
 
 
 @pytest.mark.parametrize("file", [".metadata", "__0_0.distcp", "common.pt"])
