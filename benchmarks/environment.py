@@ -17,7 +17,7 @@ import megatron_s2
 
 ROOT = Path(__file__).parent.parent
 _MEASURED = (
-    "megatron_s2/pattern.py",
+    "megatron_s2/*pattern.py",
     "megatron_s2/kernels/*.py",
     "benchmarks/cases.py",
     "benchmarks/implementations.py",

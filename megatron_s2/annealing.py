@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from megatron_s2.pattern import S2Pattern, dense_pairs
+from megatron_s2.block_pattern import dense_pairs
+from megatron_s2.pattern import S2Pattern
 from megatron_s2.settings import S2Settings
 
 

@@ -17,28 +17,17 @@ from __future__ import annotations
 
 import math
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
+from megatron_s2.block_pattern import BlockPattern, require
+
 if TYPE_CHECKING:
     import torch
 
 _MAX_COVERAGE_PERIOD = 1 << 20
-
-
-def _require(ok: bool, name: str, value: object, allowed: str) -> None:
-    if not ok:
-        raise ValueError(f"{name} {value}: must be {allowed}")
-
-
-class AttentionFlops(NamedTuple):
-    """Floating-point operations of one attention call on one sequence, counted on visible pairs only."""
-
-    forward: int
-    backward: int
 
 
 class Coverage(NamedTuple):
@@ -54,144 +43,6 @@ class Coverage(NamedTuple):
     def fraction(self) -> float:
         """Seen share of the distant past, 0 to 1."""
         return 1 - self.lost / self.period
-
-
-def _require_seq_len(seq_len: int) -> None:
-    _require(seq_len >= 0, "seq_len", seq_len, ">= 0")
-
-
-def dense_pairs(seq_len: int) -> int:
-    """Query-key pairs of causal attention over `seq_len` tokens, per head."""
-    return seq_len * (seq_len + 1) // 2
-
-
-def attention_flops(pairs: int, head_dim: int, v_head_dim: int | None = None) -> AttentionFlops:
-    """FLOPs of attention on `pairs` query-key pairs.
-
-    Forward is the two products QK and PV. Backward is five: QK again, dP = dO V, dV = P dO, dQ = dS K,
-    dK = dS Q. A multiply-add counts as two; softmax is not counted (the field's convention).
-    """
-    v_head_dim = head_dim if v_head_dim is None else v_head_dim
-    return AttentionFlops(
-        forward=2 * pairs * (head_dim + v_head_dim),
-        backward=2 * pairs * (3 * head_dim + 2 * v_head_dim),
-    )
-
-
-class BlockPattern(ABC):
-    """A causal block-sparse attention pattern: for each KV head, the key blocks each query block sees.
-
-    Blocks are numbered from 0 at the start of the sequence (of the document, when packed). All query heads
-    of a GQA group share the pattern of their KV head. The diagonal block is always visible.
-    """
-
-    num_kv_heads: int
-    block_size: int
-
-    @abstractmethod
-    def row_blocks(self, head: int, row: int) -> list[int]:
-        """Key blocks that query block `row` of KV head `head` sees, ascending, the last being `row`."""
-
-    @abstractmethod
-    def column_rows(self, head: int, block: int, num_blocks: int) -> Sequence[int]:
-        """Query blocks among the first `num_blocks` that see key block `block`, ascending."""
-
-    @abstractmethod
-    def visible_blocks(self, head: int, row: int) -> int:
-        """How many key blocks query block `row` of KV head `head` sees, the diagonal included."""
-
-    @abstractmethod
-    def _past_blocks(self, head: int, num_rows: int) -> int:
-        """Visible key blocks before the diagonal, summed over query blocks 0 .. num_rows-1."""
-
-    @abstractmethod
-    def slice_heads(self, start: int, stop: int) -> BlockPattern:
-        """The pattern of KV heads `start` .. `stop`-1 alone."""
-
-    @abstractmethod
-    def block_mask(self, num_blocks: int) -> torch.Tensor:
-        """The whole pattern as bool `[num_kv_heads, num_blocks, num_blocks]` (query, key).
-
-        For looking and testing only: its size is quadratic.
-        """
-
-    def num_blocks(self, seq_len: int) -> int:
-        """Blocks that `seq_len` tokens occupy; the last may be ragged."""
-        return -(-seq_len // self.block_size)
-
-    def visible_pairs(self, seq_len: int) -> tuple[int, ...]:
-        """Exact number of query-key token pairs per KV head (for each query head of its group).
-
-        Full rows of B tokens see their past blocks whole; a ragged last row of r tokens sees the same
-        blocks with r queries; the diagonal adds a triangle.
-        """
-        _require_seq_len(seq_len)
-        B = self.block_size
-        rows, tail = divmod(seq_len, B)
-        triangles = rows * (B * (B + 1) // 2) + tail * (tail + 1) // 2
-        return tuple(
-            B * B * self._past_blocks(g, rows)
-            + (B * tail * (self.visible_blocks(g, rows) - 1) if tail else 0)
-            + triangles
-            for g in range(self.num_kv_heads)
-        )
-
-    def flops(
-        self, seq_len: int, num_query_heads: int, head_dim: int, v_head_dim: int | None = None
-    ) -> AttentionFlops:
-        """FLOPs of one sequence of `seq_len` tokens over `num_query_heads` query heads of `head_dim`.
-
-        Raises:
-            ValueError: `num_query_heads` is no multiple of the pattern's KV heads.
-        """
-        _require(
-            num_query_heads >= 1 and num_query_heads % self.num_kv_heads == 0,
-            "num_query_heads",
-            num_query_heads,
-            f"a multiple of the pattern's {self.num_kv_heads} KV heads",
-        )
-        group = num_query_heads // self.num_kv_heads
-        return attention_flops(group * sum(self.visible_pairs(seq_len)), head_dim, v_head_dim)
-
-    def kv_tokens(self, seq_len: int) -> tuple[int, ...]:
-        """Keys per KV head that the last of `seq_len` tokens sees.
-
-        For an S2 pattern this is all that generation must keep: shard + window instead of `seq_len`.
-        """
-        _require_seq_len(seq_len)
-        if seq_len == 0:
-            return (0,) * self.num_kv_heads
-        row = self.num_blocks(seq_len) - 1
-        diagonal = seq_len - row * self.block_size
-        return tuple(
-            (self.visible_blocks(g, row) - 1) * self.block_size + diagonal for g in range(self.num_kv_heads)
-        )
-
-    def kv_bytes(self, seq_len: int, head_dim: int, bytes_per_element: int) -> int:
-        """Bytes of keys and values that the last of `seq_len` tokens sees, over all KV heads."""
-        return 2 * head_dim * bytes_per_element * sum(self.kv_tokens(seq_len))
-
-    def tp_slice(self, rank: int, size: int) -> BlockPattern:
-        """What tensor-parallel rank `rank` of `size` computes of this (global) pattern.
-
-        With fewer KV heads than ranks, `size / num_kv_heads` neighbouring ranks hold the same KV head, as
-        in Megatron. The model is therefore the same at every size.
-
-        Raises:
-            ValueError: KV heads and ranks do not divide evenly, or `rank` is no rank of `size`.
-        """
-        H = self.num_kv_heads
-        _require(
-            size >= 1 and (H % size == 0 or size % H == 0),
-            "size",
-            size,
-            f"a divisor or a multiple of {H} KV heads",
-        )
-        _require(0 <= rank < size, "rank", rank, f"between 0 and {size - 1}")
-        if size > H:
-            head = rank * H // size
-            return self.slice_heads(head, head + 1)
-        return self.slice_heads(rank * H // size, (rank + 1) * H // size)
 
 
 @dataclass(frozen=True)
@@ -229,27 +80,25 @@ class S2Pattern(BlockPattern):
 
     def __post_init__(self) -> None:
         H, B = self.num_kv_heads, self.block_size
-        _require(H >= 1, "num_kv_heads", H, ">= 1")
-        _require(B >= 16 and B & (B - 1) == 0, "block_size", B, "a power of two >= 16")
-        _require(self.local_blocks >= 1, "local_blocks", self.local_blocks, ">= 1")
-        _require(self.sink_blocks >= 0, "sink_blocks", self.sink_blocks, ">= 0")
-        _require(
-            0 <= self.num_dense_heads <= H, "num_dense_heads", self.num_dense_heads, f"between 0 and {H}"
-        )
-        _require(self.layer >= 0, "layer", self.layer, ">= 0")
+        require(H >= 1, "num_kv_heads", H, ">= 1")
+        require(B >= 16 and B & (B - 1) == 0, "block_size", B, "a power of two >= 16")
+        require(self.local_blocks >= 1, "local_blocks", self.local_blocks, ">= 1")
+        require(self.sink_blocks >= 0, "sink_blocks", self.sink_blocks, ">= 0")
+        require(0 <= self.num_dense_heads <= H, "num_dense_heads", self.num_dense_heads, f"between 0 and {H}")
+        require(self.layer >= 0, "layer", self.layer, ">= 0")
         if hasattr(self.vert_stride, "__index__"):  # an int, or numpy's
             object.__setattr__(self, "vert_stride", int(self.vert_stride))
-            _require(self.vert_stride >= 1, "vert_stride", self.vert_stride, ">= 1")
+            require(self.vert_stride >= 1, "vert_stride", self.vert_stride, ">= 1")
         else:
             object.__setattr__(self, "vert_stride", tuple(self.vert_stride))
-            _require(
+            require(
                 len(self.vert_stride) == H, "vert_stride", self.vert_stride, f"one or one per KV head ({H})"
             )
-            _require(min(self.vert_stride) >= 1, "vert_stride", self.vert_stride, ">= 1")
+            require(min(self.vert_stride) >= 1, "vert_stride", self.vert_stride, ">= 1")
         if self.phases is not None:
             object.__setattr__(self, "phases", tuple(self.phases))
-            _require(len(self.phases) == H, "phases", self.phases, f"one per KV head ({H})")
-            _require(min(self.phases) >= 0, "phases", self.phases, ">= 0")
+            require(len(self.phases) == H, "phases", self.phases, f"one per KV head ({H})")
+            require(min(self.phases) >= 0, "phases", self.phases, ">= 0")
             if self.warn_lost and (coverage := self.coverage()).lost:
                 warnings.warn(
                     f"S2 pattern: {coverage.lost} of every {coverage.period} distant blocks "
@@ -281,14 +130,14 @@ class S2Pattern(BlockPattern):
             ValueError: as `S2Pattern`, or `homo_head` together with dense heads.
         """
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        _require(
+        require(
             num_kv_heads >= 1 and num_heads % num_kv_heads == 0,
             "num_kv_heads",
             num_kv_heads,
             f"a divisor of {num_heads} query heads",
         )
-        _require(not (homo_head and num_dense_heads), "num_dense_heads", num_dense_heads, "0 with homo_head")
-        _require(vert_stride >= 1, "vert_stride", vert_stride, ">= 1")
+        require(not (homo_head and num_dense_heads), "num_dense_heads", num_dense_heads, "0 with homo_head")
+        require(vert_stride >= 1, "vert_stride", vert_stride, ">= 1")
         step = 0 if homo_head else max(1, vert_stride // num_heads)
         return cls(
             num_kv_heads=num_kv_heads,
@@ -332,7 +181,7 @@ class S2Pattern(BlockPattern):
 
     def slice_heads(self, start: int, stop: int) -> S2Pattern:
         """The pattern of KV heads `start` .. `stop`-1 alone, with the phases they have in the whole."""
-        _require(
+        require(
             0 <= start < stop <= self.num_kv_heads, "heads", f"{start}:{stop}", f"in 0:{self.num_kv_heads}"
         )
         return self.select_heads(range(start, stop))
@@ -408,7 +257,7 @@ class S2Pattern(BlockPattern):
         Counted over one period of the strides (their least common multiple; over the first 2**20 blocks
         where that is longer).
         """
-        _require(num_layers >= 1, "num_layers", num_layers, ">= 1")
+        require(num_layers >= 1, "num_layers", num_layers, ">= 1")
         period = min(math.lcm(*self.strides), _MAX_COVERAGE_PERIOD)
         seen = bytearray(period)
         for layer in range(self.layer, self.layer + num_layers):
@@ -454,144 +303,3 @@ class S2Pattern(BlockPattern):
 
 def _short(values: Sequence[int], most: int = 8) -> str:
     return " ".join(map(str, values[:most])) + (" …" if len(values) > most else "")
-
-
-class BlockMaskPattern(BlockPattern):
-    """Any causal block mask, held as one compressed sparse row (CSR) table per KV head.
-
-    Args:
-        mask: bool `[num_kv_heads, num_blocks, num_blocks]` (query, key): a tensor, array or nested lists.
-            Causal, with the diagonal visible.
-        block_size: tokens per block, a power of two >= 16.
-
-    Raises:
-        ValueError: the mask has another shape, looks ahead, or hides a diagonal block.
-    """
-
-    def __init__(self, mask: torch.Tensor, block_size: int) -> None:
-        import numpy as np
-
-        mask = np.asarray(mask, dtype=bool)
-        _require(
-            mask.ndim == 3 and mask.shape[1] == mask.shape[2] and mask.size > 0,
-            "mask shape",
-            tuple(mask.shape),
-            "[num_kv_heads, num_blocks, num_blocks]",
-        )
-        _require(
-            block_size >= 16 and block_size & (block_size - 1) == 0,
-            "block_size",
-            block_size,
-            "a power of two >= 16",
-        )
-        _require(not np.triu(mask, 1).any(), "mask", "sees later blocks", "lower triangular")
-        _require(
-            mask.diagonal(axis1=1, axis2=2).all(), "mask", "hides diagonal blocks", "true on the diagonal"
-        )
-        self.block_size = block_size
-        self.num_kv_heads, self.max_blocks, _ = mask.shape
-        self._rows = [CsrTable.from_mask(head) for head in mask]
-
-    def _check_row(self, row: int) -> None:
-        _require(0 <= row < self.max_blocks, "block", row, f"one of the mask's {self.max_blocks} blocks")
-
-    def _check_size(self, num_blocks: int) -> None:
-        _require(
-            0 <= num_blocks <= self.max_blocks,
-            "blocks",
-            num_blocks,
-            f"at most the mask's {self.max_blocks} blocks",
-        )
-
-    def row_blocks(self, head: int, row: int) -> list[int]:
-        self._check_row(row)
-        return self._rows[head].row(row)
-
-    def column_rows(self, head: int, block: int, num_blocks: int) -> list[int]:
-        self._check_size(num_blocks)
-        return self._rows[head].rows_of(block, num_blocks)
-
-    def visible_blocks(self, head: int, row: int) -> int:
-        self._check_row(row)
-        starts = self._rows[head].starts
-        return int(starts[row + 1] - starts[row])
-
-    def _past_blocks(self, head: int, num_rows: int) -> int:
-        self._check_size(num_rows)
-        return int(self._rows[head].starts[num_rows]) - num_rows
-
-    def slice_heads(self, start: int, stop: int) -> BlockMaskPattern:
-        _require(
-            0 <= start < stop <= self.num_kv_heads, "heads", f"{start}:{stop}", f"in 0:{self.num_kv_heads}"
-        )
-        part = object.__new__(BlockMaskPattern)
-        part.block_size, part.max_blocks = self.block_size, self.max_blocks
-        part.num_kv_heads = stop - start
-        part._rows = self._rows[start:stop]
-        return part
-
-    def past_lists(self) -> CsrTable:
-        """What is visible before the diagonal, for kernels that walk along rows and along columns.
-
-        Returns:
-            `starts` int64 `[2, num_kv_heads, max_blocks + 1]`: [0, g, i] is where in `blocks` the key blocks
-            of row i of KV head g begin, [1, g, j] where the rows of key block j do. The next one ends them.
-        """
-        import numpy as np
-
-        pairs = [table.past_pairs() for table in self._rows]
-        lists = [CsrTable.from_pairs(*pair, self.max_blocks) for pair in pairs]
-        lists += [CsrTable.from_pairs(*reversed(pair), self.max_blocks) for pair in pairs]
-        sizes = np.cumsum([0, *(len(part.blocks) for part in lists[:-1])])
-        starts = np.stack([part.starts for part in lists]).astype(np.int64) + sizes[:, None]
-        return CsrTable(
-            starts.reshape(2, self.num_kv_heads, -1), np.concatenate([part.blocks for part in lists])
-        )
-
-    def block_mask(self, num_blocks: int) -> torch.Tensor:
-        import torch
-
-        self._check_size(num_blocks)
-        mask = torch.zeros(self.num_kv_heads, num_blocks, num_blocks, dtype=torch.bool)
-        for g, table in enumerate(self._rows):
-            for row in range(num_blocks):
-                mask[g, row, table.row(row)] = True
-        return mask
-
-
-class CsrTable(NamedTuple):
-    """Visible key blocks of every row of one head, one row after another."""
-
-    starts: Sequence[int]  # [num_blocks + 1]
-    blocks: Sequence[int]  # [visible blocks], ascending within a row
-
-    @classmethod
-    def from_mask(cls, mask) -> CsrTable:
-        import numpy as np
-
-        return cls.from_pairs(*np.nonzero(mask), len(mask))
-
-    @classmethod
-    def from_pairs(cls, rows, blocks, num_rows: int) -> CsrTable:
-        """From one array of each; where blocks are equal, or rows, the other ascends."""
-        import numpy as np
-
-        starts = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=num_rows))])
-        return cls(starts, blocks[np.argsort(rows, kind="stable")].astype(np.int32))
-
-    def past_pairs(self):
-        """Row and block, an array of each, of everything but the diagonal."""
-        import numpy as np
-
-        rows = np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
-        past = rows != self.blocks
-        return rows[past], self.blocks[past]
-
-    def row(self, row: int) -> list[int]:
-        return self.blocks[self.starts[row] : self.starts[row + 1]].tolist()
-
-    def rows_of(self, block: int, num_blocks: int) -> list[int]:
-        import numpy as np
-
-        hits = np.flatnonzero(self.blocks[: self.starts[num_blocks]] == block)
-        return (np.searchsorted(self.starts, hits, side="right") - 1).tolist()

@@ -8,7 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from megatron_s2.pattern import BlockPattern, S2Pattern
+from megatron_s2.block_pattern import BlockPattern
+from megatron_s2.pattern import S2Pattern
 
 if TYPE_CHECKING:
     import numpy as np

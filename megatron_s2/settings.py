@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
-from megatron_s2.pattern import Coverage, S2Pattern, dense_pairs
+from megatron_s2.block_pattern import dense_pairs
+from megatron_s2.pattern import Coverage, S2Pattern
 
 
 @dataclass(frozen=True)

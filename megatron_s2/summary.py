@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from itertools import groupby
 
+from megatron_s2.block_pattern import dense_pairs
 from megatron_s2.parallel.planner import ModelPlan
-from megatron_s2.pattern import dense_pairs
 from megatron_s2.settings import S2Settings
 
 

@@ -1,4 +1,4 @@
-"""Specification of megatron_s2.pattern: every closed form against brute force from the definition."""
+"""Specification of the patterns: every closed form against brute force from the definition."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_s2 import BlockMaskPattern, S2Pattern
-from megatron_s2.pattern import attention_flops, dense_pairs
+from megatron_s2.block_pattern import attention_flops, dense_pairs
 
 settings.register_profile("spec", deadline=None)
 settings.load_profile("spec")

@@ -2,7 +2,8 @@
 
 import pytest
 
-from megatron_s2.pattern import S2Pattern, dense_pairs
+from megatron_s2.block_pattern import dense_pairs
+from megatron_s2.pattern import S2Pattern
 from megatron_s2.settings import S2Settings
 
 

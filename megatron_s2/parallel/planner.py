@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_s2.block_pattern import attention_flops
 from megatron_s2.parallel.cost import (
     SCHEDULES,
     AttentionCall,
@@ -35,7 +36,7 @@ from megatron_s2.parallel.cost import (
     transfers,
     work,
 )
-from megatron_s2.pattern import S2Pattern, attention_flops
+from megatron_s2.pattern import S2Pattern
 from megatron_s2.settings import S2Settings
 
 __all__ = [

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from odd_layouts import patterns, zigzags
 
+from megatron_s2.block_pattern import attention_flops
 from megatron_s2.parallel.assignment import plan_gather
 from megatron_s2.parallel.cost import (
     SCHEDULES,
@@ -22,7 +23,7 @@ from megatron_s2.parallel.cost import (
     work,
 )
 from megatron_s2.parallel.planner import Cluster, choose, plan_layer, plan_model, time_text
-from megatron_s2.pattern import S2Pattern, attention_flops
+from megatron_s2.pattern import S2Pattern
 from megatron_s2.settings import S2Settings
 
 MIB = 2**20
