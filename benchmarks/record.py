@@ -28,6 +28,7 @@ from benchmarks.environment import ROOT, code_hash, facts, same_setting
 from benchmarks.results import ResultFile, read_rows
 
 COMMITTED = ROOT / "benchmarks" / "results"
+DRAWING = ("plots", "page")
 NO_TIME = "no time left"
 _CODE = ("megatron_s2/**/*.py", "benchmarks/*.py", "scripts/*.*", "scripts/lib/*", "tests/**/*.py")
 _NO_MEGATRON = f"megatron-core is not installed for {sys.executable}"
@@ -71,9 +72,10 @@ def stages(out: Path, toy: bool) -> list[Stage]:
     tests = Stage("tests", (*pytest, *(["tests/benchmarks"] if toy else [])), 4, empty_status=5)
     page = "docs/results.md" if out == COMMITTED else f"{rows}/results.md"
     words = ("-m", "benchmarks.results_page", "--results", rows, "--page", page)
+    plots, page_stage = DRAWING
     drawing = [
-        Stage("plots", ("scripts/bench.py", "plot", "--out", rows), always=True),
-        Stage("page", words, always=True),
+        Stage(plots, ("scripts/bench.py", "plot", "--out", rows), always=True),
+        Stage(page_stage, words, always=True),
     ]
     if toy:
         small = "--hidden-size 64 --num-layers 1 --seq-length 8 --subgroup-size 4096 --bucket-size 16384"
@@ -84,7 +86,7 @@ def stages(out: Path, toy: bool) -> list[Stage]:
                 "attention", "attention", "--seq-lengths 1024 --repeats 2 --implementations s2-torch sdpa", 2
             ),
             bench("profile", "profile", "--seq-lengths 128 --implementations s2-torch", 1),
-            bench("step", "step", "--seq-lengths 128 --cases dense s2 --warm-up 1 --repeats 2", 4, True),
+            bench("step", "step", "--seq-lengths 256 --cases dense s2 --warm-up 1 --repeats 2", 4, True),
             bench(
                 "offload", "offload", f"{small} --accumulation 1 --repeats 1 --cases s2-auto-flush", 3, True
             ),

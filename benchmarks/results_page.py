@@ -19,6 +19,7 @@ from benchmarks.decode import DEFAULT_SHAPES as DECODE_SHAPES
 from benchmarks.decode import closed_form_bytes
 from benchmarks.environment import ROOT
 from benchmarks.implementations import IMPLEMENTATIONS
+from benchmarks.record import DRAWING
 from benchmarks.registry import BENCHMARKS
 from benchmarks.results import read_rows
 from benchmarks.training_step import MODELS, step_flops
@@ -241,7 +242,9 @@ def page(results: Path, link: str) -> str:
     machines: dict[str, Rows] = {}
     for name in (*BENCHMARKS, "record"):
         for machine, rows in read_rows(results, name).items():
-            machines.setdefault(machine.name, {})[name] = rows
+            # What draws and writes has no result, and its rows come after the page.
+            if rows := [row for row in rows if row.get("stage") not in DRAWING]:
+                machines.setdefault(machine.name, {})[name] = rows
     gpus = {name: rows for name, rows in machines.items() if _gpu(rows)}
     parts = [_INTRO.format(results=link), "## Targets on one GPU (H200 class)\n", _BOUNDS]
     if not gpus:

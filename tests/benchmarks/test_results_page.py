@@ -181,3 +181,14 @@ def test_offload_is_compared_with_the_best_of_the_others(results_page, tmp_path)
     assert hybrid.endswith("| 3.00x at accumulation 1 in 40 GB | no formula | met |")
     assert "| 1.20x at accumulation 1 in 40 GB | no formula | missed by 7.7%" in best
     assert "40 GB of its memory; without offload it takes 45.0 GB" in results_page.page(tmp_path, "rows")
+
+
+def test_the_page_does_not_change_when_its_own_writing_is_stored(results_page, tmp_path):
+    row = {**FACTS, "words": [], "reason": None, "seconds": 1.0, "limit": 9.0}
+    rows = [{**row, "stage": "step", "result": "out of time", "reason": "its time was up"}]
+    stored(tmp_path, "record", rows)
+    before = results_page.page(tmp_path, "rows")
+    assert "step                 out of time       1.0 s  its time was up" in before
+    later = {**row, "commit": {**FACTS["commit"], "hash": "another"}, "result": "done"}
+    stored(tmp_path, "record", [*rows, *({**later, "stage": name} for name in ("plots", "page"))])
+    assert results_page.page(tmp_path, "rows") == before

@@ -9,6 +9,7 @@ import torch
 SIZES = "--num-layers 4 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 --num-query-groups 2"
 TOY = ["step", "--device", "cpu", "--threads", "1", "--repeats", "2", "--warm-up", "1", *SIZES.split()]
 LOSSES = (5.5, 5.4, 5.3)
+IN_WINDOW, OWN_BLOCKS = (5.5, 5.4, 5.3001), (5.5, 5.4, 5.4)
 KEYS = {
     *("benchmark", "date", "machine", "versions", "commit", "step_code", "packages"),
     *("case", "seq_length", "device", "model", "flags", "warm_up", "repeats", "checked"),
@@ -32,8 +33,7 @@ def step(bench):
 
 
 class Trainings:
-    """Takes the place of trainings: lists (tokens, case) of what ran; `left` is what those of a case leave,
-    those of a check by its name and `check`."""
+    """Takes the place of trainings: lists (tokens, case) of what ran; `left` is what a case leaves."""
 
     def __init__(self, step):
         self.step, self.left, self.ran = step, {}, []
@@ -43,16 +43,18 @@ class Trainings:
         cases = sorted(self.step.CASES.items(), key=lambda item: -len(item[1]))
         case = next(name for name, words in cases if all(word in flags for word in words[:1]))
         tokens = int(flags[flags.index("--seq-length") + 1])
-        is_check = repeats == self.step.CHECKED_STEPS - 1 and tokens == 32
+        if repeats == self.step.CHECKED_STEPS - 1:
+            is_whole = flags[flags.index("--s2-local-blocks") + 1] == "8"
+            case = f"{case} check" if is_whole else "own blocks"
         self.ran.append((tokens, case))
         left = {
             "status": 0,
             "output": "",
-            "losses": LOSSES,
+            "losses": OWN_BLOCKS if case == "own blocks" else IN_WINDOW if case == "s2 check" else LOSSES,
             "step_seconds": (0.4, 0.4) if case == "dense" else (0.1, 0.1),
             "host_peak_bytes": 2**30,
         }
-        return self.step.Training(**(left | self.left.get(f"{case} check" if is_check else case, {})))
+        return self.step.Training(**(left | self.left.get(case, {})))
 
 
 @pytest.fixture
@@ -67,7 +69,7 @@ def rows_in(directory: Path) -> list[dict]:
     return [json.loads(line) for path in files for line in path.read_text().splitlines()]
 
 
-CHECK = [(32, "dense"), (32, "s2")]
+CHECK = [(128, "dense check"), (128, "s2 check"), (128, "own blocks")]
 
 
 def test_every_row_says_all_there_is_to_say(bench, step, trainings, tmp_path, capsys):
@@ -78,7 +80,9 @@ def test_every_row_says_all_there_is_to_say(bench, step, trainings, tmp_path, ca
     assert [(row["seq_length"], row["case"]) for row in rows] == timed
     for row in rows:
         assert row.keys() == KEYS
-        assert row["checked"] == {"seq_length": 32, "losses": {"dense": list(LOSSES), "s2": list(LOSSES)}}
+        assert row["checked"]["seq_length"] == 128 and row["checked"]["losses"]["s2"] == list(IN_WINDOW)
+        assert row["checked"]["s2_off"] == pytest.approx(1e-4 / 3**0.5)
+        assert row["checked"]["own_blocks_off"] == pytest.approx(0.1 / 3**0.5)
         assert row["losses"] == list(LOSSES) and row["not_measured"] is None
         assert row["speedup_bound"] == sum(row["dense_flops"].values()) / sum(row["flops"].values())
         assert "--recompute-granularity full" in " ".join(row["flags"]) and "--bf16" in row["flags"]
@@ -96,7 +100,7 @@ def test_what_is_stored_is_not_measured_again(bench, step, trainings, tmp_path, 
     assert trainings.ran == [*CHECK, (256, "s2"), (256, "dense"), (512, "dense"), (512, "s2")]
     monkeypatch.setattr(step, "code_hash", lambda patterns: "other")
     assert bench.main([*options, "s2", "--seq-lengths", "256"]) == 0
-    assert trainings.ran[6:] == [*CHECK, (256, "s2")]
+    assert trainings.ran[7:] == [*CHECK, (256, "s2")]
 
 
 def test_without_memory_there_is_a_row_and_the_others_go_on(bench, trainings, tmp_path, capsys):
@@ -113,14 +117,15 @@ def test_without_memory_there_is_a_row_and_the_others_go_on(bench, trainings, tm
 WRONG = {
     "other losses in the window": (
         "s2 check",
-        {"losses": (5.5, 5.4, 5.2)},
-        "the loss of step 3 is 5.2, that",
+        {"losses": (5.5, 5.4, 5.32)},
+        "losses are 0.0115 off dense ones",
     ),
     "no number in the window": (
         "s2 check",
         {"losses": (5.5, float("nan"), 5.3)},
-        "the loss of step 2 is nan",
+        "losses are nan off dense ones",
     ),
+    "a check that sees nothing": ("own blocks", {"losses": LOSSES}, "allowed is 0.1 of 0, by which"),
     "no number": ("s2", {"losses": (5.5, float("inf"), 5.3)}, "s2 at 256 tokens: losses must be finite"),
     "failed": ("s2", {"status": 1, "output": "E\nKeyError: 3"}, "ended with status 1: KeyError: 3"),
 }
@@ -137,6 +142,10 @@ def test_what_is_wrong_has_no_row(bench, trainings, tmp_path, capsys, wrong):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        (
+            ["--local-blocks", "1"],
+            "--local-blocks 1: must be >= 2, for the check in the window to show anything",
+        ),
         (["--num-layers", "0"], "--num-layers 0: must be >= 1"),
         (["--seq-lengths", "256,0"], "--seq-lengths 0: must be >= 1"),
         (["--repeats", "0"], "--repeats 0: must be >= 1"),
@@ -181,7 +190,7 @@ def test_flops_of_products_are_megatrons_and_a_recomputed_forward(step):
 
 def test_flops_of_attention_are_those_of_the_visible_pairs(step):
     """Forward twice, for the recomputation, at 4 FLOPs a pair and element; backward once, at 10."""
-    model, tokens = step.MODELS["cpu"], 256
+    model, tokens = step.MODELS["cpu"], 512
     pairs = {
         case: sum(sum(model.settings(case).pattern(layer).visible_pairs(tokens)) for layer in (1, 2, 3, 4))
         for case in step.CASES
