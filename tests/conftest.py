@@ -22,6 +22,8 @@ LONG = (
     "test_context_parallel_bench",
     "test_attention_bench",
     "test_converted_training",
+    "test_annealing",
+    "test_converted_logits",
     "test_eval_loss",
     "test_examples",
     "test_executor",
