@@ -86,12 +86,12 @@ def stages(out: Path, toy: bool) -> list[Stage]:
                 "attention", "attention", "--seq-lengths 1024 --repeats 2 --implementations s2-torch sdpa", 2
             ),
             bench("profile", "profile", "--seq-lengths 128 --implementations s2-torch", 1),
-            bench("step", "step", "--seq-lengths 256 --cases dense s2 --warm-up 1 --repeats 2", 4, True),
+            bench("step", "step", "--seq-lengths 256 --cases s2 --warm-up 1 --repeats 2", 4, True),
             bench(
                 "offload", "offload", f"{small} --accumulation 1 --repeats 1 --cases s2-auto-flush", 3, True
             ),
             bench("timeline", "timeline", small, 2, True),
-            bench("decode", "decode", "--context 512,1024 --repeats 2", 1),
+            bench("decode", "decode", "--context 256,512 --repeats 1", 1),
             *drawing,
         ]
     # 2.04e9 parameters, 18 bytes each beside activations: more than the stated 40 GB; without state less.

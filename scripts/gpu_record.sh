@@ -19,6 +19,7 @@ while (($#)); do
         -h | --help) sed -n '2,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 0 ;;
         --python)
             INTERPRETER=$(type -P "${2:-}") || die "--python ${2:-}: must be a Python that runs"
+            [[ $INTERPRETER == /* ]] || INTERPRETER=$PWD/$INTERPRETER
             shift 2
             ;;
         --out)

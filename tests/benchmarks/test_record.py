@@ -73,6 +73,12 @@ def test_a_stage_is_done_for_its_words_code_machine_and_versions(record):
     assert not record.is_done(prints(record, "a", "pass", always=True), [done], now)
 
 
+def test_without_megatron_the_record_and_its_page_are_there_all_the_same():
+    modules = "benchmarks.record, benchmarks.registry, benchmarks.results_page"
+    code = f"import sys; sys.modules['megatron'] = None; import {modules}"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_tests_without_megatron_say_so(record, monkeypatch):
     tests = next(stage for stage in record.stages(record.COMMITTED, toy=False) if stage.name == "tests")
     monkeypatch.setattr(record, "find_spec", lambda name: None)
@@ -195,6 +201,18 @@ def command(*words: str) -> subprocess.CompletedProcess:
         text=True,
         timeout=3600,
         check=False,
+    )
+
+
+def test_the_script_shows_its_options_and_refuses_a_python_that_is_none():
+    shown = subprocess.run(["bash", str(SCRIPT), "--help"], capture_output=True, text=True, check=True).stdout
+    assert all(flag in shown for flag in ("--out DIR", "--minutes M", "--plan", "--toy", "--python PATH"))
+    refused = subprocess.run(
+        ["bash", str(SCRIPT), "--python", "/nowhere/python"], capture_output=True, text=True, check=False
+    )
+    assert (refused.returncode, refused.stderr) == (
+        1,
+        "error: --python /nowhere/python: must be a Python that runs\n",
     )
 
 
