@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
+from typing import NoReturn
 
 import torch
 
@@ -37,6 +38,7 @@ _DRAWING = 60.0  # seconds of the budget kept for pictures and page
 _DRAWING_LIMIT = 300.0
 _GRACE = 20.0  # seconds between the request to end and the end
 _LAST_LINES = 15
+_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -302,6 +304,12 @@ def out_of(args: Namespace) -> Path:
     return out
 
 
+def _stop(number: int, frame: object) -> NoReturn:
+    for again in _STOPS:
+        signal.signal(again, signal.SIG_IGN)  # the stage that runs is being ended
+    raise KeyboardInterrupt
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments().parse_args(argv)
     try:
@@ -316,12 +324,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = [row for rows in read_rows(out, "record").values() for row in rows]
         print(described(plan, rows, now, max(0.0, seconds - _DRAWING)))
         return 0
-
-    def stop(number, frame):
-        raise KeyboardInterrupt
-
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop)
+    for number in _STOPS:  # SIGINT too: a background job of a shell ignores it, and so would the stages
+        signal.signal(number, _stop)
     try:
         return record(plan, out, seconds, "cpu" if args.toy else "cuda")
     except KeyboardInterrupt:
