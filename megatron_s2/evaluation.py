@@ -7,6 +7,7 @@ that follow one another; each predicts its next tokens. Nothing is shuffled, no 
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,9 +62,18 @@ def windows(
         if value is not None and value < 1:
             raise ValueError(f"{flag} {value}: must be >= 1")
     for suffix in (".bin", ".idx"):
-        if not Path(f"{prefix}{suffix}").is_file():
-            raise ValueError(f"--data-path {prefix}: there is no file {prefix}{suffix}")
-    data = IndexedDataset(str(prefix))
+        path = Path(f"{prefix}{suffix}")
+        if not path.is_file():
+            raise ValueError(f"--data-path {prefix}: there is no file {path}")
+        if path.stat().st_size == 0:
+            raise ValueError(f"--data-path {prefix}: {path} is empty")
+    try:
+        data = IndexedDataset(str(prefix))
+    except (AssertionError, struct.error, ValueError, IndexError) as error:
+        raise ValueError(f"--data-path {prefix}: {prefix}.idx is damaged: {error}") from error
+    size = int(np.sum(data.sequence_lengths)) * np.dtype(data.index.dtype).itemsize
+    if Path(f"{prefix}.bin").stat().st_size < size:
+        raise ValueError(f"--data-path {prefix}: {prefix}.bin is shorter than the {size} bytes of its index")
     there = max(int(np.sum(data.sequence_lengths)) - 1, 0) // seq_length
     wanted = there if samples is None else samples
     if not 1 <= wanted <= there:
@@ -97,10 +107,12 @@ class Judged:
     Args:
         losses: of `[batch, tokens + 1]` int64 on the CPU, the cross entropy of each next token,
             `[batch, tokens]`; raises ValueError for a token that is not in the vocabulary.
+        positions: that the model knows; beyond them its loss means nothing.
         notes: what to know of the model before its loss is compared with another's.
     """
 
     losses: Callable[[Tensor], Tensor]
+    positions: int
     notes: tuple[str, ...] = ()
 
 
@@ -130,7 +142,7 @@ def hugging_face_model(directory: str | Path, dtype: str = "auto") -> Judged:
         ]
         return torch.cat(pieces, 1)
 
-    return Judged(losses)
+    return Judged(losses, config.max_position_embeddings)
 
 
 def megatron_model(directory: str | Path) -> Judged:
@@ -146,11 +158,22 @@ def megatron_model(directory: str | Path) -> Judged:
     loaded = load_gpt(Path(directory), needs_cache=False, needs_tokenizer=False)
     device = next(loaded.model.parameters()).device
 
+    has_table = loaded.model.position_embedding_type == "learned_absolute"
+
     def losses(tokens: Tensor) -> Tensor:
         tokens = _known(tokens, loaded.vocab_size).to(device)
+        if has_table and tokens.shape[1] - 1 > loaded.positions:
+            raise ValueError(
+                f"--seq-length {tokens.shape[1] - 1}: must be at most {loaded.positions}, its positions"
+            )
         positions = torch.arange(tokens.shape[1] - 1, device=device).expand(tokens.shape[0], -1)
         return loaded.model(
-            tokens[:, :-1], positions, None, labels=tokens[:, 1:], output_processor=_losses_in_pieces
+            tokens[:, :-1],
+            positions,
+            None,
+            labels=tokens[:, 1:],
+            runtime_gather_output=True,
+            output_processor=_losses_in_pieces,
         )
 
     notes = [] if loaded.note is None else [loaded.note]
@@ -158,7 +181,7 @@ def megatron_model(directory: str | Path) -> Judged:
         notes.append(
             f"the loss counts {padding} rows of vocabulary padding, as its training does and --hf does not"
         )
-    return Judged(losses, tuple(notes))
+    return Judged(losses, loaded.positions, tuple(notes))
 
 
 def _losses_in_pieces(
@@ -173,8 +196,10 @@ def _losses_in_pieces(
 
 
 def _known(tokens: Tensor, vocab_size: int) -> Tensor:
-    if (most := int(tokens.max())) >= vocab_size:
-        raise ValueError(f"--data-path: has token {most}, which is none of the model's {vocab_size}")
+    least, most = (int(token) for token in tokens.aminmax())
+    if least < 0 or most >= vocab_size:
+        bad = least if least < 0 else most
+        raise ValueError(f"--data-path: has token {bad}, which is none of the model's {vocab_size}")
     return tokens
 
 

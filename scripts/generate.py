@@ -1,8 +1,8 @@
 """Generate text with S2 attention and its small KV cache, from a Hugging Face directory or a checkpoint.
 
 A single prompt is continued on the terminal token by token. Several make a batch, whose continuations are
-printed when all have ended, one per line, `[1]`, `[2]` and so on before them. Text goes to stdout; times and
-the size of the cache to stderr.
+printed when all have ended, one after the other, `[1]`, `[2]` and so on before them. Text goes to stdout;
+times and the size of the cache to stderr.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def arguments() -> CommandParser:
     prompt.add_argument(
         "--prompt", action="append", metavar="TEXT", help="text to continue; several times for a batch"
     )
-    prompt.add_argument("--prompt-file", metavar="FILE", help="a prompt per line")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="a prompt per line; blank lines do not count")
     add = parser.add_argument
     add("--max-new-tokens", type=int, default=128, metavar="N", help="per prompt (default: %(default)s)")
     add("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")

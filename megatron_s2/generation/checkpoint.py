@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_s2.checkpoint.convert import COMPANIONS
 from megatron_s2.checkpoint.megatron_args import flags
@@ -37,6 +38,7 @@ _DESCRIBING = (
     "vocab_size",
 )
 _TOKEN_IDS = "NullTokenizer"
+_EMBEDDING = "embedding.word_embeddings.weight"
 _RUN = [
     *("--use-checkpoint-args", "--no-load-optim", "--no-load-rng", "--exit-on-missing-checkpoint"),
     "--no-use-tokenizer-model-from-checkpoint-args",  # it may lie elsewhere
@@ -53,6 +55,7 @@ class LoadedGPT:
     Args:
         vocab_size: tokens, without the padding of the vocabulary.
         padded_vocab_size: with it.
+        positions: that the model was made for, `--max-position-embeddings`.
         note: what a user should know of its attention: that it is still being annealed; None for nothing.
     """
 
@@ -60,6 +63,7 @@ class LoadedGPT:
     text: Text
     vocab_size: int
     padded_vocab_size: int
+    positions: int
     note: str | None
 
 
@@ -97,7 +101,7 @@ def load_gpt(
     stop = stop_tokens(companions)
     # Megatron tells what it does in dozens of lines; what is wrong, it raises.
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-        return _build(arguments_of(directory, saved, _dtype(tensors), kind, place), stop)
+        return _build(arguments_of(directory, saved, _dtype(directory, tensors), kind, place), stop)
 
 
 def _tokenizer_of(directory: Path, saved: Namespace, given: str | None) -> tuple[str, str | None]:
@@ -114,8 +118,10 @@ def _tokenizer_of(directory: Path, saved: Namespace, given: str | None) -> tuple
     return kind, place
 
 
-def _dtype(tensors: dict) -> torch.dtype:
-    _, dtype = tensors["embedding.word_embeddings.weight"]
+def _dtype(directory: Path, tensors: dict) -> torch.dtype:
+    if _EMBEDDING not in tensors:
+        raise ValueError(f"--load {directory}: has no {_EMBEDDING}: it is no checkpoint of a GPT")
+    _, dtype = tensors[_EMBEDDING]
     return dtype
 
 
@@ -176,7 +182,11 @@ def _build(argv: list[str], stop: frozenset[int]) -> LoadedGPT:
     models = builder.build_distributed_models(
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
     )
-    load_checkpoint(models, None, None)
+    try:
+        load_checkpoint(models, None, None)
+    except CheckpointException as error:  # no Exception
+        reasons = "; ".join(str(failure[0]) for failure in error.failures.values())
+        raise ValueError(f"--load {args.load}: Megatron does not read it: {reasons}") from error
     [model] = (unwrap_model(model).eval() for model in models)
     tokenizer = get_tokenizer()
     return LoadedGPT(
@@ -184,6 +194,7 @@ def _build(argv: list[str], stop: frozenset[int]) -> LoadedGPT:
         megatron_text(tokenizer, args.tokenizer_type, stop),
         min(args.vocab_size or tokenizer.vocab_size, args.padded_vocab_size),
         args.padded_vocab_size,
+        args.max_position_embeddings,
         _note(model),
     )
 

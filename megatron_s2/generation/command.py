@@ -5,9 +5,13 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from megatron_s2.generation.decoding import Decoder, Generation, Request, generate
+import torch
+
+from megatron_s2.generation.decoding import Decoder, Generation, Request, beyond_positions, generate
 from megatron_s2.generation.sampling import Sampling
 from megatron_s2.generation.text import Stream, Text, hugging_face_text, stop_tokens, token_ids
 
@@ -21,23 +25,44 @@ def run(args: Namespace) -> None:
     prompts = _prompts(args)
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     Request([[0]], args.max_new_tokens)  # before a model is loaded
-    text, vocab_size, decoder_for = _hugging_face(args) if args.hf is not None else _megatron(args)
-    ids = [text.encode(prompt) for prompt in prompts]
+    model = _hugging_face(args) if args.hf is not None else _megatron(args)
+    ids = [model.text.encode(prompt) for prompt in prompts]
     for prompt, tokens in zip(prompts, ids):
-        if bad := [token for token in tokens if not 0 <= token < vocab_size]:
-            raise ValueError(f"--prompt {prompt[:40]!r}: token {bad[0]} is none of the model's {vocab_size}")
-    request = Request(ids, args.max_new_tokens, frozenset() if args.ignore_eos else text.stop, sampling)
-    decoder = decoder_for(len(ids), request.max_tokens)
-    if len(ids) == 1:
+        if bad := [token for token in tokens if not 0 <= token < model.vocab_size]:
+            raise ValueError(
+                f"--prompt {prompt[:40]!r}: token {bad[0]} is none of the model's {model.vocab_size}"
+            )
+    stop = frozenset() if args.ignore_eos else model.text.stop
+    request = Request(ids, args.max_new_tokens, stop, sampling)
+    for note in (model.note, beyond_positions(request.max_tokens, model.positions)):
+        if note is not None:
+            print(f"note: {note}", file=sys.stderr)
+    try:
+        done = _continued(model, request)
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+            raise
+        raise ValueError(
+            f"--max-new-tokens {args.max_new_tokens}: must be less, or prompts fewer: the memory for "
+            f"{len(ids)} x {request.max_tokens} tokens is not there: {error}"
+        ) from error
+    print(report(done), file=sys.stderr)
+
+
+def _continued(model: _Model, request: Request) -> Generation:
+    """Writes the continuations: of one prompt as they come, of several when all have ended."""
+    text, batch = model.text, len(request.prompts)
+    decoder = model.decoder_for(batch, request.max_tokens)
+    if batch == 1:
         stream = Stream(text, _write)
         done = generate(decoder, request, on_token=lambda _, token: stream.add(token))
         stream.end()
         _write("\n")
-    else:
-        done = generate(decoder, request)
-        for row, tokens in enumerate(done.rows):
-            _write(f"[{row + 1}] {text.decode(tokens)}\n")
-    print(report(done), file=sys.stderr)
+        return done
+    done = generate(decoder, request)
+    for row, tokens in enumerate(done.rows):
+        _write(f"[{row + 1}] {text.decode(tokens)}\n")
+    return done
 
 
 def report(done: Generation) -> str:
@@ -67,10 +92,10 @@ def _prompts(args: Namespace) -> list[str]:
     if args.prompt is not None:
         return args.prompt
     path = Path(args.prompt_file)
-    if not path.is_file():
+    if not path.exists() or path.is_dir():
         raise ValueError(f"--prompt-file {path}: is no file")
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"--prompt-file {path}: must be UTF-8: {error}") from None
     prompts = [line for line in lines if line.strip()]
@@ -79,7 +104,22 @@ def _prompts(args: Namespace) -> list[str]:
     return prompts
 
 
-_Model = tuple[Text, int, Callable[[int, int], Decoder]]
+@dataclass(frozen=True)
+class _Model:
+    """A loaded model.
+
+    Args:
+        vocab_size: tokens that it knows.
+        positions: that it knows.
+        decoder_for: the decoder of a number of sequences and of tokens.
+        note: what to know of it.
+    """
+
+    text: Text
+    vocab_size: int
+    positions: int
+    decoder_for: Callable[[int, int], Decoder]
+    note: str | None = None
 
 
 def _hugging_face(args: Namespace) -> _Model:
@@ -90,7 +130,8 @@ def _hugging_face(args: Namespace) -> _Model:
     text = (
         token_ids(stop) if args.token_ids else hugging_face_text(Path(args.tokenizer_model or args.hf), stop)
     )
-    return text, model.config.vocab_size, lambda batch, tokens: HuggingFaceDecoder(model, batch, tokens)
+    config = model.config
+    return _Model(text, config.vocab_size, config.max_position_embeddings, partial(HuggingFaceDecoder, model))
 
 
 def _megatron(args: Namespace) -> _Model:
@@ -100,10 +141,10 @@ def _megatron(args: Namespace) -> _Model:
     from megatron_s2.generation.gpt import GPTDecoder
 
     loaded = load_gpt(args.load, args.tokenizer_model, needs_tokenizer=not args.token_ids)
-    if loaded.note is not None:
-        print(f"note: {loaded.note}", file=sys.stderr)
-    return (
+    return _Model(
         loaded.text,
         loaded.vocab_size,
-        lambda batch, tokens: GPTDecoder(loaded.model, batch, tokens, loaded.vocab_size),
+        loaded.positions,
+        partial(GPTDecoder, loaded.model, vocab_size=loaded.vocab_size),
+        loaded.note,
     )

@@ -88,6 +88,13 @@ class Request:
         return max(map(len, self.prompts)) + self.max_new_tokens - 1
 
 
+def beyond_positions(tokens: int, positions: int) -> str | None:
+    """What to tell where a model of `positions` is given a sequence of `tokens`; None where it fits."""
+    if tokens <= positions:
+        return None
+    return f"{tokens} tokens in a row: the model knows {positions} positions (max_position_embeddings)"
+
+
 @torch.no_grad()
 def generate(
     decoder: Decoder, request: Request, on_token: Callable[[int, int], None] = lambda row, token: None

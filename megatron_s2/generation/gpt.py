@@ -91,6 +91,7 @@ class GPTDecoder:
                 tokens,
                 positions,
                 attention_mask=None,
+                runtime_gather_output=True,  # asked for by Megatron where one of its engines has been
                 output_processor=_logits_after,
                 output_processor_context=last,
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -29,10 +30,10 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for flag, value, ok, allowed in (
-            ("--temperature", self.temperature, self.temperature >= 0, ">= 0"),
+            ("--temperature", self.temperature, 0 <= self.temperature < math.inf, ">= 0 and finite"),
             ("--top-k", self.top_k, self.top_k >= 0, ">= 0"),
             ("--top-p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("--seed", self.seed, self.seed >= 0, ">= 0"),
+            ("--seed", self.seed, 0 <= self.seed < 2**63, ">= 0 and below 2**63"),
         ):
             if not ok:
                 raise ValueError(f"{flag} {value}: must be {allowed}")
@@ -49,10 +50,11 @@ class Sampling:
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """With which probability each token is drawn, `[vocabulary]`, on the CPU in float32."""
-        logits, tokens = (logits.float().cpu() / self.temperature).sort(descending=True, stable=True)
+        logits, tokens = logits.double().cpu().sort(descending=True, stable=True)
+        logits = (logits - logits[0]) / self.temperature  # at most 0: however low the temperature, finite
         if self.top_k:
             logits[self.top_k :] = float("-inf")
         p = logits.softmax(0)
         # A token stays when those before it have not reached the sum, so the first always does.
         p[p.cumsum(0) - p >= self.top_p] = 0
-        return torch.zeros_like(p).scatter_(0, tokens, p / p.sum())
+        return torch.zeros_like(p).scatter_(0, tokens, p / p.sum()).float()

@@ -94,7 +94,7 @@ def megatron_text(tokenizer, kind: str, stop: frozenset[int]) -> Text:
     stop = stop or frozenset({tokenizer.eod})
 
     def decode(ids: Sequence[int]) -> str:
-        return tokenizer.detokenize([token for token in ids if token not in stop])
+        return tokenizer.detokenize([token for token in ids if token not in stop], skip_special_tokens=True)
 
     return Text(tokenizer.tokenize, decode, stop)
 

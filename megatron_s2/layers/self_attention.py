@@ -41,7 +41,7 @@ class S2SelfAttention(SelfAttention):
         if context.is_dynamic_batching():
             raise ValueError(
                 "inference_context: must be a StaticInferenceContext with S2 attention: a dynamic one "
-                "bypasses core attention"
+                "bypasses core attention (a StaticInferenceEngine makes one itself without legacy=True)"
             )
         if self.training:
             raise ValueError("inference_context: must be None in training mode with S2 attention")

@@ -140,6 +140,32 @@ def test_tokens_of_another_tokenizer_are_refused(directory, data, capsys):
     assert re.fullmatch(expected, capsys.readouterr().err)
 
 
+@pytest.mark.parametrize(
+    ("suffix", "damage", "message"),
+    [
+        (".idx", lambda old: b"no index" + old[8:], "one.idx is damaged"),
+        (".idx", lambda old: old[:30], "one.idx is damaged"),
+        (".idx", lambda old: b"", "one.idx is empty"),
+        (".bin", lambda old: b"", "one.bin is empty"),
+        (".bin", lambda old: old[:-4], "one.bin is shorter than"),
+    ],
+)
+def test_damaged_data_is_one_line(data, tmp_path, capsys, suffix, damage, message):
+    for each in (".bin", ".idx"):
+        old = Path(f"{data}{each}").read_bytes()
+        (tmp_path / f"one{each}").write_bytes(damage(old) if each == suffix else old)
+    words = ("--hf", "/nowhere", "--data-path", str(tmp_path / "one"), "--seq-length", str(LENGTH))
+    assert run_command(main, words) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and message in err
+
+
+def test_windows_beyond_the_models_positions_are_noted(directory, data, capsys):
+    source = make_model(directory / "short", "llama2", vocab_size=256, max_position_embeddings=64)
+    main(["--hf", str(source), "--data-path", str(data), "--seq-length", str(LENGTH), "--samples", "1"])
+    assert capsys.readouterr().err.startswith(f"note: {LENGTH} tokens in a row: the model knows 64 positions")
+
+
 def test_another_architecture_is_refused(directory, data, capsys):
     GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2)).save_pretrained(directory / "gpt2")
     words = ("--hf", str(directory / "gpt2"), "--data-path", str(data), "--seq-length", str(LENGTH))

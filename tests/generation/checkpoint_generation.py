@@ -1,4 +1,4 @@
-"""What a trained checkpoint generates, three ways: our cache, no cache, Megatron's static inference context.
+"""What a trained checkpoint generates, three ways: our cache, no cache, Megatron's static inference engine.
 
 A script, because a process can load one Megatron checkpoint: `checkpoint_generation.py CHECKPOINT REQUEST`.
 """
@@ -6,6 +6,8 @@ A script, because a process can load one Megatron checkpoint: `checkpoint_genera
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
 
@@ -30,7 +32,8 @@ def main(directory: Path, request: dict) -> dict:
     return {
         "cache": done.rows,
         "recomputed": [greedy(loaded.model, prompt, todo.max_new_tokens) for prompt in todo.prompts],
-        "static": [_static(loaded.model, prompt, todo.max_new_tokens) for prompt in todo.prompts],
+        "static": _by_megatron(loaded.model, todo.prompts, todo.max_new_tokens),
+        "cache again": _again(loaded.model, todo),
         "sinks": len(sinks),
         "epsilon": loaded.model.config.layernorm_epsilon,
         "text": loaded.text.decode(loaded.text.encode("1 2 3")),
@@ -38,20 +41,38 @@ def main(directory: Path, request: dict) -> dict:
     }
 
 
-@torch.no_grad()
-def _static(model, prompt: list[int], tokens: int) -> list[int]:
+def _by_megatron(model, prompts: list[list[int]], tokens: int) -> list[list[int]]:
     from megatron.core.inference.contexts import StaticInferenceContext
+    from megatron.core.inference.engines import StaticInferenceEngine
+    from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import (
+        GPTInferenceWrapper,
+    )
+    from megatron.core.inference.sampling_params import SamplingParams
+    from megatron.core.inference.text_generation_controllers.text_generation_controller import (
+        TextGenerationController,
+    )
 
-    context = StaticInferenceContext(1, len(prompt) + tokens)
-    new, row = prompt, []
-    for _ in range(tokens):
-        start = context.sequence_len_offset
-        positions = torch.arange(start, start + len(new))[None]
-        logits = model(torch.tensor([new]), positions, None, inference_context=context)
-        context.sequence_len_offset += len(new)
-        row.append(int(logits[0, -1].argmax()))
-        new = row[-1:]
-    return row
+    tokenizer = SimpleNamespace(  # Megatron's NullTokenizer has no bos
+        tokenize=lambda text: [int(word) for word in text.split()],
+        detokenize=lambda ids, **_: " ".join(map(str, ids)),
+        bos=None,
+        eod=-1,
+    )
+    context = StaticInferenceContext(len(prompts), max(map(len, prompts)) + tokens)
+    with mock.patch.object(torch.cuda, "current_device", lambda: torch.device("cpu")):
+        controller = TextGenerationController(GPTInferenceWrapper(model, context), tokenizer)
+    engine = StaticInferenceEngine(controller, legacy=True)
+    sampling = SamplingParams(num_tokens_to_generate=tokens, top_k=1, termination_id=-1)
+    done = engine.generate([" ".join(map(str, prompt)) for prompt in prompts], sampling_params=sampling)
+    return [request.generated_tokens.tolist() for request in done]
+
+
+def _again(model, todo) -> list[list[int]]:
+    """Where an engine of Megatron's has been."""
+    from megatron_s2.generation.decoding import generate
+    from megatron_s2.generation.gpt import GPTDecoder
+
+    return generate(GPTDecoder(model, len(todo.prompts), todo.max_tokens), todo).rows
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import megatron_s2.hf
 from megatron_s2.data.command import run_command
 from megatron_s2.generation.cache import cache_bytes
-from megatron_s2.generation.text import Stream, Text
+from megatron_s2.generation.text import Stream, Text, hugging_face_text, megatron_text
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "generate.py"
@@ -127,12 +127,38 @@ def test_a_prompt_is_continued(capsys, hugging_face, model):
 
 def test_a_file_of_prompts_is_a_batch(capsys, hugging_face, model, tmp_path):
     texts = prompts(*LENGTHS)
-    (tmp_path / "prompts.txt").write_text("\n".join(map(words, texts)) + "\n\n")
+    (tmp_path / "prompts.txt").write_bytes("\r\n".join(["\ufeff", *map(words, texts), "", ""]).encode())
     out, _ = output(
         capsys, "--hf", hugging_face, "--prompt-file", tmp_path / "prompts.txt", "--max-new-tokens", 9
     )
     expected = [f"[{row + 1}] {words(greedy(model, text, 9))}" for row, text in enumerate(texts)]
     assert out.splitlines() == expected
+
+
+def test_more_tokens_than_positions_are_noted(capsys, tmp_path):
+    save_model(tmp_path, "qwen3", max_position_embeddings=100)
+    _, err = output(capsys, "--hf", tmp_path, *ask(prompts(99)), "--max-new-tokens", 3)
+    assert err.splitlines()[0] == (
+        "note: 101 tokens in a row: the model knows 100 positions (max_position_embeddings)"
+    )
+
+
+def test_memory_that_is_not_there_is_one_line(capsys, hugging_face):
+    asked = flags("--hf", hugging_face, "--prompt", "1", "--max-new-tokens", 10**15)
+    assert run_command(main, asked) == 2
+    assert f"--max-new-tokens {10**15}: must be less" in capsys.readouterr().err
+
+
+def test_special_tokens_are_not_written(hugging_face):
+    """Of a Megatron run, as of a Hugging Face model; the words of the others stay."""
+    from megatron.core.tokenizers import MegatronTokenizer
+
+    tokenizer = MegatronTokenizer.from_pretrained(
+        tokenizer_path=str(hugging_face), metadata_path={"library": "huggingface"}
+    )
+    ids = [3, 96, 4]
+    read = [megatron_text(tokenizer, "HuggingFaceTokenizer", stop=frozenset({5})).decode(ids)]
+    assert [*read, hugging_face_text(hugging_face, frozenset({5})).decode(ids)] == ["w3 w4"] * 2
 
 
 def test_text_ends_with_the_stop_token(capsys, hugging_face, model):
@@ -178,7 +204,7 @@ def test_a_trained_checkpoint_gives_the_same_tokens_with_any_cache(trained):
     out, err = running.communicate(timeout=120)
     assert running.returncode == 0, err
     found = json.loads(out)
-    assert found["cache"] == found["recomputed"] == found["static"]
+    assert found["cache"] == found["recomputed"] == found["static"] == found["cache again"]
     assert (found["sinks"], found["epsilon"]) == (3, 1e-6)
     assert (found["text"], found["stop"]) == ("1 2 3", [])
 
@@ -189,7 +215,7 @@ def test_ctrl_c_ends_quietly(hugging_face):
     running.send_signal(signal.SIGINT)
     _, err = running.communicate(timeout=60)
     assert running.returncode == 130
-    assert err == "interrupted\n"
+    assert [line for line in err.splitlines() if not line.startswith("note: ")] == ["interrupted"]
 
 
 @pytest.mark.parametrize(
@@ -204,10 +230,15 @@ def test_ctrl_c_ends_quietly(hugging_face):
         ("--hf {hf} --prompt one", "error: --prompt 'one': must be token ids"),
         ("--hf {hf} --prompt 97", "error: --prompt '97': token 97 is none of the model's 97"),
         ("--hf {hf} --prompt 1 --max-new-tokens 0", "error: --max-new-tokens 0: must be >= 1"),
-        ("--hf {hf} --prompt 1 --temperature -1", "error: --temperature -1.0: must be >= 0"),
+        ("--hf {hf} --prompt 1 --temperature -1", "error: --temperature -1.0: must be >= 0 and finite"),
+        ("--hf {hf} --prompt 1 --temperature inf", "error: --temperature inf: must be >= 0 and finite"),
         ("--hf {hf} --prompt 1 --top-k -1", "error: --top-k -1: must be >= 0"),
         ("--hf {hf} --prompt 1 --top-p 0", "error: --top-p 0.0: must be above 0 and at most 1"),
-        ("--hf {hf} --prompt 1 --seed -1", "error: --seed -1: must be >= 0"),
+        ("--hf {hf} --prompt 1 --seed -1", "error: --seed -1: must be >= 0 and below 2**63"),
+        (
+            "--hf {hf} --prompt 1 --seed 9223372036854775808",
+            "error: --seed 9223372036854775808: must be >= 0",
+        ),
     ],
 )
 def test_bad_input_is_one_line(capsys, hugging_face, given, message):

@@ -35,6 +35,11 @@ def test_temperature_sharpens():
     assert torch.allclose(got, P**2 / (P**2).sum())
 
 
+@pytest.mark.parametrize("temperature", [1e-5, 1e-40, 1e-300])
+def test_the_lowest_temperatures_take_the_most_likely(temperature):
+    assert Sampling(temperature=temperature).probabilities(100 * LOGITS).tolist() == [0, 1, 0, 0]
+
+
 def test_draws_follow_the_probabilities_and_the_seed():
     sampling = Sampling(temperature=1.0, top_k=3, seed=5)
     draws = [
