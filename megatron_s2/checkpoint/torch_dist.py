@@ -2,7 +2,8 @@
 
 A checkpoint is a directory of torch.distributed.checkpoint: files of tensors and a pickle, `.metadata`, that
 says where each is. What a user gives is not unpickled as it is: only the classes that such metadata consists
-of are allowed in it, and tensors and arguments are read by torch's own `weights_only` reader.
+of are allowed in it, and tensors and arguments are read by torch's own `weights_only` reader, which takes
+no look at checksums, so that they are compared before.
 """
 
 import io
@@ -10,6 +11,7 @@ import json
 import pickle
 import re
 import struct
+import zipfile
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -78,6 +80,7 @@ _OF_GARBLED_BYTES = (
     ValueError,
     pickle.UnpicklingError,
     struct.error,
+    zipfile.BadZipFile,
 )
 
 
@@ -260,6 +263,7 @@ class Checkpoint:
         older = self.path / _COMMON_OF_OLDER
         if older.is_file():
             with _told_as_input_error(f"{older}: is not read: it is damaged, or may run code"):
+                _check_sums(older)
                 common = _load_arguments(older)
         elif _COMMON in self._metadata.state_dict_metadata:
             common = self._load(MetadataIndex(_COMMON), _load_arguments)
@@ -278,6 +282,7 @@ class Checkpoint:
         file = self.path / place.relative_path
         problem = f"{file}: {index.fqn} is not read: it is damaged, or may run code"
         with _told_as_input_error(problem), file.open("rb") as whole:
+            _check_sums(_Slice(whole, place.offset, place.length))
             return load(_Slice(whole, place.offset, place.length))
 
 
@@ -306,6 +311,15 @@ def _told_as_input_error(what: str) -> Iterator[None]:
     except _OF_GARBLED_BYTES as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise InputError(f"{what}: {reason}") from None
+
+
+def _check_sums(file: io.IOBase | Path) -> None:
+    """Raises BadZipFile unless all that `torch.save` wrote, a zip archive, is what its CRC32s say."""
+    with zipfile.ZipFile(file) as archive:
+        if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+            raise zipfile.BadZipFile("it is compressed, which torch.save never does")
+        if (damaged := archive.testzip()) is not None:
+            raise zipfile.BadZipFile(f"{damaged} in it has not the CRC32 that it was written with")
 
 
 def _load_tensor(stream: io.IOBase) -> torch.Tensor:

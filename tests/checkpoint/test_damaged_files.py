@@ -1,5 +1,6 @@
 """Damaged input is refused in one line that names the file, and nothing is left of the output."""
 
+import io
 import json
 import random
 import shutil
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_models import assert_refused, convert, convert_in_vain, make_model
+from hf_models import assert_bit_equal, assert_refused, convert, convert_in_vain, make_model, weights
 
 from megatron_s2.checkpoint import torch_dist
 
@@ -67,6 +68,34 @@ def test_tensors_that_are_garbled_are_found_while_others_are_written(converted, 
     assert_refused("megatron-to-hf", converted, "__0_0.distcp: decoder.layers.", *flags)
 
 
+def test_one_bit_of_a_weight_that_is_another(converted, release):
+    """torch's reader takes what it finds."""
+    key, file = "decoder.layers.mlp.linear_fc2.weight", release / "__0_0.distcp"
+    metadata = torch_dist._read_metadata(release / ".metadata")
+    place = next(place for index, place in metadata.storage_data.items() if index.fqn == key)
+
+    def read() -> torch.Tensor:
+        return torch.load(io.BytesIO(file.read_bytes()[place.offset : place.offset + place.length]))
+
+    before, written = read(), bytearray(file.read_bytes())
+    written[place.offset + place.length // 2] ^= 1
+    file.write_bytes(written)
+    assert (read() != before).sum() == 1
+    assert_refused(
+        "megatron-to-hf", converted, f"{file}: {key} is not read: it is damaged, or may run code: "
+    )
+
+
+@pytest.mark.parametrize("file", ["__0_0.distcp", "common.pt"])
+def test_an_argument_that_is_another_number(converted, release, file):
+    """Its arguments would be read, and say 251 tokens instead of 250."""
+    if file == "common.pt":
+        torch.save(torch_dist.Checkpoint(converted).common, release / file)
+    written = (release / file).read_bytes()
+    (release / file).write_bytes(written.replace(b"K\xfa", b"K\xfb", 1))
+    assert_refused("megatron-to-hf", converted, "data.pkl in it has not the CRC32 that it was written with")
+
+
 def test_arguments_that_are_garbled(converted, release):
     garble(release / "__0_0.distcp", 0.0, 0.02)
     message = "__0_0.distcp: common_state/shard_0_1 is not read: it is damaged, or may run code: "
@@ -115,20 +144,24 @@ def test_a_list_of_tensors_that_is_not_what_the_files_hold(converted, monkeypatc
 
 @pytest.mark.parametrize("file", [".metadata", "__0_0.distcp", "common.pt"])
 def test_wherever_a_few_bytes_are_others_no_conversion_ends_in_a_traceback(
-    converted, release, tmp_path, file
+    source, converted, release, tmp_path, file
 ):
+    """Nor in other weights than those that were converted."""
     torch.save(torch_dist.Checkpoint(converted).common, release / "common.pt")
     whole, dice = (release / file).read_bytes(), random.Random(5)
-    refused = 0
+    refused, expected = 0, weights(source)
     for number in range(40):
         damaged = bytearray(whole)
         for _ in range(4):
             damaged[dice.randrange(len(whole))] = dice.randrange(256)
         (release / file).write_bytes(damaged)
-        status, _, errors = convert_in_vain("megatron-to-hf", converted, tmp_path / f"output-{number}")
+        output = tmp_path / f"output-{number}"
+        status, _, errors = convert_in_vain("megatron-to-hf", converted, output)
         assert status == 0 or (status, errors.count("\n"), errors[:7]) == (2, 1, "error: ")
+        if status == 0 and file != ".metadata":  # it has no checksum
+            assert_bit_equal(weights(output), expected)
         refused += status != 0
-    assert refused or file == "__0_0.distcp"  # most of its bytes are weights, and may be anything
+    assert refused
 
 
 @pytest.mark.parametrize("text", [b"\xff\xfe", b"iter", b"", b"9" * 5000, "²".encode()])
