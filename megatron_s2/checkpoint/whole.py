@@ -1,5 +1,6 @@
-"""An output directory that appears whole or not at all."""
+"""An output directory that appears whole or not at all, even if the power fails."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -36,7 +37,25 @@ def whole_directory(path: Path, size: int) -> Iterator[Path]:
     temporary.mkdir()  # fails where another process of this number writes there, and leaves it alone
     try:
         yield temporary
+        for directory, _, files in os.walk(temporary):
+            for name in files:
+                _to_disk(os.path.join(directory, name))
+            _to_disk(directory)
         check_new(path)
         temporary.rename(path)
+        _to_disk(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _to_disk(path: str | Path) -> None:
+    """Waits until what was written to a file, or the list of names that a directory is, is on the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        # Some network file systems cannot do it for directories (fsync(2)).
+        if error.errno != errno.EINVAL or not os.path.isdir(path):
+            raise
+    finally:
+        os.close(opened)
