@@ -65,7 +65,7 @@ def arguments() -> CommandParser:
     back.add_argument(
         "--vocab-size",
         type=_positive,
-        help="tokens without padding (default: what the checkpoint, or the model it came from, says)",
+        help="tokens without padding, where neither the checkpoint nor the model it came from says others",
     )
     back.add_argument(
         "--family",

@@ -127,7 +127,8 @@ def to_hugging_face(
         dtype: of all weights, a name in `DTYPES`; by default each has the one that it has in the checkpoint,
             and config.json names that of the embedding.
         max_shard_size: most bytes of a file of weights.
-        vocab_size: tokens that have an embedding, without padding, where the checkpoint does not say it.
+        vocab_size: tokens that have an embedding, without padding, where neither the checkpoint nor the model
+            that training began with says it.
         family: one of `NAMES_OF_LLAMA`, where the config.json of the model that training began with does not
             say which.
 
@@ -141,8 +142,13 @@ def to_hugging_face(
     checkpoint = Checkpoint(source)
     companions = _companions(source, checkpoint.args)
     base = read_json(companions / _CONFIG) if (companions / _CONFIG).is_file() else {}
-    said = (vocab_size, getattr(checkpoint.args, "vocab_size", None), base.get("vocab_size"))
-    tokens = next((number for number in said if isinstance(number, int) and number > 0), None)
+    said = (getattr(checkpoint.args, "vocab_size", None), base.get("vocab_size"))
+    tokens = next((number for number in said if isinstance(number, int) and number > 0), vocab_size)
+    if vocab_size not in (None, tokens):
+        raise InputError(
+            f"--vocab-size {vocab_size}: the checkpoint, or the model that it began with, says {tokens}; "
+            "leave it out"
+        )
     known = base.get("model_type") if base.get("model_type") in NAMES_OF_LLAMA else None
     model = megatron_args.model_of(checkpoint.args, family or known or "llama", tokens)
     if model.family in _MARKS:

@@ -19,6 +19,9 @@ _ATTENTION = "s2"
 _S2_KEY = "s2_attention"
 _ATTENTION_KEY = "attn_implementation"
 _NOT_OF_A_MODEL_FILE = ("num_layers", "num_kv_heads")
+# What a setting of S2 may be in JSON, where that is not just a whole number.
+_KINDS_OF_SETTINGS = {"vert_stride": (int, list), "phases": (list, type(None)), "dense_layers": (list,)}
+_KINDS = {int: "a whole number", list: "a list of whole numbers", type(None): "null"}
 _DEFAULT_BASE = 10000.0
 # Megatron has these as constants (`RotaryEmbedding._apply_scaling`); only the factor can be chosen.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -41,13 +44,16 @@ def model_of(config: Config) -> Model:
     if architectures != [_ARCHITECTURES[family]]:
         raise _error("architectures", architectures, f"must be {_ARCHITECTURES[family]}")
     for name, allowed in (
-        ("hidden_act", "silu"),
-        ("attention_bias", False),
-        ("mlp_bias", False),
-        ("quantization_config", None),
+        ("hidden_act", ("silu",)),
+        ("attention_bias", (False, None)),
+        ("mlp_bias", (False, None)),
+        ("quantization_config", (None,)),
     ):
-        if config.get(name, allowed) != allowed:
-            raise _error(name, config[name], f"must be {allowed}")
+        if config.get(name, allowed[0]) not in allowed:
+            raise _error(name, config[name], f"must be {allowed[0]}")
+    tied = config.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        raise _error("tie_word_embeddings", repr(tied), "must be true or false")
     hidden, heads = _whole(config, "hidden_size"), _whole(config, "num_attention_heads")
     if family == "qwen3" or config.get("head_dim") is not None:
         head_dim = _whole(config, "head_dim")
@@ -72,26 +78,28 @@ def model_of(config: Config) -> Model:
         max_position_embeddings=_whole(config, "max_position_embeddings"),
         norm_epsilon=_number("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
         **_rotary(config),
-        tied=bool(config.get("tie_word_embeddings", False)),
+        tied=tied,
     )
 
 
 def _rotary(config: Config) -> dict[str, object]:
     """Reads `rope_parameters`, or what stood for it before transformers 5: `rope_theta`, `rope_scaling`."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}  # as transformers prefers
     if not isinstance(rope, dict):
         raise _error("rope_scaling", rope, "must be an object or null")
     rope = dict(rope)
     base = rope.pop("rope_theta", None) or config.get("rope_theta") or _DEFAULT_BASE
     if _number("rope_theta", base) != int(base):
         raise _error("rope_theta", base, "must be a whole number (Megatron's --rotary-base)")
-    share = rope.pop("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    share = _given(rope, "partial_rotary_factor", _given(config, "partial_rotary_factor", 1.0))
+    rope.pop("partial_rotary_factor", None)
     if share != 1.0:
         raise _error("partial_rotary_factor", share, "must be 1.0")
     older = rope.pop("type", "default")
     kind = rope.pop("rope_type", older)
-    factor = rope.pop("factor", None)
+    factor = None
     if kind in ("llama3", "linear"):
+        factor = rope.pop("factor", None)
         _number("rope_scaling: factor", factor)
     read = {"rotary_base": int(base), "llama3_factor": None, "linear_factor": None}
     if kind == "llama3":
@@ -106,9 +114,8 @@ def _rotary(config: Config) -> dict[str, object]:
         read["linear_factor"] = int(factor)
     elif kind != "default":
         raise _error("rope_scaling: rope_type", kind, "must be default, linear or llama3")
-    if rope and kind != "default":
-        name, value = next(iter(rope.items()))
-        raise _error(f"rope_scaling: {name}", value, f"is not known for {kind}; remove it")
+    for name, value in rope.items():
+        raise _error(f"rope_scaling: {name}", value, f"is not known for rope_type {kind}")
     return read
 
 
@@ -125,21 +132,31 @@ def settings_of(config: Config, model: Model) -> S2Settings | None:
     """The S2 settings in a `config.json`; None where it has none.
 
     Raises:
-        InputError: a setting is unknown or out of range.
+        InputError: a setting is unknown, of another type, or out of range.
     """
     saved = config.get(_S2_KEY)
     if saved is None:
         return None
     if not isinstance(saved, dict):
         raise _error(_S2_KEY, saved, "must be an object")
-    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
-    for name in fields:
+    for name in saved:
         if name not in S2Settings.__dataclass_fields__ or name in _NOT_OF_A_MODEL_FILE:
             raise _error(_S2_KEY, name, "is no setting of S2 attention")
+    fields = {name: _setting(name, value) for name, value in saved.items()}
     try:
         return S2Settings(num_layers=model.num_layers, num_kv_heads=model.num_query_groups, **fields)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise InputError(f"config.json: {_S2_KEY}: {error}") from None
+
+
+def _setting(name: str, value: object) -> object:
+    """A setting of S2 as it stands in JSON, where true and 16.0 are no whole numbers."""
+    allowed = _KINDS_OF_SETTINGS.get(name, (int,))
+    members = value if type(value) is list else []
+    if type(value) not in allowed or any(type(member) is not int for member in members):
+        rule = " or ".join(_KINDS[kind] for kind in allowed)
+        raise _error(f"{_S2_KEY}: {name}", repr(value), f"must be {rule}")
+    return tuple(value) if type(value) is list else value
 
 
 def config_of(model: Model, base: Config, settings: S2Settings | None, dtype: str) -> dict[str, object]:
@@ -201,6 +218,12 @@ def _fields(model: Model) -> dict[str, object]:
         "rope_scaling": scaling,
         "tie_word_embeddings": model.tied,
     }
+
+
+def _given(config: Config, name: str, default: object) -> object:
+    """What is said; null says nothing."""
+    value = config.get(name)
+    return default if value is None else value
 
 
 def _whole(config: Config, name: str) -> int:

@@ -57,13 +57,43 @@ def write_checkpoint_of(trained: Path, **changes) -> None:
         ({"rope_parameters": [8.0]}, "rope_scaling [8.0]: must be an object or null"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps small: must be a number > 0"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5: must be 1.0"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5: must be 1.0"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 4, "rope_theta": 5e5}}},
+            "rope_scaling: full_attention {'rope_type': 'yarn', 'factor': 4, 'rope_theta': 500000.0}: is not",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "attention_factor": 2}},
+            "rope_scaling: attention_factor 2: is not known for rope_type default",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "factor": 4}},
+            "factor 4: is not known for rope_type d",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 4, "beta_fast": 32}},
+            "rope_scaling: beta_fast 32: is not known for rope_type linear",
+        ),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type yarn: must be default,"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings 'false': must be true or false"),
+        ({"tie_word_embeddings": 1}, "config.json: tie_word_embeddings 1: must be true or false"),
         (
             {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 2.0}},
             "low_freq_factor 2.0: must be 1, fixed in Megatron",
         ),
         ({"s2_attention": {"stride": 4}}, "s2_attention stride: is no setting of S2 attention"),
         ({"s2_attention": {"block_size": 48}}, "s2_attention: block_size 48: must be a power of two"),
-        ({"s2_attention": {"block_size": "16"}}, "config.json: s2_attention: "),
+        ({"s2_attention": {"block_size": "16"}}, "s2_attention: block_size '16': must be a whole number"),
+        ({"s2_attention": {"block_size": 16.0}}, "s2_attention: block_size 16.0: must be a whole number"),
+        ({"s2_attention": {"sink_blocks": None}}, "s2_attention: sink_blocks None: must be a whole number"),
+        ({"s2_attention": {"local_blocks": True}}, "s2_attention: local_blocks True: must be a whole number"),
+        (
+            {"s2_attention": {"vert_stride": [[3], [4]]}},
+            "config.json: s2_attention: vert_stride [[3], [4]]: must be a whole number or a list of whole",
+        ),
+        ({"s2_attention": {"phases": 1}}, "phases 1: must be a list of whole numbers or null"),
+        ({"s2_attention": {"phases": [0, "1"]}}, "phases [0, '1']: must be a list of whole numbers or null"),
+        ({"s2_attention": {"dense_layers": {"1": 2}}}, "{'1': 2}: must be a list of whole numbers"),
         ({"s2_attention": "yes"}, "s2_attention yes: must be an object"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -196,6 +226,14 @@ def test_a_vocabulary_that_nobody_says(trained):
     assert_refused("megatron-to-hf", trained, "--vocab-size: must be given")
     assert_refused("megatron-to-hf", trained, "(tokens: --vocab-size)", "--vocab-size", "400")
     assert_refused("megatron-to-hf", trained, "invalid whole number >= 1 value: '-1'", "--vocab-size", "-1")
+    assert convert("megatron-to-hf", trained, trained.parent / "output", "--vocab-size", "250")
+
+
+def test_another_vocabulary_than_the_one_that_is_known(trained):
+    message = "--vocab-size 200: the checkpoint, or the model that it began with, says 250; leave it out"
+    assert_refused("megatron-to-hf", trained, message, "--vocab-size", "200")
+    write_checkpoint_of(trained, vocab_size=None)  # now only its config.json says it
+    assert_refused("megatron-to-hf", trained, message, "--vocab-size", "200")
     assert convert("megatron-to-hf", trained, trained.parent / "output", "--vocab-size", "250")
 
 

@@ -1,0 +1,146 @@
+"""The config.json of published models is read alike as transformers 4 saved it and as 5 saves it."""
+
+import json
+
+import pytest
+from transformers import AutoConfig
+
+from megatron_s2.checkpoint.hf_config import model_of, sliding_window
+
+# What transformers 4 saved, but for what says nothing of the model.
+PUBLISHED = {
+    "Llama 2": {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "max_position_embeddings": 4096,
+        "model_type": "llama",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 32,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "tie_word_embeddings": False,
+        "vocab_size": 32000,
+    },
+    "Llama 3.2": {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "head_dim": 64,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "max_position_embeddings": 131072,
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 16,
+        "num_key_value_heads": 8,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "factor": 32.0,
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": True,
+        "vocab_size": 128256,
+    },
+    "Mistral": {
+        "architectures": ["MistralForCausalLM"],
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+        "model_type": "mistral",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "vocab_size": 32768,
+    },
+    "Qwen2.5": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "hidden_act": "silu",
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "max_position_embeddings": 32768,
+        "max_window_layers": 24,
+        "model_type": "qwen2",
+        "num_attention_heads": 14,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "sliding_window": 32768,
+        "tie_word_embeddings": True,
+        "use_mrope": False,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
+    "Qwen3": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "attention_bias": False,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 28,
+        "model_type": "qwen3",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window": None,
+        "tie_word_embeddings": True,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
+}
+LINEAR = {"factor": 4.0, "type": "linear"}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_both_versions_of_a_file_describe_one_model(tmp_path, name):
+    older = PUBLISHED[name]
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "newer")
+    newer = json.loads((tmp_path / "newer/config.json").read_text())
+    assert "rope_parameters" in newer
+    assert model_of(newer) == model_of(older)
+    assert sliding_window(newer) is sliding_window(older) is None
+
+
+@pytest.mark.parametrize("scaling", [LINEAR, LINEAR | {"rope_type": "linear"}])
+def test_both_names_of_the_kind_of_scaling(scaling):
+    assert model_of(PUBLISHED["Llama 2"] | {"rope_scaling": scaling}).linear_factor == 4
+
+
+@pytest.mark.parametrize(
+    "name", ["attention_bias", "mlp_bias", "partial_rotary_factor", "quantization_config"]
+)
+def test_null_says_nothing(name):
+    of_llama = PUBLISHED["Llama 3.2"]
+    assert model_of(of_llama | {name: None}) == model_of(of_llama)
+
+
+def test_a_null_within_rope_parameters_says_nothing():
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": None}
+    assert model_of(PUBLISHED["Llama 2"] | {"rope_parameters": rope}) == model_of(PUBLISHED["Llama 2"])
+
+
+def test_scaling_in_the_older_place_counts_more():
+    """As transformers does it, of any version."""
+    both = {"rope_scaling": LINEAR, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+    assert model_of(PUBLISHED["Llama 2"] | both).linear_factor == 4
