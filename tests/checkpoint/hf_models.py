@@ -53,6 +53,8 @@ FAMILIES = {
     "qwen2, tied": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "head_dim": 32},
     "qwen3, tied": {"model_type": "qwen3", "head_dim": 32, "tie_word_embeddings": True},
+    "llama, one KV head": {"model_type": "llama", "num_key_value_heads": 1},
+    "qwen3, one KV head": {"model_type": "qwen3", "num_key_value_heads": 1, "head_dim": 32},
 }
 
 

@@ -185,13 +185,19 @@ def test_flags_of_training_that_belong_to_the_model_are_printed(tmp_path):
 
 
 def test_transformers_refuses_a_sparse_model_where_s2_is_not_registered(tmp_path):
+    """An explicit None is the one way around, which docs/checkpoints.md tells of."""
     source = make_model(tmp_path / "hf", "qwen3")
     convert("hf-to-megatron", source, tmp_path / "megatron", *S2)
     convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "sparse")
-    code = "import sys; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1])"
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM as A; "
+        "print(A.from_pretrained(sys.argv[1], attn_implementation=None).config._attn_implementation); "
+        "A.from_pretrained(sys.argv[1])"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "sparse"], capture_output=True, text=True, timeout=120
     )
+    assert done.stdout == "sdpa\n"
     assert done.returncode != 0
     assert 'attn_implementation="s2"` is not supported' in done.stderr
 

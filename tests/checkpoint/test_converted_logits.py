@@ -6,8 +6,16 @@ from hf_models import FAMILIES, TINY, convert, edit_config, make_model
 from megatron_logits import logits
 from transformers import AutoModelForCausalLM
 
-S2 = ("--s2-attention", "--s2-block-size", "16", "--s2-local-blocks", "2", "--s2-vert-stride", "3", "4")
-SPARSE = ("llama3.1", "llama3.2, tied", "mistral", "qwen2", "qwen3")
+S2 = ("--s2-attention", "--s2-block-size", "16", "--s2-local-blocks", "2", "--s2-vert-stride")
+STRIDES = {  # one per KV head
+    "llama3.1": ("3", "4"),
+    "llama3.2, tied": ("3", "4"),
+    "mistral": ("3", "4"),
+    "qwen2": ("3", "4"),
+    "qwen3": ("3", "4"),
+    "llama, one KV head": ("3",),
+    "qwen3, one KV head": ("3",),
+}
 # Long enough that slower rotary frequencies of the Llama 3 scaling show.
 LENGTH = 512
 
@@ -29,9 +37,9 @@ def in_megatron(sources, tokens, tmp_path_factory):
     outputs = {family: directory / str(number) for number, family in enumerate(sources)}
     for family, source in sources.items():
         convert("hf-to-megatron", source, outputs[family])
-    for family in SPARSE:
+    for family, strides in STRIDES.items():
         outputs[f"sparse {family}"] = directory / f"sparse-{len(outputs)}"
-        convert("hf-to-megatron", sources[family], outputs[f"sparse {family}"], *S2)
+        convert("hf-to-megatron", sources[family], outputs[f"sparse {family}"], *S2, *strides)
     return logits(directory, outputs, tokens)
 
 
@@ -48,11 +56,11 @@ def test_logits_are_those_of_transformers(sources, in_megatron, tokens, family):
     torch.testing.assert_close(in_megatron[family][..., : TINY["vocab_size"]], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", SPARSE)
+@pytest.mark.parametrize("family", STRIDES)
 def test_a_sparse_model_computes_the_same_in_transformers(sources, in_megatron, tokens, tmp_path, family):
     import megatron_s2.hf  # noqa: F401 - registers the attention function
 
-    convert("hf-to-megatron", sources[family], tmp_path / "megatron", *S2)
+    convert("hf-to-megatron", sources[family], tmp_path / "megatron", *S2, *STRIDES[family])
     convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "sparse")
     sparse = in_transformers(tmp_path / "sparse", tokens)
     expected = in_megatron[f"sparse {family}"][..., : TINY["vocab_size"]]
