@@ -177,43 +177,56 @@ def test_the_laptop_recipe_trains(tmp_path):
     assert list(logs.iterdir())
 
 
-def test_a_dense_model_is_made_sparse(tmp_path):
-    """The whole recipe on a tiny model; the training ends early, before the attention is the pattern, so that
-    there is nothing to export yet, and a second call goes on."""
-    model, prefix = tiny_model(tmp_path), tiny_data(tmp_path)
-    words = (
-        f"--hf {model} --data-prefix {prefix} --out {tmp_path / 'out'} --seq-length 64 --global-batch-size 4 "
-    )
-    words += (
-        "--s2-anneal-steps 6 --lr 3e-3 --lr-warmup-iters 0 --save-interval 4 --num-workers 0 --log-interval 1"
-    )
-    script = EXAMPLES / "continue-pretraining" / "train.sh"
+def made_sparse(directory: Path, model: Path, prefix: Path, words: str) -> subprocess.CompletedProcess:
+    """Runs the recipe that trains a dense model on, on a tiny one."""
+    words += f" --hf {model} --data-prefix {prefix} --out {directory / 'out'} --seq-length 64 --num-workers 0"
+    words += " --global-batch-size 4 --lr 3e-3 --lr-warmup-iters 0 --log-interval 1"
     pattern = "--s2-block-size 16 --s2-local-blocks 1 --s2-vert-stride 2"
+    return subprocess.run(
+        ["bash", str(EXAMPLES / "continue-pretraining" / "train.sh"), *words.split()],
+        cwd=directory,
+        env=environment() | {"PATTERN": pattern, "SAMPLES": "4", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
 
-    def run(*more: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            ["bash", str(script), *words.split(), "--train-iters", "8", *more],
-            cwd=tmp_path,
-            env=environment() | {"PATTERN": pattern, "SAMPLES": "4", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=400,
-        )
 
-    begun = run("--exit-interval", "4")
+def losses_of(done: subprocess.CompletedProcess) -> list[float]:
+    """What was judged, in order."""
+    return [float(loss) for loss in re.findall(r"^loss (\S+), perplexity", done.stdout, re.M)]
+
+
+def test_a_dense_qwen_is_made_sparse_in_two_calls(tmp_path):
+    """The training ends early, before the attention is the pattern, so that there is nothing to export yet,
+    and a second call goes on."""
+    model, prefix = tiny_model(tmp_path, "qwen3", head_dim=32), tiny_data(tmp_path)
+    words = "--train-iters 8 --s2-anneal-steps 6 --save-interval 4"
+    begun = made_sparse(tmp_path, model, prefix, f"{words} --exit-interval 4")
     assert begun.returncode == 2
     assert "the checkpoint is of step 4, before its attention is the pattern" in begun.stderr
-    dense, sparse = (float(loss) for loss in re.findall(r"^loss (\S+), perplexity", begun.stdout, re.M))
+    dense, sparse = losses_of(begun)
     assert dense != sparse
     assert "annealing: stride 1, window 2 from step 0; stride 2, window 1 from step 6" in begun.stdout
-    ended = run()
+    ended = made_sparse(tmp_path, model, prefix, words)
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert re.search(r"iteration +5/ +8 ", ended.stdout) and "iteration        4/" not in ended.stdout
-    assert float(re.search(r"^loss (\S+), perplexity", ended.stdout, re.M)[1]) < sparse - 0.3
+    assert losses_of(ended)[0] < sparse - 0.3
     assert "It goes on: The" in ended.stdout
 
 
-def tiny_model(directory: Path) -> Path:
+def test_a_dense_llama_is_made_sparse_in_one_call(tmp_path):
+    model, prefix = tiny_model(tmp_path, "llama"), tiny_data(tmp_path)
+    done = made_sparse(tmp_path, model, prefix, "--train-iters 2 --s2-anneal-steps 1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    dense, sparse, trained = losses_of(done)
+    assert dense != sparse and trained < sparse - 0.05
+    assert "annealing: stride 1, window 2 from step 0; stride 2, window 1 from step 1" in done.stdout
+    assert "exported.new: llama (from " in done.stdout
+    assert "It goes on: The" in done.stdout
+
+
+def tiny_model(directory: Path, family: str, **sizes_of_family: int) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from megatron_s2.data.documents import Corpus
@@ -224,7 +237,7 @@ def tiny_model(directory: Path) -> Path:
     train_tokenizer(Corpus(str(directory / "text")), 270, str(directory / "model"))
     sizes = {"vocab_size": 270, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
-    described = AutoConfig.for_model("qwen3", head_dim=32, **sizes, **heads)
+    described = AutoConfig.for_model(family, **sizes, **heads, **sizes_of_family)
     AutoModelForCausalLM.from_config(described).save_pretrained(directory / "model")
     return directory / "model"
 
