@@ -25,12 +25,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_s2.kernels import triton_columns, triton_rows, triton_tiles
+from megatron_s2.kernels import triton_columns, triton_decode, triton_rows, triton_tiles
 from megatron_s2.kernels.tuning import Tiles, candidates, tuning_for
 
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "kernel-resources.md"
 HEAD_DIMS = (64, 128)
 KERNELS = ("forward", "dq", "dkv shard", "dkv window")
+DECODE = "decode split"
+GROUP = 4
 BLOCK = 64
 MASK_HEAD_DIM = 128  # where the kernels are compiled for an arbitrary mask too
 
@@ -41,7 +43,7 @@ class Chip:
 
     capability: int
     shared: int  # bytes of shared memory
-    tensor_core: str  # instruction of its tensor cores in PTX
+    tensor_core: str  # instruction of its tensor cores for large tiles in PTX
 
 
 CHIPS = {
@@ -66,6 +68,11 @@ class Case:
     def __str__(self) -> str:
         return f"{self.chip} {self.kernel} head_dim {self.head_dim}"
 
+    @property
+    def instruction(self) -> str:
+        """What multiplies in it, in PTX. The query heads of one KV head are few rows, for any chip."""
+        return "mma.sync" if self.kernel == DECODE else CHIPS[self.chip].tensor_core
+
     def what(self) -> str:
         """Its role, for people."""
         if self.source:
@@ -89,7 +96,7 @@ class Resources:
         checks = {
             f"{where}: spills {self.local} bytes per thread to local memory": self.local > 0,
             f"{where}: shared memory {self.shared}, at most {chip.shared}": self.shared > chip.shared,
-            f"{where}: no {chip.tensor_core} in its PTX": not self.tensor_core,
+            f"{where}: no {where.instruction} in its PTX": not self.tensor_core,
         }
         return [problem for problem, found in checks.items() if found]
 
@@ -97,7 +104,7 @@ class Resources:
         """Its line of the table."""
         case = self.case
         tiles = f"{case.tiles.rows} x {case.tiles.keys} | {case.tiles.warps} | {case.tiles.stages}"
-        instruction = CHIPS[case.chip].tensor_core if self.tensor_core else "none"
+        instruction = case.instruction if self.tensor_core else "none"
         return (
             f"| {case.chip} | {case.kernel} | {case.head_dim} | {case.what()} | {tiles} | {self.registers} "
             f"| {self.local} | {self.shared / 1024:.0f} KiB | `{instruction}` |"
@@ -111,11 +118,14 @@ def _kernel(case: Case) -> tuple[triton.JITFunction, dict[str, object]]:
         "D": head_dim, "DV": head_dim, "BD": head_dim, "BDV": head_dim, "BLOCK": BLOCK,
         "BM": tiles.rows, "BN": tiles.keys, "PACKED": False, "PREC": "tf32", "p_tiles": None,
     }  # fmt: skip
+    if kernel == DECODE:
+        few = {name: constants[name] for name in ("D", "BD", "BM", "BN", "PREC")}
+        return triton_decode.decode_kernel_split, few | {"HKV": 8, "RUN": 8, "GROUP": GROUP}
     lists = {} if case.mask else dict.fromkeys(("p_starts", "p_list"))
     source = {"COMPACT": bool(case.source), "CSR": case.mask, **lists}
     if kernel in ("forward", "dq"):
         absent = ["p_sink"] if kernel == "dq" else ["p_sink", "p_do", "p_delta"]
-        row = {"H": 32, "GROUP": 4, "DQ": kernel == "dq", "HAS_SINK": False}
+        row = {"H": 32, "GROUP": GROUP, "DQ": kernel == "dq", "HAS_SINK": False}
         row |= {"SHARD": case.source != "window", "WINDOW": case.source != "shard"}
         # In context parallelism each of dQ's passes adds to what is there, and the forward's second one.
         row["RESUME"] = case.source == "shard" or (kernel == "dq" and bool(case.source))
@@ -134,8 +144,8 @@ def _type(name: str, constants: dict[str, object], source: str) -> str:
     if source and name in ("p_out", "p_prev", "p_dk", "p_dv"):
         return "*fp32"  # parts of results
     if name.startswith("p_"):
-        kind = {"p_heads": "i32", "p_starts": "i64", "p_list": "i32"} | dict.fromkeys(
-            ("p_lse", "p_delta", "p_dks", "p_dvs"), "fp32"
+        kind = {"p_heads": "i32", "p_starts": "i64", "p_list": "i32", "p_kept": "i32"} | dict.fromkeys(
+            ("p_lse", "p_delta", "p_dks", "p_dvs", "p_part"), "fp32"
         )
         return "*" + kind.get(name, "bf16")
     return "fp32" if name == "scale" else "i32"
@@ -160,7 +170,7 @@ def compiled(case: Case) -> Resources:
     )
     registers, stack, local = _resource_usage(binary.asm["cubin"])
     return Resources(
-        case, registers, stack + local, binary.metadata.shared, chip.tensor_core in binary.asm["ptx"]
+        case, registers, stack + local, binary.metadata.shared, case.instruction in binary.asm["ptx"]
     )
 
 
@@ -188,6 +198,8 @@ def cases(chips: Sequence[str], head_dims: Sequence[int], shipped: bool = False)
         sources = kernel.split()[1:] or ["window", "shard"]
         tiles = getattr(passes, kernel.split()[0])
         found += [] if shipped else [Case(chip, kernel, head_dim, tiles, source=source) for source in sources]
+    for chip, head_dim in product(chips, head_dims):
+        found.append(Case(chip, DECODE, head_dim, triton_decode.decode_tiles(head_dim, GROUP, 2)))
     return found
 
 
@@ -195,7 +207,7 @@ def fingerprint() -> str:
     """Of the kernels' code without its comments, what they are compiled for, and the compiler."""
     sources = [
         ast.unparse(ast.parse(Path(module.__file__).read_text(encoding="utf-8")))
-        for module in (triton_tiles, triton_rows, triton_columns)
+        for module in (triton_tiles, triton_rows, triton_columns, triton_decode)
     ]
     text = "\n".join([*sources, *map(repr, cases(tuple(CHIPS), HEAD_DIMS)), triton.__version__])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -222,8 +234,10 @@ def page(rows: Sequence[Resources]) -> str:
         "its `--check` is a test. bfloat16, 32 query heads over 8 KV heads, blocks of 64, the tiles of",
         "`megatron_s2/kernels/tuning.py`: those shipped, those that autotuning tries beside them, the",
         "shipped ones as an arbitrary mask (`BlockMaskPattern`) has them, and those of the passes over one",
-        "source each that context parallelism makes. Registers and local memory",
-        f"(spills) are per thread, shared memory per program. Triton {triton.__version__}.",
+        "source each that context parallelism makes; at the end, the kernel that reads the cache for a",
+        f"decoded token (`{DECODE}`), of which `megatron_s2/kernels/triton_decode.py` says the tiles.",
+        "Registers and local memory (spills) are per thread, shared memory per program. "
+        f"Triton {triton.__version__}.",
         "",
         f"Fingerprint of kernels, tiles and compiler: `{fingerprint()}`.",
         "",

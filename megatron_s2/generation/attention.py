@@ -1,8 +1,9 @@
 """Attention of new tokens to themselves and to what a KV cache holds, which takes them up on the way.
 
-One token of each sequence is read against the cache as it lies there (`_decode`). Several tokens of an empty
-sequence are plain `s2_attention`; several behind cached ones are two sources (`torch_pieces`): the cached
-window with the new tokens behind it, and the shards as they will be.
+One token of each sequence is read against the cache as it lies there (`_decode`), on a GPU by the kernels of
+`triton_decode`. Several tokens of an empty sequence are plain `s2_attention`; several behind cached ones are
+two sources (`torch_pieces`, `triton_pieces`): the cached window with the new tokens behind it, and the shards
+as they will be.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_s2.generation.cache import KVCache
+from megatron_s2.generation.cache import KVCache, Run
 from megatron_s2.kernels import s2_attention
 from megatron_s2.kernels.interface import choose_backend
 from megatron_s2.kernels.torch_pieces import TorchPiece
+from megatron_s2.kernels.triton_backend import require_supported
+
+_BACKENDS = ("auto", "reference", "torch", "triton")
 
 
 def cached_attention(
@@ -41,7 +45,7 @@ def cached_attention(
         softmax_scale: factor on the scores; 1 / sqrt(head_dim) by default.
         sink_logits: `[heads]`, a logit per query head that joins the softmax with no value.
         new: how many of the tokens are real in each row, the first ones; None for all.
-        backend: as in `s2_attention`, for several tokens of empty sequences.
+        backend: as in `s2_attention`; what `reference` has no code for, cached tokens, is left to PyTorch.
 
     Returns:
         `[batch, tokens, heads, head_dim]` in the dtype of `q`; zeros for tokens that are not real.
@@ -54,10 +58,19 @@ def cached_attention(
         raise ValueError(
             f"q {tuple(q.shape)}: must be [batch, tokens, heads, head_dim] for k {tuple(k.shape)}"
         )
+    if q.dtype != cache.dtype:
+        raise ValueError(f"q {q.dtype}: must have the cache's {cache.dtype}")
+    if sink_logits is not None and sink_logits.shape != q.shape[2:3]:
+        raise ValueError(f"sink_logits {tuple(sink_logits.shape)}: must be [heads] = [{q.shape[2]}]")
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend {backend!r}: must be {', '.join(_BACKENDS[:-1])} or {_BACKENDS[-1]}")
+    backend = choose_backend(q, v) if backend == "auto" else backend
+    if backend == "triton":
+        require_supported(q, v)
     scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
     with torch.no_grad():
         if q.shape[1] == 1:
-            return _decode(q, k, v, cache, scale, sink_logits, counts)
+            return _decode(q, k, v, cache, scale, sink_logits, counts, backend)
         if not any(cache.lengths) and min(counts) == q.shape[1]:
             out = _whole(q, k, v, cache, scale, sink_logits, backend)
             cache.append(k, v)
@@ -69,7 +82,7 @@ def cached_attention(
                 begun = cache.lengths[row] > 0
                 window = cache.window(row, k[row, :count], v[row, :count])
                 if begun:
-                    out[part] = _behind(q[part], window, row, cache, scale, sink_logits)
+                    out[part] = _behind(q[part], window, row, cache, scale, sink_logits, backend)
                 else:
                     out[part] = _whole(q[part], k[part], v[part], cache, scale, sink_logits, backend)
                 cache.settle(row, window, count)
@@ -87,29 +100,47 @@ def _whole(q, k, v, cache, scale, sink_logits, backend) -> Tensor:
 # once and never expanded.
 
 
-def _decode(q, k, v, cache: KVCache, scale, sink_logits, counts: list[int]) -> Tensor:
+def _decode(q, k, v, cache: KVCache, scale, sink_logits, counts: list[int], backend: str) -> Tensor:
     rows = [row for row, count in enumerate(counts) if count]
-    out = torch.zeros_like(q)
     if not rows:
-        return out
+        return torch.zeros_like(q)
     cache.write(k, v, rows)
-    grouped = q[:, 0].unflatten(1, (cache.pattern.num_kv_heads, -1))  # [batch, kv_heads, group, head_dim]
-    sinks = None if sink_logits is None else sink_logits.unflatten(0, (cache.pattern.num_kv_heads, -1))
-    result = out[:, 0].unflatten(1, (cache.pattern.num_kv_heads, -1))
-    for run in cache.runs:
+    heads = range(cache.pattern.num_kv_heads)
+    kept = [[cache.kept(row, g) if count else 0 for g in heads] for row, count in enumerate(counts)]
+    decode = _decode_in_triton if backend == "triton" else _decode_in_torch
+    out = decode(q[:, 0], cache.runs, kept, scale, sink_logits)
+    cache.forget()
+    return out[:, None]
+
+
+def _decode_in_triton(q: Tensor, runs: list[Run], kept: list[list[int]], scale, sink_logits) -> Tensor:
+    """As `_decode_in_torch`, with one small copy to the GPU that the host does not wait for."""
+    from megatron_s2.kernels.triton_decode import decode_attention
+
+    counts = torch.tensor(kept, dtype=torch.int32, pin_memory=q.is_cuda).to(q.device, non_blocking=True)
+    return decode_attention(q, [(run.k, run.v) for run in runs], counts, scale, sink_logits)
+
+
+def _decode_in_torch(q: Tensor, runs: list[Run], kept: list[list[int]], scale, sink_logits) -> Tensor:
+    """Attention of `[batch, heads, head_dim]` to the first `kept` entries of each row and KV head; zeros for
+    a row that has none."""
+    out = torch.zeros_like(q)
+    grouped, result = (x.unflatten(1, (len(kept[0]), -1)) for x in (q, out))  # [batch, kv_heads, group, dim]
+    sinks = None if sink_logits is None else sink_logits.unflatten(0, (len(kept[0]), -1))
+    for run in runs:
         heads = slice(run.heads.start, run.heads.stop)
-        kept = [[cache.kept(row, g) for g in run.heads] for row in range(cache.batch)]
-        longest = max(map(max, kept))
+        of_run = [of_row[heads] for of_row in kept]
+        longest = max(map(max, of_run))
         mask = None
-        if longest > min(map(min, kept)):
-            mask = _beyond(torch.tensor(kept, device=q.device), longest, q.dtype)
+        if longest > min(map(min, of_run)):
+            mask = _beyond(torch.tensor(of_run, device=q.device), longest, q.dtype)
         part, lse = _attend(grouped[:, heads], run.k[:, :, :longest], run.v[:, :, :longest], mask, scale)
         if sinks is not None:
             part = part * _share(lse, sinks[heads]).to(part.dtype)
         result[:, heads] = part
-    cache.forget()
-    if len(rows) < cache.batch:
-        out[[row for row, count in enumerate(counts) if not count]] = 0
+    nothing = [row for row, of_row in enumerate(kept) if not any(of_row)]
+    if nothing:
+        out[nothing] = 0
     return out
 
 
@@ -145,10 +176,10 @@ def _share(lse: Tensor, sink_logits: Tensor) -> Tensor:
 # Several tokens of one sequence behind cached ones.
 
 
-def _behind(q, window, row: int, cache: KVCache, scale, sink_logits) -> Tensor:
+def _behind(q, window, row: int, cache: KVCache, scale, sink_logits, backend: str) -> Tensor:
     q_start = cache.lengths[row]
     shards, places = _shards(window, row, cache, q.shape[1])
-    piece = _kind_of_piece(q, window[1])(
+    piece = _kind_of_piece(backend)(
         cache.pattern, scale, q_start, q_start + q.shape[1], cache.window_start(row), places
     )
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -161,8 +192,8 @@ def _behind(q, window, row: int, cache: KVCache, scale, sink_logits) -> Tensor:
     return out.to(q.dtype)
 
 
-def _kind_of_piece(q: Tensor, v: Tensor) -> type:
-    if choose_backend(q, v) == "triton":
+def _kind_of_piece(backend: str) -> type:
+    if backend == "triton":
         from megatron_s2.kernels.triton_pieces import TritonPiece
 
         return TritonPiece
@@ -178,8 +209,7 @@ def _shards(window, row: int, cache: KVCache, tokens: int) -> tuple[list[Tensor]
     parts, places, place = ([], []), [], 0
     for g in range(p.num_kv_heads):
         cached = cache.shard_tokens(row, g)
-        # A dense head reads all that follows through the window.
-        stop = cached // B if p.is_dense(g) else p.shard_prefix(g, last)
+        stop = p.shard_prefix(g, last)
         passed = [p.shard_block(g, n) - start // B for n in range(cached // B, stop)]
         for part, old, new in zip(parts, cache.entries(row, g), window):
             part.append(old[:cached])

@@ -50,6 +50,9 @@ def test_spills_size_and_missing_tensor_cores_are_problems(resources):
     ]
     good = resources.Resources(case, 200, 0, 1 << 17, tensor_core=True)
     assert good.problems() == []
+    decode = resources.Case("sm_90", resources.DECODE, 128, tiles)
+    (problem,) = resources.Resources(decode, 80, 0, 1 << 16, tensor_core=False).problems()
+    assert problem == "sm_90 decode split head_dim 128: no mma.sync in its PTX"
 
 
 def test_the_table_has_every_candidate_of_every_chip_and_head_dim(resources):
