@@ -24,7 +24,7 @@ from megatron_s2.kernels.reference import masked_attention
 
 DEFAULT_SHAPES = {"cpu": SHAPES["cpu"], "cuda": SHAPES["grouped"]}
 DEFAULT_CONTEXTS = {"cpu": [32768], "cuda": [2**n for n in range(13, 18)]}
-_CODE = ("megatron_s2/generation/*.py", "benchmarks/decode.py")
+_CODE = ("megatron_s2/generation/*.py", "megatron_s2/kernels/triton_decode.py", "benchmarks/decode.py")
 
 _PYTORCH = 1e-5  # error of its own kernels: over so many keys they are less exact than plain float32
 
