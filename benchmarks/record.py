@@ -1,12 +1,13 @@
 """Everything that is claimed of a GPU, measured by one command inside a time budget: `scripts/gpu_record.sh`.
 
-Stages run one after the other, each a process of its own that is ended when its time is up. What became of a
-stage is a stored row; one that is done for the same code, machine and versions is not run again, and the
-benchmarks themselves go on from their own rows.
+Stages run one after the other, each a process of its own that ends when its time is up, or with this one.
+What became of a stage is a stored row; one that is done for the same code, machine and versions is not run
+again, and the benchmarks and tests themselves go on from their own rows.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -14,9 +15,10 @@ import sys
 import time
 from argparse import ArgumentParser, Namespace
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
@@ -31,10 +33,9 @@ from benchmarks.results import ResultFile, read_rows
 COMMITTED = ROOT / "benchmarks" / "results"
 DRAWING = ("plots", "page")
 NO_TIME = "no time left"
-_CODE = ("megatron_s2/**/*.py", "benchmarks/*.py", "scripts/*.*", "scripts/lib/*", "tests/**/*.py")
+CODE = ("megatron_s2/**/*.py", "benchmarks/*.py", "scripts/*.*", "scripts/lib/*", "tests/**/*.py")
 _NO_MEGATRON = f"megatron-core is not installed for {sys.executable}"
-_LEAST = 5.0  # seconds: in less nothing is begun
-_DRAWING = 60.0  # seconds of the budget kept for pictures and page
+_DRAWING = 40.0  # seconds of the budget kept for pictures and page
 _DRAWING_LIMIT = 300.0
 _GRACE = 20.0  # seconds between the request to end and the end
 _LAST_LINES = 15
@@ -48,7 +49,9 @@ class Stage:
     Args:
         name: as in rows.
         words: arguments of this Python.
-        weight: its part of the time, relative to the other stages'.
+        least: seconds below which it is not begun: what its longest piece takes, which stores nothing before
+            its end, so that a stage that is begun gets on.
+        most: seconds that it may take of one call, so that one that hangs leaves time to those after it.
         megatron: whether it can do nothing without megatron-core.
         empty_status: exit status that says there was nothing to do.
         always: makes pictures or pages from rows: takes no part in the budget and is never done for good.
@@ -56,7 +59,8 @@ class Stage:
 
     name: str
     words: tuple[str, ...]
-    weight: float = 0.0
+    least: float = 5.0
+    most: float = 300.0
     megatron: bool = False
     empty_status: int | None = None
     always: bool = False
@@ -66,12 +70,16 @@ def stages(out: Path, toy: bool) -> list[Stage]:
     """The record in order, of one GPU or as a toy on the CPU."""
     rows = str(out.relative_to(ROOT) if out.is_relative_to(ROOT) else out)
 
-    def bench(name: str, benchmark: str, options: str, weight: float, megatron: bool = False) -> Stage:
-        words = ("scripts/bench.py", benchmark, "--device", "cpu" if toy else "cuda", "--out", rows)
-        return Stage(name, (*words, *options.split()), weight, megatron)
+    def bench(name: str, options: str, least: float, most: float, megatron: bool = False) -> Stage:
+        words = options.split()
+        own = ("scripts/bench.py", words[0], "--device", "cpu" if toy else "cuda", "--out", rows)
+        return Stage(name, (*own, *words[1:]), least, most, megatron)
 
     pytest = ["-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
-    tests = Stage("tests", (*pytest, *(["tests/benchmarks"] if toy else [])), 4, empty_status=5)
+    pytest += ["-p", "benchmarks.tests_passed", "--tests-passed", rows]
+    if not toy and find_spec("xdist"):
+        pytest += ["-n", "auto"]  # compiling takes the cores, not the GPU
+    tests = Stage("tests", (*pytest, *(["tests/benchmarks"] if toy else [])), 20, 150, empty_status=5)
     page = "docs/results.md" if out == COMMITTED else f"{rows}/results.md"
     words = ("-m", "benchmarks.results_page", "--results", rows, "--page", page)
     plots, page_stage = DRAWING
@@ -81,37 +89,38 @@ def stages(out: Path, toy: bool) -> list[Stage]:
     ]
     if toy:
         small = "--hidden-size 64 --num-layers 1 --seq-length 8 --subgroup-size 4096 --bucket-size 16384"
+        attention = "attention --seq-lengths 1024 --repeats 2 --implementations s2-torch sdpa"
+        offload = f"offload {small} --accumulation 1 --repeats 1 --cases s2-auto-flush"
         return [
-            bench("device", "device", "--repeats 2", 1),
+            bench("device", "device --repeats 2", 5, 300),
             tests,
-            bench(
-                "attention", "attention", "--seq-lengths 1024 --repeats 2 --implementations s2-torch sdpa", 2
-            ),
-            bench("profile", "profile", "--seq-lengths 128 --implementations s2-torch", 1),
-            bench("step", "step", "--seq-lengths 256 --cases s2 --warm-up 1 --repeats 2", 4, True),
-            bench(
-                "offload", "offload", f"{small} --accumulation 1 --repeats 1 --cases s2-auto-flush", 3, True
-            ),
-            bench("timeline", "timeline", small, 2, True),
-            bench("decode", "decode", "--context 256,512 --repeats 1", 1),
+            bench("attention", attention, 5, 600),
+            bench("profile", "profile --seq-lengths 128 --implementations s2-torch", 5, 300),
+            bench("step", "step --seq-lengths 256 --cases s2 --warm-up 1 --repeats 2", 5, 1200, True),
+            bench("offload", offload, 5, 900, True),
+            bench("timeline", f"timeline {small}", 5, 600, True),
+            bench("decode", "decode --context 256,512 --repeats 1", 5, 300),
             *drawing,
         ]
     # 2.04e9 parameters, 18 bytes each beside activations: more than the stated 40 GB; without state less.
     large = "--hidden-size 2560 --num-layers 26 --seq-length 1024"
     names = "s2-auto-flush hybrid hybrid-overlap s2-1-flush s2-0.5-flush"
-    offload = f"--gpu-memory-gb 40 --accumulation 1 --repeats 3 --cases {names}"
-    to_128k = ",".join(str(2**n) for n in range(12, 18))
+    offload = f"offload {large} --gpu-memory-gb 40 --accumulation 1 --repeats 3 --cases {names}"
+    to_128k = ",".join(str(2**n) for n in range(17, 11, -1))
+    profile = "profile --cases grouped --implementations s2-triton sdpa-flash sdpa-cudnn"
+    longest = "step --seq-lengths 131072 --cases s2 dense s2-first-two-dense --warm-up 1 --repeats 2"
     return [
-        bench("device", "device", "", 0.5),
+        bench("device", "device", 5, 60),
         tests,
-        bench("attention", "attention", f"--seq-lengths {to_128k}", 8),
-        bench("attention-stride-64", "attention", "--cases stride-64 --seq-lengths 131072", 1),
-        bench("profile", "profile", "--cases grouped --implementations s2-triton sdpa-flash sdpa-cudnn", 2),
-        bench("step", "step", "--seq-lengths 131072,32768,65536,8192 --warm-up 2 --repeats 3", 10, True),
-        bench("offload", "offload", f"{large} {offload}", 7, True),
-        bench("timeline", "timeline", large, 1, True),
-        bench("decode", "decode", "", 1),
-        bench("attention-256k", "attention", "--seq-lengths 262144 --repeats 3", 3),
+        bench("attention", f"attention --seq-lengths {to_128k}", 30, 240),
+        bench("attention-stride-64", "attention --cases stride-64 --seq-lengths 131072", 25, 120),
+        bench("profile", profile, 25, 120),
+        bench("step", longest, 150, 420, True),
+        bench("step-shorter", "step --seq-lengths 32768,65536,8192 --warm-up 2 --repeats 3", 90, 300, True),
+        bench("offload", offload, 90, 360, True),
+        bench("timeline", f"timeline {large}", 30, 120, True),
+        bench("decode", "decode", 20, 120),
+        bench("attention-256k", "attention --seq-lengths 262144 --repeats 3", 60, 300),
         *drawing,
     ]
 
@@ -131,15 +140,29 @@ def is_done(stage: Stage, rows: Sequence[Row], now: Row) -> bool:
     )
 
 
-def seconds_for(stage: Stage, later: Sequence[Stage], left: float) -> float:
-    """Its part of the seconds left, beside the stages after it; what it does not take is theirs."""
-    return left * stage.weight / (stage.weight + sum(one.weight for one in later))
+def seconds_for(stage: Stage, left: float) -> float | None:
+    """How long it may take of the seconds left; None where it would be begun in vain."""
+    if stage.always:
+        return _DRAWING_LIMIT
+    return min(stage.most, left) if left >= stage.least else None
+
+
+def chosen(plan: Sequence[Stage], names: Sequence[str] | None) -> list[Stage]:
+    """The stages of these names, and what draws and writes; all without names.
+
+    Raises:
+        ValueError: there is no such stage.
+    """
+    own = [stage.name for stage in plan if not stage.always]
+    if unknown := set(names or ()) - set(own):
+        raise ValueError(f"--stages {' '.join(sorted(unknown))}: must be of {', '.join(own)}")
+    return [stage for stage in plan if stage.always or not names or stage.name in names]
 
 
 def judged(stage: Stage, status: int | None, last_lines: Sequence[str]) -> Row:
     """What became of a stage: its exit status, or None where its time was up."""
     if status is None:
-        return {"result": "out of time", "reason": "its time was up; what it had measured is stored"}
+        return {"result": "out of time", "reason": "its time was up; what it had finished is stored"}
     if status == 0:
         return {"result": "done", "reason": None}
     if status == stage.empty_status:
@@ -151,15 +174,13 @@ def judged(stage: Stage, status: int | None, last_lines: Sequence[str]) -> Row:
 
 
 def described(plan: Sequence[Stage], rows: Sequence[Row], now: Row, seconds: float) -> str:
-    """The plan as text: each stage, the time it would have if all before it took theirs, and its command."""
-    lines, left = [], seconds
-    pending = [stage for stage in plan if not stage.always and not is_done(stage, rows, now)]
+    """The plan as text: each stage, the most it may take, and its command."""
+    lines = []
     for stage in plan:
-        time_text = "at the end" if stage.always else "done"
-        if stage in pending:
-            own = seconds_for(stage, pending[pending.index(stage) + 1 :], left)
-            left -= own
-            time_text = f"{own:.0f} s"
+        limit = seconds_for(stage, seconds)
+        time_text = "no time" if limit is None else f"{limit:.0f} s"
+        if stage.always or is_done(stage, rows, now):
+            time_text = "at the end" if stage.always else "done"
         lines.append(f"{stage.name:<20} {time_text:>10}  {' '.join(stage.words)}")
     return "\n".join(lines)
 
@@ -174,7 +195,7 @@ def record(plan: Sequence[Stage], out: Path, seconds: float, device: str) -> int
     Raises:
         KeyboardInterrupt: told to stop; the stage that ran was ended, and what it had measured is stored.
     """
-    now = {**facts(device), "record_code": code_hash(_CODE)}
+    now = {**facts(device), "record_code": code_hash(CODE)}
     results = ResultFile(out, "record", now)
     before = read_rows(out, "record").get(results.path.parent, [])
     pending = [stage for stage in plan if not is_done(stage, before, now)]
@@ -184,16 +205,13 @@ def record(plan: Sequence[Stage], out: Path, seconds: float, device: str) -> int
         if stage not in pending:
             say(f"{stage.name}: done before")
             continue
-        later = [one for one in pending[pending.index(stage) + 1 :] if not one.always]
-        limit = _DRAWING_LIMIT
-        if not stage.always:
-            limit = seconds_for(stage, later, max(0.0, end - time.monotonic()))
+        limit = seconds_for(stage, end - time.monotonic())
         begin = time.monotonic()
         try:
             outcome = outcome_of(stage, limit)
         except KeyboardInterrupt:
             outcome = {"result": "interrupted", "reason": None}
-        taken = {"seconds": round(time.monotonic() - begin, 1), "limit": round(limit, 1)}
+        taken = {"seconds": round(time.monotonic() - begin, 1), "limit": limit and round(limit, 1)}
         outcomes[stage.name] = outcome["result"]
         results.append({"stage": stage.name, "words": list(stage.words), **outcome, **taken})
         say(f"{stage.name}: {outcome['result']}" + (f": {outcome['reason']}" if outcome["reason"] else ""))
@@ -202,11 +220,11 @@ def record(plan: Sequence[Stage], out: Path, seconds: float, device: str) -> int
     return summed_up(outcomes)
 
 
-def outcome_of(stage: Stage, limit: float) -> Row:
+def outcome_of(stage: Stage, limit: float | None) -> Row:
     """Runs a stage, where that is possible; what became of it."""
     if stage.megatron and find_spec("megatron") is None:
         return {"result": "failed", "reason": _NO_MEGATRON}
-    if limit < _LEAST:
+    if limit is None:
         return {"result": "not measured", "reason": NO_TIME}
     say(f"{stage.name}: at most {limit:.0f} s")
     return judged(stage, *run(stage.words, limit))
@@ -216,7 +234,7 @@ def run(words: Sequence[str], limit: float) -> tuple[int | None, list[str]]:
     """Exit status of this Python with `words`, None after `limit` seconds, and the last lines it printed.
 
     Its process group gets SIGINT when time is up or this process is told to stop, and SIGKILL some seconds
-    later.
+    later; it gets SIGKILL where this process is killed.
     """
     process = subprocess.Popen(
         [sys.executable, *words],
@@ -228,6 +246,7 @@ def run(words: Sequence[str], limit: float) -> tuple[int | None, list[str]]:
         text=True,
         errors="replace",
         start_new_session=True,
+        preexec_fn=_ending_with_parent(),
     )
     last_lines: deque[str] = deque(maxlen=_LAST_LINES)
     reader = Thread(target=_show, args=(process.stdout, last_lines), daemon=True)
@@ -240,6 +259,14 @@ def run(words: Sequence[str], limit: float) -> tuple[int | None, list[str]]:
         _end_group(process)
         reader.join(_GRACE)
     return status, list(last_lines)
+
+
+def _ending_with_parent() -> Callable[[], object] | None:
+    """Has the system kill the process that calls it when its parent ends; Linux only."""
+    if not sys.platform.startswith("linux"):
+        return None
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
+    return partial(ctypes.CDLL(None).prctl, set_parent_death_signal, int(signal.SIGKILL))
 
 
 def _show(stream, last_lines: deque[str]) -> None:
@@ -282,6 +309,7 @@ def arguments() -> ArgumentParser:
     parser.add_argument("--out", type=Path, help="directory of the rows (default: benchmarks/results)")
     parser.add_argument("--minutes", type=float, default=30, help="time budget (default: %(default)s)")
     parser.add_argument("--toy", action="store_true", help="all stages on the CPU at toy sizes; needs --out")
+    parser.add_argument("--stages", nargs="+", metavar="NAME", help="only these, and pictures and page")
     parser.add_argument("--plan", action="store_true", help="say what would run and for how long, no more")
     return parser
 
@@ -314,13 +342,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = arguments().parse_args(argv)
     try:
         out = out_of(args)
+        plan, seconds = chosen(stages(out, args.toy), args.stages), 60 * args.minutes
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    plan, seconds = stages(out, args.toy), 60 * args.minutes
     if args.plan:
         device = "cpu" if args.toy or not torch.cuda.is_available() else "cuda"
-        now = {**facts(device), "record_code": code_hash(_CODE)}
+        now = {**facts(device), "record_code": code_hash(CODE)}
         rows = [row for rows in read_rows(out, "record").values() for row in rows]
         print(described(plan, rows, now, max(0.0, seconds - _DRAWING)))
         return 0

@@ -65,7 +65,11 @@ CASES = [
     case(s2(), "narrower v", cut(32, 32), v_dim=8, sink_logits=True),
     case(s2(), "padded", cut(32, 32), dim=24, v_dim=40),
     case(s2(), "odd head_dim", cut(32, 32), dim=11, v_dim=5),
-    *(case(s2(1), "", cut(64, 32), group=1, queries=70, dim=dim) for dim in (64, 80, 96, 128, 192, 256)),
+    *(
+        # A GPU's compiler takes minutes for larger tiles of 256 numbers in full precision.
+        case(s2(1), "", cut(64, 32) if INTERPRETED or d <= 128 else cut(16, 16), group=1, queries=70, dim=d)
+        for d in (64, 80, 96, 128, 192, 256)
+    ),
     case(s2(), "sequence first", cut(32, 32), batch=2, layout="sequence first"),
     case(s2(), "head_dim apart", cut(32, 32), batch=2, layout="head_dim apart"),
     case(s2(), "scale", cut(32, 32), softmax_scale=0.7),
