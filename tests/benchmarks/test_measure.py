@@ -59,6 +59,16 @@ def test_peak_memory_is_counted_above_the_inputs(bench):
     assert 60 << 20 < peak < 70 << 20
 
 
+def test_long_runs_on_a_gpu_are_few_and_timed_by_the_wall(bench, monkeypatch):
+    from benchmarks import measure
+
+    monkeypatch.setattr(measure.torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(measure, "_LONG", 0.0)
+    runs = []
+    assert len(measure.cuda_times(lambda: runs.append(1), repeats=7)) == len(runs) == 3
+    assert len(measure.cuda_times(lambda: runs.append(1), repeats=1)) == 1
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_times_and_memory_are_those_of_the_device(bench):
     import torch
