@@ -124,12 +124,16 @@ def _flex(case: Case) -> Attention:
     torch.compiler.reset()  # a length compiled before must not push this one over the limit of recompilations
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     mask = flex_block_mask(case)
+    # Its own tiles for Hopper are larger than the pattern's blocks, and then it refuses the mask.
+    tile = min(64, case.pattern.block_size)
+    tiles = dict.fromkeys(("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2"), tile)
+    options = tiles if case.device == "cuda" else None
     forward_only = case.device in IMPLEMENTATIONS["flex"].forward_only
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.detach() if forward_only else x for x in (q, k, v))  # it refuses what wants a gradient
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return compiled(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
+        return compiled(q, k, v, block_mask=mask, enable_gqa=True, kernel_options=options).transpose(1, 2)
 
     return attention
 
