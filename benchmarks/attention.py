@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,7 +14,7 @@ import torch
 from triton import TritonError
 
 from benchmarks import attention_report
-from benchmarks.benchmark import Benchmark, Row, WrongResultError
+from benchmarks.benchmark import WRONG, Benchmark, Row, WrongResultError, require_none_wrong
 from benchmarks.cases import (
     DEFAULT_LENGTHS,
     DEFAULT_SHAPES,
@@ -30,6 +30,8 @@ from benchmarks.implementations import IMPLEMENTATIONS, Attention, Implementatio
 from benchmarks.measure import Company, cuda_peak_memory, cuda_times, interleaved_times, peak_memory, summary
 
 OUT_OF_MEMORY = "out of memory"
+_FAILED = "failed: "
+_BROKEN = "CUDA error"  # after it the process can do nothing on the GPU
 # What kernels raise that were written for another PyTorch, Triton or GPU.
 _ERRORS = (
     AssertionError,
@@ -121,10 +123,15 @@ def _shape(args: Namespace, shape: Shape) -> Shape:
 
 
 def run(args: Namespace, stored: list[Row]) -> Iterator[Row]:
-    """Rows of one case and length at a time on the CPU, of one implementation at a time on CUDA.
+    """Rows of one case and length at a time on the CPU, of one implementation and pass at a time on CUDA.
 
-    On the CPU, whose speed drifts, implementations are timed in turns; what is stored of some of them only is
-    therefore measured again with the others.
+    What fails or is wrong is stored, too, and not tried again by the same code. On the CPU, whose speed
+    drifts, implementations are timed in turns; what is stored of some of them only is therefore measured
+    again with the others.
+
+    Raises:
+        WrongResultError: when all is measured, because ours was wrong or failed somewhere; or at once,
+            because this process has lost the GPU.
     """
     names = args.implementations or names_on(args.device)
     for name in names:
@@ -134,14 +141,22 @@ def run(args: Namespace, stored: list[Row]) -> Iterator[Row]:
                 f"with --device {args.device}"
             )
     names = [name for name in IMPLEMENTATIONS if name in names]
+    found = []
     for case in cases(args):
         for group in [names] if args.device == "cpu" else [[name] for name in names]:
             trials = [
                 Trial(implementation, case, args.dense_up_to)
                 for implementation in map(IMPLEMENTATIONS.get, group)
             ]
-            if not all(trial.is_stored(stored) for trial in trials):
-                yield from measure(trials, case, args.repeats)
+            of_it = [row for trial in trials for row in trial.stored(stored)]
+            if len(of_it) < len(PASSES) * len(trials):
+                for row in measure(trials, case, args.repeats, of_it):
+                    found.append(row)
+                    yield row
+                if any(trial.is_broken for trial in trials):
+                    raise WrongResultError(f"{trials[0].failure}; the same command goes on behind it")
+            found += of_it
+    require_none_wrong(found)
 
 
 @dataclass
@@ -162,6 +177,8 @@ class Trial:
     setup_seconds: float | None = field(init=False, default=None)
     checked_at: int | None = field(init=False, default=None)
     other_cpus: float | None = field(init=False, default=None)
+    is_broken: bool = field(init=False, default=False)
+    failure: str | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         """Finds out by pass what cannot be measured, and why."""
@@ -183,39 +200,42 @@ class Trial:
         """What is to be measured."""
         return [which for which in PASSES if which not in self.reasons]
 
-    def is_stored(self, rows: list[Row]) -> bool:
-        """Whether some rows have all that a new run could find out."""
+    def stored(self, rows: list[Row]) -> list[Row]:
+        """Of some rows the newest of each pass that has all that a new run could find out."""
         found = {
-            row["pass"]
+            row["pass"]: row
             for row in rows
             if row["implementation"] == self.implementation.name
             and all(row[key] == value for key, value in self.case.row().items())
-            and row["not_measured"] in (None, OUT_OF_MEMORY, self.reasons.get(row["pass"]))
+            and self._is_final(row)
         }
-        return found == set(PASSES)
+        return list(found.values())
+
+    def _is_final(self, row: Row) -> bool:
+        reason = row["not_measured"]
+        known = (None, OUT_OF_MEMORY, self.reasons.get(row["pass"]))
+        return reason in known or reason.startswith((_FAILED, WRONG))
 
     @contextmanager
     def attempt(self, passes: list[str]) -> Iterator[None]:
-        """Keeps the reason where memory is too small for some passes or another's implementation fails.
-
-        Raises:
-            WrongResultError, RuntimeError and the like: ours fails, other than for want of memory.
-        """
+        """Keeps the reason where memory is too small for some passes, or the implementation fails at them."""
         try:
             yield
         except _ERRORS as error:
             full = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-            if self.implementation.ours and not full:
-                raise
             said = " ".join(str(error).split())[:200]
-            reason = OUT_OF_MEMORY if full else f"{type(error).__name__}: {said}"
-            self.reasons |= dict.fromkeys(passes, reason)
+            if not isinstance(error, WrongResultError):
+                who = f"{self.implementation.name} at {self.case.seq_length} tokens"
+                said = f"{who}: {type(error).__name__}: {said}"
+            self.failure = f"{WRONG if self.implementation.ours else _FAILED}{said}"
+            self.is_broken = self.is_broken or _BROKEN in said
+            self.reasons |= dict.fromkeys(passes, OUT_OF_MEMORY if full else self.failure)
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self, passes: Sequence[str] = PASSES) -> Iterator[Row]:
         implementation, case = self.implementation, self.case
         flops = case.flops(implementation.pattern(case))
         dense = case.flops(replace(case.pattern, vert_stride=1, phases=None))
-        for which in PASSES:
+        for which in passes:
             yield {
                 "implementation": implementation.name,
                 "pass": which,
@@ -234,17 +254,21 @@ class Trial:
             }
 
 
-def measure(trials: list[Trial], case: Case, repeats: int) -> Iterator[Row]:
-    """Checks all, then times all, then gives their rows."""
+def measure(trials: list[Trial], case: Case, repeats: int, stored: Sequence[Row] = ()) -> Iterator[Row]:
+    """Checks all, then times all, then gives their rows; on CUDA each when it is there, unless stored."""
     for trial in trials:
         if trial.passes:
             with trial.attempt(trial.passes):
                 trial.checked_at = check(trial.implementation, case)
-    possible = [trial for trial in trials if trial.passes]
-    (_measure_on_cpu if case.device == "cpu" else _measure_on_cuda)(possible, case, repeats)
+    if case.device == "cpu":
+        _measure_on_cpu([trial for trial in trials if trial.passes], case, repeats)
+        for trial in trials:
+            yield from trial.rows()
+        return
     for trial in trials:
-        yield from trial.rows()
-    if case.device == "cuda":
+        there = {row["pass"] for row in stored if row["implementation"] == trial.implementation.name}
+        yield from _measured_on_cuda(trial, [which for which in PASSES if which not in there], repeats)
+    if not any(trial.is_broken for trial in trials):
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -279,15 +303,18 @@ def _measure_on_cpu(trials: list[Trial], case: Case, repeats: int) -> None:
             trial.peaks[PASSES[1]] = peak_memory(prepare_for_memory, (name, case, torch.get_num_threads()))
 
 
-def _measure_on_cuda(trials: list[Trial], case: Case, repeats: int) -> None:
-    for trial in trials:
-        with trial.attempt(trial.passes):
-            runs = passes_of(_prepared(trial), case)
-            for which in trial.passes:
-                with trial.attempt([which]):
-                    runs[which]()  # compiles
-                    trial.peaks[which] = cuda_peak_memory(runs[which])
-                    trial.seconds[which] = summary(cuda_times(runs[which], repeats))
+def _measured_on_cuda(trial: Trial, passes: Sequence[str], repeats: int) -> Iterator[Row]:
+    runs = None
+    for which in passes:
+        if which in trial.passes:
+            if trial.is_broken:
+                return
+            with trial.attempt([which]):
+                runs = runs or passes_of(_prepared(trial), trial.case)
+                runs[which]()  # compiles
+                trial.peaks[which] = cuda_peak_memory(runs[which])
+                trial.seconds[which] = summary(cuda_times(runs[which], repeats))
+        yield from trial.rows([which])
 
 
 def passes_of(attention: Attention, case: Case) -> dict[str, Callable[[], object]]:

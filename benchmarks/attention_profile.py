@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.attention import Trial, passes_of
-from benchmarks.benchmark import Benchmark, Row
+from benchmarks.benchmark import Benchmark, Row, WrongResultError, require_none_wrong
 from benchmarks.cases import DEFAULT_SHAPES, PASSES, SHAPES, Case
 from benchmarks.environment import ROOT
 from benchmarks.exactness import check
@@ -48,34 +48,43 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace, stored: list[Row]) -> Iterator[Row]:
-    """Rows of one implementation at a time, each pass when it was looked at."""
+    """Rows of one implementation at a time.
+
+    Raises:
+        WrongResultError: when all is looked at, because ours computes something else than it claims; or at
+            once, because this process has lost the GPU.
+    """
     lengths = args.seq_lengths or DEFAULT_LENGTHS[args.device]
     if min(lengths) < 1:
         raise ValueError(f"--seq-lengths {min(lengths)}: must be >= 1")
     names = [name for name in names_on(args.device) if name in (args.implementations or IMPLEMENTATIONS)]
+    found = []
     for name in args.cases or DEFAULT_SHAPES[args.device]:
         for length in lengths:
             case = Case(SHAPES[name], length, args.device)
             for implementation in names:
                 setting = {"case": name, "implementation": implementation, **case.row()}
-                if not any(setting.items() <= row.items() for row in stored):
-                    yield from (setting | row for row in look_at(name, implementation, case))
+                rows = [row for row in stored if setting.items() <= row.items()]
+                if not rows:
+                    trial = Trial(IMPLEMENTATIONS[implementation], case)
+                    rows = [setting | row for row in look_at(name, trial)]
+                    yield from rows
+                    if trial.is_broken:
+                        raise WrongResultError(f"{trial.failure}; the same command goes on behind it")
+                found += rows
+    require_none_wrong(found)
 
 
-def look_at(name: str, implementation: str, case: Case) -> list[Row]:
-    """A row of each pass: its kernels, or why there are none.
-
-    Raises:
-        WrongResultError: ours computes something else than it claims.
-    """
-    trial, rows = Trial(IMPLEMENTATIONS[implementation], case), []
+def look_at(name: str, trial: Trial) -> list[Row]:
+    """A row of each pass: its kernels, or why there are none."""
+    case, rows = trial.case, []
     possible = trial.passes
     if possible:
         with trial.attempt(possible):
             check(trial.implementation, case)
     for which in PASSES:
         row = {"pass": which, "kernels": None, "kernel_seconds": None, "counters": None, "no_counters": None}
-        if which in trial.passes:
+        if which in trial.passes and not trial.is_broken:
             with trial.attempt([which]):
                 runs = passes_of(trial.implementation.prepare(case), case)
                 runs[which]()
@@ -83,9 +92,10 @@ def look_at(name: str, implementation: str, case: Case) -> list[Row]:
                 row["kernel_seconds"] = sum(kernel["seconds"] for kernel in kernels)
                 row["kernels"] = kernels[:MOST_KERNELS]
                 del runs
-                row["counters"], row["no_counters"] = counters(name, case, implementation, which)
+                row["counters"], row["no_counters"] = counters(name, case, trial.implementation.name, which)
+        lost = trial.failure if trial.is_broken else None
         flops = case.flops(trial.implementation.pattern(case))[which]
-        rows.append(row | {"flops": flops, "not_measured": trial.reasons.get(which)})
+        rows.append(row | {"flops": flops, "not_measured": trial.reasons.get(which) or lost})
     return rows
 
 

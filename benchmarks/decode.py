@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import decode_report
-from benchmarks.benchmark import Benchmark, Row, WrongResultError
+from benchmarks.benchmark import WRONG, Benchmark, Row, WrongResultError, require_none_wrong
 from benchmarks.cases import DTYPES, SHAPES, Case
 from benchmarks.environment import code_hash
 from benchmarks.exactness import visible_keys
@@ -127,31 +127,46 @@ IMPLEMENTATIONS: dict[str, type[Decoding]] = {
 
 
 def run(args: Namespace, stored: list[Row]) -> Iterator[Row]:
-    """Rows of one context after the other; what is stored of some implementations only is measured again."""
+    """Rows of one context after the other; what is stored of some implementations only is measured again.
+
+    Raises:
+        WrongResultError: when all is measured, because an implementation was wrong.
+    """
     contexts = args.context or DEFAULT_CONTEXTS[args.device]
     for name, least in (("context", min(contexts)), ("repeats", args.repeats)):
         if least < 1:
             raise ValueError(f"--{name} {least}: must be >= 1")
+    found = []
     for context in contexts:
         case = Case(DEFAULT_SHAPES[args.device], context, args.device)
         shared = {**case.row(), "decode_code": code_hash(_CODE)}
-        found = {row["implementation"] for row in stored if all(row.get(k) == v for k, v in shared.items())}
-        if found < set(IMPLEMENTATIONS):
-            yield from (shared | row for row in measure(case, args.repeats))
+        of_it = {row["implementation"]: row for row in stored if shared.items() <= row.items()}
+        if of_it.keys() < set(IMPLEMENTATIONS):
+            of_it = {}
+            for row in measure(case, args.repeats):
+                of_it[row["implementation"]] = shared | row
+                yield shared | row
+        found += of_it.values()
+    require_none_wrong(found)
 
 
 @torch.no_grad()
 def measure(case: Case, repeats: int) -> Iterator[Row]:
-    """Checks all implementations, then times them in turns.
+    """Checks all implementations, then times them in turns, but for those that are wrong.
 
     A run is a block of tokens, so that a window moves on once in each. Times are those of the wall, with all
     that the host does to launch kernels; on CUDA the seconds in which kernels ran are told apart.
     """
-    checked = {name: check(name, case) for name in IMPLEMENTATIONS}
+    checked, wrong = {}, {}
+    for name in IMPLEMENTATIONS:
+        try:
+            checked[name] = check(name, case)
+        except WrongResultError as error:
+            wrong[name] = f"{WRONG}{error}"
     block = case.pattern.block_size
     tokens = block * (repeats + 1 + (case.device == "cuda"))
     inputs = _inputs(case, tokens)
-    decodings = {name: _begun(name, case, inputs, tokens) for name in IMPLEMENTATIONS}
+    decodings = {name: _begun(name, case, inputs, tokens) for name in checked}
     places = dict.fromkeys(IMPLEMENTATIONS, case.seq_length)
 
     def decode_block(name: str) -> None:
@@ -167,7 +182,7 @@ def measure(case: Case, repeats: int) -> Iterator[Row]:
         yield
 
     with Company() as company:
-        times = interleaved_times({name: partial(timed, name) for name in IMPLEMENTATIONS}, repeats)
+        times = interleaved_times({name: partial(timed, name) for name in checked}, repeats)
     for name, decoding in decodings.items():
         kernels = None
         if case.device == "cuda":
@@ -175,6 +190,7 @@ def measure(case: Case, repeats: int) -> Iterator[Row]:
             kernels = sum(kernel["seconds"] for kernel in found) / block
         yield {
             "implementation": name,
+            "not_measured": None,
             "checked_tokens": checked[name],
             "tokens_per_run": block,
             "other_cpus": company.cpus,
@@ -183,6 +199,10 @@ def measure(case: Case, repeats: int) -> Iterator[Row]:
             "cache_bytes": decoding.bytes,
             "closed_form_bytes": closed_form_bytes(case, decoding.sparse, case.seq_length + tokens),
         }
+    for name, reason in wrong.items():
+        unknown = ("checked_tokens", "tokens_per_run", "other_cpus", "seconds_per_token")
+        unknown += ("kernel_seconds_per_token", "cache_bytes", "closed_form_bytes")
+        yield {"implementation": name, "not_measured": reason, **dict.fromkeys(unknown)}
 
 
 def closed_form_bytes(case: Case, sparse: bool, tokens: int) -> int:

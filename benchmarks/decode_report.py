@@ -15,12 +15,12 @@ _LOOKS = {
 }
 
 Newest = dict[tuple[int, str], Row]
-"""The newest row of each (context, implementation) of one shape."""
+"""The newest measurement of each (context, implementation) of one shape."""
 
 
 def by_shape(rows: list[Row]) -> list[Newest]:
     shapes: dict[str, Newest] = {}
-    for row in rows:
+    for row in (row for row in rows if row["seconds_per_token"]):
         newest = shapes.setdefault(json.dumps([row[key] for key in _SHAPE]), {})
         newest[row["seq_length"], row["implementation"]] = row
     return [dict(sorted(newest.items(), key=lambda item: item[0][0])) for newest in shapes.values()]
@@ -53,6 +53,11 @@ def table(rows: list[Row]) -> str:
             in_kernels = "-" if kernels is None else f"{1e6 * kernels:.1f}"
             kept = row["cache_bytes"]["kept"]
             lines.append(f"{context:>8} {name:<13} {shown} {in_kernels:>10} {kept:>12} {share:>8}")
+    for row in rows:
+        if row.get("not_measured"):
+            lines.append(
+                f"{row['seq_length']:>8} {row['implementation']:<13} not measured: {row['not_measured']}"
+            )
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from benchmarks import offload_report
-from benchmarks.benchmark import Benchmark, Row, WrongResultError
+from benchmarks.benchmark import WRONG, Benchmark, Row, WrongResultError, require_none_wrong
 from benchmarks.environment import code_hash, package_version
 from benchmarks.measure import Company, summary
 from benchmarks.training_process import Training, train
@@ -215,12 +215,13 @@ def model_of(args: Namespace) -> Model:
 
 def run(args: Namespace, stored: list[Row]) -> Iterator[Row]:
     """Rows of one accumulation after the other, a fresh process for each; without offload first, since the
-    others' losses are compared with it.
+    others' losses are compared with it. What has other losses than it must have keeps its times as
+    `unproven_seconds`, which nothing shows.
 
     Raises:
-        WrongResultError: a training failed, or its losses are not those they must be.
+        WrongResultError: when all is measured, because a training failed, or has other losses.
     """
-    model = model_of(args)
+    model, found = model_of(args), []
     if args.gpu_memory_gb is not None:
         if args.device != "cuda":
             raise ValueError(f"--gpu-memory-gb {args.gpu_memory_gb:g}: must not be set with --device cpu")
@@ -233,15 +234,22 @@ def run(args: Namespace, stored: list[Row]) -> Iterator[Row]:
                 continue
             setting = _setting(case, model, accumulation, args)
             row = next((row for row in reversed(stored) if setting.items() <= row.items()), None)
-            is_new = row is None
-            if is_new:
+            before = row
+            if row is None:
                 row = setting | measure(case, model, accumulation, args)
             if row["not_measured"] is None:
-                require_same_losses(row, control, first if case.is_ours else None)
-                control = control or row
-                first = first or (row if case.is_ours else None)
-            if is_new:
+                try:
+                    require_same_losses(row, control, first if case.is_ours else None)
+                except WrongResultError as error:
+                    row = row | {"not_measured": f"{WRONG}{error}", "unproven_seconds": row["seconds"]}
+                    row["seconds"] = None
+                else:
+                    control = control or row
+                    first = first or (row if case.is_ours else None)
+            found.append(row)
+            if row is not before:
                 yield row
+    require_none_wrong(found)
 
 
 def _setting(case: Case, model: Model, accumulation: int, args: Namespace) -> Row:
@@ -275,11 +283,7 @@ def flags(case: Case, model: Model, accumulation: int, threads: int) -> list[str
 
 
 def measure(case: Case, model: Model, accumulation: int, args: Namespace) -> Row:
-    """What `_setting` leaves open.
-
-    Raises:
-        WrongResultError: the training failed.
-    """
+    """What `_setting` leaves open."""
     start, before = time.perf_counter(), os.times()
     with Company() as company:
         words = flags(case, model, accumulation, args.threads)
@@ -287,14 +291,14 @@ def measure(case: Case, model: Model, accumulation: int, args: Namespace) -> Row
         training = train(words, WARM_UP, args.repeats, args.device, args.threads, gpu_memory=limit)
     elapsed, after = time.perf_counter() - start, os.times()
     own = after.children_user + after.children_system - before.children_user - before.children_system
+    results = _results(training)
     if training.status and not case.may_be_refused:
-        raise WrongResultError(
-            f"{case.name} at accumulation {accumulation} ended with status {training.status}: "
-            f"{training.failure}"
-        )
+        who = f"{case.name} at accumulation {accumulation}"
+        results["not_measured"] = f"{WRONG}{who} ended with status {training.status}: {training.failure}"
+    knows_share = case.is_ours and not training.status
     return {
-        **_results(training),
-        "gpu_share": round(_printed(SHARE, training) / 100, 3) if case.is_ours else None,
+        **results,
+        "gpu_share": round(_printed(SHARE, training) / 100, 3) if knows_share else None,
         "other_cpus": company.cpus and round(max(0.0, company.cpus - own / elapsed), 2),
         "note": NOTES[args.device],
     }
@@ -321,8 +325,8 @@ def _printed(pattern: str, training: Training) -> float:
 
 
 def require_same_losses(row: Row, control: Row | None, first: Row | None) -> None:
-    """The losses of a row are finite, those of the row without offload to the rounding of 16-bit weights, and
-    those of the first of ours to the bit.
+    """The losses of a row are finite, those of the row without offload, which must be there, to the rounding
+    of 16-bit weights, and those of the first of ours to the bit.
 
     Raises:
         WrongResultError: says where and by how much they are not.
@@ -332,6 +336,8 @@ def require_same_losses(row: Row, control: Row | None, first: Row | None) -> Non
     steps = row["warm_up"] + 2 * row["repeats"]
     if len(losses) != steps or not all(map(math.isfinite, losses)):
         raise WrongResultError(f"{who}: must have {steps} finite losses, has {losses}")
+    if control is None and row["case"] != NONE.name:
+        raise WrongResultError(f"{who}: {NONE.name} has no losses to compare with")
     tokens = row["accumulation"] * row["model"]["seq_length"]
     rounding = LOSS_TOLERANCE * max(1.0, math.sqrt(TOLERANCE_TOKENS / tokens))
     for other, tolerance in ((control, rounding), (first, 0.0)):

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from benchmarks import training_step_report
-from benchmarks.benchmark import Benchmark, Row, WrongResultError
+from benchmarks.benchmark import WRONG, Benchmark, Row, WrongResultError, is_wrong, require_none_wrong
 from benchmarks.environment import code_hash, package_version
 from benchmarks.measure import Company, summary
 from benchmarks.training_process import Training, train
@@ -30,6 +30,7 @@ CASES = {
     "s2-first-two-dense": ("--s2-dense-layers", "1,2"),
     "s2": (),
 }
+CHECK = training_step_report.CHECK
 CHECKED_STEPS = 4
 CHECK_SHARE = 0.1  # the kernels sum in other orders, and weights of 16 bits carry that on
 _CODE = (
@@ -131,7 +132,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         choices=CASES,
         default=list(CASES),
         metavar="NAME",
-        help=f"of {', '.join(CASES)} (default: all)",
+        help=f"of {', '.join(CASES)}, in the order to measure them in (default: all)",
     )
     parser.add_argument(
         "--seq-lengths",
@@ -184,22 +185,41 @@ def model_of(args: Namespace) -> Model:
 
 
 def run(args: Namespace, stored: list[Row]) -> Iterator[Row]:
-    """Rows of one length after the other, a fresh process for each case; before the first the check of
-    `checked_losses`.
+    """Rows of one length after the other, a fresh process for each case; before the first one of the check of
+    `checked_losses`. Where that is wrong, times of S2 are stored as `unproven_seconds`, which nothing shows.
 
     Raises:
-        WrongResultError: a training failed, but for want of memory, or has other losses than it must have.
+        WrongResultError: when all is measured, because a training failed, but for want of memory, or has
+            other losses than it must have.
     """
     args.seq_lengths = args.seq_lengths or LENGTHS[args.device]
-    model = model_of(args)
-    checked = next((row["checked"] for row in stored if _same(row, _about(model, args))), None)
+    model, found = model_of(args), []
+    about = _about(model, args)
+    check = next((row for row in stored if row["case"] == CHECK and _same(row, about)), None)
     for seq_length in args.seq_lengths:
-        for case in (name for name in CASES if name in args.cases):
+        for case in args.cases:
             setting = _setting(case, model, seq_length, args)
-            if any(_same(row, setting) for row in stored):
-                continue
-            checked = checked or checked_losses(model, args)
-            yield setting | measure(case, model, seq_length, args) | {"checked": checked}
+            row = next((row for row in stored if _same(row, setting)), None)
+            if row is None:
+                if check is None:
+                    check = about | check_row(model, args)
+                    yield check
+                row = setting | measure(case, model, seq_length, args) | {"checked": check["checked"]}
+                if is_wrong(check) and case != "dense" and row["seconds"]:
+                    row |= {"not_measured": check["not_measured"], "unproven_seconds": row["seconds"]}
+                    row["seconds"] = None
+                yield row
+            found.append(row)
+    require_none_wrong([*([check] if check else []), *found])
+
+
+def check_row(model: Model, args: Namespace) -> Row:
+    """What `checked_losses` finds, or that it is wrong."""
+    row = {"case": CHECK, "seq_length": model.window, "checked": None, "not_measured": None, "seconds": None}
+    try:
+        return row | {"checked": checked_losses(model, args)}
+    except WrongResultError as error:
+        return row | {"not_measured": f"{WRONG}{error}"}
 
 
 def _same(row: Row, setting: Row) -> bool:
@@ -265,11 +285,7 @@ def _distance(losses: Sequence[float], others: Sequence[float]) -> float:
 
 
 def measure(case: str, model: Model, seq_length: int, args: Namespace) -> Row:
-    """What `_setting` leaves open.
-
-    Raises:
-        WrongResultError: the training failed, but for want of memory, or its losses are not finite.
-    """
+    """What `_setting` leaves open."""
     start, before = time.perf_counter(), os.times()
     with Company() as company:
         flags = model.flags(case, seq_length)
@@ -292,19 +308,16 @@ def measure(case: str, model: Model, seq_length: int, args: Namespace) -> Row:
 
 
 def not_measured(case: str, seq_length: int, training: Training) -> str | None:
-    """Why a training has no times: memory was too small for it; None where it has.
-
-    Raises:
-        WrongResultError: it failed otherwise, or has losses that are not finite.
-    """
+    """Why a training has no times: memory was too small for it, it failed otherwise, or its losses are not
+    finite; None where it has."""
     who = f"{case} at {seq_length} tokens"
     if training.status:
         full = ("OutOfMemoryError", "can't allocate memory", "CUDA out of memory")
         if any(words in training.output for words in full):
             return OUT_OF_MEMORY
-        raise WrongResultError(f"{who} ended with status {training.status}: {training.failure}")
+        return f"{WRONG}{who} ended with status {training.status}: {training.failure}"
     if not all(map(math.isfinite, training.losses)):
-        raise WrongResultError(f"{who}: losses must be finite, are {list(training.losses)}")
+        return f"{WRONG}{who}: losses must be finite, are {list(training.losses)}"
     return None
 
 

@@ -64,13 +64,18 @@ def measure(args: argparse.Namespace) -> None:
     results = ResultFile(args.out, benchmark.name, now)
     before = read_rows(args.out, benchmark.name).get(results.path.parent, [])
     stored = [] if args.again else [row for row in before if same_setting(row, now)]
-    new = []
-    for row in benchmark.run(args, stored):
-        new.append(results.append(row))
-        if sys.stderr.isatty():
-            print(f"{len(new)} rows", end="\r", file=sys.stderr, flush=True)
+    new, wrong = [], None
+    try:
+        for row in benchmark.run(args, stored):
+            new.append(results.append(row))
+            if sys.stderr.isatty():
+                print(f"{len(new)} rows", end="\r", file=sys.stderr, flush=True)
+    except WrongResultError as error:
+        wrong = error
     print(benchmark.table(stored + new))
     print(f"rows: {results.path}" if new else "nothing new: all this is stored (--again measures it again)")
+    if wrong:
+        raise wrong
 
 
 def _device(asked: str) -> str:

@@ -1,4 +1,4 @@
-"""The attention benchmark: rows are complete, what is wrong is never timed, a second call goes on."""
+"""The attention benchmark: rows are complete, what is wrong is told, never timed, a second call goes on."""
 
 import json
 from dataclasses import replace
@@ -192,9 +192,7 @@ class WrongGradient(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("what", ["dense instead of sparse", "a gradient off by a thousandth", "NaN"])
-def test_a_wrong_result_of_ours_is_neither_timed_nor_stored(
-    toy, attention, monkeypatch, tmp_path, capsys, what
-):
+def test_a_wrong_result_of_ours_is_told_and_not_timed(toy, attention, monkeypatch, tmp_path, capsys, what):
     right = attention.IMPLEMENTATIONS["s2-torch"]
 
     def prepare(case):
@@ -206,9 +204,72 @@ def test_a_wrong_result_of_ours_is_neither_timed_nor_stored(
         }[what]
 
     monkeypatch.setitem(attention.IMPLEMENTATIONS, "s2-torch", replace(right, prepare=prepare))
-    assert toy(*BOTH, "--seq-lengths", "200") == 1
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: s2-torch at 200 tokens: ") and not rows_in(tmp_path)
+    for _ in range(2):
+        assert toy(*BOTH, "--seq-lengths", "200") == 1
+        out, err = capsys.readouterr()
+        assert err.startswith("error: wrong: s2-torch at 200 tokens: ")
+        assert out.count("not measured: wrong: s2-torch at 200 tokens: ") == 2
+        assert measured_in(tmp_path) == [(200, "sdpa")] * 2 and len(rows_in(tmp_path)) == 4, "stored once"
+
+
+def test_ours_that_fails_at_one_length_leaves_the_others(toy, attention, monkeypatch, tmp_path, capsys):
+    right = attention.IMPLEMENTATIONS["s2-torch"]
+
+    def prepare(case):
+        if case.seq_length == 200:
+            raise RuntimeError("no such tile")
+        return right.prepare(case)
+
+    monkeypatch.setitem(attention.IMPLEMENTATIONS, "s2-torch", replace(right, prepare=prepare))
+    assert toy("--implementations", "s2-torch", "--seq-lengths", "200,100") == 1
+    assert measured_in(tmp_path) == [(100, "s2-torch")] * 2
+    said = "error: wrong: s2-torch at 200 tokens: RuntimeError: no such tile\n"
+    assert capsys.readouterr().err == said
+
+
+class AsOnCuda:
+    """A case of the CPU that is measured as those of CUDA are, a pass at a time."""
+
+    def __init__(self, attention, monkeypatch, fails_at: str | None = None, says: str = ""):
+        self.timed = []
+        monkeypatch.setattr(attention, "cuda_peak_memory", lambda run: 0)
+
+        def times(run, repeats):
+            which = attention.PASSES[len(self.timed) % 2]
+            self.timed.append(which)
+            if which == fails_at:
+                raise RuntimeError(says)
+            return torch.ones(repeats).numpy()
+
+        monkeypatch.setattr(attention, "cuda_times", times)
+
+
+def measured_on_cuda(attention, passes=None):
+    from benchmarks.cases import Case, Shape
+
+    case = Case(Shape(S2Pattern(2, 16, 2, 4), 1, 4, 16, "float32"), 100, "cpu")
+    trial = attention.Trial(attention.IMPLEMENTATIONS["s2-torch"], case)
+    return trial, attention._measured_on_cuda(trial, passes or attention.PASSES, 2)
+
+
+def test_on_cuda_a_pass_has_its_row_before_the_next_begins(attention, monkeypatch):
+    cuda = AsOnCuda(attention, monkeypatch)
+    trial, rows = measured_on_cuda(attention)
+    first = next(rows)
+    assert first["pass"] == "forward" and first["seconds"] and cuda.timed == ["forward"]
+    assert trial.stored([first]) == [first]
+    (second,) = rows
+    assert second["pass"] == "forward+backward" and len(trial.stored([first, second])) == 2
+    _, rest = measured_on_cuda(attention, ["forward+backward"])
+    assert [row["pass"] for row in rest] == ["forward+backward"], "what is stored is not measured again"
+
+
+def test_a_gpu_that_is_lost_is_said_of_the_pass_that_lost_it_alone(attention, monkeypatch):
+    AsOnCuda(attention, monkeypatch, "forward", "CUDA error: an illegal memory access was encountered")
+    trial, rows = measured_on_cuda(attention)
+    (row,) = rows
+    assert trial.is_broken and row["pass"] == "forward"
+    assert "wrong: s2-torch at 100 tokens: RuntimeError: CUDA error" in row["not_measured"]
 
 
 def fails(error: Exception):
@@ -225,11 +286,11 @@ def fails(error: Exception):
         (fails(RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory")), "out of memory"),
         (
             fails(RuntimeError("No available kernel.\nAborting")),
-            "RuntimeError: No available kernel. Aborting",
+            "failed: sdpa at 200 tokens: RuntimeError: No available kernel. Aborting",
         ),
         (
             lambda case: lambda q, k, v: q * (k.mean() + v.mean()),
-            "WrongResultError: sdpa at 200 tokens: out is off by",
+            "failed: sdpa at 200 tokens: out is off by",
         ),
     ],
     ids=["out of memory", "out of memory on the CPU", "refused", "wrong"],
@@ -245,6 +306,8 @@ def test_another_that_fails_is_stored_by_name_and_ours_is_measured(
     rows = [row for row in rows_in(tmp_path) if row["implementation"] == "sdpa"]
     assert len(rows) == 2 and all(row["not_measured"].startswith(reason) for row in rows)
     assert capsys.readouterr().out.count(f"not measured: {reason}") == 2
+    assert toy(*BOTH, "--seq-lengths", "200") == 0
+    assert "nothing new" in capsys.readouterr().out, "the same code fails again"
 
 
 def test_flex_attention_without_a_compiler_is_stored_by_name(bench, toy, monkeypatch, tmp_path):

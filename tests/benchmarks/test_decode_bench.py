@@ -12,7 +12,7 @@ TOY = ["decode", "--device", "cpu", "--context", "1000", "--repeats", "2", "--th
 KEYS = {
     *("benchmark", "date", "machine", "versions", "commit", "decode_code", "implementation"),
     *("seq_length", "device", "batch", "heads", "kv_heads", "head_dim", "dtype", "pattern"),
-    *("checked_tokens", "tokens_per_run", "other_cpus", "seconds_per_token", "cache_bytes"),
+    *("not_measured", "checked_tokens", "tokens_per_run", "other_cpus", "seconds_per_token", "cache_bytes"),
     *("kernel_seconds_per_token", "closed_form_bytes"),
 }
 
@@ -63,7 +63,8 @@ def test_contexts_are_measured_one_by_one_and_drawn(bench, decode, tmp_path, mon
         measured.append(case.seq_length)
         seconds = dict.fromkeys(("median", "p20", "p80"), case.seq_length / 1e9)
         for name in decode.IMPLEMENTATIONS:
-            yield {"implementation": name, "seconds_per_token": seconds, "cache_bytes": {"kept": 2**20}}
+            shown = {"seconds_per_token": seconds, "cache_bytes": {"kept": 2**20}}
+            yield {"implementation": name, "not_measured": None, **shown}
 
     monkeypatch.setattr(decode, "measure", measure)
     assert bench.main([*TOY, "--context", "1000,2000", "--out", str(tmp_path)]) == 0
@@ -95,8 +96,12 @@ def test_a_wrong_result_is_never_timed(bench, decode, tmp_path, monkeypatch, cap
     attend = decode.cached_attention
     monkeypatch.setattr(decode, "cached_attention", lambda *given: attend(*given) * 1.001)
     assert bench.main([*TOY, "--out", str(tmp_path)]) == 1
-    assert not rows_in(tmp_path)
-    assert capsys.readouterr().err.startswith("error: s2-cache at 1000 tokens: out is off by")
+    rows = {row["implementation"]: row for row in rows_in(tmp_path)}
+    assert rows["s2-cache"]["seconds_per_token"] is None, "the others are timed"
+    assert rows["sdpa"]["seconds_per_token"] and rows["sdpa-grouped"]["seconds_per_token"]
+    out, err = capsys.readouterr()
+    assert err.startswith("error: wrong: s2-cache at 1000 tokens: out is off by")
+    assert "s2-cache      not measured: wrong: s2-cache at 1000 tokens: out is off by" in out
 
 
 @pytest.mark.parametrize("option", ["--context", "--repeats"])

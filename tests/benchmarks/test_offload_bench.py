@@ -207,7 +207,7 @@ WRONG = {
 
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("stored", [False, True], ids=["", "the others stored"])
-def test_wrong_losses_have_no_row(bench, trainings, tmp_path, capsys, wrong, stored):
+def test_wrong_losses_have_a_row_without_times(bench, trainings, tmp_path, capsys, wrong, stored):
     case, left, said = WRONG[wrong]
     options = [*TOY, *MODEL, "--out", str(tmp_path), "--cases", "s2-0.5"]
     if stored:
@@ -215,7 +215,12 @@ def test_wrong_losses_have_no_row(bench, trainings, tmp_path, capsys, wrong, sto
     trainings.left[case] = left
     assert bench.main([*options, case]) == 1
     assert said in capsys.readouterr().err
-    assert [row["case"] for row in rows_in(tmp_path)] == ["none", "s2-0.5"]
+    *right, wrong = rows_in(tmp_path)
+    assert [row["case"] for row in right] == ["none", "s2-0.5"] and wrong["case"] == case
+    assert wrong["seconds"] is None and wrong["not_measured"].startswith("wrong: ")
+    ran = list(trainings.ran)
+    assert bench.main([*options, case, "s2-0"]) == 1, "the others go on, and what is wrong is said again"
+    assert trainings.ran == [*ran, "s2-0"] and rows_in(tmp_path)[-1]["seconds"]
 
 
 def test_losses_may_differ_from_those_without_offload_by_rounding(bench, trainings, tmp_path):

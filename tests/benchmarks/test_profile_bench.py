@@ -61,7 +61,8 @@ def test_a_wrong_result_has_no_profile(bench, profile, tmp_path, monkeypatch, ca
     wrong = replace(right, prepare=lambda case: lambda q, k, v: right.prepare(case)(q, k, v) * 1.001)
     monkeypatch.setitem(profile.IMPLEMENTATIONS, "s2-torch", wrong)
     assert bench.main([*TOY, "--implementations", "s2-torch", "--out", str(tmp_path)]) == 1
-    assert "out is off by" in capsys.readouterr().err and not rows_in(tmp_path)
+    assert "error: wrong: s2-torch at 100 tokens: out is off by" in capsys.readouterr().err
+    assert [row["kernels"] for row in rows_in(tmp_path)] == [None, None]
 
 
 def test_counters_are_read_by_kernel(profile):

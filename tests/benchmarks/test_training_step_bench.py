@@ -54,6 +54,8 @@ class Trainings:
             "step_seconds": (0.4, 0.4) if case == "dense" else (0.1, 0.1),
             "host_peak_bytes": 2**30,
         }
+        if isinstance(self.left.get(case), BaseException):
+            raise self.left[case]
         return self.step.Training(**(left | self.left.get(case, {})))
 
 
@@ -74,13 +76,15 @@ CHECK = [(128, "dense check"), (128, "s2 check"), (128, "own blocks")]
 
 def test_every_row_says_all_there_is_to_say(bench, step, trainings, tmp_path, capsys):
     assert bench.main([*TOY, "--seq-lengths", "256,512", "--out", str(tmp_path)]) == 0
+    check, *rows = rows_in(tmp_path)
     timed = [(tokens, case) for tokens in (256, 512) for case in ("dense", "s2-first-two-dense", "s2")]
     assert trainings.ran == CHECK + timed, "the check comes first, once"
-    rows = rows_in(tmp_path)
+    assert (check["case"], check["seq_length"], check["seconds"]) == ("check", 128, None)
     assert [(row["seq_length"], row["case"]) for row in rows] == timed
     for row in rows:
         assert row.keys() == KEYS
-        assert row["checked"]["seq_length"] == 128 and row["checked"]["losses"]["s2"] == list(IN_WINDOW)
+        assert row["checked"] == check["checked"] and row["checked"]["seq_length"] == 128
+        assert row["checked"]["losses"]["s2"] == list(IN_WINDOW)
         assert row["checked"]["s2_off"] == pytest.approx(1e-4 / 3**0.5)
         assert row["checked"]["own_blocks_off"] == pytest.approx(0.1 / 3**0.5)
         assert row["losses"] == list(LOSSES) and row["not_measured"] is None
@@ -103,11 +107,21 @@ def test_what_is_stored_is_not_measured_again(bench, step, trainings, tmp_path, 
     assert trainings.ran[7:] == [*CHECK, (256, "s2")]
 
 
+def test_cases_are_measured_in_the_order_asked_for_and_the_check_but_once(bench, trainings, tmp_path):
+    options = [*TOY, "--seq-lengths", "256", "--out", str(tmp_path), "--cases"]
+    trainings.left["s2"] = KeyboardInterrupt()
+    assert bench.main([*options, "s2", "dense"]) == 130
+    assert [row["case"] for row in rows_in(tmp_path)] == ["check"]
+    trainings.left.clear()
+    assert bench.main([*options, "s2", "dense"]) == 0
+    assert trainings.ran == [*CHECK, (256, "s2"), (256, "s2"), (256, "dense")]
+
+
 def test_without_memory_there_is_a_row_and_the_others_go_on(bench, trainings, tmp_path, capsys):
     full = "Traceback\ntorch.OutOfMemoryError: CUDA out of memory. Tried to allocate 64 GiB\n"
     trainings.left["dense"] = {"status": 1, "output": full, "losses": ()}
     assert bench.main([*TOY, "--seq-lengths", "256", "--out", str(tmp_path)]) == 0
-    dense, *others = rows_in(tmp_path)
+    _, dense, *others = rows_in(tmp_path)
     assert dense["not_measured"] == "out of memory" and dense["seconds"] is None
     assert len(others) == 2 and all(row["seconds"] for row in others)
     out = capsys.readouterr().out
@@ -132,11 +146,21 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_what_is_wrong_has_no_row(bench, trainings, tmp_path, capsys, wrong):
+def test_what_is_wrong_has_a_row_without_times_and_the_others_go_on(
+    bench, trainings, tmp_path, capsys, wrong
+):
     which, left, said = WRONG[wrong]
     trainings.left[which] = left
-    assert bench.main([*TOY, "--seq-lengths", "256", "--cases", "s2", "--out", str(tmp_path)]) == 1
-    assert said in capsys.readouterr().err and not rows_in(tmp_path)
+    options = [*TOY, "--seq-lengths", "256", "--cases", "s2", "dense", "--out", str(tmp_path)]
+    for _ in range(2):
+        assert bench.main(options) == 1
+        out, err = capsys.readouterr()
+        assert err.startswith("error: wrong: ") and said in err
+        assert f"not measured: wrong: {'' if which == 's2' else 's2 at 128'}" in out and "4.00x" not in out
+        _, s2, dense = rows_in(tmp_path)
+        assert s2["seconds"] is None and said in s2["not_measured"] and dense["seconds"]
+        assert ("unproven_seconds" in s2) == (which != "s2")
+    assert len(trainings.ran) == 5, "what is wrong is not trained again by the same code"
 
 
 @pytest.mark.parametrize(
