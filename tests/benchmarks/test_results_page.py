@@ -82,6 +82,10 @@ def test_a_target_is_judged_where_it_is_weakest(results_page, tmp_path):
     flash, cudnn, flex, stride, *_ = targets(results_page, tmp_path)
     assert "| 10.00x at 32768 (grouped) | 11.12x | missed by 10.1% at 32768 (grouped), where 11.12x" in flash
     assert "; not measured at 65536 (grouped), 131072 (grouped)" in flash
+    stored(tmp_path / "one", "attention", rows[:2])
+    assert (
+        "| met where measured (1 of 10); not measured at 32768" in targets(results_page, tmp_path / "one")[0]
+    )
     assert "| not measured |" in cudnn
     assert "| 0.90x at 32768 (grouped) | 1.00x | missed by 10.0% at 32768 (grouped), where 1.00x" in flex
     assert stride.endswith("| 30.00x at 131072 (stride-64) | 43.70x | met |")
