@@ -53,6 +53,10 @@ def table(rows: list[Row]) -> str:
             in_kernels = "-" if kernels is None else f"{1e6 * kernels:.1f}"
             kept = row["cache_bytes"]["kept"]
             lines.append(f"{context:>8} {name:<13} {shown} {in_kernels:>10} {kept:>12} {share:>8}")
+        if any(row.get("caches", 1) > 1 for row in newest.values()):
+            lines.append(
+                "tokens are decoded with several caches in turn, which the GPU's L2 cache cannot hold"
+            )
     for row in rows:
         if row.get("not_measured"):
             lines.append(

@@ -12,8 +12,8 @@ TOY = ["decode", "--device", "cpu", "--context", "1000", "--repeats", "2", "--th
 KEYS = {
     *("benchmark", "date", "machine", "versions", "commit", "decode_code", "implementation"),
     *("seq_length", "device", "batch", "heads", "kv_heads", "head_dim", "dtype", "pattern"),
-    *("not_measured", "checked_tokens", "tokens_per_run", "other_cpus", "seconds_per_token", "cache_bytes"),
-    *("kernel_seconds_per_token", "closed_form_bytes"),
+    *("not_measured", "checked_tokens", "tokens_per_run", "caches", "other_cpus", "cache_bytes"),
+    *("seconds_per_token", "kernel_seconds_per_token", "closed_form_bytes"),
 }
 
 
@@ -43,7 +43,7 @@ def test_rows_say_all_there_is_to_say(bench, decode, tmp_path, capsys):
     tokens = 1000 + 3 * 64
     for row in rows:
         assert row.keys() == KEYS
-        assert row["checked_tokens"] == row["tokens_per_run"] == 64
+        assert row["checked_tokens"] == row["tokens_per_run"] == 64 and row["caches"] == 1
         assert row["seconds_per_token"]["repeats"] == 2
         kept = dense_cache_bytes(2, tokens, 64, torch.float32)
         if row["implementation"] == "s2-cache":
@@ -54,6 +54,18 @@ def test_rows_say_all_there_is_to_say(bench, decode, tmp_path, capsys):
     assert bench.main([*TOY, "--out", str(tmp_path)]) == 0
     assert len(rows_in(tmp_path)) == 3
     assert "nothing new" in capsys.readouterr().out
+
+
+def test_a_small_cache_is_one_of_several_so_that_l2_holds_none(bench, decode, tmp_path, monkeypatch, capsys):
+    h200 = type("Properties", (), {"L2_cache_size": 60 * 2**20})
+    monkeypatch.setattr(decode.torch.cuda, "get_device_properties", lambda device: h200)
+    assert [decode.caches_beyond_l2(mib * 2**20, "cuda") for mib in (36, 60, 512)] == [4, 2, 1]
+    monkeypatch.setattr(decode, "caches_beyond_l2", lambda size, device: 2 if size < 800_000 else 1)
+    assert bench.main([*TOY, "--out", str(tmp_path)]) == 0
+    rows = {row["implementation"]: row for row in rows_in(tmp_path)}
+    assert [rows[name]["caches"] for name in ("s2-cache", "sdpa", "sdpa-grouped")] == [2, 1, 1]
+    assert rows["s2-cache"]["cache_bytes"]["kept"] == rows["s2-cache"]["closed_form_bytes"]
+    assert "several caches in turn" in capsys.readouterr().out
 
 
 def test_contexts_are_measured_one_by_one_and_drawn(bench, decode, tmp_path, monkeypatch, capsys):
