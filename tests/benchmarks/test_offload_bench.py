@@ -223,6 +223,15 @@ def test_wrong_losses_have_a_row_without_times(bench, trainings, tmp_path, capsy
     assert trainings.ran == [*ran, "s2-0"] and rows_in(tmp_path)[-1]["seconds"]
 
 
+def test_without_losses_to_compare_with_nothing_is_proven(bench, trainings, tmp_path):
+    trainings.left["none"] = {"status": 1, "output": "E\nKeyError: 3"}
+    assert bench.main([*TOY, *MODEL, "--out", str(tmp_path), "--cases", "s2-0.5"]) == 1
+    none, ours = rows_in(tmp_path)
+    assert none["not_measured"].endswith("ended with status 1: KeyError: 3")
+    assert ours["seconds"] is None and ours["unproven_seconds"]["median"] == pytest.approx(0.3)
+    assert ours["not_measured"].endswith("s2-0.5 at accumulation 1: none has no losses to compare with")
+
+
 def test_losses_may_differ_from_those_without_offload_by_rounding(bench, trainings, tmp_path):
     """A step has 8 tokens, or 2048."""
     ours = {"losses": scaled(1.001)}
