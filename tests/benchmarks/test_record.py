@@ -246,10 +246,18 @@ def test_fails_while_there_is_no_file(pytestconfig):
 """
 
 
-@pytest.mark.parametrize("workers", [[], ["-n", "1"]], ids=["", "xdist"])
-def test_tests_that_passed_are_stored_one_by_one_and_not_run_again(tmp_path, workers):
+SAME_CODE = """
+from benchmarks import tests_passed
+
+tests_passed.code_hash, tests_passed.same_setting = lambda patterns: "same", lambda row, now: True
+"""
+
+
+def test_tests_that_passed_are_stored_one_by_one_and_not_run_again(tmp_path):
+    """Nor by the workers of xdist."""
     (tmp_path / "test_some.py").write_text(TESTS)
-    words = ["-m", "pytest", "-q", "--rootdir", str(tmp_path), "-p", "no:cacheprovider", *workers]
+    (tmp_path / "conftest.py").write_text(SAME_CODE)
+    words = ["-m", "pytest", "-q", "--rootdir", str(tmp_path), "-p", "no:cacheprovider"]
     words += ["-p", "benchmarks.tests_passed", "--tests-passed", str(tmp_path / "rows")]
 
     def run(*more: str) -> subprocess.CompletedProcess:
@@ -263,7 +271,7 @@ def test_tests_that_passed_are_stored_one_by_one_and_not_run_again(tmp_path, wor
     (failed,) = (row for row in rows if row["outcome"] == "failed")
     assert failed["test"].endswith("::test_fails_while_there_is_no_file") and "no file" in failed["said"]
     (tmp_path / "there").touch()
-    second = run()
+    second = run("-n", "1")
     assert second.returncode == 0 and "1 passed" in second.stdout, second.stdout + second.stderr
     assert len(rows_in(tmp_path / "rows", "tests")) == 5
     third = run()
