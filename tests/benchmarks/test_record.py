@@ -369,19 +369,21 @@ def test_the_plan_says_what_each_stage_may_take(record, code, capsys, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_toy_record_goes_through_every_stage(record, tmp_path):
-    done = command("--toy", "--out", str(tmp_path), "--minutes", "60")
+def test_the_toy_record_goes_through_its_stages(record, tmp_path):
+    """All but those of the optimizer, whose trainings test_offload_bench starts."""
+    names = ["device", "tests", "attention", "profile", "step", "decode"]
+    done = command("--toy", "--out", str(tmp_path), "--minutes", "60", "--stages", *names)
     assert done.returncode == 0, done.stdout + done.stderr
     stages = {row["stage"]: row for row in rows_in(tmp_path)}
-    assert list(stages) == [stage.name for stage in record.stages(tmp_path, toy=True)]
+    assert list(stages) == [*names, "plots", "page"]
     results = {name: row["result"] for name, row in stages.items()}
     assert results.pop("tests") in ("done", "not measured")
     assert set(results.values()) == {"done"}
-    for name in ("device", "attention", "profile", "step", "offload", "timeline", "decode"):
+    for name in ("device", "attention", "profile", "step", "decode"):
         assert rows_in(tmp_path, name), name
     assert [row["case"] for row in rows_in(tmp_path, "step") if row["seconds"]] == ["s2"]
     pictures = {path.name for path in tmp_path.glob("*/*.png")}
-    assert pictures == {"attention-cpu.png", "step.png", "offload.png", "timeline.png", "decode.png"}
+    assert pictures == {"attention-cpu.png", "step.png", "decode.png"}
     page = (tmp_path / "results.md").read_text()
     assert "No GPU has been measured yet" in page
-    assert all(f"### {name}, on " in page for name in ("step", "timeline", "record"))
+    assert all(f"### {name}, on " in page for name in ("step", "decode", "record"))
