@@ -18,6 +18,7 @@ from megatron_s2.checkpoint.tensors import LAYERS, Placed, extra_state_keys, pla
 from megatron_s2.checkpoint.torch_dist import Checkpoint, Chunk, write_release
 from megatron_s2.checkpoint.whole import check_new, whole_directory
 from megatron_s2.data.errors import InputError
+from megatron_s2.generation.text import has_tokenizer
 from megatron_s2.settings import S2Settings
 
 RESUME = "resume.args"
@@ -36,8 +37,6 @@ _TOKENIZER_FILES = (
     "chat_template.json",
 )
 _COMPANION_FILES = (*_TOKENIZER_FILES, "generation_config.json")
-# Any of these makes a directory one that transformers finds a tokenizer in.
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _OUTPUT, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
 # Families that are the same in Megatron.
@@ -95,7 +94,7 @@ def to_megatron(source: Path, output: Path, s2_flags: Namespace) -> list[str]:
     chunks = [_chunk(tensor, weights, model) for tensor in placed]
     size = sum(math.prod(chunk.sizes) * chunk.dtype.itemsize for chunk in chunks)
     tokenizer = {}
-    if _has_tokenizer(source):
+    if has_tokenizer(source):
         place = Path(os.path.abspath(output), COMPANIONS)
         tokenizer = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(place)}
     pattern = megatron_args.arguments_of_s2(settings, s2_flags.s2_anneal_steps or 0)
@@ -175,7 +174,7 @@ def to_hugging_face(
         write_weights(directory, sizes, _parts(checkpoint, placed, model, stored), max_shard_size)
         _copy(companions, directory, _COMPANION_FILES)
         (directory / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    return Exported(model, settings, reason, companions if _has_tokenizer(companions) else None)
+    return Exported(model, settings, reason, companions if has_tokenizer(companions) else None)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -236,10 +235,6 @@ def _companions(source: Path, args: Namespace) -> Path:
     tokenizer = getattr(args, "tokenizer_model", None)
     is_one = getattr(args, "tokenizer_type", None) == "HuggingFaceTokenizer" and tokenizer
     return Path(tokenizer) if is_one and not beside.is_dir() else beside
-
-
-def _has_tokenizer(directory: Path) -> bool:
-    return any((directory / name).is_file() for name in _TOKENIZERS)
 
 
 def _check_tensors(checkpoint: Checkpoint, placed: Iterable[Placed], model: Model) -> None:

@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
 
 RUNNER = Path(__file__).parents[2] / "scripts" / "bench.py"
 
@@ -16,3 +17,11 @@ def bench():
         patch.syspath_prepend(RUNNER.parents[1])
         spec.loader.exec_module(module)
         yield module
+
+
+@pytest.fixture(scope="module", autouse=True)
+def same_threads():
+    """The runner's `--threads` does not outlive a file's tests."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

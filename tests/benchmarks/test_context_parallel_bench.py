@@ -24,13 +24,6 @@ KEYS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def same_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def benchmark(bench):
     from benchmarks import context_parallel

@@ -17,13 +17,6 @@ KEYS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def same_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def decode(bench):
     from benchmarks import decode

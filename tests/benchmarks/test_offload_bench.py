@@ -26,13 +26,6 @@ PRINTED = """ > number of parameters on (tensor, pipeline) model parallel rank (
 optimizer offload of rank 0: 82048 parameters in 21 subgroups of 4096; the GPU updates {}% of those"""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def same_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def benchmark(bench):
     from benchmarks import offload

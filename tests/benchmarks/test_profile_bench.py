@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 TOY = ["profile", "--device", "cpu", "--threads", "1", "--cases", "cpu", "--seq-lengths", "100"]
 PRINTED = """==PROF== Connected to process 7
@@ -15,13 +14,6 @@ PRINTED = """==PROF== Connected to process 7
 "1","bwd_kernel","metrics","gpu__time_duration.sum","ns","2000"
 "1","bwd_kernel","metrics","sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed","","n/a"
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def same_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

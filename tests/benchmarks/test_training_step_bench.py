@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 SIZES = "--num-layers 4 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 --num-query-groups 2"
 TOY = ["step", "--device", "cpu", "--threads", "1", "--repeats", "2", "--warm-up", "1", *SIZES.split()]
@@ -16,13 +15,6 @@ KEYS = {
     *("not_measured", "losses", "seconds", "flops", "dense_flops", "speedup_bound"),
     *("host_peak_bytes", "gpu_peak_bytes", "other_cpus"),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def same_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
