@@ -4,8 +4,10 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TEST = ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6"]
-PLOT = ["matplotlib>=3.8"]
+# The lower bounds are a set that the suite passes with (constraints-oldest.txt). torch has no upper bound, since
+# images for GPUs bring their own; Megatron has one, since its training loop changes with every release.
+TEST = ["pytest>=8.2", "pytest-xdist>=3.6.1", "hypothesis>=6.100"]
+PLOT = ["matplotlib>=3.9"]
 
 setup(
     name="megatron-s2",
@@ -17,19 +19,19 @@ setup(
     python_requires=">=3.12",
     packages=find_packages(include=["megatron_s2", "megatron_s2.*"]),
     install_requires=[
-        "torch>=2.13",
-        "triton",
-        "megatron-core[training]>=0.19",
-        "safetensors",
-        "transformers",
-        "tensorboard",
+        "torch>=2.11",
+        "triton>=3.6",
+        "megatron-core[training]>=0.19,<0.20",
+        "safetensors>=0.5",
+        "transformers>=5.0",
+        "tensorboard>=2.18",
     ],
     extras_require={
         "plot": PLOT,
         "wandb": ["wandb"],
         # Builds CUDA code; NVIDIA's Apex has no package on PyPI (the `apex` there is unrelated).
-        "te": ["megatron-core[te]>=0.19"],
+        "te": ["megatron-core[te]>=0.19,<0.20"],
         "test": [*TEST, *PLOT],
-        "dev": [*TEST, *PLOT, "ruff==0.17.5", "pre-commit"],
+        "dev": [*TEST, *PLOT, "ruff==0.17.5", "pre-commit>=4"],
     },
 )

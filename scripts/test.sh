@@ -1,13 +1,39 @@
 #!/usr/bin/env bash
-# Formatting, lint and tests. Arguments go to pytest: `bash scripts/test.sh tests/data -k worker`.
-# Tests that need a GPU run where there is one. Two files at a time, long ones first; `-n 0` for one after the
-# other.
+# Formatting, lint and tests, on the CPU; tests marked `gpu` run where there is one.
+#
+#   bash scripts/test.sh [--all] [--versions SET] [ARGUMENTS OF PYTEST …]
+#
+# --all            the exhaustive grids, matrices and recipes, too
+# --versions SET   tested (default), oldest or newest package versions, each set in an environment of its own
+#
+# `bash scripts/test.sh tests/data -k worker` runs some of them. Two files run at a time, long ones first;
+# `-n 0` runs one after the other.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib/env.sh"
-enter_environment dev
 
+VERSIONS=tested SELECTION=(-m 'not exhaustive') ARGUMENTS=()
+while (($#)); do
+    case $1 in
+        -h | --help) sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 0 ;;
+        --all) SELECTION=() && shift ;;
+        --versions)
+            (($# > 1)) || die "--versions: needs a value: tested, oldest or newest"
+            VERSIONS=$2
+            shift 2
+            ;;
+        *) ARGUMENTS+=("$1") && shift ;;
+    esac
+done
+[[ $VERSIONS =~ ^(tested|oldest|newest)$ ]] || die "--versions $VERSIONS: must be tested, oldest or newest"
+
+enter_environment dev "$VERSIONS"
 say "ruff"
 ruff format --check .
 ruff check .
-say "pytest $*"
-exec python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+say "pytest, $VERSIONS versions: $(python - <<'END'
+from importlib.metadata import version
+
+print(*(f"{name} {version(name)}" for name in ("torch", "triton", "megatron-core", "transformers")), sep=", ")
+END
+)"
+exec python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "${SELECTION[@]}" "${ARGUMENTS[@]}"

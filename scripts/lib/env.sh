@@ -1,8 +1,13 @@
 # The environment of the scripts: finds a Python, makes .venv, installs this package into it.
 #
-# Sourced, not run. `enter_environment EXTRAS` (extras of setup.py: plot; dev) leaves the caller in
-# the root of the repository with the environment first on PATH. Only what is missing is done, each
-# step is announced in one line, and a run that was interrupted is made good by the next.
+# Sourced, not run. `enter_environment EXTRAS [VERSIONS]` (extras of setup.py: plot; dev) leaves the
+# caller in the root of the repository with the environment first on PATH. Only what is missing is
+# done, each step is announced in one line, and a run that was interrupted is made good by the next.
+#
+# VERSIONS is a set of package versions, each with an environment of its own:
+#   tested   constraints.txt, in .venv (the default)
+#   oldest   constraints-oldest.txt, in .venv-oldest
+#   newest   the newest releases that setup.py allows, looked up once a day, in .venv-newest
 #
 # PYTHON             the Python to make the environment with, instead of searching for one
 # MEGATRON_S2_VENV   absolute path of the environment; for .ci/run, which makes one from nothing
@@ -93,15 +98,22 @@ make_environment() {
     "$python" -m venv "$VENV" || die "$python -m venv $VENV failed"
 }
 
-# Installs the package, editable, with the extras $1, unless that was done for this very setup.py.
+# Installs the package, editable, with the extras $1 in the versions $2, unless that was done for this
+# very setup.py and these constraints.
 install_package() {
-    local stamp=$VENV/.installed-$1 checksum
-    checksum=$(cksum <"$ROOT/setup.py")
+    local stamp=$VENV/.installed-$1 versions=() also checksum
+    case $2 in
+        tested) also=$(<"$ROOT/constraints.txt") versions=(--constraint "$ROOT/constraints.txt") ;;
+        oldest) also=$(<"$ROOT/constraints-oldest.txt") versions=(--constraint "$ROOT/constraints-oldest.txt") ;;
+        newest) also=$(date +%F) versions=(--upgrade --upgrade-strategy eager) ;;
+    esac
+    checksum=$(printf '%s\n' "$(<"$ROOT/setup.py")" "$also" | cksum)
     if [[ -e $stamp && $(<"$stamp") == "$checksum" ]]; then return; fi
-    say "installing megatron-s2 [$1] and what it needs (the first time: minutes, about 5 GB)"
+    say "installing megatron-s2 [$1] and what it needs, $2 versions (the first time: minutes, about 5 GB)"
     touch "$VENV/.installing"
     trap 'exit 130' INT TERM # pip failing leaves a sound environment; pip interrupted does not
-    if ! "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$ROOT[$1]"; then
+    if ! "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "${versions[@]}" \
+        --editable "$ROOT[$1]"; then
         rm "$VENV/.installing"
         die "installing into $VENV failed, see above; run this again when that is mended"
     fi
@@ -111,8 +123,9 @@ install_package() {
 }
 
 enter_environment() {
-    local place
+    local place versions=${2:-tested}
     VENV=${MEGATRON_S2_VENV:-$ROOT/.venv}
+    [[ $versions == tested ]] || VENV=$VENV-$versions
     place=$(cd "${VENV%/*}" && pwd -P)
     VENV=$place/${VENV##*/}
     # Two scripts started together must not install into, or remove, one environment at once.
@@ -122,7 +135,7 @@ enter_environment() {
         flock 9
     fi
     environment_is_sound || make_environment
-    install_package "$1"
+    install_package "$1" "$versions"
     exec 9<&-
     export PATH="$VENV/bin:$PATH" VIRTUAL_ENV="$VENV"
     unset PYTHONHOME

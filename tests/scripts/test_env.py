@@ -27,6 +27,7 @@ case "$1 $2" in
     "-m pip") if [[ -e {root}/pip-does ]]; then source {root}/pip-does; fi ;;
 esac
 echo "$1 $2 3.{minor}" >> {root}/calls
+echo "$*" >> {root}/words
 """
 
 
@@ -39,6 +40,8 @@ class Machine:
         (self.repository / "scripts" / "lib").mkdir(parents=True)
         shutil.copy(ENV_SH, self.repository / "scripts" / "lib")
         (self.repository / "setup.py").write_text("first")
+        for name in ("constraints.txt", "constraints-oldest.txt"):
+            (self.repository / name).write_text(name)
         (root / "bin").mkdir()
         self.venv = self.repository / ".venv"
 
@@ -175,6 +178,33 @@ def test_it_installs_once_and_again_when_setup_py_changes(machine):
     (machine.repository / "setup.py").write_text("second")
     machine.enter()
     assert machine.calls() == ["-m pip 3.12"]
+
+
+def test_it_installs_again_when_the_constraints_change(machine):
+    machine.enter()
+    machine.calls()
+    (machine.repository / "constraints-oldest.txt").write_text("of another set")
+    machine.enter()
+    assert machine.calls() == []
+    (machine.repository / "constraints.txt").write_text("second")
+    machine.enter()
+    assert machine.calls() == ["-m pip 3.12"]
+
+
+@pytest.mark.parametrize(
+    "versions, folder, flags",
+    [
+        ("tested", ".venv", "--constraint {}/constraints.txt"),
+        ("oldest", ".venv-oldest", "--constraint {}/constraints-oldest.txt"),
+        ("newest", ".venv-newest", "--upgrade --upgrade-strategy eager"),
+    ],
+)
+def test_each_set_of_versions_has_an_environment_of_its_own(machine, versions, folder, flags):
+    command = f"enter_environment dev {versions}; type -P python"
+    entered = machine.run(command, TOOLS=":/usr/bin:/bin", PYTHON=machine.chosen())
+    assert entered.out.strip() == str(machine.repository / folder / "bin" / "python")
+    pip = (machine.root / "words").read_text().splitlines()[-1]
+    assert pip.endswith(f" {flags.format(machine.repository)} --editable {machine.repository}[dev]")
 
 
 def test_extras_are_installed_each_when_asked_for(machine):
