@@ -1,10 +1,9 @@
-"""`import megatron_s2` and the pattern are light: usable in a launcher or on a login node, in no time."""
+"""`import megatron_s2` and the pattern are light: usable in a launcher or on a login node."""
 
 import subprocess
 import sys
 
 HEAVY = ("torch", "numpy", "megatron", "triton", "transformers")
-MOST_SECONDS = 0.5
 
 
 def run_python(code: str) -> str:
@@ -22,15 +21,6 @@ def test_the_package_and_its_pattern_import_nothing_heavy():
         f"print(*[name for name in {HEAVY} if name in sys.modules])"
     )
     assert imported.split() == []
-
-
-def test_the_import_takes_less_than_half_a_second():
-    timed = "import time; start = time.perf_counter(); import megatron_s2; megatron_s2.S2Pattern; "
-    seconds = [float(run_python(timed + "print(time.perf_counter() - start)")) for _ in range(3)]
-    assert min(seconds) < MOST_SECONDS, (
-        f"import megatron_s2 took {', '.join(f'{s:.2f}' for s in seconds)} s; "
-        "`python -X importtime -c 'import megatron_s2; megatron_s2.S2Pattern'` shows which import is slow"
-    )
 
 
 def test_the_public_names_are_listed_and_unknown_ones_refused():
