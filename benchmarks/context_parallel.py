@@ -29,7 +29,7 @@ from benchmarks.measure import Company, interleaved_times, summary
 from megatron_s2 import S2Pattern, s2_attention
 from megatron_s2.kernels.compare import Results, attention_results, require_as_exact_as_plain
 from megatron_s2.kernels.reference import masked_attention
-from megatron_s2.parallel.attention import context_parallel_attention
+from megatron_s2.parallel.context_parallel_attention import context_parallel_attention
 from megatron_s2.parallel.cost import AttentionCall, ExchangeBytes, exchange_bytes, work
 from megatron_s2.parallel.exchange import Exchange
 from megatron_s2.parallel.layout import Zigzag

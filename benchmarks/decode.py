@@ -17,10 +17,10 @@ from benchmarks.cases import DTYPES, SHAPES, Case
 from benchmarks.environment import code_hash
 from benchmarks.exactness import visible_keys
 from benchmarks.measure import Company, interleaved_times, kernel_times, summary
-from megatron_s2.generation.attention import cached_attention
-from megatron_s2.generation.cache import KVCache, cache_bytes, dense_cache_bytes
 from megatron_s2.kernels.compare import require_as_exact_as_plain, require_equal
 from megatron_s2.kernels.reference import masked_attention
+from megatron_s2.kv_cache.cache import KVCache, cache_bytes, dense_cache_bytes
+from megatron_s2.kv_cache.cached_attention import cached_attention
 
 DEFAULT_SHAPES = {"cpu": SHAPES["cpu"], "cuda": SHAPES["grouped"]}
 DEFAULT_CONTEXTS = {"cpu": [32768], "cuda": [2**n for n in range(13, 18)]}

@@ -31,7 +31,7 @@ NOTES = {
 SHARE = r"the GPU updates ([\d.]+)% of"  # as the plan that a run prints says it
 _CODE = (
     "megatron_s2/pretrain.py",
-    "megatron_s2/gpt.py",
+    "megatron_s2/training/forward_step.py",
     "megatron_s2/offload/*.py",
     "megatron_s2/runtime/*.py",
     "benchmarks/offload.py",

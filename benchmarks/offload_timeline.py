@@ -78,7 +78,7 @@ def _newest(rows: list[Row]) -> list[Row]:
 
 def plot(rows: list[Row], directory: Path) -> list[Path]:
     """A picture for each model: what each queue did, predicted above measured."""
-    from megatron_s2.offload.picture import draw_timelines
+    from megatron_s2.report.offload_timeline import draw_timelines
 
     paths = []
     for row in _newest(rows):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.benchmark import Benchmark, Row, WrongResultError
-from megatron_s2.curves import Losses
+from megatron_s2.report.losses import Losses
 
 _SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "quickstart.sh"
 

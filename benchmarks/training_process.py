@@ -20,7 +20,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.environment import ROOT
-from megatron_s2.curves import TRAIN_LOSS, read_scalars
+from megatron_s2.report.losses import TRAIN_LOSS, read_scalars
 
 
 @dataclass(frozen=True)

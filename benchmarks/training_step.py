@@ -21,8 +21,8 @@ from benchmarks.benchmark import WRONG, Benchmark, Row, WrongResultError, is_wro
 from benchmarks.environment import code_hash, package_version
 from benchmarks.measure import Company, summary
 from benchmarks.training_process import Training, train
-from megatron_s2.block_pattern import attention_flops
-from megatron_s2.settings import S2Settings
+from megatron_s2.pattern.block_pattern import attention_flops
+from megatron_s2.pattern.settings import S2Settings
 
 OUT_OF_MEMORY = "out of memory"
 CASES = {
@@ -35,8 +35,8 @@ CHECKED_STEPS = 4
 CHECK_SHARE = 0.1  # the kernels sum in other orders, and weights of 16 bits carry that on
 _CODE = (
     "megatron_s2/pretrain.py",
-    "megatron_s2/gpt.py",
-    "megatron_s2/settings.py",
+    "megatron_s2/training/forward_step.py",
+    "megatron_s2/pattern/settings.py",
     "megatron_s2/layers/*.py",
     "megatron_s2/runtime/*.py",
     "benchmarks/training_step.py",

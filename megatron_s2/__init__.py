@@ -8,8 +8,8 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOME_OF = {
-    "BlockMaskPattern": "megatron_s2.mask_pattern",
-    "S2Pattern": "megatron_s2.pattern",
+    "BlockMaskPattern": "megatron_s2.pattern.mask_pattern",
+    "S2Pattern": "megatron_s2.pattern.s2_pattern",
     "s2_attention": "megatron_s2.kernels",
 }
 

@@ -27,11 +27,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import causal_mask_function
 
-from megatron_s2.generation.attention import cached_attention
-from megatron_s2.generation.cache import KVCache
 from megatron_s2.kernels import s2_attention
-from megatron_s2.pattern import S2Pattern
-from megatron_s2.settings import S2Settings
+from megatron_s2.kv_cache.cache import KVCache
+from megatron_s2.kv_cache.cached_attention import cached_attention
+from megatron_s2.pattern.s2_pattern import S2Pattern
+from megatron_s2.pattern.settings import S2Settings
 
 NAME = "s2"
 _FROM_THE_MODEL = ("num_layers", "num_kv_heads")

@@ -23,8 +23,13 @@ from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
-from megatron_s2.annealing import Annealing
-from megatron_s2.arguments import (
+from megatron_s2.offload.run import Offload, OffloadError
+from megatron_s2.parallel.exchange import PeerLostError, Traffic
+from megatron_s2.parallel.planner import plan_model
+from megatron_s2.pattern.annealing import Annealing
+from megatron_s2.pattern.settings import S2Settings
+from megatron_s2.report.startup_table import startup_table
+from megatron_s2.training.arguments import (
     add_s2_args,
     differences_from_checkpoint,
     refuse_bypasses,
@@ -32,13 +37,10 @@ from megatron_s2.arguments import (
     take_from_checkpoint,
     validate_s2_args,
 )
-from megatron_s2.offload.arguments import offload_settings, validate_offload_args
-from megatron_s2.offload.run import Offload, OffloadError
-from megatron_s2.parallel.exchange import PeerLostError, Traffic
-from megatron_s2.parallel.planner import plan_model
-from megatron_s2.runtime.checks import check_model, check_paths, check_splits
-from megatron_s2.runtime.flags import Machine, describe, runnable_arguments
-from megatron_s2.runtime.patches import (
+from megatron_s2.training.checks import check_model, check_paths, check_splits
+from megatron_s2.training.machine import Machine, describe, runnable_arguments
+from megatron_s2.training.offload_arguments import offload_settings, validate_offload_args
+from megatron_s2.training.patches import (
     EmptySplitError,
     apply_patches,
     count_s2_flops,
@@ -48,8 +50,6 @@ from megatron_s2.runtime.patches import (
     quiet_known_warnings,
     use_offload,
 )
-from megatron_s2.settings import S2Settings
-from megatron_s2.summary import startup_table
 
 if TYPE_CHECKING:
     from megatron.training.config.container import PretrainConfigContainer
@@ -110,7 +110,7 @@ def train(argv: Sequence[str]) -> None:
         print(line, flush=True)
 
     if not machine.gpu:
-        from megatron_s2.runtime.cpu import enable_cpu_runtime
+        from megatron_s2.training.cpu_runtime import enable_cpu_runtime
 
         enable_cpu_runtime()
     apply_patches(cpu=not machine.gpu)
@@ -125,7 +125,7 @@ def train(argv: Sequence[str]) -> None:
     from megatron.core.enums import ModelType
     from megatron.training import get_tensorboard_writer, pretrain
 
-    from megatron_s2 import gpt
+    from megatron_s2.training import forward_step as gpt
 
     offload = None
     if args.s2_offload:
@@ -173,7 +173,7 @@ def configure(argv: Sequence[str]) -> tuple[Namespace, PretrainConfigContainer]:
     from megatron.training.checkpointing import load_args_from_checkpoint
     from megatron.training.global_vars import set_global_variables
 
-    from megatron_s2.config import S2TransformerConfig, s2_settings
+    from megatron_s2.layers.config import S2TransformerConfig, s2_settings
     from megatron_s2.layers.specs import s2_layer_spec
 
     args = _parse(argv)
@@ -269,7 +269,7 @@ def _compare_with_checkpoint(args: Namespace, saved: Namespace) -> None:
 def _show_table(args: Namespace, config, settings: S2Settings, settled: list[str]) -> None:
     if _rank():
         return
-    from megatron_s2.config import cluster_of
+    from megatron_s2.layers.config import cluster_of
 
     element = torch.finfo(args.params_dtype).bits // 8
     plan = None

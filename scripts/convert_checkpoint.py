@@ -5,8 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_s2.arguments import add_s2_args
 from megatron_s2.data.command import CommandParser, run_command
+from megatron_s2.training.arguments import add_s2_args
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     # Imports torch: bad flags need not wait for it.
-    from megatron_s2.runtime.patches import quiet_known_warnings
+    from megatron_s2.training.patches import quiet_known_warnings
 
     quiet_known_warnings()
     from megatron_s2.checkpoint.convert import RESUME, to_hugging_face, to_megatron

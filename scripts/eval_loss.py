@@ -16,12 +16,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = arguments().parse_args(argv)
 
     # Imports torch: bad flags need not wait for it.
-    from megatron_s2.runtime.patches import quiet_known_warnings
+    from megatron_s2.training.patches import quiet_known_warnings
 
     quiet_known_warnings()
-    from megatron_s2.data.errors import InputError
-    from megatron_s2.evaluation import evaluate, hugging_face_model, megatron_model, windows
+    from megatron_s2.errors import InputError
     from megatron_s2.generation.decoding import beyond_positions
+    from megatron_s2.generation.evaluation import evaluate, hugging_face_model, megatron_model, windows
 
     try:
         batches = windows(args.data_path, args.seq_length, args.samples, args.micro_batch_size)

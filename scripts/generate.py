@@ -17,10 +17,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = arguments().parse_args(argv)
 
     # Imports torch: bad flags need not wait for it.
-    from megatron_s2.runtime.patches import quiet_known_warnings
+    from megatron_s2.training.patches import quiet_known_warnings
 
     quiet_known_warnings()
-    from megatron_s2.data.errors import InputError
+    from megatron_s2.errors import InputError
     from megatron_s2.generation.command import run
 
     try:

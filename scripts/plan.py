@@ -8,11 +8,11 @@ import json
 import sys
 from pathlib import Path
 
-from megatron_s2.arguments import add_s2_args, cluster_from_args, settings_from_args
 from megatron_s2.data.command import CommandParser
 from megatron_s2.parallel.planner import ModelPlan, plan_model
-from megatron_s2.parallel.report import as_json, table
-from megatron_s2.picture import SUFFIXES
+from megatron_s2.report.context_parallel_plan import as_json, table
+from megatron_s2.report.pattern_picture import SUFFIXES
+from megatron_s2.training.arguments import add_s2_args, cluster_from_args, settings_from_args
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def plot(args: argparse.Namespace) -> None:
-    from megatron_s2.parallel.picture import draw_plans, plan_sizes
+    from megatron_s2.report.context_parallel_picture import draw_plans, plan_sizes
 
     if args.plot.suffix not in SUFFIXES:
         raise ValueError(f"--plot {args.plot}: must end in {' or '.join(SUFFIXES)}")

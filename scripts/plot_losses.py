@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_s2.curves import Losses, draw_losses
+from megatron_s2.report.losses import Losses, draw_losses
 
 
 def main() -> None:

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 from megatron_s2.data.command import CommandParser
-from megatron_s2.offload.picture import draw_timelines
 from megatron_s2.offload.trace import bottleneck, read_trace
+from megatron_s2.report.offload_timeline import draw_timelines
 
 
 def main(argv: list[str] | None = None) -> None:

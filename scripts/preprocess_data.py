@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace a dataset that is there already")
     args = parser.parse_args(argv)
 
-    from megatron_s2.runtime.patches import (
+    from megatron_s2.training.patches import (
         quiet_known_warnings,
     )  # imports torch: bad flags need not wait for it
 

@@ -8,7 +8,7 @@ from unittest import mock
 
 from megatron.training import arguments
 
-from megatron_s2.arguments import add_s2_args
+from megatron_s2.training.arguments import add_s2_args
 
 HOPPER = SimpleNamespace(major=9, minor=0)
 

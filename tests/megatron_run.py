@@ -44,9 +44,9 @@ MODERN = """
 MOCK_DATA = "--mock-data"
 IMPORTED_BY_A_TRAINING = (
     "megatron_s2.pretrain",
-    "megatron_s2.gpt",
+    "megatron_s2.training.forward_step",
     "megatron_s2.layers.core_attention",
-    "megatron_s2.runtime.cpu",
+    "megatron_s2.training.cpu_runtime",
     "megatron.core.tokenizers.text.libraries",
     "megatron.training",
     "torch._dynamo",
@@ -232,7 +232,7 @@ def _serve() -> None:
 
     What is imported here is what a training imports; a run before the fork would leave threads behind.
     """
-    from megatron_s2.runtime.patches import quiet_known_warnings
+    from megatron_s2.training.patches import quiet_known_warnings
 
     quiet_known_warnings()
     for module in IMPORTED_BY_A_TRAINING:

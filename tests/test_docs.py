@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_s2.arguments import add_s2_args
+from megatron_s2.training.arguments import add_s2_args
 
 DOCS = Path(__file__).parent.parent / "docs"
 # Whose numbers are all printed by their own Python blocks.

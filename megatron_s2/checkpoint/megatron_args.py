@@ -3,10 +3,10 @@
 from argparse import Namespace
 from dataclasses import asdict
 
-from megatron_s2.arguments import settings_from_args
 from megatron_s2.checkpoint.model import Model
-from megatron_s2.data.errors import InputError
-from megatron_s2.settings import S2Settings
+from megatron_s2.errors import InputError
+from megatron_s2.pattern.settings import S2Settings
+from megatron_s2.training.arguments import settings_from_args
 
 # Names of Megatron's arguments whose flag is another word.
 _FLAGS = {"layernorm_epsilon": "--norm-epsilon"}

@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from megatron_s2.data.errors import InputError
+from megatron_s2.errors import InputError
 
 _TRACKER = "latest_checkpointed_iteration.txt"
 _RELEASE = "release"

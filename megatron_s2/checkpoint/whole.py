@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_s2.data.errors import InputError
 from megatron_s2.data.output import check_writable
+from megatron_s2.errors import InputError
 
 
 def check_new(path: Path) -> None:

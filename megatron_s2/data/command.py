@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from megatron_s2.data.documents import Corpus
-from megatron_s2.data.errors import InputError
+from megatron_s2.errors import InputError
 
 
 class CommandParser(argparse.ArgumentParser):

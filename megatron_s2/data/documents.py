@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 
-from megatron_s2.data.errors import InputError
+from megatron_s2.errors import InputError
 
 JSON_LINES = (".jsonl", ".json")
 

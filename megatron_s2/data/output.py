@@ -2,7 +2,7 @@
 
 import os
 
-from megatron_s2.data.errors import InputError
+from megatron_s2.errors import InputError
 
 
 def check_writable(flag: str, directory: str) -> None:

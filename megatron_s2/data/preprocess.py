@@ -13,9 +13,9 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 from megatron_s2.data.documents import Corpus, Tally
-from megatron_s2.data.errors import InputError
 from megatron_s2.data.output import check_absent, check_writable
 from megatron_s2.data.progress import Progress
+from megatron_s2.errors import InputError
 
 # Those of Megatron's tokenizers that --tokenizer-model alone describes.
 TOKENIZER_TYPES = (

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_s2.data.documents import Corpus, Tally
-from megatron_s2.data.errors import InputError
 from megatron_s2.data.output import check_absent, check_writable
 from megatron_s2.data.progress import Progress
+from megatron_s2.errors import InputError
 
 END_OF_DOCUMENT = "<|endoftext|>"
 

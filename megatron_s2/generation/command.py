@@ -137,8 +137,8 @@ def _hugging_face(args: Namespace) -> _Model:
 def _megatron(args: Namespace) -> _Model:
     if not args.load.is_dir():
         raise ValueError(f"--load {args.load}: is no directory")
-    from megatron_s2.generation.checkpoint import load_gpt
-    from megatron_s2.generation.gpt import GPTDecoder
+    from megatron_s2.generation.loading import load_gpt
+    from megatron_s2.generation.megatron_model import GPTDecoder
 
     loaded = load_gpt(args.load, args.tokenizer_model, needs_tokenizer=not args.token_ids)
     return _Model(

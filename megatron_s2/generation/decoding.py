@@ -10,8 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_s2.generation.cache import KVCache
 from megatron_s2.generation.sampling import Sampling
+from megatron_s2.kv_cache.cache import KVCache
 
 # Of a prompt in one forward pass: bounds the memory of activations, and costs no time.
 CHUNK = 4096

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from megatron_s2.generation.cache import KVCache
 from megatron_s2.hf import NAME, S2Cache, settings_of
+from megatron_s2.kv_cache.cache import KVCache
 
 
 def load_pretrained(directory: str | Path, dtype: str = "auto", *, needs_s2: bool = False) -> PreTrainedModel:

@@ -17,16 +17,16 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import divide, get_pg_rank, get_pg_size
 from torch import Tensor
 
-from megatron_s2.annealing import Annealing, stages
-from megatron_s2.generation.attention import cached_attention
-from megatron_s2.generation.cache import KVCache
 from megatron_s2.kernels import s2_attention
+from megatron_s2.kv_cache.cache import KVCache
+from megatron_s2.kv_cache.cached_attention import cached_attention
 from megatron_s2.parallel.assignment import Documents
-from megatron_s2.parallel.attention import call_of, context_parallel_attention
+from megatron_s2.parallel.context_parallel_attention import call_of, context_parallel_attention
 from megatron_s2.parallel.exchange import Exchange, Traffic
 from megatron_s2.parallel.planner import Cluster, choose
-from megatron_s2.pattern import S2Pattern
-from megatron_s2.settings import S2Settings
+from megatron_s2.pattern.annealing import Annealing, stages
+from megatron_s2.pattern.s2_pattern import S2Pattern
+from megatron_s2.pattern.settings import S2Settings
 
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 

@@ -7,7 +7,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from megatron_s2.generation.cache import KVCache
+from megatron_s2.kv_cache.cache import KVCache
 
 
 class S2SelfAttention(SelfAttention):

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    from megatron_s2.offload.arguments import OffloadSettings
     from megatron_s2.offload.model import Rates
     from megatron_s2.offload.optimizer import OffloadedAdamW
+    from megatron_s2.training.offload_arguments import OffloadSettings
 
 # Steps at rates that no longer hold cost more than measuring for half a second once in so many.
 STEPS_BETWEEN_LOOKS = 100

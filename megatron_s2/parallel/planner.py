@@ -24,7 +24,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_s2.block_pattern import attention_flops
 from megatron_s2.parallel.cost import (
     SCHEDULES,
     AttentionCall,
@@ -36,8 +35,9 @@ from megatron_s2.parallel.cost import (
     transfers,
     work,
 )
-from megatron_s2.pattern import S2Pattern
-from megatron_s2.settings import S2Settings
+from megatron_s2.pattern.block_pattern import attention_flops
+from megatron_s2.pattern.s2_pattern import S2Pattern
+from megatron_s2.pattern.settings import S2Settings
 
 __all__ = [
     "OURS",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import RUNNER
 
-from megatron_s2.generation.cache import cache_bytes, dense_cache_bytes
+from megatron_s2.kv_cache.cache import cache_bytes, dense_cache_bytes
 
 TOY = ["decode", "--device", "cpu", "--context", "1000", "--repeats", "2", "--threads", "1"]
 KEYS = {

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_s2 import gpt, pretrain
+from megatron_s2 import pretrain
+from megatron_s2.training import forward_step as gpt
 
 _ONE_STEP = """
     --micro-batch-size 1 --global-batch-size 1 --train-iters 1 --eval-iters 1 --eval-interval 1 --skip-train

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from megatron_s2.data.documents import Corpus, Tally
-from megatron_s2.data.errors import InputError
+from megatron_s2.errors import InputError
 
 
 def read(path, **options):

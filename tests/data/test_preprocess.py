@@ -15,8 +15,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_s2.data.command import run_command
 from megatron_s2.data.documents import Corpus
-from megatron_s2.data.errors import InputError
 from megatron_s2.data.preprocess import load_tokenizer, preprocess_data
+from megatron_s2.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 

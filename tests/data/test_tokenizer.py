@@ -10,9 +10,9 @@ import pytest
 
 from megatron_s2.data.command import run_command
 from megatron_s2.data.documents import Corpus
-from megatron_s2.data.errors import InputError
 from megatron_s2.data.preprocess import load_tokenizer
 from megatron_s2.data.tokenizer import train_tokenizer
+from megatron_s2.errors import InputError
 
 
 @pytest.fixture(scope="module")

@@ -13,14 +13,14 @@ import torch
 
 
 def main(directory: Path, request: dict) -> dict:
-    from megatron_s2.runtime.patches import quiet_known_warnings
+    from megatron_s2.training.patches import quiet_known_warnings
 
     quiet_known_warnings()
     from gpt_models import greedy
 
-    from megatron_s2.generation.checkpoint import load_gpt
     from megatron_s2.generation.decoding import Request, generate
-    from megatron_s2.generation.gpt import GPTDecoder
+    from megatron_s2.generation.loading import load_gpt
+    from megatron_s2.generation.megatron_model import GPTDecoder
 
     torch.set_num_threads(1)
     loaded = load_gpt(directory)
@@ -70,7 +70,7 @@ def _by_megatron(model, prompts: list[list[int]], tokens: int) -> list[list[int]
 def _again(model, todo) -> list[list[int]]:
     """Where an engine of Megatron's has been."""
     from megatron_s2.generation.decoding import generate
-    from megatron_s2.generation.gpt import GPTDecoder
+    from megatron_s2.generation.megatron_model import GPTDecoder
 
     return generate(GPTDecoder(model, len(todo.prompts), todo.max_tokens), todo).rows
 

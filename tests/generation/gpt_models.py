@@ -6,7 +6,7 @@ from unittest import mock
 
 import torch
 
-from megatron_s2.config import S2TransformerConfig
+from megatron_s2.layers.config import S2TransformerConfig
 
 VOCAB = 96
 S2 = {

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import megatron_s2.hf
 from megatron_s2.data.command import run_command
-from megatron_s2.generation.cache import cache_bytes
 from megatron_s2.generation.text import Stream, Text, hugging_face_text, megatron_text
+from megatron_s2.kv_cache.cache import cache_bytes
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "generate.py"
@@ -66,9 +66,9 @@ def model(hugging_face):
 @pytest.fixture(scope="module")
 def converted(hugging_face, tmp_path_factory):
     """The same model as a Megatron checkpoint, moved after it was made: its tokenizer is beside it."""
-    from megatron_s2.arguments import add_s2_args
     from megatron_s2.checkpoint.convert import to_megatron
     from megatron_s2.data.command import CommandParser
+    from megatron_s2.training.arguments import add_s2_args
 
     directory = tmp_path_factory.mktemp("converted")
     to_megatron(hugging_face, directory / "first", add_s2_args(CommandParser()).parse_args([]))

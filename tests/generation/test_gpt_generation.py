@@ -8,9 +8,9 @@ import torch
 from gpt_models import SHAPE, VOCAB, gpt, greedy, logits_of, one_rank, prompts
 
 from megatron_s2.generation import decoding
-from megatron_s2.generation.cache import cache_bytes, dense_cache_bytes
 from megatron_s2.generation.decoding import Request, generate
-from megatron_s2.generation.gpt import GPTDecoder
+from megatron_s2.generation.megatron_model import GPTDecoder
+from megatron_s2.kv_cache.cache import cache_bytes, dense_cache_bytes
 
 KINDS = {
     "rope": {},

@@ -12,10 +12,10 @@ from attention_cases import s2
 from triton_cases import DEVICE, LOW_PRECISION, on_device
 
 from megatron_s2 import S2Pattern, s2_attention
-from megatron_s2.generation.attention import cached_attention
-from megatron_s2.generation.cache import KVCache
 from megatron_s2.kernels.compare import require_as_exact_as_plain, require_equal
 from megatron_s2.kernels.reference import masked_attention
+from megatron_s2.kv_cache.cache import KVCache
+from megatron_s2.kv_cache.cached_attention import cached_attention
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,8 @@ def test_a_tile_is_as_many_keys_as_fill_16_kib():
 @pytest.fixture
 def calls(monkeypatch):
     """How often each way of the Triton path was taken."""
-    from megatron_s2.kernels import triton_decode, triton_pieces
+    from megatron_s2.kernels import triton_decode
+    from megatron_s2.kernels import triton_slice as triton_pieces
 
     found = Counter()
 

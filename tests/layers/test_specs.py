@@ -10,13 +10,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
-from megatron_s2.config import S2TransformerConfig
 from megatron_s2.layers import specs
+from megatron_s2.layers.config import S2TransformerConfig
 from megatron_s2.layers.core_attention import S2CoreAttention
 from megatron_s2.layers.self_attention import S2SelfAttention
 from megatron_s2.layers.specs import s2_layer_spec
 from megatron_s2.parallel.planner import Cluster
-from megatron_s2.settings import S2Settings
+from megatron_s2.pattern.settings import S2Settings
 
 CHOSEN = {
     "s2_attention": True,

@@ -110,7 +110,7 @@ def bars(axes) -> list[list[tuple[float, float]]]:
 
 def test_the_picture_has_a_panel_for_each_timeline_and_a_row_for_each_queue():
     pytest.importorskip("matplotlib")
-    from megatron_s2.offload.picture import timelines_figure
+    from megatron_s2.report.offload_timeline import timelines_figure
 
     figure = timelines_figure({"predicted": PREDICTED, "measured": MEASURED}, captions={"measured": "slow"})
     predicted, measured = figure.axes
@@ -126,7 +126,7 @@ def test_the_picture_has_a_panel_for_each_timeline_and_a_row_for_each_queue():
 
 def test_bars_too_narrow_to_tell_apart_are_joined_where_they_touch():
     pytest.importorskip("matplotlib")
-    from megatron_s2.offload.picture import timelines_figure
+    from megatron_s2.report.offload_timeline import timelines_figure
 
     touching = [Event("cpu", f"update {n}", n * 1e-3, (n + 1) * 1e-3) for n in range(1000)]
     apart = [Event("gpu", f"update {n}", n * 1e-3, (n + 0.5) * 1e-3) for n in range(1000)]
@@ -174,7 +174,8 @@ def test_plot_trace_ends_in_one_line(tmp_path, monkeypatch, capsys, trace, outpu
 
 def test_plan_model_simulator_and_trace_import_nothing_heavy():
     program = (
-        "import sys, megatron_s2.offload.report, megatron_s2.offload.rates, megatron_s2.offload.picture\n"
+        "import sys, megatron_s2.report.offload_plan, megatron_s2.report.offload_timeline\n"
+        "import megatron_s2.offload.rates\n"
         "print([name for name in ('torch', 'numpy', 'matplotlib', 'megatron') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)

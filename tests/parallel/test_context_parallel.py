@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from megatron_s2 import S2Pattern
 from megatron_s2.kernels.compare import attention_results, require_as_exact_as_plain, require_equal
 from megatron_s2.parallel.assignment import plan_gather
-from megatron_s2.parallel.attention import context_parallel_attention
+from megatron_s2.parallel.context_parallel_attention import context_parallel_attention
 from megatron_s2.parallel.exchange import Exchange
 from megatron_s2.parallel.layout import Zigzag
 

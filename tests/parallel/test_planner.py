@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from odd_layouts import patterns, zigzags
 
-from megatron_s2.block_pattern import attention_flops
 from megatron_s2.parallel.assignment import plan_gather
 from megatron_s2.parallel.cost import (
     SCHEDULES,
@@ -23,8 +22,9 @@ from megatron_s2.parallel.cost import (
     work,
 )
 from megatron_s2.parallel.planner import Cluster, choose, plan_layer, plan_model, time_text
-from megatron_s2.pattern import S2Pattern
-from megatron_s2.settings import S2Settings
+from megatron_s2.pattern.block_pattern import attention_flops
+from megatron_s2.pattern.s2_pattern import S2Pattern
+from megatron_s2.pattern.settings import S2Settings
 
 MIB = 2**20
 # 128K tokens on 8 ranks, 32/8 heads of 128 in bf16, window 1024 tokens, stride 8.

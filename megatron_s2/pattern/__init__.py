@@ -1,0 +1,1 @@
+"""Which key blocks each KV head sees, in integers."""

@@ -1,0 +1,305 @@
+"""Which key block each query block sees: the one source of truth about S2 sparsity, in integers.
+
+The sequence is cut into blocks of `block_size` tokens. Query block i of KV head g sees key block j when
+(arXiv 2407.17678, section 3, with always-visible first blocks added)
+
+    j <= i  and  ( i - j < local_blocks                            the window, diagonal block included
+                   or j < sink_blocks                              the sinks
+                   or (j + phase[g]) % vert_stride[g] == 0 )       the head's shard of the past
+
+and the diagonal block itself is causal token by token. Positions are absolute: a block outside the shard
+is dead once the window has passed it, so what row i sees beyond its window is a *prefix* of one ascending
+list of blocks, the head's shard (sinks included). Every count below follows from that in closed form;
+nothing here holds an array that grows with the square of the sequence.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
+
+from megatron_s2.pattern.block_pattern import BlockPattern, require
+
+if TYPE_CHECKING:
+    import torch
+
+_MAX_COVERAGE_PERIOD = 1 << 20
+
+
+class Coverage(NamedTuple):
+    """How much of the distant past (beyond every window) at least one head sees.
+
+    `lost` of every `period` consecutive distant blocks are seen by no head.
+    """
+
+    period: int
+    lost: int
+
+    @property
+    def fraction(self) -> float:
+        """Seen share of the distant past, 0 to 1."""
+        return 1 - self.lost / self.period
+
+
+@dataclass(frozen=True)
+class S2Pattern(BlockPattern):
+    """The S2 pattern of one layer: a window, sinks, and for each KV head its strided shard of the past.
+
+    Args:
+        num_kv_heads: KV heads of the whole layer (of all tensor-parallel ranks together).
+        block_size: tokens per block, a power of two >= 16.
+        local_blocks: window in blocks, the diagonal block included, >= 1.
+        vert_stride: distance in blocks between two shard blocks, for all heads or one per KV head; 1 is a
+            dense head.
+        sink_blocks: first blocks of the sequence that every head always sees.
+        phases: for each KV head, which residue its shard has: it sees j with (j + phase) % stride == 0.
+            By default phases spread evenly over the heads of equal stride, and where there are fewer such
+            heads than the stride v they rotate with `layer`, so that any ceil(v / heads) consecutive layers
+            see everything.
+        num_dense_heads: the last KV heads that are dense whatever `vert_stride` says.
+        layer: index of the layer from 0; it moves default phases only.
+        warn_lost: warn when given `phases` leave distant blocks that no head sees.
+
+    Raises:
+        ValueError: a field is out of range; the message starts with its name.
+    """
+
+    num_kv_heads: int
+    block_size: int
+    local_blocks: int
+    vert_stride: int | tuple[int, ...]
+    sink_blocks: int = 0
+    phases: tuple[int, ...] | None = None
+    num_dense_heads: int = 0
+    layer: int = 0
+    warn_lost: bool = field(default=True, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        H, B = self.num_kv_heads, self.block_size
+        require(H >= 1, "num_kv_heads", H, ">= 1")
+        require(B >= 16 and B & (B - 1) == 0, "block_size", B, "a power of two >= 16")
+        require(self.local_blocks >= 1, "local_blocks", self.local_blocks, ">= 1")
+        require(self.sink_blocks >= 0, "sink_blocks", self.sink_blocks, ">= 0")
+        require(0 <= self.num_dense_heads <= H, "num_dense_heads", self.num_dense_heads, f"between 0 and {H}")
+        require(self.layer >= 0, "layer", self.layer, ">= 0")
+        if hasattr(self.vert_stride, "__index__"):  # an int, or numpy's
+            object.__setattr__(self, "vert_stride", int(self.vert_stride))
+            require(self.vert_stride >= 1, "vert_stride", self.vert_stride, ">= 1")
+        else:
+            object.__setattr__(self, "vert_stride", tuple(self.vert_stride))
+            require(
+                len(self.vert_stride) == H, "vert_stride", self.vert_stride, f"one or one per KV head ({H})"
+            )
+            require(min(self.vert_stride) >= 1, "vert_stride", self.vert_stride, ">= 1")
+        if self.phases is not None:
+            object.__setattr__(self, "phases", tuple(self.phases))
+            require(len(self.phases) == H, "phases", self.phases, f"one per KV head ({H})")
+            require(min(self.phases) >= 0, "phases", self.phases, ">= 0")
+            if self.warn_lost and (coverage := self.coverage()).lost:
+                warnings.warn(
+                    f"S2 pattern: {coverage.lost} of every {coverage.period} distant blocks "
+                    "are seen by no head of the layer",
+                    stacklevel=3,
+                )
+
+    @classmethod
+    def from_dkernel(
+        cls,
+        *,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        block_size: int,
+        local_blocks: int,
+        vert_stride: int,
+        homo_head: bool = False,
+        num_dense_heads: int = 0,
+        head_sliding_offset: int = 0,
+    ) -> S2Pattern:
+        """The pattern that DKernel (the authors' code, github.com/linxihui/dkernel) builds from the same
+        arguments, for checkpoints trained with it.
+
+        Its phase step is `vert_stride // num_heads` (at least 1) counted in *query* heads but applied to KV
+        heads, so under GQA part of the past may be lost: that warns. `homo_head` gives every head the phase
+        of head 0.
+
+        Raises:
+            ValueError: as `S2Pattern`, or `homo_head` together with dense heads.
+        """
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        require(
+            num_kv_heads >= 1 and num_heads % num_kv_heads == 0,
+            "num_kv_heads",
+            num_kv_heads,
+            f"a divisor of {num_heads} query heads",
+        )
+        require(not (homo_head and num_dense_heads), "num_dense_heads", num_dense_heads, "0 with homo_head")
+        require(vert_stride >= 1, "vert_stride", vert_stride, ">= 1")
+        step = 0 if homo_head else max(1, vert_stride // num_heads)
+        return cls(
+            num_kv_heads=num_kv_heads,
+            block_size=block_size,
+            local_blocks=local_blocks,
+            vert_stride=vert_stride,
+            phases=tuple((g * step + head_sliding_offset) % vert_stride for g in range(num_kv_heads)),
+            num_dense_heads=num_dense_heads,
+        )
+
+    @cached_property
+    def strides(self) -> tuple[int, ...]:
+        """Stride of each KV head in blocks; 1 for dense heads."""
+        given = (
+            (self.vert_stride,) * self.num_kv_heads if isinstance(self.vert_stride, int) else self.vert_stride
+        )
+        return given[: self.num_kv_heads - self.num_dense_heads] + (1,) * self.num_dense_heads
+
+    @cached_property
+    def head_phases(self) -> tuple[int, ...]:
+        """Phase of each KV head, 0 <= phase < stride."""
+        if self.phases is not None:
+            return tuple(phase % stride for phase, stride in zip(self.phases, self.strides))
+        rank_in_class: dict[int, int] = {}
+        phases = []
+        for stride in self.strides:
+            rank = rank_in_class.get(stride, 0)
+            rank_in_class[stride] = rank + 1
+            heads = min(stride, self.strides.count(stride))
+            rotation = self.layer % -(-stride // heads)
+            phases.append((rank * stride // heads + rotation) % stride)
+        return tuple(phases)
+
+    def is_dense(self, head: int) -> bool:
+        """Whether KV head `head` sees its whole past."""
+        return self.strides[head] == 1
+
+    def for_layer(self, layer: int) -> S2Pattern:
+        """The same pattern at layer index `layer` (from 0): default phases rotate, given ones stay."""
+        return replace(self, layer=layer, warn_lost=False)
+
+    def slice_heads(self, start: int, stop: int) -> S2Pattern:
+        """The pattern of KV heads `start` .. `stop`-1 alone, with the phases they have in the whole."""
+        require(
+            0 <= start < stop <= self.num_kv_heads, "heads", f"{start}:{stop}", f"in 0:{self.num_kv_heads}"
+        )
+        return self.select_heads(range(start, stop))
+
+    def select_heads(self, heads: Sequence[int]) -> S2Pattern:
+        """The pattern of some KV heads alone, in this order, with the phases they have in the whole."""
+        return replace(
+            self,
+            num_kv_heads=len(heads),
+            vert_stride=tuple(self.strides[g] for g in heads),
+            phases=tuple(self.head_phases[g] for g in heads),
+            num_dense_heads=0,
+            layer=0,  # it moves default phases only, and these are given: equal heads make equal patterns
+            warn_lost=False,
+        )
+
+    # A head's shard: the sinks 0 .. sink_blocks-1, then every stride-th block from `first_strided` on.
+
+    def first_strided(self, head: int) -> int:
+        """First block of the head's shard that is no sink."""
+        return self.sink_blocks + -(self.sink_blocks + self.head_phases[head]) % self.strides[head]
+
+    def shard_block(self, head: int, index: int) -> int:
+        """The key block at position `index` of the head's shard."""
+        if index < self.sink_blocks:
+            return index
+        return self.first_strided(head) + (index - self.sink_blocks) * self.strides[head]
+
+    def shard_size(self, head: int, num_blocks: int) -> int:
+        """How many of the head's shard blocks lie among key blocks 0 .. num_blocks-1."""
+        first, stride = self.first_strided(head), self.strides[head]
+        return min(max(num_blocks, 0), self.sink_blocks) + max(0, -(-(num_blocks - first) // stride))
+
+    def shard_prefix(self, head: int, row: int) -> int:
+        """How many shard blocks query block `row` sees beyond its window: those before the window."""
+        return self.shard_size(head, row - self.local_blocks + 1)
+
+    def window_start(self, position: int) -> int:
+        """Position of the first token in the window of the query at `position`."""
+        return max(0, position // self.block_size - self.local_blocks + 1) * self.block_size
+
+    def row_blocks(self, head: int, row: int) -> list[int]:
+        shard = [self.shard_block(head, n) for n in range(self.shard_prefix(head, row))]
+        return [*shard, *range(max(0, row - self.local_blocks + 1), row + 1)]
+
+    def column_rows(self, head: int, block: int, num_blocks: int) -> range:
+        in_shard = block < self.sink_blocks or (block + self.head_phases[head]) % self.strides[head] == 0
+        return range(block, num_blocks if in_shard else min(num_blocks, block + self.local_blocks))
+
+    def visible_blocks(self, head: int, row: int) -> int:
+        return self.shard_prefix(head, row) + min(row + 1, self.local_blocks)
+
+    def _past_blocks(self, head: int, num_rows: int) -> int:
+        # Rows 0 .. num_rows-1 see min(row, L-1) window blocks before the diagonal, and shard block j is
+        # seen beyond the window by the rows from j + L on.
+        L = self.local_blocks
+        ramp = min(num_rows, L)
+        window = ramp * (ramp - 1) // 2 + (num_rows - ramp) * (L - 1)
+        seen = self.shard_prefix(head, num_rows - 1) if num_rows else 0
+        sinks = min(seen, self.sink_blocks)
+        strided = seen - sinks
+        shard = (
+            seen * (num_rows - L)
+            - sinks * (sinks - 1) // 2
+            - strided * self.first_strided(head)
+            - self.strides[head] * strided * (strided - 1) // 2
+        )
+        return window + shard
+
+    def coverage(self, num_layers: int = 1) -> Coverage:
+        """Which share of the distant past the heads of `num_layers` consecutive layers see together.
+
+        Counted over one period of the strides (their least common multiple; over the first 2**20 blocks
+        where that is longer).
+        """
+        require(num_layers >= 1, "num_layers", num_layers, ">= 1")
+        period = min(math.lcm(*self.strides), _MAX_COVERAGE_PERIOD)
+        seen = bytearray(period)
+        for layer in range(self.layer, self.layer + num_layers):
+            pattern = self.for_layer(layer) if self.phases is None else self
+            for stride, phase in set(zip(pattern.strides, pattern.head_phases)):
+                first = -phase % stride
+                if first < period:
+                    seen[first::stride] = b"\x01" * len(range(first, period, stride))
+            if self.phases is not None:
+                break
+        return Coverage(period, lost=seen.count(0))
+
+    def block_mask(self, num_blocks: int) -> torch.Tensor:
+        import torch
+
+        rows = torch.arange(num_blocks)[None, :, None]
+        cols = torch.arange(num_blocks)[None, None, :]
+        stride = torch.tensor(self.strides)[:, None, None]
+        phase = torch.tensor(self.head_phases)[:, None, None]
+        visible = (
+            (rows - cols < self.local_blocks) | (cols < self.sink_blocks) | ((cols + phase) % stride == 0)
+        )
+        return visible & (cols <= rows)
+
+    def describe(self) -> str:
+        """One line for people, without the phases: `block 64, window 8 (512 tokens), stride 16`."""
+        stride = str(self.vert_stride) if isinstance(self.vert_stride, int) else _short(self.strides)
+        parts = [
+            f"block {self.block_size}",
+            f"window {self.local_blocks} ({self.local_blocks * self.block_size} tokens)",
+            f"stride {stride}",
+        ]
+        if self.sink_blocks:
+            parts.append(f"sinks {self.sink_blocks}")
+        if self.num_dense_heads:
+            parts.append(f"dense heads {self.num_dense_heads}")
+        return ", ".join(parts)
+
+    def describe_phases(self) -> str:
+        """The phases of the KV heads for people: `phases 0 2 4 6`."""
+        return f"phases {_short(self.head_phases)}"
+
+
+def _short(values: Sequence[int], most: int = 8) -> str:
+    return " ".join(map(str, values[:most])) + (" …" if len(values) > most else "")

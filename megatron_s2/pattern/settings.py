@@ -1,0 +1,109 @@
+"""What the user chose about S2 attention for a whole model, and the pattern of each layer that follows.
+
+Pure: the flags, the Megatron configuration, the startup table and the planners all speak through it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+
+from megatron_s2.pattern.block_pattern import dense_pairs
+from megatron_s2.pattern.s2_pattern import Coverage, S2Pattern
+
+
+@dataclass(frozen=True)
+class S2Settings:
+    """S2 attention of one model. Layers are numbered from 1, as in Megatron.
+
+    Args:
+        num_layers: transformer layers of the whole model.
+        num_kv_heads: KV heads (query groups) of a layer, over all tensor-parallel ranks.
+        block_size, local_blocks, vert_stride, sink_blocks, phases, num_dense_heads: as in `S2Pattern`.
+        dense_layers: numbers of the layers that keep dense attention.
+        dense_layer_freq: every so many layers one is dense as well; 0 for none.
+
+    Raises:
+        ValueError: a field is out of range; the message starts with its name.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    block_size: int = 64
+    local_blocks: int = 8
+    vert_stride: int | tuple[int, ...] = 16
+    sink_blocks: int = 0
+    phases: tuple[int, ...] | None = None
+    num_dense_heads: int = 0
+    dense_layers: tuple[int, ...] = ()
+    dense_layer_freq: int = 0
+
+    def __post_init__(self) -> None:
+        for layer in self.dense_layers:
+            if not 1 <= layer <= self.num_layers:
+                raise ValueError(f"dense_layers {layer}: must be between 1 and the {self.num_layers} layers")
+        if self.dense_layer_freq < 0:
+            raise ValueError(f"dense_layer_freq {self.dense_layer_freq}: must be >= 0")
+        _ = self.first_pattern
+
+    @cached_property
+    def first_pattern(self) -> S2Pattern:
+        """The pattern of the first S2 layer; the others differ by their rotation."""
+        return S2Pattern(
+            num_kv_heads=self.num_kv_heads,
+            block_size=self.block_size,
+            local_blocks=self.local_blocks,
+            vert_stride=self.vert_stride,
+            sink_blocks=self.sink_blocks,
+            phases=self.phases,
+            num_dense_heads=self.num_dense_heads,
+        )
+
+    @cached_property
+    def dense_pattern(self) -> S2Pattern:
+        """What a dense layer computes, as a pattern."""
+        return replace(self.first_pattern, vert_stride=1, phases=None, num_dense_heads=0)
+
+    def is_dense(self, layer_number: int) -> bool:
+        """Whether layer `layer_number` (from 1) keeps dense attention."""
+        every = self.dense_layer_freq and layer_number % self.dense_layer_freq == 0
+        return bool(every) or layer_number in self.dense_layers
+
+    def pattern(self, layer_number: int) -> S2Pattern:
+        """The pattern of layer `layer_number` (from 1), over all KV heads of the model.
+
+        Default phases rotate from S2 layer to S2 layer, whatever dense layers lie between.
+        """
+        if self.is_dense(layer_number):
+            return self.dense_pattern
+        return self.first_pattern.for_layer(self.sparse_layers.index(layer_number))
+
+    @cached_property
+    def sparse_layers(self) -> list[int]:
+        """Numbers of the layers with S2 attention."""
+        return [layer for layer in range(1, self.num_layers + 1) if not self.is_dense(layer)]
+
+    def coverage(self) -> Coverage:
+        """Which share of the distant past the S2 layers of the model see together."""
+        return self.first_pattern.coverage(max(1, len(self.sparse_layers)))
+
+    @cached_property
+    def distinct_patterns(self) -> list[tuple[S2Pattern, int]]:
+        """The patterns of the S2 layers that differ, and how many layers have each."""
+        patterns = [self.pattern(layer) for layer in self.sparse_layers]
+        first_with = {pattern.head_phases: pattern for pattern in reversed(patterns)}
+        phases = [pattern.head_phases for pattern in patterns]
+        return [(first_with[p], phases.count(p)) for p in dict.fromkeys(phases)]
+
+    def mean_pairs(self, seq_len: int) -> float:
+        """Query-key pairs of core attention on `seq_len` tokens, mean over layers and heads."""
+        return _mean_pairs(self, seq_len)
+
+
+@lru_cache(maxsize=4096)
+def _mean_pairs(settings: S2Settings, seq_len: int) -> float:
+    sparse = sum(
+        layers * sum(pattern.visible_pairs(seq_len)) for pattern, layers in settings.distinct_patterns
+    )
+    dense = (settings.num_layers - len(settings.sparse_layers)) * dense_pairs(seq_len)
+    return (sparse / settings.num_kv_heads + dense) / settings.num_layers

@@ -1,0 +1,135 @@
+"""A plan for people and for programs: the table and the JSON of `scripts/plan.py`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from megatron_s2.parallel.planner import SCHEDULES, LayerGroup, ModelPlan, SchedulePlan, Spread, time_text
+from megatron_s2.report.startup_table import ranges
+
+_HEADINGS = (
+    ("schedule", ""),
+    ("received", "forward, MiB"),
+    ("by a rank", "backward, MiB"),
+    ("TFLOP", "of a rank"),
+    ("work", "max/mean"),
+    ("keys, values", "held, MiB"),
+    ("queries, out", "kept, MiB"),
+    ("predicted", "forward"),
+    ("time", "backward"),
+)
+
+
+def table(plan: ModelPlan) -> str:
+    """Every schedule for each group of equal layers, what is chosen and why, and the time of all layers."""
+    call, cluster = plan.call, plan.cluster
+    kv_heads = plan.groups[0].plan.pattern.num_kv_heads
+    lines = [
+        f"{call.ranks} context-parallel ranks, {call.tokens} tokens, micro-batch {call.batch}; "
+        f"{call.query_heads} query and {kv_heads} KV heads of {call.head_dim} per rank, "
+        f"{call.element_size} bytes per element",
+        f"predicted for nodes of {cluster.gpus_per_node} GPUs ({cluster.node_ranks(plan.tensor_parallel)} "
+        f"context-parallel ranks of a group), {cluster.intra_gigabytes_per_s:g} GB/s within a node, "
+        f"{cluster.inter_gigabytes_per_s:g} GB/s between nodes, {cluster.chip_tflops:g} TFLOP/s at "
+        f"{cluster.efficiency:.0%}",
+    ]
+    if plan.tensor_parallel > 1:
+        lines.append(f"of {plan.tensor_parallel} tensor-parallel ranks the slowest")
+    for group in plan.groups:
+        lines += ["", *_group_lines(plan, group)]
+    return "\n".join([*lines, "", _totals(plan)])
+
+
+def _group_lines(plan: ModelPlan, group: LayerGroup) -> list[str]:
+    what = "dense" if group.dense else plan.settings.first_pattern.describe()
+    chosen = group.plan.choice
+    rows = [list(column) for column in zip(*_HEADINGS)]
+    rows += [_row(name, group.plan.schedules[name], name == chosen.schedule) for name in SCHEDULES]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return [
+        f"layers {ranges(group.layers)}: {what}",
+        *(_aligned(row, widths) for row in rows),
+        f"  {chosen.schedule}: {chosen.why}",
+    ]
+
+
+def _aligned(row: list[str], widths: list[int]) -> str:
+    first, *rest = (
+        text.ljust(width) if n == 0 else text.rjust(width) for n, (text, width) in enumerate(zip(row, widths))
+    )
+    return "  " + "  ".join([first, *rest]).rstrip()
+
+
+def _row(name: str, plan: SchedulePlan | None, chosen: bool) -> list[str]:
+    title = f"{name} *" if chosen else name
+    if plan is None:
+        return [title, *["-"] * (len(_HEADINGS) - 1)]
+    return [
+        title,
+        _spread(plan.received_forward, 2**20, 1),
+        _spread(plan.received_backward, 2**20, 1),
+        _spread(plan.flops, 1e12, 2),
+        f"{plan.imbalance:.3f}",
+        f"{plan.key_value_bytes / 2**20:.1f}",
+        f"{plan.activation_bytes / 2**20:.1f}",
+        time_text(plan.forward_seconds),
+        time_text(plan.backward_seconds),
+    ]
+
+
+def _spread(spread: Spread, unit: float, digits: int) -> str:
+    least, most = (f"{value / unit:.{digits}f}" for value in spread)
+    return most if least == most else f"{least}-{most}"
+
+
+def _totals(plan: ModelPlan) -> str:
+    one_for_all = {name: plan.seconds(name) for name in SCHEDULES}
+    others = ", ".join(
+        f"{name} {'not possible' if seconds is None else time_text(seconds)}"
+        for name, seconds in one_for_all.items()
+    )
+    return (
+        f"attention of all {plan.settings.num_layers} layers, forward and backward: "
+        f"{time_text(plan.seconds())} predicted as chosen (*); with one schedule for all: {others}"
+    )
+
+
+def as_json(plan: ModelPlan) -> dict:
+    """The plan as JSON values: `layers`, one entry each in order, and what they share.
+
+    Bytes and FLOPs are those of the rank that has most, where `least` and `most` do not say otherwise; a
+    schedule that cannot be had is null.
+    """
+    layers = [
+        {
+            "layer": layer,
+            "dense": group.dense,
+            "schedule": group.plan.choice.schedule,
+            "why": group.plan.choice.why,
+            "imbalance": group.plan.chosen.imbalance,
+            "bytes_received_forward": {
+                name: None if one is None else one.received_forward.most
+                for name, one in group.plan.schedules.items()
+            },
+            "schedules": {name: _schedule_json(one) for name, one in group.plan.schedules.items()},
+        }
+        for group in plan.groups
+        for layer in group.layers
+    ]
+    return {
+        "call": asdict(plan.call),
+        "tensor_parallel": plan.tensor_parallel,
+        "cluster": asdict(plan.cluster),
+        "layers": sorted(layers, key=lambda entry: entry["layer"]),
+        "predicted_seconds": {
+            "chosen": plan.seconds(),
+            **{name: plan.seconds(name) for name in SCHEDULES},
+        },
+    }
+
+
+def _schedule_json(plan: SchedulePlan | None) -> dict | None:
+    if plan is None:
+        return None
+    fields = {name: getattr(plan, name) for name in plan.__dataclass_fields__ if name != "schedule"}
+    return {name: value._asdict() if isinstance(value, Spread) else value for name, value in fields.items()}

@@ -1,0 +1,335 @@
+"""The picture of a pattern: what each KV head sees, and what the heads see together.
+
+Needs matplotlib (the extra `megatron-s2[plot]`), imported when the first picture is drawn.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from megatron_s2.pattern.block_pattern import BlockPattern
+from megatron_s2.pattern.s2_pattern import S2Pattern
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SUFFIXES = (".png", ".svg")
+MOST_HEAD_PANELS = 8
+
+_DPI = 150
+_MOST_GRID_BLOCKS = 64  # beyond, lines between blocks would hide the blocks
+
+# Inches.
+_GAP = 0.14
+_TITLED_GAP = 0.34
+_LEFT, _RIGHT, _TOP, _BOTTOM = 0.62, 0.62, 0.82, 0.86
+_BETWEEN_HEADS_AND_UNION = 0.5
+
+
+class _Kind(NamedTuple):
+    """What a block is to a head, and how that looks."""
+
+    label: str
+    colour: str
+
+
+_UNSEEN = _Kind("not seen by this head", "#e9edf2")
+_SHARD = _Kind("the head's shard", "#f28c28")
+_SINK = _Kind("sink", "#3c9d6b")
+_WINDOW = _Kind("window", "#5b9bd5")
+_DIAGONAL = _Kind("diagonal, causal inside", "#12355b")
+_SEEN = _Kind("seen", "#5b9bd5")
+_LOST = _Kind("seen by no head", "#d62839")
+_FUTURE_COLOUR = "#ffffff"
+_FEW_TO_ALL_HEADS = ("#fbd5a0", "#7fb2dd", "#12355b")
+
+
+def draw_pattern(
+    pattern: BlockPattern,
+    path: str | Path,
+    num_blocks: int = 32,
+    title: str | None = None,
+    num_layers: int = 1,
+) -> None:
+    """Draw the first `num_blocks` blocks of `pattern` to `path`, a PNG or an SVG by its suffix.
+
+    One panel per KV head (the first seven and the last where there are more than eight), and one for all
+    heads together: how many of them see each block, counted over `num_layers` consecutive layers that
+    begin with the pattern's own.
+
+    Raises:
+        ValueError: another suffix, or a number that `pattern_figure` refuses.
+        ImportError: matplotlib is not installed.
+    """
+    save_figure(pattern_figure(pattern, num_blocks, title, num_layers), path)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty white figure, sizes in inches.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("drawing needs matplotlib: python -m pip install 'megatron-s2[plot]'") from error
+    return Figure(figsize=(width, height), facecolor="white")
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a figure to a PNG or an SVG by its suffix; the same figure gives the same bytes.
+
+    Raises:
+        ValueError: another suffix.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise ValueError(f"path {path}: must end in {' or '.join(SUFFIXES)}")
+    import matplotlib
+
+    # So that stored pictures change only when they must.
+    with matplotlib.rc_context({"svg.hashsalt": "megatron-s2"}):
+        figure.savefig(path, dpi=_DPI, metadata={"Date": None} if suffix == ".svg" else None)
+
+
+def pattern_figure(
+    pattern: BlockPattern, num_blocks: int = 32, title: str | None = None, num_layers: int = 1
+) -> Figure:
+    """The figure that `draw_pattern` writes.
+
+    Raises:
+        ValueError: `num_blocks` or `num_layers` is not positive, or `num_layers` is more than 1 for a
+            pattern that is the same in every layer.
+        ImportError: matplotlib is not installed.
+    """
+    if num_blocks < 1:
+        raise ValueError(f"num_blocks {num_blocks}: must be >= 1")
+    if num_layers < 1:
+        raise ValueError(f"num_layers {num_layers}: must be >= 1")
+    if num_layers > 1 and not isinstance(pattern, S2Pattern):
+        raise ValueError(f"num_layers {num_layers}: must be 1 for a {type(pattern).__name__}")
+    heads = _heads_to_show(pattern.num_kv_heads)
+    rows = 1 if len(heads) <= 2 else 2
+    columns = -(-len(heads) // rows)
+    side = 3.4 if rows == 1 else 1.5
+    union_side = rows * side + (rows - 1) * _TITLED_GAP
+    heads_width = columns * side + (columns - 1) * _GAP
+    union_left = _LEFT + heads_width + _BETWEEN_HEADS_AND_UNION
+    width = union_left + union_side + _RIGHT
+    height = _TOP + union_side + _BOTTOM
+    figure = new_figure(width, height)
+
+    def square(left: float, bottom: float, size: float) -> Axes:
+        return figure.add_axes((left / width, bottom / height, size / width, size / height))
+
+    shown: list[_Kind] = []
+    for place, head in enumerate(heads):
+        row, column = divmod(place, columns)
+        axes = square(_LEFT + column * (side + _GAP), _BOTTOM + (rows - 1 - row) * (side + _TITLED_GAP), side)
+        kinds, cells = _cells_of_head(pattern, head, num_blocks)
+        _draw_head(axes, cells, kinds, _head_title(pattern, head))
+        _label_blocks(axes, num_blocks, x=place + columns >= len(heads), y=column == 0)
+        shown.extend(kind for kind in kinds if kind not in shown)
+
+    counts = _heads_that_see(pattern, num_blocks, num_layers)
+    axes = square(union_left, _BOTTOM, union_side)
+    bar_axes = figure.add_axes(
+        ((union_left + union_side + 0.1) / width, _BOTTOM / height, 0.13 / width, union_side / height)
+    )
+    _draw_union(axes, bar_axes, counts, _union_title(pattern, num_layers))
+    _label_blocks(axes, num_blocks, x=True, y=False)
+
+    figure.text(
+        _LEFT / width,
+        1 - 0.16 / height,
+        title or _default_title(pattern),
+        fontsize=11.5,
+        weight="bold",
+        va="top",
+    )
+    if len(heads) < pattern.num_kv_heads:
+        figure.text(
+            _LEFT / width,
+            1 - 0.4 / height,
+            f"shown: KV heads 0 to {heads[-2]} and {heads[-1]} of {pattern.num_kv_heads}",
+            fontsize=9,
+            va="top",
+        )
+    _draw_legend(figure, shown, some_lost=bool((counts == 0).any()))
+    return figure
+
+
+def _heads_to_show(num_kv_heads: int) -> list[int]:
+    if num_kv_heads <= MOST_HEAD_PANELS:
+        return list(range(num_kv_heads))
+    return [*range(MOST_HEAD_PANELS - 1), num_kv_heads - 1]  # the last is the one that may be dense
+
+
+def _cells_of_head(pattern: BlockPattern, head: int, num_blocks: int) -> tuple[list[_Kind], np.ndarray]:
+    """The kinds of block there are, and `[query, key]` the kind of each: an index into them, -1 for the
+    future."""
+    import numpy as np
+
+    is_s2 = isinstance(pattern, S2Pattern)
+    kinds = [_UNSEEN, _SHARD, _SINK, _WINDOW, _DIAGONAL] if is_s2 else [_UNSEEN, _SEEN, _DIAGONAL]
+    cells = np.full((num_blocks, num_blocks), -1)
+    for row in range(num_blocks):
+        cells[row, :row] = kinds.index(_UNSEEN)
+        visible = np.array(pattern.row_blocks(head, row))
+        if is_s2:
+            cells[row, visible] = kinds.index(_SHARD)
+            cells[row, visible[visible < pattern.sink_blocks]] = kinds.index(_SINK)
+            cells[row, visible[visible > row - pattern.local_blocks]] = kinds.index(_WINDOW)
+        else:
+            cells[row, visible] = kinds.index(_SEEN)
+        cells[row, row] = kinds.index(_DIAGONAL)
+    present = [index for index in range(len(kinds)) if (cells == index).any()]
+    renumbered = np.full(len(kinds) + 1, -1)
+    renumbered[present] = range(len(present))
+    return [kinds[index] for index in present], renumbered[cells]
+
+
+def _heads_that_see(pattern: BlockPattern, num_blocks: int, num_layers: int) -> np.ndarray:
+    """`[query, key]` how many heads of `num_layers` layers see each block, -1 for the future."""
+    import numpy as np
+
+    counts = np.tril(np.ones((num_blocks, num_blocks), dtype=int)) - 1
+    layers = [pattern]
+    if isinstance(pattern, S2Pattern):
+        layers += [pattern.for_layer(pattern.layer + later) for later in range(1, num_layers)]
+    for layer in layers:
+        for head in range(layer.num_kv_heads):
+            for row in range(num_blocks):
+                counts[row, layer.row_blocks(head, row)] += 1
+    return counts
+
+
+def _draw_head(axes: Axes, cells: np.ndarray, kinds: list[_Kind], title: str) -> None:
+    _draw_cells(axes, cells, [kind.colour for kind in kinds])
+    axes.set_title(title, fontsize=9, pad=4)
+    unseen = kinds.index(_UNSEEN) if _UNSEEN in kinds else -1
+    _write_share(axes, seen=(cells >= 0) & (cells != unseen), past=cells >= 0, fontsize=9)
+
+
+def _draw_union(axes: Axes, bar_axes: Axes, counts: np.ndarray, title: str) -> None:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import BoundaryNorm, LinearSegmentedColormap, ListedColormap
+
+    most = int(counts.max())
+    few_to_all = LinearSegmentedColormap.from_list("heads", _FEW_TO_ALL_HEADS)
+    # The root keeps one head and two apart where there are many.
+    colours = [few_to_all((n / max(most - 1, 1)) ** 0.6) for n in range(most)]
+    _draw_cells(axes, counts, [_LOST.colour, *colours])
+    axes.set_title(title, fontsize=10, pad=5)
+    _write_share(axes, seen=counts > 0, past=counts >= 0, fontsize=12)
+
+    edges = [n + 0.5 for n in range(most + 1)]
+    scale = ScalarMappable(BoundaryNorm(edges, most), ListedColormap(colours))
+    step = -(-most // 8)
+    bar = axes.figure.colorbar(scale, cax=bar_axes, ticks=[1, *range(2 * step - step % 2, most, step), most])
+    bar.set_label("heads that see the block", fontsize=9)
+    bar.ax.tick_params(labelsize=8, length=0)
+    bar.ax.minorticks_off()
+    bar.outline.set_visible(False)
+
+
+def _draw_cells(axes: Axes, cells: np.ndarray, colours: list) -> None:
+    from matplotlib.colors import BoundaryNorm, ListedColormap
+
+    levels = [_FUTURE_COLOUR, *colours]
+    norm = BoundaryNorm([index - 1.5 for index in range(len(levels) + 1)], len(levels))
+    axes.imshow(cells, cmap=ListedColormap(levels), norm=norm, interpolation="nearest")
+    num_blocks = len(cells)
+    if num_blocks <= _MOST_GRID_BLOCKS:
+        edges = [block - 0.5 for block in range(1, num_blocks)]
+        axes.set_xticks(edges, minor=True)
+        axes.set_yticks(edges, minor=True)
+        axes.grid(which="minor", color="white", linewidth=0.5)
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_visible(False)
+
+
+def _label_blocks(axes: Axes, num_blocks: int, x: bool, y: bool) -> None:
+    step = 1
+    while num_blocks > 5 * step:
+        step *= 2
+    ticks = range(0, num_blocks, step)
+    axes.set_xticks(ticks, [str(tick) if x else "" for tick in ticks], fontsize=8)
+    axes.set_yticks(ticks, [str(tick) if y else "" for tick in ticks], fontsize=8)
+    if x:
+        axes.set_xlabel("key block", fontsize=8.5, labelpad=2)
+    if y:
+        axes.set_ylabel("query block", fontsize=8.5, labelpad=2)
+
+
+def _write_share(axes: Axes, seen: np.ndarray, past: np.ndarray, fontsize: float) -> None:
+    percent = 100 * int(seen.sum()) // int(past.sum())  # rounded down: 100 means all
+    axes.text(
+        0.97,
+        0.96,
+        f"{percent}% of the past",
+        transform=axes.transAxes,
+        ha="right",
+        va="top",
+        fontsize=fontsize,
+        color=_DIAGONAL.colour,
+        weight="bold",
+    )
+
+
+def _draw_legend(figure: Figure, kinds: list[_Kind], some_lost: bool) -> None:
+    from matplotlib.patches import Patch
+
+    in_order = [kind for kind in (_DIAGONAL, _WINDOW, _SEEN, _SINK, _SHARD, _UNSEEN) if kind in kinds]
+    if some_lost:
+        in_order.append(_LOST)
+    figure.legend(
+        handles=[Patch(facecolor=kind.colour, label=kind.label) for kind in in_order],
+        loc="lower left",
+        bbox_to_anchor=(_LEFT / figure.get_figwidth(), 0.1 / figure.get_figheight()),
+        borderaxespad=0,
+        ncols=len(in_order),
+        frameon=False,
+        fontsize=9,
+        handlelength=1,
+        handleheight=1,
+        columnspacing=1.4,
+        borderpad=0,
+    )
+
+
+def _head_title(pattern: BlockPattern, head: int) -> str:
+    if not isinstance(pattern, S2Pattern):
+        return f"KV head {head}"
+    if pattern.is_dense(head):
+        return f"KV head {head}, dense"
+    return f"KV head {head}, phase {pattern.head_phases[head]}"
+
+
+def _union_title(pattern: BlockPattern, num_layers: int) -> str:
+    heads = "the one KV head" if pattern.num_kv_heads == 1 else f"all {pattern.num_kv_heads} KV heads"
+    if num_layers == 1:
+        return f"{heads} together"
+    return f"{heads} of layers {pattern.layer} to {pattern.layer + num_layers - 1} together"
+
+
+def _default_title(pattern: BlockPattern) -> str:
+    if not isinstance(pattern, S2Pattern):
+        return f"Block mask, {pattern.block_size} tokens per block"
+    strides = sorted({stride for stride in pattern.strides if stride > 1} or {1})
+    parts = [
+        f"block {pattern.block_size} tokens",
+        f"window {pattern.local_blocks} blocks",
+        f"stride {' and '.join(map(str, strides))}",
+    ]
+    if pattern.sink_blocks:
+        parts.append(f"{pattern.sink_blocks} sink block{'s' if pattern.sink_blocks > 1 else ''}")
+    dense = pattern.strides.count(1)
+    if 0 < dense < pattern.num_kv_heads:
+        parts.append(f"{dense} dense head{'s' if dense > 1 else ''}")
+    return "S2 pattern: " + ", ".join(parts)

@@ -1,0 +1,87 @@
+"""The table that a run prints at its start: what S2 attention replaced, and what that saves."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+from megatron_s2.parallel.planner import ModelPlan
+from megatron_s2.pattern.block_pattern import dense_pairs
+from megatron_s2.pattern.settings import S2Settings
+
+
+def startup_table(
+    settings: S2Settings,
+    seq_len: int,
+    head_dim: int,
+    bytes_per_element: int,
+    context_parallel: ModelPlan | None = None,
+) -> str:
+    """What replaced dense attention, the pattern of each group of layers, and the cost beside dense.
+
+    Args:
+        context_parallel: what the ranks of context parallelism do, where there are several.
+        settings: S2 attention of the model.
+        seq_len: tokens per sequence.
+        head_dim: size of one head of keys and values.
+        bytes_per_element: of a cached key or value.
+    """
+    sparse = settings.sparse_layers
+    dense = [n for n in range(1, settings.num_layers + 1) if settings.is_dense(n)]
+    rows = [
+        ("core attention", f"S2 in {len(sparse)} of {settings.num_layers} layers"),
+        *([("dense layers", ranges(dense))] if dense else []),
+        ("pattern", settings.first_pattern.describe()),
+    ]
+    groups: dict[str, list[int]] = {}
+    for layer in sparse:
+        groups.setdefault(settings.pattern(layer).describe_phases(), []).append(layer)
+    rows += [(f"layers {ranges(layers)}", text) for text, layers in groups.items()]
+    rows += [
+        ("distant past seen", _coverage(settings)),
+        ("attention FLOPs", _beside(settings.mean_pairs(seq_len), dense_pairs(seq_len), seq_len)),
+        ("keys and values", _kv_bytes(settings, seq_len, head_dim, bytes_per_element)),
+    ]
+    if context_parallel is not None:
+        rows += [
+            (f"{context_parallel.call.ranks} ranks, layers {ranges(list(group.layers))}", str(group.plan))
+            for group in context_parallel.groups
+        ]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"  {name:<{width}}  {text}" for name, text in rows]
+    return "\n".join(["S2 attention (arXiv 2407.17678)", *lines])
+
+
+def _coverage(settings: S2Settings) -> str:
+    one, together = settings.first_pattern.coverage(), settings.coverage()
+    text = f"{one.fraction:.0%} by one S2 layer, {together.fraction:.0%} by all S2 layers together"
+    if together.lost and len(settings.sparse_layers) == settings.num_layers:
+        text += f" (WARNING: {together.lost} of every {together.period} distant blocks are seen by no layer)"
+    return text
+
+
+def _beside(ours: float, dense: float, seq_len: int) -> str:
+    return f"{ours / dense:.1%} of dense at {seq_len} tokens ({dense / ours:.1f}x fewer)"
+
+
+def _kv_bytes(settings: S2Settings, seq_len: int, head_dim: int, bytes_per_element: int) -> str:
+    """What the last query of a sequence reads, over all layers: the KV cache of generation."""
+    ours = sum(
+        settings.pattern(n).kv_bytes(seq_len, head_dim, bytes_per_element)
+        for n in range(1, settings.num_layers + 1)
+    )
+    dense = settings.num_layers * settings.dense_pattern.kv_bytes(seq_len, head_dim, bytes_per_element)
+    return (
+        f"{_bytes(ours)} per sequence of {seq_len} tokens in generation, {ours / dense:.1%} of dense "
+        f"({_bytes(dense)})"
+    )
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
+
+
+def ranges(numbers: list[int]) -> str:
+    """`1-3, 7` for [1, 2, 3, 7]; steps of a rotation as `1, 3, 5, …`."""
+    runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+    parts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    return ", ".join(parts[:6]) + (", …" if len(parts) > 6 else "")

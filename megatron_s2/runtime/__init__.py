@@ -1,1 +1,0 @@
-"""What makes stock Megatron run here: the CPU runtime and named workarounds."""

@@ -1,0 +1,370 @@
+"""Every `--s2-…` flag, and what is checked about it before Megatron builds anything."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+
+from megatron_s2.parallel.planner import OURS, Cluster
+from megatron_s2.pattern.settings import S2Settings
+from megatron_s2.training.offload_arguments import add_offload_args
+
+# Megatron paths that attend without asking core attention, or ask it for what S2 has no meaning for. With
+# them a model would train or run dense, or wrong, without a word.
+_BYPASSES = {
+    "multi_latent_attention": ("--multi-latent-attention", "S2 needs keys and values per head"),
+    "flash_decode": ("--flash-decode", "it bypasses core attention"),
+    "inference_dynamic_batching": ("--inference-dynamic-batching", "it bypasses core attention"),
+    "experimental_attention_variant": (
+        "--experimental-attention-variant",
+        "it replaces the attention that S2 replaces",
+    ),
+    "heterogeneous_layers_config_path": (
+        "--heterogeneous-layers-config-path",
+        "its layers do not carry the S2 settings",
+    ),
+    "heterogeneous_layers_config_encoded_json": (
+        "--heterogeneous-layers-config-encoded-json",
+        "its layers do not carry the S2 settings",
+    ),
+    "use_kitchen_attention": ("--use-kitchen-attention", "it replaces the attention that S2 replaces"),
+    "hierarchical_context_parallel_sizes": (
+        "--hierarchical-context-parallel-sizes",
+        "S2 attention has context-parallel schedules of its own (--s2-cp-schedule)",
+    ),
+    "window_size": ("--window-size", "the window of S2 is --s2-local-blocks"),
+    "reset_attention_mask": (
+        "--reset-attention-mask",
+        "S2 reads no mask; documents are kept apart by --dataloader-inter-document-masking",
+    ),
+    "qk_clip": ("--qk-clip", "S2 attention does not report its largest logit"),
+    "log_max_attention_logit": (
+        "--log-max-attention-logit",
+        "S2 attention does not report its largest logit",
+    ),
+}
+_S2_FLAG = "--s2-attention"
+# What a checkpoint's attention depends on: the S2 flags, and Megatron's for sink logits.
+_CHECKPOINTED = (
+    "s2_attention",
+    *(f"s2_{name}" for name in S2Settings.__dataclass_fields__),
+    "s2_anneal_steps",
+    "softmax_type",
+)
+
+
+def add_s2_args(parser: ArgumentParser) -> ArgumentParser:
+    """Adds the `--s2-…` flags to Megatron's parser (an `extra_args_provider`).
+
+    Their parsed defaults are None, so that `validate_s2_args` knows what the user gave; it fills them in.
+    """
+    group = parser.add_argument_group("S2 attention")
+    add = group.add_argument
+    add(
+        "--s2-attention",
+        action="store_true",
+        help="Replace core attention by S2 attention (Sparsely-Sharded, arXiv 2407.17678).",
+    )
+    add("--s2-block-size", type=int, help="Tokens per block, a power of two >= 16. Default 64.")
+    add(
+        "--s2-local-blocks",
+        type=int,
+        help="Window of every head in blocks, the query's own block included. Default 8.",
+    )
+    add(
+        "--s2-vert-stride",
+        type=int,
+        nargs="+",
+        help="Every so many blocks of the past one is in a head's shard; one number, or one per KV head. "
+        "1 is dense. Default 16.",
+    )
+    add("--s2-sink-blocks", type=int, help="First blocks that every head always sees. Default 0.")
+    add(
+        "--s2-phases",
+        type=int,
+        nargs="+",
+        help="Residue of each KV head's shard: it sees block j when (j + phase) %% stride is 0. By default "
+        "phases spread over the KV heads and, where these are fewer than the stride, rotate with the layer.",
+    )
+    add("--s2-num-dense-heads", type=int, help="Last KV heads of each S2 layer that stay dense. Default 0.")
+    add(
+        "--s2-dense-layers",
+        type=_layer_numbers,
+        help="Layers that keep dense attention, numbered from 1: 1,2. Default none.",
+    )
+    add("--s2-dense-layer-freq", type=int, help="Every so many layers one stays dense. Default 0: none.")
+    add(
+        "--s2-learnable-sink",
+        action="store_true",
+        default=None,
+        help="A learned logit per head, from 0 on, that takes part in the softmax without a value; the same "
+        "as --softmax-type learnable.",
+    )
+    add(
+        "--s2-anneal-steps",
+        type=int,
+        help="Narrow from dense attention to the pattern over so many steps, for --finetune of a dense "
+        "model: strides double from 1, while the window halves. Default 0: the pattern from the first step.",
+    )
+    add(
+        "--s2-autotune",
+        action="store_true",
+        default=None,
+        help="Measure once which tiles of the Triton kernels are fastest on this GPU; the bits of results "
+        "depend on the choice. Default: the shipped ones.",
+    )
+    add(
+        "--s2-backend",
+        choices=["auto", "triton", "torch", "reference"],
+        help="Implementation of S2 attention. Default auto.",
+    )
+    _add_context_parallel_args(parser)
+    add_offload_args(parser)
+    return parser
+
+
+def _add_context_parallel_args(parser: ArgumentParser) -> None:
+    add = parser.add_argument_group("S2 attention under --context-parallel-size").add_argument
+    add(
+        "--s2-cp-schedule",
+        choices=["auto", *OURS],
+        help="gather: ranks exchange the shards and windows their heads need. a2a: heads move to the ranks. "
+        "Default auto: for each layer what the planner predicts to be faster (scripts/plan.py shows why).",
+    )
+    rates = Cluster()
+    for name, kind, meaning in (
+        ("gpus_per_node", int, "GPUs that share the fast link"),
+        ("intra_gigabytes_per_s", float, "GB/s (10**9 bytes) of a GPU to its own node, each direction"),
+        ("inter_gigabytes_per_s", float, "GB/s (10**9 bytes) of a GPU to other nodes, each direction"),
+        ("chip_tflops", float, "peak of a GPU in 10**12 FLOP/s"),
+        ("efficiency", float, "share of the peak that attention reaches"),
+    ):
+        default = getattr(rates, name)
+        add(_flag(f"s2_{name}"), type=kind, help=f"For the planner: {meaning}. Default {default} (DGX H100).")
+
+
+def validate_s2_args(args: Namespace, argv: Sequence[str] = ()) -> list[str]:
+    """Checks the parsed S2 flags, fills in their defaults, and settles Megatron flags that follow.
+
+    Call it after parsing and before Megatron's own validation.
+
+    Args:
+        args: the parsed namespace, changed in place.
+        argv: the command line, to tell what the user asked for from Megatron's defaults.
+
+    Returns:
+        What was settled for the user, as flags.
+
+    Raises:
+        ValueError: `--flag value: must be …`.
+    """
+    given = [
+        name
+        for name, value in vars(args).items()
+        if name.startswith("s2_") and not name.startswith("s2_offload") and value is not None
+    ]
+    given.remove("s2_attention")
+    if not args.s2_attention:
+        if given:
+            raise ValueError(f"{_flag(given[0])}: needs --s2-attention")
+        return []
+    if args.spec is not None:
+        raise ValueError(f"--spec: must not be set with {_S2_FLAG}, which brings its own; use one of the two")
+    refuse_bypasses(args, _S2_FLAG)
+    if args.s2_learnable_sink and args.softmax_type == "off-by-one":
+        raise ValueError("--softmax-type off-by-one: must not be set with --s2-learnable-sink")
+
+    settings = settings_from_args(args)
+    args.s2_backend = args.s2_backend or "auto"
+    args.s2_autotune = bool(args.s2_autotune)
+    args.s2_anneal_steps = args.s2_anneal_steps or 0
+    args.s2_cp_schedule = args.s2_cp_schedule or "auto"
+    cluster_from_args(args)
+    if args.s2_anneal_steps:
+        _check_annealing(args)
+    if args.seq_length is not None and args.seq_length < settings.block_size:
+        raise ValueError(
+            f"--seq-length {args.seq_length}: must be at least one block "
+            f"(--s2-block-size {settings.block_size})"
+        )
+    if args.context_parallel_size > 1:
+        _check_context_parallel(args)
+    if args.s2_learnable_sink:
+        args.softmax_type = "learnable"
+    return settle_for_s2(args, argv, _S2_FLAG)
+
+
+def cluster_from_args(args: Namespace) -> Cluster:
+    """The planner's rates of parsed arguments; fills in the defaults of those flags that were not given.
+
+    Raises:
+        ValueError: a rate is not positive; the message starts with its flag.
+    """
+    for name, default in vars(Cluster()).items():
+        if getattr(args, f"s2_{name}") is None:
+            setattr(args, f"s2_{name}", default)
+    try:
+        return Cluster(**{name: getattr(args, f"s2_{name}") for name in Cluster.__dataclass_fields__})
+    except ValueError as error:
+        name, rest = str(error).split(" ", 1)
+        raise ValueError(f"{_flag('s2_' + name)} {rest}") from None
+
+
+def _check_annealing(args: Namespace) -> None:
+    older = (
+        (args.enable_cuda_graph, "--enable-cuda-graph"),
+        (args.external_cuda_graph, "--external-cuda-graph"),
+    )
+    captures = args.cuda_graph_impl != "none", f"--cuda-graph-impl {args.cuda_graph_impl}"
+    for given, flag in (captures, *older):
+        if given:
+            raise ValueError(
+                f"{flag}: must not be set with --s2-anneal-steps: a graph keeps the attention of its capture"
+            )
+
+
+def _check_context_parallel(args: Namespace) -> None:
+    ranks = args.context_parallel_size
+    if args.s2_backend == "reference":
+        raise ValueError(
+            f"--s2-backend reference: must be auto, torch or triton with --context-parallel-size {ranks}"
+        )
+    if args.s2_autotune:
+        raise ValueError(
+            f"--s2-autotune: must not be set with --context-parallel-size {ranks}, where nothing is tuned"
+        )
+    if args.seq_length is not None and args.seq_length % (2 * ranks):
+        raise ValueError(
+            f"--seq-length {args.seq_length}: must be a multiple of 2 * --context-parallel-size = {2 * ranks}"
+        )
+    tensor_parallel = args.tensor_model_parallel_size
+    if args.s2_cp_schedule == "a2a" and args.num_attention_heads // tensor_parallel < ranks:
+        raise ValueError(
+            f"--s2-cp-schedule a2a: must be auto or gather where --context-parallel-size {ranks} is larger "
+            f"than --num-attention-heads {args.num_attention_heads} over --tensor-model-parallel-size "
+            f"{tensor_parallel}"
+        )
+
+
+def refuse_bypasses(chosen: object, asked_by: str) -> None:
+    """Refuses what would attend past S2 attention or need what it lacks.
+
+    Args:
+        chosen: Megatron's parsed arguments, or its transformer configuration (whose fields have the names).
+        asked_by: the flag that asks for S2 attention.
+
+    Raises:
+        ValueError: `--flag value: must be …`.
+    """
+    for name, (flag, why) in _BYPASSES.items():
+        if getattr(chosen, name, None):
+            raise ValueError(f"{flag}: must not be set with {asked_by}: {why}")
+    if chosen.transformer_impl == "inference_optimized":
+        raise ValueError(
+            "--transformer-impl inference_optimized: must be local or transformer_engine with "
+            f"{asked_by}: it bypasses core attention"
+        )
+    if getattr(chosen.attention_backend, "name", None) == "local":
+        raise ValueError(
+            f"--attention-backend local: must not be set with {asked_by}: it puts dense attention back"
+        )
+    if getattr(chosen, "position_embedding_type", None) == "relative":
+        raise ValueError(
+            f"--position-embedding-type relative: must be another with {asked_by}: "
+            "S2 attention takes no attention bias"
+        )
+
+
+def settle_for_s2(args: Namespace, argv: Sequence[str], asked_by: str) -> list[str]:
+    """Sets the Megatron flags that S2 attention decides, where the user did not; returns them as flags.
+
+    Raises:
+        ValueError: the user asked for dropout inside attention.
+    """
+    settled = []
+    if args.attention_dropout:
+        if any(word.split("=")[0] == "--attention-dropout" for word in argv):
+            raise ValueError(
+                f"--attention-dropout {args.attention_dropout}: must be 0 with {asked_by}: S2 attention "
+                "has no dropout inside the softmax"
+            )
+        args.attention_dropout = 0.0
+        settled.append("--attention-dropout 0")
+    if args.create_attention_mask_in_dataloader:
+        # A mask of seq x seq per sample, which S2 attention would not read.
+        args.create_attention_mask_in_dataloader = False
+        settled.append("--no-create-attention-mask-in-dataloader")
+    packed = getattr(args, "dataloader_inter_document_masking", False)
+    if packed and args.context_parallel_size > 1 and args.apply_rope_fusion:
+        # The fused kernel places packed tokens as if each document were dealt out on its own.
+        args.apply_rope_fusion = False
+        settled.append("--no-rope-fusion")
+    return settled
+
+
+def take_from_checkpoint(args: Namespace, saved: Namespace) -> None:
+    """Takes the S2 flags that a checkpoint depends on from its arguments where the command line gives none
+    (`--use-checkpoint-args`; call it before `validate_s2_args`)."""
+    if not getattr(saved, "s2_attention", False):
+        return
+    args.s2_attention = True
+    for name in (n for n in (*_CHECKPOINTED, "s2_learnable_sink") if n in args and n.startswith("s2_")):
+        anneals_afresh = name == "s2_anneal_steps" and args.finetune  # only if the command line says so
+        if getattr(args, name) is None and not anneals_afresh:
+            setattr(args, name, getattr(saved, name, None))
+    args.softmax_type = saved.softmax_type if args.softmax_type == "vanilla" else args.softmax_type
+
+
+def differences_from_checkpoint(args: Namespace, saved: Namespace) -> list[str]:
+    """Where the attention of validated arguments is not that of a checkpoint's arguments, one text each."""
+    mine, its = ({name: getattr(a, name, None) for name in _CHECKPOINTED} for a in (args, saved))
+    if bool(mine["s2_attention"]) != bool(its["s2_attention"]):
+        given, trained = ("not given", "with") if its["s2_attention"] else ("given", "without")
+        return [f"--s2-attention {given}: the checkpoint was trained {trained} it"]
+    if not mine["s2_attention"]:
+        return []
+    return [
+        f"{_flag(name)} {mine[name]}: the checkpoint was trained with {its[name]}"
+        for name in _CHECKPOINTED
+        if name in vars(args) and mine[name] != its[name]
+    ]
+
+
+def settings_from_args(args: Namespace) -> S2Settings:
+    """The S2 settings of parsed arguments; fills in the defaults of those flags that were not given.
+
+    Raises:
+        ValueError: a flag is out of range; the message starts with it.
+    """
+    for name, field in S2Settings.__dataclass_fields__.items():
+        value = getattr(args, f"s2_{name}", None)
+        if f"s2_{name}" in args and value is None:
+            setattr(args, f"s2_{name}", field.default)
+        elif isinstance(value, list):
+            single = name == "vert_stride" and len(value) == 1
+            setattr(args, f"s2_{name}", value[0] if single else tuple(value))
+    kv_heads = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    for flag, value in (("--num-layers", args.num_layers), ("--num-attention-heads", kv_heads)):
+        if value is None:
+            raise ValueError(f"{flag}: must be given")
+    chosen = {
+        name: getattr(args, f"s2_{name}")
+        for name in S2Settings.__dataclass_fields__
+        if hasattr(args, f"s2_{name}")
+    }
+    try:
+        return S2Settings(num_layers=args.num_layers, num_kv_heads=kv_heads, **chosen)
+    except ValueError as error:
+        name, rest = str(error).split(" ", 1)
+        raise ValueError(f"{_flag('s2_' + name)} {rest}" if name in chosen else str(error)) from None
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _layer_numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(","))
+
+
+_layer_numbers.__name__ = "layer numbers"  # argparse names the type in its message

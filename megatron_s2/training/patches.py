@@ -1,0 +1,493 @@
+"""Every workaround for a defect of Megatron or of its wheel, one named function each.
+
+Each function says what is broken, in which version it was seen, and what it touches. Each may be called
+twice. `apply_patches` calls them all and is the only thing an entry point needs; call it before `pretrain()`.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from functools import wraps
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import torch
+
+from megatron_s2.offload.run import Offload
+from megatron_s2.parallel.exchange import Traffic
+from megatron_s2.pattern.annealing import Annealing
+from megatron_s2.pattern.settings import S2Settings
+
+
+class EmptySplitError(ValueError):
+    """A data set without tokens, which Megatron would try to repeat until there are enough."""
+
+
+def apply_patches(cpu: bool) -> None:
+    """Applies every workaround; `cpu` adds those that are right only without a GPU."""
+    skip_compiling_dataset_helpers()
+    let_distributed_optimizer_resume_with_torch_adam()
+    keep_adam_step_when_distributed_optimizer_resumes()
+    refuse_empty_splits()
+    keep_padding_to_its_own_sample()
+    rotate_packed_tokens_of_a_row()
+    pass_rope_scaling_factor_on()
+    if cpu:
+        let_pretrain_start_without_cuda()
+        skip_jit_warmup()
+
+
+def quiet_known_warnings() -> None:
+    """Silences, on every rank, warnings that tell nothing a user could act on; all others still show.
+
+    Megatron says about ten times at import that Transformer Engine and Apex are not installed (which
+    implementation runs is decided by flags, and this package says it once), that it assumes rank 0 where
+    there is one process, that parts this package doesn't use are experimental, that its distributed optimizer
+    looks at the `.grad` of views, that its checkpoints call older functions of torch, and that one process
+    reads or writes a checkpoint. Touches the filters of `warnings` and one logger of torch. Call it before
+    importing Megatron.
+    """
+    for message in (
+        "Transformer Engine and Apex are not installed",
+        "Apex is not installed",
+        "Only transformer-engine>=.* supports MoE experts",
+        ".*'pin_memory' argument is set as true but no accelerator is found",
+        "Could not determine rank from torch.distributed",
+        "MimoModelConfig is experimental",
+        r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed",
+        ".*assuming the intent is to (load|save) in a single process",
+        "The argument order of load has been changed",
+        "Please use DTensor instead and we are deprecating ShardedTensor",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("torch.utils.cpp_extension").addFilter(
+        lambda record: "No CUDA runtime is found" not in record.getMessage()
+    )
+
+
+def skip_compiling_dataset_helpers() -> None:
+    """`compile_helpers()` ends the process with status 1 when installed from the wheel (seen in 0.19.2).
+
+    It runs `make` in `megatron/core/datasets`, but the wheel ships the compiled `helpers_cpp` and no
+    Makefile. Where that module is there, there is nothing to compile. Touches
+    `megatron.core.datasets.utils.compile_helpers`.
+    """
+    from megatron.core.datasets import utils
+
+    if find_spec("megatron.core.datasets.helpers_cpp") is not None:
+        utils.compile_helpers = lambda: None
+
+
+def let_distributed_optimizer_resume_with_torch_adam() -> None:
+    """`DistributedOptimizer.state_dict()` fails before the first step without TE and Apex (seen in 0.19.2).
+
+    It asserts that all parameters share one `step`, but torch's Adam has no `step` until it has stepped, and
+    that is exactly the state in which a resumed run asks for the template to load into. Here the inner
+    optimizer then reports step 0 for every parameter; loading replaces it. Touches
+    `megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.state_dict`.
+    """
+    from megatron.core.optimizer import distrib_optimizer
+
+    original = distrib_optimizer.DistributedOptimizer.state_dict
+    if distrib_optimizer.HAVE_APEX_OR_TE or hasattr(original, "before_megatron_s2"):
+        return
+
+    def state_dict(self):
+        if self.optimizer.state:
+            return original(self)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        try:
+            for parameter in parameters:
+                self.optimizer.state[parameter]["step"] = torch.tensor(0.0)
+            return original(self)
+        finally:
+            self.optimizer.state.clear()
+
+    state_dict.before_megatron_s2 = original
+    distrib_optimizer.DistributedOptimizer.state_dict = state_dict
+
+
+def keep_adam_step_when_distributed_optimizer_resumes() -> None:
+    """A resume with the distributed optimizer and torch's Adam gets Adam's step count wrong (seen in 0.19.2).
+
+    The step is saved once, with the parameter groups. On loading, all parameters get one and the same tensor
+    for it, so each later update counts once per parameter; then `_set_main_param_and_optimizer_states` copies
+    over it the 0 of the template that described what to load, so bias correction starts again; and for fp32
+    parameters, which are views that require gradients, torch refuses the copy outside `no_grad` and the
+    resume ends there. Here every parameter keeps the loaded step, as a tensor of its own. Touches that method
+    of `megatron.core.optimizer.distrib_optimizer.DistributedOptimizer`.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    original = DistributedOptimizer._set_main_param_and_optimizer_states
+    if hasattr(original, "before_megatron_s2"):
+        return
+
+    def set_states(self, model_param, tensors):
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        tensors = {name: tensor for name, tensor in tensors.items() if name != "step"}
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = tensors["step"] = state["step"].clone()
+        with torch.no_grad():
+            original(self, model_param, tensors)
+
+    set_states.before_megatron_s2 = original
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states
+
+
+def refuse_empty_splits() -> None:
+    """`GPTDataset` counts the epochs that give enough tokens, and never ends when there are none (0.19.2).
+
+    That is so for a split without documents, such as 1 of 1000 parts of 400 documents, and for documents
+    without tokens. Raises EmptySplitError there. Touches
+    `megatron.core.datasets.gpt_dataset.GPTDataset._get_num_epochs`.
+    """
+    from megatron.core.datasets.gpt_dataset import GPTDataset
+
+    original = GPTDataset._get_num_epochs
+    if hasattr(original, "before_megatron_s2"):
+        return
+
+    def num_epochs(self, num_tokens_per_epoch):
+        if num_tokens_per_epoch == 0:
+            split = f"--split {self.config.split}: " if self.config.split else ""
+            raise EmptySplitError(
+                f"{split}the {self.index_split.name} split of {self.dataset_path} has no tokens; give it a "
+                "larger share or none: --split 100,0,0 --eval-iters 0 trains on all"
+            )
+        return original(self, num_tokens_per_epoch)
+
+    num_epochs.before_megatron_s2 = original
+    GPTDataset._get_num_epochs = num_epochs
+
+
+def keep_padding_to_its_own_sample() -> None:
+    """The padding of the first sample is left out of the loss of all later ones, too (seen in 0.19.2).
+
+    `GPTDataset` keeps the first sample's loss mask for those that follow, and then writes that sample's
+    padding into it. Where the data hold the tokenizer's pad token, losses depend on which sample each rank
+    happens to read first. Here what is kept is whole. Touches
+    `megatron.core.datasets.gpt_dataset.GPTDataset.__getitem__`.
+    """
+    from megatron.core.datasets.gpt_dataset import GPTDataset
+
+    original = GPTDataset.__getitem__
+    if hasattr(original, "before_megatron_s2"):
+        return
+
+    @wraps(original)
+    def get_item(self, index):
+        was_cached = self.masks_and_position_ids_are_cached
+        sample = original(self, index)
+        if self.masks_and_position_ids_are_cached and not was_cached:
+            self.cached_loss_mask = torch.ones_like(self.cached_loss_mask)
+        return sample
+
+    get_item.before_megatron_s2 = original
+    GPTDataset.__getitem__ = get_item
+
+
+def let_eval_interval_be_unset(args: Namespace) -> None:
+    """Without `--eval-interval`, its default, a run ends in `int // None` (seen in 0.19.2).
+
+    Megatron documents: "If not set, evaluation will not run during training". The training loop does so, but
+    the number of validation samples is divided by the interval. Here an interval that is not set, or 0,
+    becomes one that no run reaches; evaluation after training stays, as `--eval-iters` says. Touches
+    `args.eval_interval`; call it before Megatron validates the arguments.
+    """
+    args.eval_interval = args.eval_interval or sys.maxsize
+
+
+def let_pretrain_start_without_cuda() -> None:
+    """`pretrain()` gives no way to pass `allow_no_cuda` to `initialize_megatron` (seen in 0.19.2).
+
+    So the call asserts that CUDA is available. Touches `megatron.training.training.initialize_megatron`.
+    """
+    from functools import partial
+
+    from megatron.training import training
+
+    if not isinstance(training.initialize_megatron, partial):
+        training.initialize_megatron = partial(training.initialize_megatron, allow_no_cuda=True)
+
+
+def skip_jit_warmup() -> None:
+    """The warm-up of fused functions changes the initial weights where CPU and "GPU" share a generator.
+
+    It draws random inputs whose size depends on the tensor parallel size, so the weights drawn after it
+    would too; and without a GPU nothing is fused. Touches
+    `megatron.training.training.set_jit_fusion_options`.
+    """
+    from megatron.training import training
+
+    training.set_jit_fusion_options = lambda *args, **kwargs: None
+
+
+def count_s2_flops(settings: S2Settings | Annealing) -> None:
+    """`--log-throughput` counts core attention as dense and causal (0.19.2 has no hook to say otherwise).
+
+    Its formula takes the sum of squared sequence lengths and halves it for the causal mask. Here each length
+    contributes twice the pairs that core attention computes instead, mean over layers and heads: with packed
+    sequences too. Touches `num_floating_point_operations` and `update_seqlen_stats_from_cu_seqlens` of
+    `megatron.training.training`; calling it again replaces the settings.
+    """
+    from megatron.training import training
+
+    count, update = (
+        getattr(function, "before_megatron_s2", function)
+        for function in (training.num_floating_point_operations, training.update_seqlen_stats_from_cu_seqlens)
+    )
+
+    def count_visible(args, batch_size, seqlen_squared_sum_in_batch=None, total_real_tokens_in_batch=None):
+        if seqlen_squared_sum_in_batch is None:
+            seqlen_squared_sum_in_batch = batch_size * 2 * settings.mean_pairs(args.seq_length)
+        return count(args, batch_size, seqlen_squared_sum_in_batch, total_real_tokens_in_batch)
+
+    def update_visible(cu_seqlens):
+        update(cu_seqlens)
+        if cu_seqlens is not None and cu_seqlens.numel() > 1:
+            lengths = cu_seqlens.diff().tolist()
+            training._seqlen_stats_in_iteration[1] += sum(2 * settings.mean_pairs(n) - n * n for n in lengths)
+
+    count_visible.before_megatron_s2, update_visible.before_megatron_s2 = count, update
+    training.num_floating_point_operations = count_visible
+    training.update_seqlen_stats_from_cu_seqlens = update_visible
+
+
+def rotate_packed_tokens_of_a_row() -> None:
+    """Rotary embedding misplaces packed documents under context parallelism (seen in 0.19.2).
+
+    It takes each document as dealt out over the ranks on its own, but the batches of
+    `--dataloader-inter-document-masking` deal out the row of all documents as one sequence
+    (`use_per_sequence_balancing`), since documents have any length. Here each token of a rank gets the angle
+    of its position in its document. Touches `_apply_rotary_pos_emb_thd` of
+    `megatron.core.models.common.embeddings.rope_utils`, for more than one context-parallel rank.
+    """
+    from megatron.core.models.common.embeddings import rope_utils
+
+    from megatron_s2.parallel.layout import Zigzag
+
+    original = rope_utils._apply_rotary_pos_emb_thd
+    if hasattr(original, "before_megatron_s2"):
+        return
+
+    def rotate(t, cu_seqlens, freqs, *args, cp_group=None, **kwargs):
+        if cp_group is None or cp_group.size() == 1:
+            return original(t, cu_seqlens, freqs, *args, cp_group=cp_group, **kwargs)
+        zigzag = Zigzag(cp_group.size(), t.shape[0] * cp_group.size())
+        rows = [torch.arange(a, b, device=t.device) for a, b in zigzag.chunks(cp_group.rank())]
+        rows = torch.cat(rows)
+        starts = cu_seqlens[torch.searchsorted(cu_seqlens, rows, right=True) - 1]
+        rotated = rope_utils._apply_rotary_pos_emb_bshd(t[:, None], freqs[rows - starts], *args, **kwargs)
+        return rotated[:, 0]
+
+    rotate.before_megatron_s2 = original
+    rope_utils._apply_rotary_pos_emb_thd = rotate
+
+
+def pass_rope_scaling_factor_on() -> None:
+    """`--rope-scaling-factor` does not arrive in the model, which always scales by 8 (seen in 0.19.2).
+
+    A Llama 3.2, whose factor is 32, would be trained with other rotary positions than it knows. Touches
+    `megatron.training.argument_utils.gpt_config_from_args`.
+    """
+    from megatron.training import argument_utils
+
+    original = argument_utils.gpt_config_from_args
+    if hasattr(original, "before_megatron_s2"):
+        return
+
+    @wraps(original)
+    def gpt_config_from_args(args, *others, **named):
+        config = original(args, *others, **named)
+        config.rope_scaling_factor = args.rope_scaling_factor
+        return config
+
+    gpt_config_from_args.before_megatron_s2 = original
+    argument_utils.gpt_config_from_args = gpt_config_from_args
+
+
+def log_context_parallel_traffic(traffic: Traffic) -> None:
+    """Megatron logs no bytes (0.19.2 has no hook for more to log).
+
+    Each step the bytes that S2 attention received, layer by layer, go to the log writers beside the planner's
+    prediction, and with `--log-throughput` their sums in a line of the last rank to the output: of that rank,
+    and of those that hold the other pipeline stages of the same tokens. Touches `training_log` of
+    `megatron.training.training`; calling it again replaces the counter.
+    """
+    from megatron.core import mpu
+    from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer, training
+    from megatron.training.utils import print_rank_last
+
+    original = getattr(training.training_log, "before_megatron_s2", training.training_log)
+
+    def of_all_stages(layers: int) -> Traffic:
+        counts = [[of_layer.get(n, 0) for n in range(1, layers + 1)] for of_layer in vars(traffic).values()]
+        table = torch.tensor(counts, device=torch.cuda.current_device())
+        if mpu.get_pipeline_model_parallel_world_size() > 1:
+            torch.distributed.all_reduce(table, group=mpu.get_pipeline_model_parallel_group())
+        return Traffic(*({n: count for n, count in enumerate(row, 1) if count} for row in table.tolist()))
+
+    def log_traffic_too(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs):
+        result = original(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs)
+        settings = get_args()
+        prints = settings.log_throughput and iteration % settings.log_interval == 0
+        writes = iteration % settings.tensorboard_log_interval == 0
+        if prints or writes:
+            whole = of_all_stages(settings.num_layers)
+            if writes:
+                write(whole, iteration)
+            if prints:
+                print_rank_last(f" {whole}")
+        traffic.clear()
+        return result
+
+    def write(whole: Traffic, iteration: int) -> None:
+        values = {
+            f"s2-context-parallel/{what}{where}": count
+            for what, counts in vars(whole).items()
+            for where, count in [
+                *((f"-layer-{layer}", n) for layer, n in counts.items()),
+                ("", sum(counts.values())),
+            ]
+        }
+        if (writer := get_tensorboard_writer()) is not None:
+            for name, count in values.items():
+                writer.add_scalar(name, count, iteration)
+        if (writer := get_wandb_writer()) is not None:
+            writer.log(values, iteration)
+
+    log_traffic_too.before_megatron_s2 = original
+    training.training_log = log_traffic_too
+
+
+def use_offload(offload: Offload | None) -> None:
+    """Megatron has no argument for another optimizer (seen in 0.19.2); None undoes this.
+
+    `HybridDeviceOptimizer` becomes ours, in the two modules that construct it. Each `DistributedOptimizer` is
+    made known to `offload`, which also hears when its gradients are set to zero. A group of buckets whose
+    reduction has begun says so. What would change all gradients after that is only noted, for the update to
+    apply: unscaling (infinities are still looked for), the division by the number of tokens, and clipping;
+    norms are corrected by it, and computed in float32 (of 16-bit gradients, Megatron's own functions for
+    machines without Transformer Engine return 16 bits). A checkpoint takes one copy of each state tensor,
+    where Megatron would ask for each twice; `--log-params-norm` takes weights, since masters are not there.
+
+    Touches `HybridDeviceOptimizer` of `megatron.core.optimizer` and of its module `distrib_optimizer`; there
+    `DistributedOptimizer.__init__`, `zero_grad`, `_get_main_param_and_optimizer_states` and
+    `_unscale_main_grads_and_check_for_nan`; `main_param` of parameters, where it is None;
+    `get_grad_norm_fp32` and `clip_grad_by_total_norm_fp32` of its module `optimizer`;
+    `DistributedDataParallel.scale_gradients`; and `start_grad_sync` of `_ParamAndGradBucketGroup`.
+    """
+    from megatron.core import optimizer as package
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
+    from megatron.core.optimizer import distrib_optimizer, optimizer
+
+    from megatron_s2.offload.optimizer import OffloadedAdamW
+
+    distributed = distrib_optimizer.DistributedOptimizer
+
+    class OffloadedOptimizer(OffloadedAdamW):
+        def __init__(self, params, *, lr, betas, eps, weight_decay, **of_hybrid_device_optimizer):
+            super().__init__(params, offload, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+    def construct(original, self, inner, *args, **kwargs):
+        original(self, inner, *args, **kwargs)
+        if inner is None:
+            return
+        for chunk in self.model_chunks:
+            for parameter in chunk.parameters():
+                if getattr(parameter, "main_param", parameter) is None:
+                    del parameter.main_param, parameter.main_param_sharded
+        offload.adopt(self)
+
+    def copies_of_state(original, self, model_param):
+        group, order = self.model_param_group_index_map[model_param]
+        copies = dict(self.optimizer.state[self.optimizer.param_groups[group]["params"][order]])
+        copies["param"] = copies.pop("master_param")
+        return copies
+
+    def zero_grad(original, self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        offload.begin_step()
+
+    def check_for_inf(original, self):
+        scaler = self.grad_scaler
+        self.grad_scaler = SimpleNamespace(inv_scale=torch.ones_like(scaler.scale))
+        try:
+            found_inf = original(self)
+        finally:
+            self.grad_scaler = scaler
+        offload.hold_loss_scale(scaler.scale.item())
+        return found_inf
+
+    def norm(original, grads_for_norm, *args, **kwargs):
+        norms = [
+            grad
+            if grad.dtype == torch.float32
+            else torch.linalg.vector_norm(grad, dtype=torch.float32).view(1)
+            for grad in grads_for_norm
+        ]
+        return offload.true_norm(original(norms, *args, **kwargs))
+
+    def clip(original, parameters, max_norm, total_norm, use_decoupled_grad=False):
+        offload.hold_clip(max_norm, total_norm)
+
+    def scale(original, self, scaling_factor):
+        offload.hold_tokens(scaling_factor)
+
+    def start_grad_sync(original, self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        offload.gradients_reduced(self)
+
+    for owner, name, ours in (
+        (package, "HybridDeviceOptimizer", OffloadedOptimizer),
+        (distrib_optimizer, "HybridDeviceOptimizer", OffloadedOptimizer),
+        (distributed, "__init__", construct),
+        (distributed, "zero_grad", zero_grad),
+        (distributed, "_get_main_param_and_optimizer_states", copies_of_state),
+        (distributed, "_unscale_main_grads_and_check_for_nan", check_for_inf),
+        (optimizer, "get_grad_norm_fp32", norm),
+        (optimizer, "clip_grad_by_total_norm_fp32", clip),
+        (DistributedDataParallel, "scale_gradients", scale),
+        (_ParamAndGradBucketGroup, "start_grad_sync", start_grad_sync),
+    ):
+        original = getattr(owner, name)
+        original = getattr(original, "before_megatron_s2_offload", original)
+        if offload is None:
+            setattr(owner, name, original)
+            continue
+        if not isinstance(ours, type):
+            ours = _around(original, ours)
+        ours.before_megatron_s2_offload = original
+        setattr(owner, name, ours)
+
+
+def _around(original: Callable, ours: Callable) -> Callable:
+    """A function that gives its original to `ours` first."""
+
+    @wraps(original)
+    def wrapper(*args, **kwargs):
+        return ours(original, *args, **kwargs)
+
+    return wrapper
+
+
+def escape_help_texts(parser: ArgumentParser) -> None:
+    """`--help` ends with `unsupported format character` (seen in 0.19.2).
+
+    A help text of Megatron has a bare per cent sign. Touches the help of those options of `parser` that
+    argparse cannot format.
+    """
+    formatter = parser._get_formatter()
+    for action in parser._actions:
+        if action.help:
+            try:
+                formatter._expand_help(action)
+            except (ValueError, TypeError, KeyError):
+                action.help = action.help.replace("%", "%%")

@@ -1,0 +1,147 @@
+"""The cache holds exactly what later tokens see, in bytes of a closed form."""
+
+import pytest
+import torch
+from attention_cases import s2
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_s2 import S2Pattern
+from megatron_s2.kv_cache.cache import KVCache, cache_bytes, dense_cache_bytes, kept_tokens
+
+patterns = st.builds(
+    lambda strides, phases, **others: S2Pattern(
+        len(strides), 16, vert_stride=strides, phases=phases[: len(strides)], warn_lost=False, **others
+    ),
+    strides=st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple),
+    phases=st.tuples(*[st.integers(0, 4)] * 3),
+    local_blocks=st.integers(1, 3),
+    sink_blocks=st.integers(0, 2),
+    num_dense_heads=st.integers(0, 1),
+)
+PATTERN = s2(num_kv_heads=3, vert_stride=(4, 4, 1), sink_blocks=1)
+
+
+def numbered(start: int, tokens: int, heads: int) -> torch.Tensor:
+    """Keys `[1, tokens, heads, 2]` that say which position they are of, and which head."""
+    positions = torch.arange(start, start + tokens)[:, None].expand(tokens, heads)
+    return torch.stack([positions, torch.arange(heads).expand(tokens, heads)], -1)[None].float()
+
+
+def seen_later(pattern: S2Pattern, head: int, tokens: int) -> list[int]:
+    """By definition: the positions that some query from `tokens` on sees, looking two windows ahead."""
+    B = pattern.block_size
+    rows = range(tokens // B, tokens // B + 2 * pattern.local_blocks + 1)
+    blocks = set().union(*(pattern.row_blocks(head, row) for row in rows))
+    return [position for position in range(tokens) if position // B in blocks]
+
+
+@given(pattern=patterns, chunks=st.lists(st.integers(1, 70), max_size=6), decoded=st.integers(0, 40))
+@settings(max_examples=60, deadline=None)
+def test_holds_exactly_what_later_tokens_see(pattern, chunks, decoded):
+    heads, tokens = pattern.num_kv_heads, 0
+    cache = KVCache(pattern, batch=1, head_dim=2)
+    for chunk in chunks:
+        cache.append(*[numbered(tokens, chunk, heads)] * 2)
+        tokens += chunk
+    for _ in range(decoded):
+        cache.write(*[numbered(tokens, 1, heads)] * 2, rows=[0])
+        cache.forget()
+        tokens += 1
+    for head in range(heads):
+        for entries in cache.entries(0, head):
+            assert entries[:, 0].tolist() == seen_later(pattern, head, tokens)
+            assert set(entries[:, 1].tolist()) <= {head}
+    assert cache.bytes == cache_bytes(pattern, tokens, 2, torch.float32)
+    assert cache.bytes == sum(x.nbytes for head in range(heads) for x in cache.entries(0, head))
+    assert cache.dense_bytes == dense_cache_bytes(heads, tokens, 2, torch.float32)
+
+
+@given(pattern=patterns, lengths=st.lists(st.integers(0, 150), min_size=1, max_size=4))
+@settings(max_examples=30, deadline=None)
+def test_bytes_of_a_batch_are_the_sum_over_its_sequences(pattern, lengths):
+    keys = torch.zeros(len(lengths), max(lengths), pattern.num_kv_heads, 4, dtype=torch.bfloat16)
+    cache = KVCache(pattern, len(lengths), 4, torch.bfloat16)
+    cache.append(keys, keys, lengths)
+    assert cache.lengths == lengths
+    assert cache.bytes == sum(cache_bytes(pattern, n, 4, torch.bfloat16) for n in lengths)
+
+
+@given(pattern=patterns, tokens=st.integers(1, 300))
+@settings(max_examples=30, deadline=None)
+def test_a_known_maximum_is_set_aside_exactly(pattern, tokens):
+    cache = KVCache(pattern, 1, 2, max_tokens=tokens)
+    capacity = cache.capacity_bytes
+    most = [0] * len(cache.runs)
+    for _ in range(tokens):
+        cache.write(*[numbered(0, 1, pattern.num_kv_heads)] * 2, rows=[0])
+        most = [max(n, *(cache.kept(0, g) for g in run.heads)) for n, run in zip(most, cache.runs)]
+        cache.forget()
+    needed = sum(len(run.heads) * entries for entries, run in zip(most, cache.runs))
+    assert cache.capacity_bytes == capacity == 2 * 2 * 4 * needed
+    with pytest.raises(ValueError, match=rf"^max_tokens {tokens}: must be at least the {tokens + 1} tokens"):
+        cache.write(*[numbered(0, 1, pattern.num_kv_heads)] * 2, rows=[0])
+
+
+def test_growth_sets_aside_at_most_a_quarter_and_a_block_more_than_needed():
+    cache, most = KVCache(PATTERN, 1, 2), 0
+    for token in range(1000):
+        cache.write(*[numbered(token, 1, 3)] * 2, rows=[0])
+        most = max(most, *(cache.kept(0, g) for g in range(3)))
+        cache.forget()
+    for run in cache.runs:
+        needed = 16 + max(kept for n in range(1000) for kept in kept_tokens(PATTERN, n)[run.heads.start :])
+        assert run.k.shape[2] <= 1.25 * needed + 16
+
+
+@pytest.mark.parametrize("layer", range(4))
+def test_an_eighth_of_dense_at_32k(layer):
+    pattern = S2Pattern(8, block_size=64, local_blocks=8, vert_stride=16, layer=layer)
+    tokens, head_dim = 32 * 1024, 4
+    assert pattern.local_blocks * pattern.block_size == 512
+    keys = torch.zeros(1, tokens, 8, head_dim, dtype=torch.bfloat16)
+    cache = KVCache(pattern, 1, head_dim, torch.bfloat16, max_tokens=tokens)
+    cache.append(keys, keys)
+    assert cache.bytes == cache_bytes(pattern, tokens, head_dim, torch.bfloat16)
+    dense = dense_cache_bytes(8, tokens, head_dim, torch.bfloat16)
+    assert cache.bytes <= cache.capacity_bytes <= dense / 8
+
+
+def test_a_dense_layer_keeps_everything():
+    pattern = s2(num_kv_heads=2, vert_stride=1)
+    assert kept_tokens(pattern, 1000) == (1000, 1000)
+
+
+def test_selected_sequences_are_copies():
+    keys = torch.randn(2, 100, 3, 2)
+    cache = KVCache(PATTERN, 2, 2)
+    cache.append(keys, keys, [100, 70])
+    before = [[cache.entries(row, g)[0].clone() for g in range(3)] for row in (0, 1)]
+    cache.select([1, 0, 1])
+    cache.append(keys[:1].expand(3, -1, -1, -1), keys[:1].expand(3, -1, -1, -1), [0, 0, 5])
+    assert cache.lengths == [70, 100, 75]
+    for row, was in enumerate([1, 0]):
+        assert all(torch.equal(cache.entries(row, g)[0], before[was][g]) for g in range(3))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"k": torch.zeros(1, 4, 3, 2)}, r"^k \(1, 4, 3, 2\): must be \(2, 4, 3, 2\) for this cache$"),
+        ({"v": torch.zeros(2, 4, 3, 8)}, r"^v \(2, 4, 3, 8\): must be"),
+        ({"k": torch.zeros(2, 4, 3, 2).half()}, r"^k torch.float16: must have the cache's torch.float32$"),
+        ({"new": [1]}, r"^new \[1\]: must be 2 numbers of tokens, one per row, up to 4$"),
+        ({"new": [1, 5]}, r"^new \[1, 5\]: must be"),
+    ],
+)
+def test_refuses_what_does_not_fit(given, message):
+    cache = KVCache(PATTERN, 2, 2)
+    fitting = {"k": torch.zeros(2, 4, 3, 2), "v": torch.zeros(2, 4, 3, 2)}
+    with pytest.raises(ValueError, match=message):
+        cache.append(**fitting | given)
+
+
+@pytest.mark.parametrize("name", ["batch", "head_dim", "max_tokens"])
+def test_refuses_sizes_out_of_range(name):
+    with pytest.raises(ValueError, match=f"^{name} 0: must be >= 1$"):
+        KVCache(PATTERN, **{"batch": 1, "head_dim": 2, name: 0})

@@ -1,0 +1,148 @@
+"""Attention through the cache is attention: whole prompts, in chunks, token by token, against everything."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from attention_cases import s2
+
+from megatron_s2 import s2_attention
+from megatron_s2.kernels.compare import require_as_exact_as_plain, require_equal
+from megatron_s2.kernels.reference import masked_attention, visible_tokens
+from megatron_s2.kv_cache.cache import KVCache, cache_bytes
+from megatron_s2.kv_cache.cached_attention import cached_attention
+from megatron_s2.pattern.s2_pattern import S2Pattern
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Sequences that are fed to a cache in steps.
+
+    Args:
+        steps: how many new tokens each row has in each step.
+    """
+
+    name: str
+    steps: tuple[tuple[int, ...], ...]
+    pattern: S2Pattern = field(default_factory=lambda: s2(num_kv_heads=2))
+    group: int = 2
+    dim: int = 16
+    sink_logits: bool = False
+    softmax_scale: float | None = None
+    max_tokens: int | None = None
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def lengths(self) -> list[int]:
+        return [sum(step[row] for step in self.steps) for row in range(len(self.steps[0]))]
+
+    def inputs(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        draw = torch.Generator().manual_seed(0)
+        batch, longest, H = len(self.lengths), max(self.lengths), self.pattern.num_kv_heads
+        q, k, v = (
+            torch.randn(batch, longest, heads, self.dim, generator=draw, dtype=torch.float64).to(dtype)
+            for heads in (H * self.group, H, H)
+        )
+        sinks = torch.randn(H * self.group, generator=draw, dtype=torch.float64).to(dtype)
+        return q, k, v, sinks if self.sink_logits else None
+
+    def fed(self, dtype: torch.dtype) -> torch.Tensor:
+        """All outputs of the real tokens of all rows, one after another, through the cache."""
+        q, k, v, sinks = self.inputs(dtype)
+        batch = len(self.lengths)
+        cache = KVCache(self.pattern, batch, self.dim, dtype, max_tokens=self.max_tokens)
+        outs, done = [[] for _ in range(batch)], [0] * batch
+        for step in self.steps:
+            padded = []
+            for x in (q, k, v):
+                rows = x.new_full((batch, max(step), *x.shape[2:]), float("nan"))
+                for row, new in enumerate(step):
+                    rows[row, :new] = x[row, done[row] : done[row] + new]
+                padded.append(rows)
+            out = cached_attention(*padded, cache, self.softmax_scale, sinks, new=step)
+            for row, new in enumerate(step):
+                outs[row].append(out[row, :new])
+                assert not out[row, new:].any()
+                done[row] += new
+            assert cache.lengths == done
+            assert cache.bytes == sum(cache_bytes(self.pattern, n, self.dim, dtype) for n in done)
+        return torch.cat([part for row in outs for part in row])
+
+    def recomputed(self, dtype: torch.dtype, attention) -> torch.Tensor:
+        """The same from whole sequences at once."""
+        q, k, v, sinks = self.inputs(dtype)
+        rows = [[x[row : row + 1, :length] for x in (q, k, v)] for row, length in enumerate(self.lengths)]
+        return torch.cat([attention(*row, sinks)[0] for row in rows])
+
+    def with_everything(self, q, k, v, sinks) -> torch.Tensor:
+        return s2_attention(
+            q, k, v, self.pattern, self.softmax_scale, sinks, return_lse=False, backend="reference"
+        )
+
+    def plain(self, q, k, v, sinks) -> torch.Tensor:
+        visible = visible_tokens(self.pattern, q.shape[1], k.shape[1], [(0, q.shape[1])], 0)
+        return masked_attention(q, k, v, visible, self.softmax_scale or self.dim**-0.5, sinks)[0]
+
+
+def decoded(*prompts: int, tokens: int) -> tuple[tuple[int, ...], ...]:
+    return prompts, *[(1,) * len(prompts)] * tokens
+
+
+GENERATIONS = [
+    Generation("shorter than the window", decoded(5, tokens=3)),
+    Generation("across the window's end", decoded(29, tokens=40)),
+    Generation("much longer than the window", decoded(230, tokens=20)),
+    Generation("no prompt", ((1,),) * 70),
+    Generation("whole blocks", ((32,), (64,), (16,), *((1,),) * 18)),
+    Generation("in chunks", ((7,), (50,), (3,), (90,), (1,), (2,))),
+    Generation("unequal batch", decoded(3, 100, 33, 16, tokens=20)),
+    Generation("unequal chunks", ((3, 0, 40), (20, 70, 1), (1, 1, 1), (5, 30, 0), (0, 1, 1), (1, 0, 1))),
+    Generation("a dense head", decoded(100, 7, tokens=20), s2(3, num_dense_heads=1)),
+    Generation("dense heads first", ((40, 90), (70, 3), (1, 1)), s2(4, vert_stride=(1, 1, 4, 3))),
+    Generation("a dense layer", ((40, 90), (70, 3), (1, 1)), s2(2, vert_stride=1)),
+    Generation("sinks", ((130,), (20,), (1,), (1,)), s2(2, sink_blocks=2)),
+    Generation("one block window", ((90,), (33,), *((1,),) * 20), s2(2, local_blocks=1)),
+    Generation("sink logits", ((90, 5), (33, 20), (1, 1), (1, 0)), sink_logits=True),
+    Generation("scale", ((90,), (33,), (1,)), softmax_scale=0.7),
+    Generation("no groups", ((90,), (33,), (1,)), s2(4), group=1),
+    Generation("known maximum", ((90, 60), (1, 1), (20, 50)), max_tokens=111),
+]
+
+
+@pytest.fixture(params=GENERATIONS, ids=str)
+def generation(request) -> Generation:
+    return request.param
+
+
+def test_equals_reference_in_float64(generation):
+    got = generation.fed(torch.float64)
+    exact = generation.recomputed(torch.float64, generation.with_everything)
+    require_equal({"out": got}, {"out": exact})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_as_exact_as_plain(generation, dtype):
+    require_as_exact_as_plain(
+        got={"out": generation.fed(dtype)},
+        plain={"out": generation.recomputed(dtype, generation.plain)},
+        exact={
+            "out": torch.cat(
+                [
+                    generation.with_everything(
+                        *(x[row : row + 1, :length].double() for x in generation.inputs(dtype)[:3]),
+                        generation.inputs(dtype)[3].double() if generation.sink_logits else None,
+                    )[0]
+                    for row, length in enumerate(generation.lengths)
+                ]
+            )
+        },
+    )
+
+
+def test_refuses_queries_that_do_not_fit():
+    cache = KVCache(s2(2), 1, 16)
+    q, k = torch.zeros(1, 3, 5, 16), torch.zeros(1, 3, 2, 16)
+    with pytest.raises(ValueError, match=r"^q \(1, 3, 5, 16\): must be \[batch, tokens, heads, head_dim\]"):
+        cached_attention(q, k, k, cache)

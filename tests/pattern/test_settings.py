@@ -1,0 +1,116 @@
+"""S2Settings: which layer has which pattern, and what the model as a whole sees and computes."""
+
+import pytest
+
+from megatron_s2.pattern.block_pattern import dense_pairs
+from megatron_s2.pattern.s2_pattern import S2Pattern
+from megatron_s2.pattern.settings import S2Settings
+
+
+def settings(**fields) -> S2Settings:
+    return S2Settings(
+        **{"num_layers": 8, "num_kv_heads": 2, "block_size": 16, "local_blocks": 2, "vert_stride": 4} | fields
+    )
+
+
+def test_every_layer_is_sparse_by_default():
+    assert settings().sparse_layers == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize(
+    ("fields", "sparse"),
+    [
+        ({"dense_layers": (1, 2)}, [3, 4, 5, 6, 7, 8]),
+        ({"dense_layers": (8, 1)}, [2, 3, 4, 5, 6, 7]),
+        ({"dense_layer_freq": 4}, [1, 2, 3, 5, 6, 7]),
+        ({"dense_layer_freq": 3, "dense_layers": (1,)}, [2, 4, 5, 7, 8]),
+        ({"dense_layer_freq": 9}, [1, 2, 3, 4, 5, 6, 7, 8]),
+        ({"dense_layer_freq": 1}, []),
+    ],
+    ids=str,
+)
+def test_dense_layers_are_named_or_come_every_so_many(fields, sparse):
+    chosen = settings(**fields)
+    assert chosen.sparse_layers == sparse
+    assert [n for n in range(1, 9) if not chosen.is_dense(n)] == sparse
+
+
+def test_a_dense_layer_sees_everything():
+    chosen = settings(dense_layers=(2,), sink_blocks=1, num_dense_heads=1)
+    assert chosen.pattern(2).visible_pairs(100) == (dense_pairs(100),) * 2
+
+
+def test_a_sparse_layer_has_the_pattern_that_was_chosen():
+    fields = {"vert_stride": (4, 2), "sink_blocks": 3, "num_dense_heads": 1}
+    assert settings(**fields).pattern(1) == S2Pattern(2, 16, 2, **fields)
+
+
+def test_default_phases_rotate_from_layer_to_layer():
+    chosen = settings()
+    assert [chosen.pattern(n).head_phases for n in (1, 2, 3)] == [(0, 2), (1, 3), (0, 2)]
+
+
+def test_dense_layers_do_not_break_the_rotation():
+    """Else, with every second layer dense, all sparse ones would have the same phases."""
+    chosen = settings(dense_layer_freq=2)
+    assert chosen.sparse_layers == [1, 3, 5, 7]
+    assert [chosen.pattern(n).head_phases for n in chosen.sparse_layers] == [(0, 2), (1, 3)] * 2
+
+
+def test_given_phases_stay_the_same_in_every_layer_and_what_they_lose_is_said_once():
+    with pytest.warns(UserWarning, match="2 of every 4 distant blocks are seen by no head") as warned:
+        chosen = settings(phases=(1, 3))
+        assert {chosen.pattern(n).head_phases for n in range(1, 9)} == {(1, 3)}
+    assert len(warned) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "lost"),
+    [
+        ({}, 0),
+        ({"num_layers": 1}, 2),
+        ({"num_layers": 2, "dense_layers": (1,)}, 2),
+        ({"vert_stride": 16}, 0),
+        ({"vert_stride": 16, "num_layers": 7}, 2),
+    ],
+    ids=str,
+)
+def test_coverage_is_that_of_the_sparse_layers_together(fields, lost):
+    assert settings(**fields).coverage().lost == lost
+
+
+@pytest.mark.parametrize("seq_len", [1, 16, 37, 200])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"dense_layers": (1, 5)}, {"sink_blocks": 1, "num_dense_heads": 1}, {"dense_layer_freq": 1}],
+    ids=str,
+)
+def test_mean_pairs_are_those_of_the_masks(fields, seq_len):
+    chosen = settings(**fields)
+    blocks = -(-seq_len // 16)
+    pairs = 0
+    for layer in range(1, 9):
+        mask = chosen.pattern(layer).block_mask(blocks)
+        tokens = mask.repeat_interleave(16, 1).repeat_interleave(16, 2)[:, :seq_len, :seq_len]
+        pairs += int(tokens.tril().sum())
+    assert chosen.mean_pairs(seq_len) == pytest.approx(pairs / 8 / 2, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"dense_layers": (9,)}, "dense_layers 9: must be between 1 and the 8 layers"),
+        ({"dense_layers": (0, 1)}, "dense_layers 0: must be between 1 and the 8 layers"),
+        ({"dense_layer_freq": -1}, "dense_layer_freq -1: must be >= 0"),
+        ({"block_size": 48}, "block_size 48: must be a power of two >= 16"),
+        ({"local_blocks": 0}, "local_blocks 0: must be >= 1"),
+        ({"vert_stride": (4, 0)}, r"vert_stride (4, 0): must be >= 1"),
+        ({"phases": (0, -1)}, r"phases (0, -1): must be >= 0"),
+        ({"num_dense_heads": 3}, "num_dense_heads 3: must be between 0 and 2"),
+    ],
+    ids=str,
+)
+def test_a_field_out_of_range_is_refused_by_name(fields, message):
+    with pytest.raises(ValueError) as refused:
+        settings(**fields)
+    assert str(refused.value) == message

@@ -1,0 +1,93 @@
+"""The command line that Megatron gets is one that can run on this machine, and no wish is overruled."""
+
+import pytest
+
+from megatron_s2.training.machine import Machine, describe, runnable_arguments
+
+CPU = Machine(gpu=False, transformer_engine=False, apex=False)
+PLAIN_GPU = Machine(gpu=True, transformer_engine=False, apex=False)
+NVIDIA_CONTAINER = Machine(gpu=True, transformer_engine=True, apex=True)
+
+
+def test_nothing_changes_where_everything_is_there():
+    argv = ["--bf16", "--sequence-parallel", "--tensor-model-parallel-size", "8"]
+    assert runnable_arguments(argv, NVIDIA_CONTAINER) == (argv, [])
+    assert describe(NVIDIA_CONTAINER, []) is None
+
+
+def test_cpu_gets_every_flag_it_needs_and_keeps_the_users_own_first():
+    argv, added = runnable_arguments(["--lr", "1e-3"], CPU)
+    assert argv == ["--lr", "1e-3", *added]
+    line = " ".join(added)
+    for words in (
+        "--distributed-backend gloo",
+        "--transformer-impl local",
+        "--use-cpu-initialization",
+        "--no-persist-layer-norm",
+        "--no-gradient-accumulation-fusion",
+        "--no-masked-softmax-fusion",
+        "--no-rope-fusion",
+    ):
+        assert words in line
+    assert describe(CPU, added) == f"megatron-s2: no GPU found, training on CPU (gloo); set: {line}"
+
+
+def test_each_flag_is_added_once():
+    for machine in (CPU, PLAIN_GPU):
+        _, added = runnable_arguments([], machine)
+        flags = [word for word in added if word.startswith("--")]
+        assert len(flags) == len(set(flags))
+
+
+def test_gpu_without_transformer_engine_keeps_nccl_and_its_fusions():
+    _, added = runnable_arguments([], PLAIN_GPU)
+    assert "--transformer-impl" in added
+    assert "--distributed-backend" not in added
+    assert "--no-bias-dropout-fusion" not in added
+
+
+@pytest.mark.parametrize("given", [["--transformer-impl", "local"], ["--transformer-impl=local"]])
+def test_what_the_user_gave_already_is_not_added(given):
+    argv, added = runnable_arguments([*given, "--disable-jit-fuser"], CPU)
+    assert "--transformer-impl" not in added
+    assert "--disable-jit-fuser" not in added
+    assert argv[: len(given)] == given
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--transformer-impl", "transformer_engine"],
+        ["--transformer-impl=transformer_engine"],
+        ["--distributed-backend", "nccl"],
+        ["--fp8-format", "hybrid"],
+        ["--cuda-graph-impl", "local"],
+        ["--use-megatron-fsdp"],
+        ["--async-save"],
+        ["--optimizer-cpu-offload"],
+        ["--sequence-parallel", "--tensor-model-parallel-size", "2"],
+    ],
+    ids=" ".join,
+)
+def test_a_wish_that_needs_a_gpu_is_refused_by_name(flags):
+    with pytest.raises(ValueError, match=f"^{flags[0].partition('=')[0]}.*: needs "):
+        runnable_arguments(flags, CPU)
+
+
+def test_a_refused_flag_with_its_harmless_value_is_let_through():
+    runnable_arguments(["--cuda-graph-impl", "none", "--sequence-parallel"], CPU)
+
+
+def test_a_flag_given_twice_counts_the_last_time():
+    runnable_arguments(["--distributed-backend", "nccl", "--distributed-backend", "gloo"], CPU)
+
+
+@pytest.mark.parametrize("machine", [CPU, PLAIN_GPU], ids=["cpu", "gpu"])
+@pytest.mark.parametrize(
+    "words", ["--recompute-modules core_attn layernorm", "--recompute-modules=layernorm"]
+)
+def test_modules_that_only_transformer_engine_recomputes_are_refused(machine, words):
+    runnable_arguments(["--recompute-modules", "core_attn", "mlp", "--lr", "layernorm"], machine)
+    runnable_arguments(words.split(), NVIDIA_CONTAINER)
+    with pytest.raises(ValueError, match=r"^--recompute-modules layernorm: needs Transformer Engine"):
+        runnable_arguments(words.split(), machine)
