@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
+from megatron_s2.errors import flag_name
+from megatron_s2.layers.arguments import refuse_bypasses
 from megatron_s2.offload.run import Offload, OffloadError
 from megatron_s2.parallel.exchange import PeerLostError, Traffic
 from megatron_s2.parallel.planner import plan_model
@@ -32,7 +34,6 @@ from megatron_s2.report.startup_table import startup_table
 from megatron_s2.training.arguments import (
     add_s2_args,
     differences_from_checkpoint,
-    refuse_bypasses,
     settle_for_s2,
     take_from_checkpoint,
     validate_s2_args,
@@ -367,11 +368,7 @@ def _failed_assertion(error: AssertionError) -> str:
     if str(error):
         return str(error)
     condition = (frame.line or "").removeprefix("assert ").rstrip(", \\")
-    return f"Megatron requires {re.sub(r'\bargs\.(\w+)', lambda name: _flag(name[1]), condition)}"
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    return f"Megatron requires {re.sub(r'\bargs\.(\w+)', lambda name: flag_name(name[1]), condition)}"
 
 
 def _refuse(message: str) -> NoReturn:

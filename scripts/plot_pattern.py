@@ -7,8 +7,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_s2.layers.arguments import settings_from_args
 from megatron_s2.report.pattern_picture import SUFFIXES, draw_pattern
-from megatron_s2.training.arguments import add_s2_args, settings_from_args
+from megatron_s2.training.arguments import add_s2_args
 
 
 def main() -> None:

@@ -1,9 +1,14 @@
-"""What all tests share: tests marked `gpu` are left out where there is no CUDA device; long
-files go first; one thread for those that ask."""
+"""What all tests share: one thread, the scripts as modules; tests marked `gpu` are left out where there is no
+CUDA device; long files go first."""
 
+import os
+import sys
 from pathlib import Path
 
-import pytest
+# Before torch is imported: at the sizes of tests threads cost more than they bring, in commands started by
+# tests, too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 # A worker that began one of these last would leave the other without work. Longest first.
 LONG = (
@@ -43,14 +48,3 @@ def pytest_collection_modifyitems(config, items):
     if not torch.cuda.is_available():
         config.hook.pytest_deselected(items=on_gpu)
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """At the sizes of tests, threads cost more than they bring, many times more on a busy machine."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

@@ -15,7 +15,8 @@ import pytest
 from megatron_arguments import parse, validate_on_gpus
 from megatron_run import ROOT
 
-from megatron_s2.training.arguments import settings_from_args, validate_s2_args
+from megatron_s2.layers.arguments import settings_from_args
+from megatron_s2.training.arguments import validate_s2_args
 from megatron_s2.training.checks import check_paths
 from megatron_s2.training.machine import Machine, runnable_arguments
 

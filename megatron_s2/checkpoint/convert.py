@@ -17,8 +17,8 @@ from megatron_s2.checkpoint.safetensors_files import DTYPES, Weights, read_json,
 from megatron_s2.checkpoint.tensors import LAYERS, Placed, extra_state_keys, placed_tensors
 from megatron_s2.checkpoint.torch_dist import Checkpoint, Chunk, write_release
 from megatron_s2.checkpoint.whole import check_new, whole_directory
+from megatron_s2.data.tokenizer import has_tokenizer
 from megatron_s2.errors import InputError
-from megatron_s2.generation.text import has_tokenizer
 from megatron_s2.pattern.settings import S2Settings
 
 RESUME = "resume.args"

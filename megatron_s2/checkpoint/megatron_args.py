@@ -4,9 +4,9 @@ from argparse import Namespace
 from dataclasses import asdict
 
 from megatron_s2.checkpoint.model import Model
-from megatron_s2.errors import InputError
+from megatron_s2.errors import InputError, flag_name
+from megatron_s2.layers.arguments import settings_from_args
 from megatron_s2.pattern.settings import S2Settings
-from megatron_s2.training.arguments import settings_from_args
 
 # Names of Megatron's arguments whose flag is another word.
 _FLAGS = {"layernorm_epsilon": "--norm-epsilon"}
@@ -114,7 +114,7 @@ def flags(arguments: dict[str, object]) -> list[list[str]]:
 
 
 def _flag(name: str) -> str:
-    return _FLAGS.get(name, "--" + name.replace("_", "-"))
+    return _FLAGS.get(name, flag_name(name))
 
 
 def saved_arguments(arguments: dict[str, object]) -> Namespace:

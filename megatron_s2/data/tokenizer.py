@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_s2.data.documents import Corpus, Tally
 from megatron_s2.data.output import check_absent, check_writable
@@ -21,6 +22,9 @@ PADDING = "<|padding|>"
 _SPECIAL_TOKENS = [END_OF_DOCUMENT, PADDING]
 SMALLEST_VOCABULARY = 256 + len(_SPECIAL_TOKENS)
 
+# transformers makes an empty tokenizer of a directory with none of these.
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
 
 @dataclass(frozen=True)
 class TrainedTokenizer:
@@ -30,6 +34,11 @@ class TrainedTokenizer:
     vocab_size: int
     tally: Tally
     seconds: float
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether it holds the files of one."""
+    return any((directory / name).is_file() for name in _TOKENIZERS)
 
 
 def train_tokenizer(

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# transformers makes an empty tokenizer of a directory with none of these.
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+from megatron_s2.data.tokenizer import has_tokenizer
+
 _UNFINISHED = "\ufffd"  # what a decoder shows for bytes that are no character yet
 
 
@@ -37,11 +37,6 @@ def token_ids(stop: frozenset[int] = frozenset()) -> Text:
             raise ValueError(f"--prompt {text!r}: must be token ids, such as '12 7 30'") from None
 
     return Text(encode, lambda ids: " ".join(map(str, ids)), stop)
-
-
-def has_tokenizer(directory: Path) -> bool:
-    """Whether it holds the files of one."""
-    return any((directory / name).is_file() for name in _TOKENIZERS)
 
 
 def stop_tokens(directory: Path) -> frozenset[int]:

@@ -9,12 +9,12 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
+from megatron_s2.layers.arguments import refuse_bypasses
 from megatron_s2.layers.config import cluster_of, s2_settings
 from megatron_s2.layers.core_attention import S2CoreAttention
 from megatron_s2.layers.self_attention import S2SelfAttention
 from megatron_s2.parallel.exchange import Traffic
 from megatron_s2.pattern.annealing import Annealing
-from megatron_s2.training.arguments import refuse_bypasses
 
 
 def s2_layer_spec(

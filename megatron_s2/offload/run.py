@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from megatron_s2.offload.model import Rates
     from megatron_s2.offload.optimizer import OffloadedAdamW
-    from megatron_s2.training.offload_arguments import OffloadSettings
+    from megatron_s2.offload.settings import OffloadSettings
 
 # Steps at rates that no longer hold cost more than measuring for half a second once in so many.
 STEPS_BETWEEN_LOOKS = 100

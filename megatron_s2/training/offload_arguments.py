@@ -6,10 +6,11 @@ import math
 import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_s2.errors import flag_name
 from megatron_s2.offload.plan import ALIGNMENT, GB, SUBGROUP_SIZE, check_fraction
+from megatron_s2.offload.settings import OffloadSettings
 
 _FLAG = "--s2-offload"
 # What Megatron needs to be told for its distributed optimizer to leave state and weights to the inner one.
@@ -51,34 +52,6 @@ _REFUSED = {
     ),
 }
 _DTYPES = ("main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
-
-
-@dataclass(frozen=True)
-class OffloadSettings:
-    """What the user chose about optimizer offload.
-
-    Args:
-        gpu_fraction: share of the streamed state that the GPU updates; None for what the model says.
-        subgroup_size: elements of a subgroup.
-        gpu_budget, host_budget: bytes of one rank; None for as much as the host has.
-        nvme_dirs: a file of state in each; none without an NVMe tier.
-        cpu_threads: of one rank's CPU updates; None for this rank's share of the cores.
-        gpu_adam: kernel of the GPU's updates.
-        trace: file for the timeline of a step.
-    """
-
-    gpu_fraction: float | None = None
-    subgroup_size: int = SUBGROUP_SIZE
-    gpu_budget: int = 0
-    host_budget: int | None = None
-    nvme_dirs: tuple[str, ...] = ()
-    cpu_threads: int | None = None
-    gpu_adam: str = "triton"
-    trace: str | None = None
-
-    def threads(self, ranks_here: int) -> int:
-        """Of one of `ranks_here` ranks on this machine."""
-        return self.cpu_threads or max(len(os.sched_getaffinity(0)) // ranks_here, 1)
 
 
 def add_offload_args(parser: ArgumentParser) -> None:
@@ -160,7 +133,7 @@ def validate_offload_args(args: Namespace, argv: Sequence[str] = ()) -> list[str
     if not args.s2_offload:
         for name, value in vars(args).items():
             if name.startswith("s2_offload_") and value is not None:
-                raise ValueError(f"{_flag(name)}: needs {_FLAG}")
+                raise ValueError(f"{flag_name(name)}: needs {_FLAG}")
         return []
     words = {word.split("=")[0] for word in argv}
     for flag, why in _OF_HYBRID.items():
@@ -179,7 +152,7 @@ def validate_offload_args(args: Namespace, argv: Sequence[str] = ()) -> list[str
         raise ValueError(f"--optimizer {args.optimizer}: must be adam with {_FLAG}")
     for name in _DTYPES:
         if (dtype := getattr(args, name)) not in ("fp32", None):
-            raise ValueError(f"{_flag(name)} {dtype}: must be fp32 with {_FLAG}")
+            raise ValueError(f"{flag_name(name)} {dtype}: must be fp32 with {_FLAG}")
     if args.ckpt_format == "fsdp_dtensor":
         raise ValueError(f"--ckpt-format fsdp_dtensor: must be torch_dist or torch with {_FLAG}")
     offload_settings(args)
@@ -242,7 +215,7 @@ def _bytes(args: Namespace, name: str) -> int | None:
     if value is None:
         return None
     if not 0 <= value < math.inf:
-        raise ValueError(f"{_flag(name)} {value:g}: must be >= 0")
+        raise ValueError(f"{flag_name(name)} {value:g}: must be >= 0")
     return int(value * GB)
 
 
@@ -255,7 +228,3 @@ def _fraction(text: str) -> float | str:
 
 
 _fraction.__name__ = "auto, or a number from 0 to 1"  # argparse names the type in its message
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

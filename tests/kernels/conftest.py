@@ -1,4 +1,4 @@
-"""All kernel tests: uninitialised memory is NaN, so that reading what nobody wrote shows; one thread; where
+"""All kernel tests: uninitialised memory is NaN, so that reading what nobody wrote shows; where
 Triton is interpreted, a quick interpreter."""
 
 import os
@@ -25,7 +25,7 @@ def poisoned(allocate):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def poisoned_memory(one_thread):
+def poisoned_memory():
     with pytest.MonkeyPatch.context() as patch:
         for home, name in ALLOCATORS:
             patch.setattr(home, name, poisoned(getattr(home, name)))

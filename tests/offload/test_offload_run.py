@@ -11,8 +11,8 @@ from megatron_s2.offload import run as module
 from megatron_s2.offload.model import Rates
 from megatron_s2.offload.optimizer import OffloadedAdamW
 from megatron_s2.offload.run import Offload, OffloadError, leaves_late
+from megatron_s2.offload.settings import OffloadSettings
 from megatron_s2.offload.trace import read_trace
-from megatron_s2.training.offload_arguments import OffloadSettings
 
 RATES = Rates(cpu=1e9, gpu=1e10, h2d=1e10, d2h=1e10)
 ADAM = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}

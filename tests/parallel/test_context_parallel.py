@@ -22,8 +22,6 @@ from megatron_s2.parallel.context_parallel_attention import context_parallel_att
 from megatron_s2.parallel.exchange import Exchange
 from megatron_s2.parallel.layout import Zigzag
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 RANKS = (2, 3, 4)
 SCHEDULES = ("gather", "a2a")
 # 24 tokens are two chunks for each of 2, 3 and 4 ranks; blocks have 16 and shards every fourth block.

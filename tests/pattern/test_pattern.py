@@ -18,7 +18,7 @@ from megatron_s2.pattern.block_pattern import attention_flops, dense_pairs
 settings.register_profile("spec", deadline=None)
 settings.load_profile("spec")
 
-DKERNEL_MASKS = json.loads((Path(__file__).parent / "golden" / "dkernel_block_masks.json").read_text())
+DKERNEL_MASKS = json.loads((Path(__file__).parents[1] / "golden" / "dkernel_block_masks.json").read_text())
 DKERNEL_ARGUMENTS = (
     "num_heads",
     "num_kv_heads",

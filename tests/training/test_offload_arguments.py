@@ -4,7 +4,8 @@ import pytest
 from megatron_arguments import parse
 
 from megatron_s2.offload.plan import GB
-from megatron_s2.training.offload_arguments import OffloadSettings, offload_settings, validate_offload_args
+from megatron_s2.offload.settings import OffloadSettings
+from megatron_s2.training.offload_arguments import offload_settings, validate_offload_args
 
 
 def validate(*words: str):

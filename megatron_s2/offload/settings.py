@@ -1,0 +1,36 @@
+"""What the user chose about optimizer offload."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from megatron_s2.offload.plan import SUBGROUP_SIZE
+
+
+@dataclass(frozen=True)
+class OffloadSettings:
+    """What the user chose about optimizer offload.
+
+    Args:
+        gpu_fraction: share of the streamed state that the GPU updates; None for what the model says.
+        subgroup_size: elements of a subgroup.
+        gpu_budget, host_budget: bytes of one rank; None for as much as the host has.
+        nvme_dirs: a file of state in each; none without an NVMe tier.
+        cpu_threads: of one rank's CPU updates; None for this rank's share of the cores.
+        gpu_adam: kernel of the GPU's updates.
+        trace: file for the timeline of a step.
+    """
+
+    gpu_fraction: float | None = None
+    subgroup_size: int = SUBGROUP_SIZE
+    gpu_budget: int = 0
+    host_budget: int | None = None
+    nvme_dirs: tuple[str, ...] = ()
+    cpu_threads: int | None = None
+    gpu_adam: str = "triton"
+    trace: str | None = None
+
+    def threads(self, ranks_here: int) -> int:
+        """Of one of `ranks_here` ranks on this machine."""
+        return self.cpu_threads or max(len(os.sched_getaffinity(0)) // ranks_here, 1)
