@@ -130,7 +130,7 @@ def train(argv: Sequence[str]) -> None:
 
     offload = None
     if args.s2_offload:
-        offload = Offload(offload_settings(args), _rank(), _ranks_here())
+        offload = Offload(offload_settings(args), _rank(), _local_world_size())
     use_offload(offload)
     try:
         pretrain(
@@ -340,7 +340,7 @@ def _end(offload: Offload | None) -> None:
         offload.close()
 
 
-def _ranks_here() -> int:
+def _local_world_size() -> int:
     """On this machine, as the launcher says."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return 1

@@ -18,7 +18,7 @@ from megatron_s2.pattern.s2_pattern import S2Pattern
 
 
 @dataclass(frozen=True)
-class TorchPiece:
+class TorchSlice:
     """Queries `q_start` .. `q_stop`-1 of one document, all heads, and where their keys lie.
 
     Its methods take `source`, "window" or "shard", and the keys and values of that: for the window

@@ -138,12 +138,12 @@ def attention_forward(
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
     lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
     if out.numel():
-        from megatron_s2.kernels.triton_launch import Work, launch_rows
+        from megatron_s2.kernels.triton_launch import KernelArgs, launch_rows
 
-        def launch(work: Work) -> None:
+        def launch(work: KernelArgs) -> None:
             launch_rows(work, "forward", out, lse, sink_logits)
 
-        work = Work(q, k, v, shape, scale, cuts, q_start, _decoded(tuning), starts, entries)
+        work = KernelArgs(q, k, v, shape, scale, cuts, q_start, _decoded(tuning), starts, entries)
         launch(work.tuned("forward", launch))
     return out, lse
 
@@ -177,11 +177,11 @@ def attention_backward(
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     if not q.numel():
         return dq, dk.zero_(), dv.zero_(), delta
-    from megatron_s2.kernels.triton_launch import Work, launch_columns, launch_delta, launch_rows
+    from megatron_s2.kernels.triton_launch import KernelArgs, launch_columns, launch_delta, launch_rows
 
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     launch_delta(dout, out, dlse, delta)
-    work = Work(q, k, v, shape, scale, cuts, q_start, _decoded(tuning), starts, entries)
+    work = KernelArgs(q, k, v, shape, scale, cuts, q_start, _decoded(tuning), starts, entries)
     launches = {
         "dq": lambda w: launch_rows(w, "dq", dq, lse, None, dout, delta),
         "dkv": lambda w: launch_columns(w, dout, lse, delta, dk, dv),

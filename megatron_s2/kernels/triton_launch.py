@@ -51,7 +51,7 @@ def _on_device(values: tuple[int, ...], width: int, device: torch.device) -> Ten
 
 
 @dataclass(frozen=True)
-class Work:
+class KernelArgs:
     """One call, unpacked: what every launch needs."""
 
     q: Tensor
@@ -94,7 +94,7 @@ class Work:
             return replace(tiles, keys=min(tiles.keys, block))
         return replace(tiles, rows=min(tiles.rows, block))
 
-    def tuned(self, kernel: str, launch: Callable[[Work], None]) -> Work:
+    def tuned(self, kernel: str, launch: Callable[[KernelArgs], None]) -> KernelArgs:
         """The same with a tuning: its own, or the fastest tiles of one kernel among the shipped ones."""
         if self.tuning is not None:
             return self
@@ -114,7 +114,7 @@ class Work:
             candidates=candidates(kernel, *about),
         )
 
-        def work(tiles: Tiles) -> Work:
+        def work(tiles: Tiles) -> KernelArgs:
             return replace(self, tuning=replace(shipped, **{kernel: tiles}))
 
         return work(AUTOTUNER.choose(key, lambda tiles: launch(work(tiles))))
@@ -188,7 +188,7 @@ def _strides(*tensors: Tensor) -> list[int]:
 
 
 def launch_rows(
-    work: Work,
+    work: KernelArgs,
     kernel: str,
     out: Tensor,
     lse: Tensor,
@@ -215,12 +215,14 @@ def launch_rows(
     )  # fmt: skip
 
 
-def launch_columns(work: Work, dout: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor) -> None:
+def launch_columns(
+    work: KernelArgs, dout: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor
+) -> None:
     """Writes dK and dV of a call whose shard is part of K and V."""
     launch_window_columns(work, dout, lse, delta, dk, dv, launch_shard_columns(work, dout, lse, delta))
 
 
-def launch_shard_columns(work: Work, dout: Tensor, lse: Tensor, delta: Tensor) -> list[Tensor]:
+def launch_shard_columns(work: KernelArgs, dout: Tensor, lse: Tensor, delta: Tensor) -> list[Tensor]:
     """dK and dV of the shard in float32, yet to be added up: `[splits, batch, tokens, kv_heads, dim]`; of a
     compact source `[splits, batch, tokens, dim]`, the `work.seen` tokens of each head one after another."""
     q, k = work.q, work.k
@@ -247,7 +249,7 @@ def launch_shard_columns(work: Work, dout: Tensor, lse: Tensor, delta: Tensor) -
 
 
 def launch_window_columns(
-    work: Work,
+    work: KernelArgs,
     dout: Tensor,
     lse: Tensor,
     delta: Tensor,

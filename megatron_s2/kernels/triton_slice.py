@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_s2.kernels.triton_backend import capability_of, require_supported, shape_of
 from megatron_s2.kernels.triton_launch import (
-    Work,
+    KernelArgs,
     launch_delta,
     launch_rows,
     launch_shard_columns,
@@ -24,8 +24,8 @@ from megatron_s2.pattern.s2_pattern import S2Pattern
 
 
 @dataclass(frozen=True)
-class TritonPiece:
-    """Queries `q_start` .. `q_stop`-1 of one document, all heads; all else as in `TorchPiece`."""
+class TritonSlice:
+    """Queries `q_start` .. `q_stop`-1 of one document, all heads; all else as in `TorchSlice`."""
 
     pattern: S2Pattern
     scale: float
@@ -82,7 +82,7 @@ class TritonPiece:
     def _reads(self, source: str) -> bool:
         return source == "window" or any(start < stop for start, stop in self.shards)
 
-    def _work(self, source: str, q: Tensor, k: Tensor, v: Tensor) -> Work:
+    def _work(self, source: str, q: Tensor, k: Tensor, v: Tensor) -> KernelArgs:
         require_supported(q, v)
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         shard = {}
@@ -94,7 +94,7 @@ class TritonPiece:
             k, v = (x[:, :0].expand(-1, -1, heads, -1) for x in (k, v))
         head_dim = max(q.shape[-1], v.shape[-1])
         tuning = tuning_for(capability_of(q.device), head_dim, q.element_size(), passes=True)
-        return Work(
+        return KernelArgs(
             q, k, v, shape_of(self.pattern), self.scale, [], self.q_start, tuning,
             **shard, k_start=self.keys_start,
         )  # fmt: skip

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_s2.kernels import s2_attention
 from megatron_s2.kernels.interface import choose_backend
-from megatron_s2.kernels.torch_slice import TorchPiece
+from megatron_s2.kernels.torch_slice import TorchSlice
 from megatron_s2.kernels.triton_backend import require_supported
 from megatron_s2.kv_cache.cache import KVCache, Run
 
@@ -194,10 +194,10 @@ def _behind(q, window, row: int, cache: KVCache, scale, sink_logits, backend: st
 
 def _kind_of_piece(backend: str) -> type:
     if backend == "triton":
-        from megatron_s2.kernels.triton_slice import TritonPiece
+        from megatron_s2.kernels.triton_slice import TritonSlice
 
-        return TritonPiece
-    return TorchPiece
+        return TritonSlice
+    return TorchSlice
 
 
 def _shards(window, row: int, cache: KVCache, tokens: int) -> tuple[list[Tensor], list[tuple[int, int]]]:

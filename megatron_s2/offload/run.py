@@ -93,14 +93,18 @@ class Offload:
     Args:
         settings: of the user.
         rank: of all.
-        ranks_here: on this machine.
+        local_world_size: on this machine.
         say: what prints a line.
     """
 
     def __init__(
-        self, settings: OffloadSettings, rank: int, ranks_here: int, say: Callable[[str], object] = print
+        self,
+        settings: OffloadSettings,
+        rank: int,
+        local_world_size: int,
+        say: Callable[[str], object] = print,
     ) -> None:
-        self._settings, self._rank, self._ranks_here, self._say = settings, rank, ranks_here, say
+        self._settings, self._rank, self._local_world_size, self._say = settings, rank, local_world_size, say
         self._optimizers: list[OffloadedAdamW] = []
         self._built: dict[OffloadedAdamW, _Built] = {}
         self._early: dict[torch.nn.Parameter, _Shard] = {}
@@ -110,7 +114,7 @@ class Offload:
 
     # What Megatron tells
 
-    def adopt(self, optimizer: DistributedOptimizer) -> None:
+    def register(self, optimizer: DistributedOptimizer) -> None:
         """A distributed optimizer is complete: from here on its gradients are taken when they are reduced."""
         inner = optimizer.optimizer
         self._optimizers.append(inner)
@@ -147,22 +151,22 @@ class Offload:
                     gradient = parameter.main_grad.detach().view(-1)[shard.start : shard.stop]
                     shard.optimizer.flush(shard.place, gradient, buckets.grad_reduce_handle)
 
-    def hold_loss_scale(self, scale: float) -> None:
+    def set_loss_scale(self, scale: float) -> None:
         """Gradients are to be divided by the loss scale: that of the first optimizer, which the loss was
         multiplied by."""
         if self._folded.loss_scale is None:
             self._folded.loss_scale = scale
 
-    def hold_tokens(self, factor: float | torch.Tensor) -> None:
+    def set_token_scale(self, factor: float | torch.Tensor) -> None:
         """Gradients are to be multiplied by one over the number of tokens."""
         self._folded.tokens = factor
 
-    def hold_clip(self, most: float, norm: float | torch.Tensor) -> None:
+    def set_clipping(self, most: float, norm: float | torch.Tensor) -> None:
         """Gradients are to be clipped to a norm of `most`; theirs is `norm`."""
         coefficient = most / (float(norm) + 1e-6)
         self._folded.clip = 1.0 if coefficient >= 1 else coefficient  # a NaN stays one
 
-    def true_norm(self, norm: float | torch.Tensor) -> float | torch.Tensor:
+    def grad_norm(self, norm: float | torch.Tensor) -> float | torch.Tensor:
         """The norm of the gradients, from that of what lies in the buffers."""
         norm = norm * self._folded.before_clipping
         self._folded.norm = float(norm)
@@ -271,9 +275,9 @@ class Offload:
                 plan = auto_plan(plan, rates)
         cuda = torch.cuda.is_available()
         backend = CudaBackend(torch.device("cuda", torch.cuda.current_device())) if cuda else ThreadBackend()
-        check_available(plan.host_bytes, "arenas and ring", self._ranks_here, self._available)
-        arena = Arena(plan, pinned=cuda, ranks=self._ranks_here, available=self._available)
-        self._available -= plan.host_bytes * self._ranks_here
+        check_available(plan.host_bytes, "arenas and ring", self._local_world_size, self._available)
+        arena = Arena(plan, pinned=cuda, ranks=self._local_world_size, available=self._available)
+        self._available -= plan.host_bytes * self._local_world_size
         tier = None
         if on_nvme:
             tier = NvmeTier(
@@ -284,7 +288,7 @@ class Offload:
                 [min(b.read, b.write) for b in bandwidths] or None,
                 pinned=cuda,
             )
-        threads = settings.threads(self._ranks_here)
+        threads = settings.threads(self._local_world_size)
         update = update_on_gpu if settings.gpu_adam == "triton" else fused_update(settings.gpu_adam)
         executor = Executor(plan, optimizer.parameters, backend, arena, tier, threads, update)
         built = _Built(executor, rates, self._predict(plan, rates))
@@ -305,7 +309,7 @@ class Offload:
         return [measure_bandwidth(directory) for directory in self._settings.nvme_dirs]
 
     def _rates(self, bandwidths: Sequence[Bandwidth] = (), again: bool = False) -> Rates:
-        machine = Machine.here(self._settings.threads(self._ranks_here), self._ranks_here)
+        machine = Machine.here(self._settings.threads(self._local_world_size), self._local_world_size)
         rates = rates_of(machine, again=again)
         if bandwidths:
             read, write = sum(b.read for b in bandwidths), sum(b.write for b in bandwidths)

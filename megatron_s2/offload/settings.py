@@ -31,6 +31,6 @@ class OffloadSettings:
     gpu_adam: str = "triton"
     trace: str | None = None
 
-    def threads(self, ranks_here: int) -> int:
-        """Of one of `ranks_here` ranks on this machine."""
-        return self.cpu_threads or max(len(os.sched_getaffinity(0)) // ranks_here, 1)
+    def threads(self, local_world_size: int) -> int:
+        """Of one of `local_world_size` ranks on this machine."""
+        return self.cpu_threads or max(len(os.sched_getaffinity(0)) // local_world_size, 1)

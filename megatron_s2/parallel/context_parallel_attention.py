@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_s2.kernels import s2_attention
 from megatron_s2.kernels.interface import choose_backend
-from megatron_s2.kernels.torch_slice import TorchPiece
+from megatron_s2.kernels.torch_slice import TorchSlice
 from megatron_s2.parallel.assignment import Documents, GatherPlan, HeadPlan, plan_gather
 from megatron_s2.parallel.cost import AttentionCall, ExchangeBytes, exchange_bytes, head_plan
 from megatron_s2.parallel.exchange import Exchange
@@ -85,11 +85,11 @@ def context_parallel_attention(
 
 def _kind_of_piece(backend: str) -> type:
     if backend == "torch":
-        return TorchPiece
+        return TorchSlice
     if backend == "triton":
-        from megatron_s2.kernels.triton_slice import TritonPiece
+        from megatron_s2.kernels.triton_slice import TritonSlice
 
-        return TritonPiece
+        return TritonSlice
     raise ValueError(f"backend {backend!r}: must be auto, torch or triton with schedule gather")
 
 

@@ -404,7 +404,7 @@ def use_offload(offload: Offload | None) -> None:
             for parameter in chunk.parameters():
                 if getattr(parameter, "main_param", parameter) is None:
                     del parameter.main_param, parameter.main_param_sharded
-        offload.adopt(self)
+        offload.register(self)
 
     def copies_of_state(original, self, model_param):
         group, order = self.model_param_group_index_map[model_param]
@@ -423,7 +423,7 @@ def use_offload(offload: Offload | None) -> None:
             found_inf = original(self)
         finally:
             self.grad_scaler = scaler
-        offload.hold_loss_scale(scaler.scale.item())
+        offload.set_loss_scale(scaler.scale.item())
         return found_inf
 
     def norm(original, grads_for_norm, *args, **kwargs):
@@ -433,13 +433,13 @@ def use_offload(offload: Offload | None) -> None:
             else torch.linalg.vector_norm(grad, dtype=torch.float32).view(1)
             for grad in grads_for_norm
         ]
-        return offload.true_norm(original(norms, *args, **kwargs))
+        return offload.grad_norm(original(norms, *args, **kwargs))
 
     def clip(original, parameters, max_norm, total_norm, use_decoupled_grad=False):
-        offload.hold_clip(max_norm, total_norm)
+        offload.set_clipping(max_norm, total_norm)
 
     def scale(original, self, scaling_factor):
-        offload.hold_tokens(scaling_factor)
+        offload.set_token_scale(scaling_factor)
 
     def start_grad_sync(original, self, *args, **kwargs):
         original(self, *args, **kwargs)

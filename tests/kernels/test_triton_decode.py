@@ -187,7 +187,7 @@ def calls(monkeypatch):
 
         return counted
 
-    for home, name in ((triton_decode, "decode_attention"), (triton_pieces.TritonPiece, "forward")):
+    for home, name in ((triton_decode, "decode_attention"), (triton_pieces.TritonSlice, "forward")):
         monkeypatch.setattr(home, name, counting(name, getattr(home, name)))
     return found
 

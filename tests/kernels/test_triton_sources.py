@@ -41,7 +41,7 @@ def shard_tokens(x: torch.Tensor, rows: int) -> torch.Tensor:
 def test_a_window_slice_and_a_compact_shard_give_what_the_whole_gives(q_start, tiles):
     from megatron_s2.kernels.triton_backend import shape_of
     from megatron_s2.kernels.triton_launch import (
-        Work,
+        KernelArgs,
         launch_columns,
         launch_delta,
         launch_rows,
@@ -55,8 +55,8 @@ def test_a_window_slice_and_a_compact_shard_give_what_the_whole_gives(q_start, t
     k_start = (q_start // B - L + 1) * B
     rows = PATTERN.num_blocks(k.shape[1])
     call = {"shape": shape_of(PATTERN), "scale": 0.25, "cuts": [], "q_start": q_start, "tuning": tiles}
-    whole = Work(q, k, v, **call)
-    sources = Work(
+    whole = KernelArgs(q, k, v, **call)
+    sources = KernelArgs(
         q, k[:, k_start:], v[:, k_start:], **call, k_start=k_start,
         k_shard=shard_tokens(k, rows), v_shard=shard_tokens(v, rows), places=places(rows),
     )  # fmt: skip

@@ -62,7 +62,7 @@ def test_budgets_are_shared_by_size(offload):
     run = offload(gpu_fraction=0.0, subgroup_size=64, gpu_budget=12 * 64 * 10)
     small, large = distributed(run, 64 * 10), distributed(run, 64 * 40)
     for one in (small, large):
-        run.adopt(one)
+        run.register(one)
     run.begin_step()
     tiers = [run.executor_of(one.optimizer).plan.tiers for one in (small, large)]
     assert [(t.gpu, t.host) for t in tiers] == [(64 * 2, 64 * 8), (64 * 8, 64 * 32)]
@@ -70,7 +70,7 @@ def test_budgets_are_shared_by_size(offload):
 
 def test_a_budget_that_cannot_hold_the_state_is_refused_when_the_first_step_begins(offload):
     run = offload(gpu_fraction=0.0, host_budget=1000)
-    run.adopt(distributed(run, 640))
+    run.register(distributed(run, 640))
     with pytest.raises(OffloadError, match=r"--s2-offload-host-budget-gb 1e-06: the host must hold 0.000 GB"):
         run.begin_step()
 
@@ -80,7 +80,7 @@ def test_all_ranks_count_what_there_was_before_any_took_its_part(offload, monkey
     run = Offload(OffloadSettings(gpu_fraction=0.0), 0, 3)
     first, second, third = (distributed(run, 640) for _ in range(3))
     for one in (first, second, third):
-        run.adopt(one)
+        run.register(one)
         if one is not third:
             run.executor_of(one.optimizer)
     with pytest.raises(OffloadError, match=r"for each of 3 ranks, and this machine has 0\.000 GB left"):
@@ -92,14 +92,14 @@ def test_all_ranks_count_what_there_was_before_any_took_its_part(offload, monkey
 def test_a_step_is_adamw_of_the_folded_gradients(offload, overlap):
     run = offload(gpu_fraction=0.5, subgroup_size=64)
     one = distributed(run, 640, 100, overlap=overlap, eps=1.0)  # far above the gradients: factors show
-    run.adopt(one)
+    run.register(one)
     run.begin_step()
     run.gradients_reduced(bucket_group(one.model_chunks[0]))
-    run.hold_loss_scale(8.0)
-    run.hold_loss_scale(2.0)  # of another optimizer, which did not scale the loss
-    run.hold_tokens(torch.tensor(0.25))
-    assert run.true_norm(64.0) == 2.0
-    run.hold_clip(1.0, 2.0)
+    run.set_loss_scale(8.0)
+    run.set_loss_scale(2.0)  # of another optimizer, which did not scale the loss
+    run.set_token_scale(torch.tensor(0.25))
+    assert run.grad_norm(64.0) == 2.0
+    run.set_clipping(1.0, 2.0)
     one.optimizer.step()
     expected = torch.nn.Parameter(torch.ones(740))
     expected.grad = torch.full((740,), 0.5 / 8 * 0.25 / (2.0 + 1e-6))
@@ -110,21 +110,21 @@ def test_a_step_is_adamw_of_the_folded_gradients(offload, overlap):
 
 def test_what_was_folded_is_forgotten_with_the_next_step(offload):
     run = offload(gpu_fraction=0.0)
-    run.hold_loss_scale(8.0)
-    run.hold_clip(1.0, 4.0)
+    run.set_loss_scale(8.0)
+    run.set_clipping(1.0, 4.0)
     run.begin_step()
-    assert run.gradient_scale == 1.0 and run.true_norm(3.0) == 3.0
+    assert run.gradient_scale == 1.0 and run.grad_norm(3.0) == 3.0
 
 
 @pytest.mark.parametrize("norm", [math.inf, math.nan])
 def test_a_norm_that_is_not_finite_skips_the_step(offload, capsys, norm):
     run = offload(gpu_fraction=0.0)
     one = distributed(run, 640)
-    run.adopt(one)
+    run.register(one)
     for clip in (norm, 0.5):
         run.begin_step()
         run.gradients_reduced(bucket_group(one.model_chunks[0]))
-        run.hold_clip(1.0, clip)
+        run.set_clipping(1.0, clip)
         one.optimizer.step()
         if clip is norm:
             assert torch.equal(one.model_chunks[0][0], torch.ones(1, 640))
@@ -143,7 +143,7 @@ def test_a_reduction_that_writes_its_result_with_each_wait_does_so_once(offload,
 
     run = offload(gpu_fraction=fraction, subgroup_size=64)
     one = distributed(run, 640, overlap=True)
-    run.adopt(one)
+    run.register(one)
     run.begin_step()
     (matrix,) = one.model_chunks[0]
     group = bucket_group([matrix], Rewriting())
@@ -158,7 +158,7 @@ def test_a_reduction_that_writes_its_result_with_each_wait_does_so_once(offload,
 def test_gradients_of_a_step_that_does_not_happen_are_dropped(offload):
     run = offload(gpu_fraction=0.0)
     one = distributed(run, 640)
-    run.adopt(one)
+    run.register(one)
     for _ in range(3):
         run.begin_step()
         run.gradients_reduced(bucket_group(one.model_chunks[0]))
@@ -172,7 +172,7 @@ def test_gradients_of_a_step_that_does_not_happen_are_dropped(offload):
 def test_where_only_megatron_knows_the_end_of_a_reduction_gradients_leave_with_the_step(offload, ddp):
     run = offload(gpu_fraction=0.0)
     one = distributed(run, 640, **ddp)
-    run.adopt(one)
+    run.register(one)
     run.begin_step()
     run.gradients_reduced(bucket_group(one.model_chunks[0]))
     with pytest.raises(ValueError, match="shard of 640 elements: has no gradient"):
@@ -194,7 +194,7 @@ def test_what_is_reduced_again_leaves_late(mark):
 def test_auto_takes_the_best_fraction_and_says_what_it_expects(offload):
     said = []
     run = offload(said, subgroup_size=64)
-    run.adopt(distributed(run, 64 * 100))
+    run.register(distributed(run, 64 * 100))
     run.begin_step()
     plan = run.executor_of(run._optimizers[0]).plan
     assert 0.1 < plan.fraction < 0.9
@@ -207,7 +207,7 @@ def test_drifting_steps_are_measured_and_planned_again(offload, monkeypatch):
     said, seconds = [], iter([])
     run = offload(said, subgroup_size=64)
     one = distributed(run, 64 * 100)
-    run.adopt(one)
+    run.register(one)
     run.begin_step()
     executor = run.executor_of(one.optimizer)
     before = executor.plan.fraction
@@ -229,7 +229,7 @@ def test_drifting_steps_are_measured_and_planned_again(offload, monkeypatch):
 def test_the_trace_holds_what_was_predicted_and_measured(offload, tmp_path):
     run = offload(gpu_fraction=0.5, subgroup_size=64, trace=str(tmp_path / "trace.json"))
     one = distributed(run, 640)
-    run.adopt(one)
+    run.register(one)
     run.begin_step()
     run.gradients_reduced(bucket_group(one.model_chunks[0]))
     one.optimizer.step()
@@ -241,7 +241,7 @@ def test_the_trace_holds_what_was_predicted_and_measured(offload, tmp_path):
 def test_state_is_read_and_written_under_megatrons_names(offload):
     run = offload(gpu_fraction=0.0)
     one = distributed(run, 640, 100)
-    run.adopt(one)
+    run.register(one)
     inner = one.optimizer
     shard = inner.param_groups[0]["params"][1]
     state = inner.state[shard]
@@ -259,7 +259,7 @@ def test_state_is_read_and_written_under_megatrons_names(offload):
 def test_nothing_is_allocated_before_it_is_needed(offload):
     run = offload(gpu_fraction=0.0)
     one = distributed(run, 640)
-    run.adopt(one)
+    run.register(one)
     assert not run.has_executor(one.optimizer)
     with torch.no_grad():
         one.model_chunks[0][0].fill_(3)
@@ -277,7 +277,7 @@ def test_nothing_is_allocated_before_it_is_needed(offload):
 def test_a_rank_without_parameters_steps_along(offload):
     run = offload(gpu_fraction=0.0)
     one = distributed(run)
-    run.adopt(one)
+    run.register(one)
     run.begin_step()
     one.optimizer.step()
     assert one.optimizer.step_count == 1
