@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from megatron_s2 import BlockMaskPattern, S2Pattern
 from megatron_s2.kernels.reference import visible_tokens
-from megatron_s2.kernels.torch_plan import Band, Causal, Gathered, Past, equal_runs, plan_head
+from megatron_s2.kernels.torch_plan import Band, Causal, Gathered, Past, equal_heads, plan_head
 
 MAX_BLOCKS = 16
 
@@ -103,4 +103,4 @@ def test_calls_grow_with_the_shard_alone(length, most):
 
 def test_neighbours_of_equal_pattern_are_computed_together():
     pattern = S2Pattern(6, 16, 2, 4, phases=(1, 1, 0, 1, 0, 0), num_dense_heads=2, warn_lost=False)
-    assert [(run.start, run.stop) for run in equal_runs(pattern)] == [(0, 2), (2, 3), (3, 4), (4, 6)]
+    assert [(heads.start, heads.stop) for heads in equal_heads(pattern)] == [(0, 2), (2, 3), (3, 4), (4, 6)]

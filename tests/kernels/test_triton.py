@@ -177,31 +177,36 @@ if INTERPRETED:
 
     @pytest.fixture
     def visits(monkeypatch):
-        """Visible pairs of every tile that the row kernels and the column kernels visit."""
-        from megatron_s2.kernels import triton_columns, triton_rows
+        """Visible pairs of every tile that each kernel visits."""
+        from megatron_s2.kernels import triton_dkv, triton_dq, triton_forward
 
         found = {"forward": [], "dq": [], "dkv": []}
 
+        def count(kernel, module, function, pairs):
+            original = getattr(module, function)
+            names = original.arg_names
+
+            def counted(*args):
+                given = dict(zip(names, args))
+                found[kernel].append(int(pairs({name: data(x) for name, x in given.items()})))
+                return original(*args)
+
+            monkeypatch.setattr(module, function, counted)
+
         def data(x):
-            return x.handle.data
+            return x.handle.data if hasattr(x, "handle") else x
 
-        def count_row_tile(*args):
-            rows, keys, mask = len(data(args[3])), data(args[7]), args[10]
-            pairs = (
-                rows * keys.sum() if mask is None else np.broadcast_to(data(mask), (rows, len(keys))).sum()
-            )
-            found["forward" if args[4] is None else "dq"].append(int(pairs))
-            return row_tile(*args)
+        def row_pairs(b_q, m_n, mask, **_):
+            if mask is None:
+                return len(b_q) * m_n.sum()
+            return np.broadcast_to(mask, (len(b_q), len(m_n))).sum()
 
-        def count_column_tile(*args):
-            keys, rows, mask = len(data(args[2])), data(args[11]), args[14]
-            pairs = keys * rows.sum() if mask is None else (data(mask) & rows[None, :]).sum()
-            found["dkv"].append(int(pairs))
-            return column_tile(*args)
+        def column_pairs(b_k, m_m, mask, **_):
+            return len(b_k) * m_m.sum() if mask is None else (mask & m_m[None, :]).sum()
 
-        row_tile, column_tile = triton_rows._tile, triton_columns._column_tile
-        monkeypatch.setattr(triton_rows, "_tile", count_row_tile)
-        monkeypatch.setattr(triton_columns, "_column_tile", count_column_tile)
+        count("forward", triton_forward, "_attend", lambda given: row_pairs(**given))
+        count("dq", triton_dq, "_add_dq", lambda given: row_pairs(**given))
+        count("dkv", triton_dkv, "_add_dkv", lambda given: column_pairs(**given))
         return found
 
     VISITED = {

@@ -23,8 +23,8 @@ class Decoding:
     """One token of each sequence.
 
     Args:
-        kept: how many keys each KV head of each sequence holds.
-        capacities: of the KV heads of each run, how many each of them has room for.
+        kept: number of keys of each KV head of each sequence.
+        capacities: capacity of each KV head of each storage, in keys.
     """
 
     special: str
@@ -51,30 +51,30 @@ class Decoding:
             q = tensor(batch, self.dim, heads).transpose(1, 2)
         else:
             q = tensor(heads, batch, self.dim).transpose(0, 1)
-        runs, first = [], 0
-        for run in self.capacities:
-            pair = [tensor(batch, len(run), run[0], self.dim) for _ in range(2)]
+        storages, first = [], 0
+        for capacities in self.capacities:
+            pair = [tensor(batch, len(capacities), capacities[0], self.dim) for _ in range(2)]
             for x in pair:
                 for row, kept in enumerate(self.kept):
-                    for place in range(len(run)):
-                        x[row, place, kept[first + place] :] = float("nan")
-            runs.append(pair)
-            first += len(run)
+                    for i in range(len(capacities)):
+                        x[row, i, kept[first + i] :] = float("nan")
+            storages.append(pair)
+            first += len(capacities)
         sinks = tensor(heads) if self.sink_logits else None
         kept = torch.tensor(self.kept, dtype=torch.int32, device=DEVICE)
-        return {"q": q, "runs": runs, "kept": kept, "softmax_scale": 0.3, "sink_logits": sinks}
+        return {"q": q, "storages": storages, "kept": kept, "softmax_scale": 0.3, "sink_logits": sinks}
 
     def plain(self, dtype: torch.dtype, compute: torch.dtype) -> torch.Tensor:
         """What anyone would write in PyTorch, head by head."""
         given = self.inputs(dtype)
         out = torch.zeros(given["q"].shape, dtype=compute, device=DEVICE)
         q = given["q"].to(compute)
-        heads = [(run, place) for run in given["runs"] for place in range(run[0].shape[1])]
-        for row, of_row in enumerate(self.kept):
-            for g, ((run, place), kept) in enumerate(zip(heads, of_row)):
+        heads = [(storage, i) for storage in given["storages"] for i in range(storage[0].shape[1])]
+        for row, counts in enumerate(self.kept):
+            for g, ((storage, i), kept) in enumerate(zip(heads, counts)):
                 if kept:
                     rows = slice(g * self.group, (g + 1) * self.group)
-                    keys = (x[row, place, None, :kept, None].to(compute) for x in run)
+                    keys = (x[row, i, None, :kept, None].to(compute) for x in storage)
                     sinks = given["sink_logits"]
                     out[row, rows] = masked_attention(
                         q[row, None, None, rows],
@@ -90,10 +90,10 @@ CASES = [
     *(Decoding(f"{n} keys", ((n, 1), (1, n))) for n in (1, 127, 128, 129)),
     *(Decoding(f"{n} keys", ((n,),), ((600,),), group=1) for n in (255, 256, 257, 600)),
     Decoding("unequal rows", ((300, 5), (1, 257), (513, 512))),
-    Decoding("a sequence with nothing", ((0, 0), (130, 7)), sink_logits=True),
-    Decoding("nothing and no sink", ((0, 0), (130, 7))),
+    Decoding("a sequence without keys", ((0, 0), (130, 7)), sink_logits=True),
+    Decoding("no keys and no sink", ((0, 0), (130, 7))),
     Decoding("sink logits", ((300, 17),), sink_logits=True),
-    Decoding("runs", ((40, 37, 590, 9), (5, 7, 33, 80)), ((64, 64), (600,), (80,)), group=2),
+    Decoding("several storages", ((40, 37, 590, 9), (5, 7, 33, 80)), ((64, 64), (600,), (80,)), group=2),
     Decoding("dense head", ((40, 41, 42, 1100),), ((48, 48, 48), (1100,)), group=5, sink_logits=True),
     Decoding("many splits", ((8300,),), ((8704,),), group=1),
     Decoding("no groups", ((270, 3),), group=1),
@@ -174,9 +174,9 @@ def test_a_tile_is_as_many_keys_as_fill_16_kib():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often each way of the Triton path was taken."""
+    """Number of calls of each entry to the Triton kernels."""
     from megatron_s2.kernels import triton_decode
-    from megatron_s2.kernels import triton_slice as triton_pieces
+    from megatron_s2.kernels.triton_slice import TritonSlice
 
     found = Counter()
 
@@ -187,7 +187,7 @@ def calls(monkeypatch):
 
         return counted
 
-    for home, name in ((triton_decode, "decode_attention"), (triton_pieces.TritonSlice, "forward")):
+    for home, name in ((triton_decode, "decode_attention"), (TritonSlice, "forward")):
         monkeypatch.setattr(home, name, counting(name, getattr(home, name)))
     return found
 
@@ -217,11 +217,11 @@ def fed(pattern: S2Pattern, q, k, v, sinks, backend: str) -> list[torch.Tensor]:
 
 
 def poison_spare(cache: KVCache) -> None:
-    for run in cache.runs:
+    for storage in cache.storages:
         for row in range(cache.batch):
-            for place, g in enumerate(run.heads):
-                for x in (run.k, run.v):
-                    x[row, place, cache.kept(row, g) :] = float("nan")
+            for i, g in enumerate(storage.heads):
+                for x in (storage.k, storage.v):
+                    x[row, i, cache.kept(row, g) :] = float("nan")
 
 
 @on_device

@@ -18,9 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from triton_cases import DEVICE, case, cut, on_device
 
 from megatron_s2 import BlockMaskPattern, S2Pattern, s2_attention
-from megatron_s2.kernels import triton_backend
 from megatron_s2.kernels.autotune import Autotuner
 from megatron_s2.kernels.compare import Results, require_equal
+from megatron_s2.kernels.triton_pattern import KernelPattern, mask_tables
+from megatron_s2.kernels.triton_support import capability_of
 from megatron_s2.kernels.tuning import KERNELS, Tuning, candidates
 
 SMALL = case(s2(), "s2", cut(32, 32), queries=40, sink_logits=True)
@@ -38,8 +39,8 @@ def test_the_operators_keep_what_torch_library_asks_of_them(pattern, layout):
     inputs = one.inputs(torch.float32)
     q, k, v, sink_logits = (inputs[name].requires_grad_() for name in ("q", "k", "v", "sink_logits"))
     masked = isinstance(pattern, BlockMaskPattern)
-    lists = triton_backend._lists_of(pattern, q.device) if masked else (None, None)
-    rest = (*lists, triton_backend.shape_of(pattern), 0, 0.25, [], 0, one.tuning.encode())
+    tables = mask_tables(pattern, q.device) if masked else (None, None)
+    rest = (*tables, KernelPattern.of(pattern).encode(), 0, 0.25, [], 0, one.tuning.encode())
     torch.library.opcheck(torch.ops.megatron_s2.attention_forward, (q, k, v, sink_logits, *rest))
     out, lse = (x.detach() for x in s2_attention(q, k, v, pattern, backend="triton"))
     detached = (x.detach() for x in (q, k, v))
@@ -155,7 +156,7 @@ def test_the_flops_of_the_first_call_of_a_process_are_counted():
 @pytest.fixture
 def tuned(monkeypatch, tmp_path):
     """Keys and tiles that were launched to be measured; the last candidate of each kernel is the fastest."""
-    from megatron_s2.kernels import triton_launch
+    from megatron_s2.kernels import triton_autotune
 
     measured = []
 
@@ -171,7 +172,7 @@ def tuned(monkeypatch, tmp_path):
         launch()
         return 1 / len(measured)
 
-    monkeypatch.setattr(triton_launch, "AUTOTUNER", Recorder(seconds, tmp_path))
+    monkeypatch.setattr(triton_autotune, "AUTOTUNER", Recorder(seconds, tmp_path))
     return measured
 
 
@@ -180,12 +181,12 @@ def tuned(monkeypatch, tmp_path):
 def test_autotuning_launches_all_candidates_and_gives_what_the_fastest_gives(pattern, tuned):
     one = case(pattern, "", "autotune", queries=40)
     results = one.results("triton", torch.float16)
-    about = triton_backend.capability_of(torch.device(DEVICE)), one.dim, 2
-    tried = [(kernel, tiles) for kernel in KERNELS for tiles in candidates(kernel, *about)]
+    chip = capability_of(torch.device(DEVICE)), one.dim, 2
+    tried = [(kernel, tiles) for kernel in KERNELS for tiles in candidates(kernel, *chip)]
     assert [(key.kernel, tiles) for key, tiles in tuned] == tried
     assert {key.mask for key, _ in tuned} == {not isinstance(pattern, S2Pattern)}
 
-    fastest = Tuning(*(candidates(kernel, *about)[-1] for kernel in KERNELS))
+    fastest = Tuning(*(candidates(kernel, *chip)[-1] for kernel in KERNELS))
     pinned = replace(one, tuning=fastest).results("triton", torch.float16)
     require_equal(results, pinned, most=0)
     require_equal(one.results("triton", torch.float16), pinned, most=0)

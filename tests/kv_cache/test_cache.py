@@ -46,7 +46,7 @@ def test_holds_exactly_what_later_tokens_see(pattern, chunks, decoded):
         tokens += chunk
     for _ in range(decoded):
         cache.write(*[numbered(tokens, 1, heads)] * 2, rows=[0])
-        cache.forget()
+        cache.evict()
         tokens += 1
     for head in range(heads):
         for entries in cache.entries(0, head):
@@ -72,12 +72,14 @@ def test_bytes_of_a_batch_are_the_sum_over_its_sequences(pattern, lengths):
 def test_a_known_maximum_is_set_aside_exactly(pattern, tokens):
     cache = KVCache(pattern, 1, 2, max_tokens=tokens)
     capacity = cache.capacity_bytes
-    most = [0] * len(cache.runs)
+    most = [0] * len(cache.storages)
     for _ in range(tokens):
         cache.write(*[numbered(0, 1, pattern.num_kv_heads)] * 2, rows=[0])
-        most = [max(n, *(cache.kept(0, g) for g in run.heads)) for n, run in zip(most, cache.runs)]
-        cache.forget()
-    needed = sum(len(run.heads) * entries for entries, run in zip(most, cache.runs))
+        most = [
+            max(n, *(cache.kept(0, g) for g in storage.heads)) for n, storage in zip(most, cache.storages)
+        ]
+        cache.evict()
+    needed = sum(len(storage.heads) * entries for entries, storage in zip(most, cache.storages))
     assert cache.capacity_bytes == capacity == 2 * 2 * 4 * needed
     with pytest.raises(ValueError, match=rf"^max_tokens {tokens}: must be at least the {tokens + 1} tokens"):
         cache.write(*[numbered(0, 1, pattern.num_kv_heads)] * 2, rows=[0])
@@ -88,10 +90,12 @@ def test_growth_sets_aside_at_most_a_quarter_and_a_block_more_than_needed():
     for token in range(1000):
         cache.write(*[numbered(token, 1, 3)] * 2, rows=[0])
         most = max(most, *(cache.kept(0, g) for g in range(3)))
-        cache.forget()
-    for run in cache.runs:
-        needed = 16 + max(kept for n in range(1000) for kept in kept_tokens(PATTERN, n)[run.heads.start :])
-        assert run.k.shape[2] <= 1.25 * needed + 16
+        cache.evict()
+    for storage in cache.storages:
+        needed = 16 + max(
+            kept for n in range(1000) for kept in kept_tokens(PATTERN, n)[storage.heads.start :]
+        )
+        assert storage.k.shape[2] <= 1.25 * needed + 16
 
 
 @pytest.mark.parametrize("layer", range(4))
