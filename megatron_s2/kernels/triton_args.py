@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, cached_property, lru_cache
 from itertools import accumulate
 
 import torch
@@ -60,7 +60,7 @@ class KernelArgs:
         """Start and length of each document."""
         return [(a, b - a) for a, b in self.packed or ((0, self.q.shape[1]),)]
 
-    @property
+    @cached_property
     def shard_tokens(self) -> list[int]:
         """Per KV head, the shard tokens that some query sees beyond its window; one document."""
         return self.shard_tokens_of(self.q.shape[1])
@@ -89,15 +89,18 @@ class KernelArgs:
             for i in range(-(-(self.q_start + length) // rows) - first)
         ]
 
-    # Keyword arguments.
+    # Keyword arguments. What depends on the call alone is computed once.
 
+    @cached_property
     def query_args(self) -> dict[str, object]:
         return {"p_q": self.q, **strides("q", self.q), "seq_q": self.q.shape[1], "q_start": self.q_start}
 
+    @cached_property
     def window_args(self) -> dict[str, object]:
         k, v = self.k, self.v
         return {"p_k": k, "p_v": v, **strides("k", k), **strides("v", v), "k_start": self.keys_start}
 
+    @cached_property
     def shard_args(self) -> dict[str, object]:
         compact = self.k_shard is not None
         k, v = (self.k_shard, self.v_shard) if compact else (self.k, self.v)
@@ -115,6 +118,7 @@ class KernelArgs:
             "CSR": True,
         }
 
+    @cached_property
     def pattern_args(self) -> dict[str, object]:
         """The pattern, and the softmax scale in base 2."""
         pattern, tokens = self.pattern, self.shard_tokens
@@ -167,6 +171,7 @@ def compile_args(dtype: torch.dtype, tiles: Tiles) -> dict[str, object]:
     }
 
 
+@cache
 def padded(size: int) -> int:
     """Smallest size of a tile that holds `size` elements: tl.dot multiplies powers of two >= 16."""
     return max(16, triton.next_power_of_2(size))

@@ -277,10 +277,10 @@ def launch_dkv_shard(args: KernelArgs, dout: Tensor, lse: Tensor, delta: Tensor)
     )
     if programs:
         s2_bwd_kernel_dkv_shard[(len(programs), splits, batch * kv_heads)](
-            **args.query_args(),
-            **args.shard_args(),
+            **args.query_args,
+            **args.shard_args,
             **args.list_args(of_keys=True),
-            **args.pattern_args(),
+            **args.pattern_args,
             **args.program_args(programs),
             p_do=dout,
             **strides("do", dout),
@@ -322,9 +322,9 @@ def launch_dkv_window(
         offset += max(args.shard_tokens_of(length))
     dks, dvs = parts or (None, None)
     s2_bwd_kernel_dkv_window[(len(programs), batch * kv_heads)](
-        **args.query_args(),
-        **args.window_args(),
-        **args.pattern_args(),
+        **args.query_args,
+        **args.window_args,
+        **args.pattern_args,
         **args.program_args(programs),
         seq_k=seq_k,
         p_do=dout,

@@ -215,11 +215,11 @@ def launch_dq(
     programs = args.query_programs(tiles.rows)
     batch, _, heads, _ = args.q.shape
     s2_bwd_kernel_dq[(len(programs), batch * heads)](
-        **args.query_args(),
-        **args.window_args(),
-        **args.shard_args(),
+        **args.query_args,
+        **args.window_args,
+        **args.shard_args,
         **args.list_args(),
-        **args.pattern_args(),
+        **args.pattern_args,
         **args.program_args(programs),
         p_do=dout,
         **strides("do", dout),

@@ -185,11 +185,11 @@ def launch_forward(
     programs = args.query_programs(tiles.rows)
     batch, _, heads, _ = args.q.shape
     s2_fwd_kernel[(len(programs), batch * heads)](
-        **args.query_args(),
-        **args.window_args(),
-        **args.shard_args(),
+        **args.query_args,
+        **args.window_args,
+        **args.shard_args,
         **args.list_args(),
-        **args.pattern_args(),
+        **args.pattern_args,
         **args.program_args(programs),
         p_o=out,
         **strides("o", out),

@@ -1,4 +1,4 @@
-"""Specification of the torch backend's plan, as integers: which calls cover which pairs of query and key."""
+"""Specification of the torch backend's plan, in integers: which calls cover which query-key pairs."""
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ def spans(blocks, size: int) -> np.ndarray:
 
 
 def pairs_of(call, pattern) -> list[tuple[range, np.ndarray]]:
-    """The (queries, keys) rectangles of a call, cut by causality."""
+    """The (queries, keys) rectangles of a call, before the causal mask."""
     B = pattern.block_size
     if isinstance(call, Causal):
         return [(range(call.start, call.stop), np.arange(call.start, call.stop))]

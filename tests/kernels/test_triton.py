@@ -1,10 +1,10 @@
-"""Specification of the Triton kernels: they give what dense masked attention gives, as exactly as PyTorch.
+"""Specification of the Triton kernels: they equal dense masked attention, as exactly as PyTorch does.
 
-Without a GPU the kernels run in Triton's interpreter, which must be chosen before triton is imported: one
-test runs this file and its sisters again in a process of its own. On a GPU (`pytest -m gpu`) the same tests
-run there.
+Without a GPU the kernels run in Triton's interpreter, which must be chosen before triton is imported. One
+test therefore runs all files `test_triton*.py` again in a subprocess. On a GPU (`pytest -m gpu`) they run on
+it.
 
-Case ids read B batch, T queries, H KV heads, HQ query heads, D head_dim, then what is special.
+Case ids read B batch, T queries, H KV heads, HQ query heads, D head_dim, then the special feature.
 """
 
 import os
@@ -96,7 +96,7 @@ LOW_PRECISION_CASES = [
 
 @on_device
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_results_and_gradients_are_those_of_the_reference(case):
+def test_results_and_gradients_equal_the_reference(case):
     require_right(case, torch.float32)
 
 
@@ -118,7 +118,7 @@ def test_the_shipped_tiles(dim, dtype):
 
 @on_device
 @pytest.mark.parametrize("through", ["out", "lse"])
-def test_gradients_through_one_result_alone(through):
+def test_gradients_through_out_or_lse_alone(through):
     one = case(s2(), "", cut(32, 32), sink_logits=True)
     only = {"out": through == "out", "lse": through == "lse"}
     require_equal(one.results("triton", torch.float32, **only), one.results("reference", **only), most=1e-5)
@@ -219,7 +219,7 @@ if INTERPRETED:
 
     @pytest.mark.parametrize("tiles", [(16, 16), (64, 32), (32, 64)], ids=str)
     @pytest.mark.parametrize("pattern", VISITED.values(), ids=VISITED)
-    def test_every_visible_pair_is_visited_once_and_no_tile_without_one(pattern, tiles, visits):
+    def test_every_visible_pair_is_visited_once_and_no_tile_is_empty(pattern, tiles, visits):
         seen = case(pattern, "", cut(*tiles, span=64), queries=192, group=1)
         seen.results("triton", torch.float32)
         (pairs,) = pattern.visible_pairs(seen.queries)
@@ -242,7 +242,7 @@ if INTERPRETED:
 
 if not INTERPRETED:
 
-    def test_every_test_of_this_file_and_its_sisters_in_the_interpreter():
+    def test_all_triton_tests_pass_in_the_interpreter():
         run = subprocess.run(
             [
                 sys.executable,
@@ -274,11 +274,11 @@ if not INTERPRETED:
         with pytest.raises(ValueError, match=r"^(rows|keys|warps|stages) \d+: must be"):
             Tiles(*bad)
 
-    def test_tuning_survives_its_encoding():
+    def test_tuning_decodes_to_what_was_encoded():
         for tuning in (tuning_for(9, 128, 2), replace(tuning_for(8, 128, 4), span=100)):
             assert Tuning.decode(tuning.encode()) == tuning
 
-    def test_long_shard_columns_are_cut_where_there_are_few_of_them():
+    def test_few_long_shard_columns_are_split():
         tuning = tuning_for(9, 128, 2)
         assert [tuning.splits(columns, 65536) for columns in (1, 64, 1024, 100_000)] == [64, 32, 2, 1]
         assert tuning.splits(1, 100) == 1

@@ -1,6 +1,6 @@
-"""Specification of decoding in Triton: a token gets what plain attention to all that its heads hold gives it.
+"""Specification of decoding in Triton: it equals plain attention to the entries of each head.
 
-Run as `test_triton.py` is. Whatever lies behind what a head holds is NaN.
+Run as `test_triton.py` is. Storage behind the entries of a head is NaN.
 """
 
 from collections import Counter
@@ -65,7 +65,7 @@ class Decoding:
         return {"q": q, "storages": storages, "kept": kept, "softmax_scale": 0.3, "sink_logits": sinks}
 
     def plain(self, dtype: torch.dtype, compute: torch.dtype) -> torch.Tensor:
-        """What anyone would write in PyTorch, head by head."""
+        """Plain PyTorch, head by head."""
         given = self.inputs(dtype)
         out = torch.zeros(given["q"].shape, dtype=compute, device=DEVICE)
         q = given["q"].to(compute)
@@ -106,7 +106,7 @@ CASES = [
 
 @on_device
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_token_gets_what_plain_attention_gives(case):
+def test_decoding_equals_plain_attention(case):
     from megatron_s2.kernels.triton_decode import decode_attention
 
     exact = case.plain(torch.float32, torch.float64)
@@ -129,8 +129,8 @@ def test_low_precision_is_as_exact_as_plain_pytorch(case, dtype):
 
 
 @on_device
-def test_what_is_in_use_does_not_move_the_splits():
-    """So that the bits of a head do not depend on what another sequence, or another head, holds."""
+def test_splits_do_not_depend_on_the_number_of_entries():
+    """The bits of a head therefore do not depend on other sequences and heads."""
     from megatron_s2.kernels.triton_decode import decode_attention
 
     given = Decoding("", ((300, 17), (290, 40))).inputs(torch.float32)
@@ -150,7 +150,7 @@ def test_what_is_in_use_does_not_move_the_splits():
         ([8192] * 8, 64, 16384),
     ],
 )
-def test_splits_are_so_long_that_there_are_about_256(capacities, batch, span):
+def test_there_are_about_256_splits(capacities, batch, span):
     from megatron_s2.kernels.triton_decode import split_span
 
     assert split_span(capacities, batch) == span
@@ -158,7 +158,7 @@ def test_splits_are_so_long_that_there_are_about_256(capacities, batch, span):
     assert programs <= 256 + batch * len(capacities)
 
 
-def test_a_tile_is_as_many_keys_as_fill_16_kib():
+def test_a_tile_has_16_kib_of_keys():
     from megatron_s2.kernels.triton_decode import decode_tiles
 
     cut = {(dim, size): decode_tiles(dim, 4, size).keys for dim in (16, 64, 80, 256) for size in (2, 4)}
@@ -196,7 +196,7 @@ STEPS = ((33, 70), (1, 1), (1, 0), (90, 3), (0, 1), (1, 1), (5, 40), (1, 1))
 
 
 def fed(pattern: S2Pattern, q, k, v, sinks, backend: str) -> list[torch.Tensor]:
-    """What the tokens of each row get, step by step."""
+    """Outputs of each row's tokens, fed step by step."""
     cache = KVCache(pattern, len(STEPS[0]), k.shape[-1], k.dtype, k.device)
     outs, done = [[] for _ in STEPS[0]], [0] * len(STEPS[0])
     for step in STEPS:
@@ -231,7 +231,7 @@ def poison_spare(cache: KVCache) -> None:
     [s2(), s2(4, vert_stride=(1, 4, 4, 3), sink_blocks=1), s2(3, local_blocks=1, num_dense_heads=1)],
     ids=["s2", "dense head first", "window of one block"],
 )
-def test_what_goes_through_the_cache_gets_what_recomputing_gives(pattern, backend, calls):
+def test_attention_through_the_cache_equals_recomputing(pattern, backend, calls):
     draw = torch.Generator().manual_seed(0)
     lengths = [sum(row) for row in zip(*STEPS)]
     H = pattern.num_kv_heads
@@ -247,7 +247,7 @@ def test_what_goes_through_the_cache_gets_what_recomputing_gives(pattern, backen
             return_lse=False, backend="reference",
         )  # fmt: skip
         require_equal({"out": got[row]}, {"out": exact[0]}, most=1e-5)
-    # Four times tokens come behind cached ones, with a pass over the window and one over the shard.
+    # Four times tokens follow cached ones, with a pass over the window and one over the shard.
     decoded = sum(max(step) == 1 for step in STEPS)
     assert calls == ({"decode_attention": decoded, "forward": 8} if backend == "triton" else {})
 
@@ -262,7 +262,7 @@ def test_what_goes_through_the_cache_gets_what_recomputing_gives(pattern, backen
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
-def test_what_does_not_fit_is_refused_before_the_cache_takes_it_up(changed, message):
+def test_bad_arguments_are_refused_before_the_cache_changes(changed, message):
     cache = KVCache(s2(), 1, 16, torch.float64)
     q, k = (torch.zeros(1, 1, heads, 16, dtype=torch.float64) for heads in (4, 2))
     with pytest.raises(ValueError, match=f"^{message}"):

@@ -34,7 +34,7 @@ SMALL_MASK = case(random_mask(2, 3), "mask", cut(32, 32), queries=40, sink_logit
     [(s2(), "sequence first"), (random_mask(2, 3), "batch first")],
     ids=["s2 sequence first", "mask batch first"],
 )
-def test_the_operators_keep_what_torch_library_asks_of_them(pattern, layout):
+def test_operators_pass_the_checks_of_torch_library(pattern, layout):
     one = case(pattern, "", cut(32, 32), queries=20, layout=layout, sink_logits=True)
     inputs = one.inputs(torch.float32)
     q, k, v, sink_logits = (inputs[name].requires_grad_() for name in ("q", "k", "v", "sink_logits"))
@@ -61,7 +61,7 @@ def through(attend, one) -> Results:
 
 @on_device
 @pytest.mark.parametrize("one", [SMALL, SMALL_MASK], ids=lambda one: one.special)
-def test_torch_compile_takes_it_whole_and_changes_nothing(one):
+def test_torch_compile_captures_a_full_graph_and_changes_no_bit(one):
     attend = one.attention("triton")
     eager = through(attend, one)
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
@@ -112,7 +112,7 @@ def test_the_numerical_gradient_agrees(pattern):
     [{"queries": 50, "q_start": 37}, packed(0, 40, 33), {"batch": 2, "queries": 50, "v_dim": 24}],
     ids=["q_start", "packed", "batch"],
 )
-def test_pytorch_counts_the_flops_of_visible_pairs_alone(options, pattern):
+def test_the_flop_counter_counts_visible_pairs(options, pattern):
     patterns = {
         "s2": s2(3, sink_blocks=2, vert_stride=(1, 3, 5), phases=(0, 1, 3)),
         "mask": random_mask(3, 6),
@@ -155,7 +155,7 @@ def test_the_flops_of_the_first_call_of_a_process_are_counted():
 
 @pytest.fixture
 def tuned(monkeypatch, tmp_path):
-    """Keys and tiles that were launched to be measured; the last candidate of each kernel is the fastest."""
+    """Keys and tiles of all measured launches; the last candidate of each kernel is the fastest."""
     from megatron_s2.kernels import triton_autotune
 
     measured = []
@@ -178,7 +178,7 @@ def tuned(monkeypatch, tmp_path):
 
 @on_device
 @pytest.mark.parametrize("pattern", [s2(1), random_mask(1, 3)], ids=["s2", "mask"])
-def test_autotuning_launches_all_candidates_and_gives_what_the_fastest_gives(pattern, tuned):
+def test_autotuning_launches_all_candidates_and_uses_the_fastest(pattern, tuned):
     one = case(pattern, "", "autotune", queries=40)
     results = one.results("triton", torch.float16)
     chip = capability_of(torch.device(DEVICE)), one.dim, 2

@@ -1,7 +1,7 @@
 """Specification of window and shard as two sources: results are those of the whole keys and values.
 
-Run as `test_triton.py` is. Context parallelism and generation hold a window that begins anywhere and a compact
-shard, less than all of K and V.
+Run as `test_triton.py` is. Context parallelism and generation hold a window that begins anywhere and a
+compact shard, less than all of K and V.
 """
 
 import pytest
@@ -38,7 +38,7 @@ def shard_tokens(x: torch.Tensor, rows: int) -> torch.Tensor:
 @on_device
 @pytest.mark.parametrize("tiles", TILES, ids=lambda tiles: f"{tiles.forward.rows}x{tiles.forward.keys}")
 @pytest.mark.parametrize("q_start", [128, 137], ids=["aligned", "unaligned"])
-def test_a_window_slice_and_a_compact_shard_give_what_the_whole_gives(q_start, tiles):
+def test_a_window_and_a_compact_shard_equal_the_whole(q_start, tiles):
     from megatron_s2.kernels.triton_args import KernelArgs
     from megatron_s2.kernels.triton_dkv import launch_dkv, launch_dkv_shard, launch_dkv_window
     from megatron_s2.kernels.triton_dq import launch_delta, launch_dq

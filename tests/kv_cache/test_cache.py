@@ -1,4 +1,4 @@
-"""The cache holds exactly what later tokens see, in bytes of a closed form."""
+"""The cache holds exactly the entries that later tokens see, in a number of bytes with a closed form."""
 
 import pytest
 import torch
@@ -23,13 +23,13 @@ PATTERN = s2(num_kv_heads=3, vert_stride=(4, 4, 1), sink_blocks=1)
 
 
 def numbered(start: int, tokens: int, heads: int) -> torch.Tensor:
-    """Keys `[1, tokens, heads, 2]` that say which position they are of, and which head."""
+    """Keys `[1, tokens, heads, 2]` that consist of their position and their head."""
     positions = torch.arange(start, start + tokens)[:, None].expand(tokens, heads)
     return torch.stack([positions, torch.arange(heads).expand(tokens, heads)], -1)[None].float()
 
 
 def seen_later(pattern: S2Pattern, head: int, tokens: int) -> list[int]:
-    """By definition: the positions that some query from `tokens` on sees, looking two windows ahead."""
+    """The positions that some query from `tokens` on sees, by definition, over two windows."""
     B = pattern.block_size
     rows = range(tokens // B, tokens // B + 2 * pattern.local_blocks + 1)
     blocks = set().union(*(pattern.row_blocks(head, row) for row in rows))
@@ -38,7 +38,7 @@ def seen_later(pattern: S2Pattern, head: int, tokens: int) -> list[int]:
 
 @given(pattern=patterns, chunks=st.lists(st.integers(1, 70), max_size=6), decoded=st.integers(0, 40))
 @settings(max_examples=60, deadline=None)
-def test_holds_exactly_what_later_tokens_see(pattern, chunks, decoded):
+def test_the_cache_holds_exactly_what_later_tokens_see(pattern, chunks, decoded):
     heads, tokens = pattern.num_kv_heads, 0
     cache = KVCache(pattern, batch=1, head_dim=2)
     for chunk in chunks:
@@ -69,7 +69,7 @@ def test_bytes_of_a_batch_are_the_sum_over_its_sequences(pattern, lengths):
 
 @given(pattern=patterns, tokens=st.integers(1, 300))
 @settings(max_examples=30, deadline=None)
-def test_a_known_maximum_is_set_aside_exactly(pattern, tokens):
+def test_a_known_maximum_is_allocated_exactly(pattern, tokens):
     cache = KVCache(pattern, 1, 2, max_tokens=tokens)
     capacity = cache.capacity_bytes
     most = [0] * len(cache.storages)
@@ -85,7 +85,7 @@ def test_a_known_maximum_is_set_aside_exactly(pattern, tokens):
         cache.write(*[numbered(0, 1, pattern.num_kv_heads)] * 2, rows=[0])
 
 
-def test_growth_sets_aside_at_most_a_quarter_and_a_block_more_than_needed():
+def test_growth_allocates_at_most_a_quarter_and_a_block_more_than_needed():
     cache, most = KVCache(PATTERN, 1, 2), 0
     for token in range(1000):
         cache.write(*[numbered(token, 1, 3)] * 2, rows=[0])
@@ -99,7 +99,7 @@ def test_growth_sets_aside_at_most_a_quarter_and_a_block_more_than_needed():
 
 
 @pytest.mark.parametrize("layer", range(4))
-def test_an_eighth_of_dense_at_32k(layer):
+def test_at_32k_tokens_the_cache_has_an_eighth_of_the_dense_bytes(layer):
     pattern = S2Pattern(8, block_size=64, local_blocks=8, vert_stride=16, layer=layer)
     tokens, head_dim = 32 * 1024, 4
     assert pattern.local_blocks * pattern.block_size == 512
@@ -138,7 +138,7 @@ def test_selected_sequences_are_copies():
         ({"new": [1, 5]}, r"^new \[1, 5\]: must be"),
     ],
 )
-def test_refuses_what_does_not_fit(given, message):
+def test_tensors_that_do_not_fit_are_refused(given, message):
     cache = KVCache(PATTERN, 2, 2)
     fitting = {"k": torch.zeros(2, 4, 3, 2), "v": torch.zeros(2, 4, 3, 2)}
     with pytest.raises(ValueError, match=message):
@@ -146,6 +146,6 @@ def test_refuses_what_does_not_fit(given, message):
 
 
 @pytest.mark.parametrize("name", ["batch", "head_dim", "max_tokens"])
-def test_refuses_sizes_out_of_range(name):
+def test_sizes_out_of_range_are_refused(name):
     with pytest.raises(ValueError, match=f"^{name} 0: must be >= 1$"):
         KVCache(PATTERN, **{"batch": 1, "head_dim": 2, name: 0})
