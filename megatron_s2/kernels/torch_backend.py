@@ -24,89 +24,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_s2.kernels.numerics import compute_dtype, merge_sink, sink_gradient
+from megatron_s2.kernels.torch_flash import expand_heads, flash_backward, flash_forward, sum_heads
 from megatron_s2.kernels.torch_plan import Band, Call, Causal, Gathered, Past, equal_heads, plan_head
 from megatron_s2.pattern.block_pattern import BlockPattern
 from megatron_s2.pattern.s2_pattern import S2Pattern
-
-# ---------------------------------------------------------------------------------------------------------
-# One flash attention: q [batch, heads, rows, dim], k and v [batch, kv_heads, keys, dim], any strides (k and v
-# may be overlapping views). Query head h reads KV head h // (heads / kv_heads). `mask` is additive.
-
-_MAX_SCORES = 1 << 24  # elements of a score matrix on devices without a flash kernel that returns lse
-
-
-def _flash_forward(q, k, v, scale, causal=False, mask=None) -> tuple[Tensor, Tensor]:
-    forward = _cpu_forward if q.device.type == "cpu" else _matmul_forward
-    return forward(q, k, v, scale, causal, mask)
-
-
-def _flash_backward(dout, q, k, v, out, lse, scale, causal=False, mask=None) -> tuple[Tensor, Tensor, Tensor]:
-    backward = _cpu_backward if q.device.type == "cpu" else _matmul_backward
-    return backward(dout, q, k, v, out, lse, scale, causal, mask)
-
-
-def _cpu_forward(q, k, v, scale, causal, mask):
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, causal, attn_mask=mask, scale=scale
-    )
-
-
-def _cpu_backward(dout, q, k, v, out, lse, scale, causal, mask):
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale
-    )
-
-
-def _matmul_forward(q, k, v, scale, causal, mask):
-    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:-1])
-    k, v = (_expand_heads(x, q.shape[1]) for x in (k, v))
-    for rows in _row_chunks(q, k):
-        scores = _scores(q, k, scale, causal, mask, rows)
-        lse[:, :, rows] = scores.logsumexp(-1)
-        out[:, :, rows] = (scores - lse[:, :, rows, None]).exp() @ v
-    return out, lse
-
-
-def _matmul_backward(dout, q, k, v, out, lse, scale, causal, mask):
-    kv_heads = k.shape[1]
-    k, v = (_expand_heads(x, q.shape[1]) for x in (k, v))
-    dq, dk, dv = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
-    for rows in _row_chunks(q, k):
-        do = dout[:, :, rows]
-        delta = (do * out[:, :, rows]).sum(-1, keepdim=True)
-        p = (_scores(q, k, scale, causal, mask, rows) - lse[:, :, rows, None]).exp()
-        ds = p * (do @ v.transpose(-1, -2) - delta) * scale
-        dq[:, :, rows] = ds @ k
-        dk += ds.transpose(-1, -2) @ q[:, :, rows]
-        dv += p.transpose(-1, -2) @ do
-    return dq, _sum_heads(dk, kv_heads), _sum_heads(dv, kv_heads)
-
-
-def _row_chunks(q: Tensor, k: Tensor) -> Iterator[slice]:
-    rows = max(1, _MAX_SCORES // (q.shape[0] * q.shape[1] * k.shape[2]))
-    return (slice(a, min(a + rows, q.shape[2])) for a in range(0, q.shape[2], rows))
-
-
-def _scores(q: Tensor, k: Tensor, scale: float, causal: bool, mask: Tensor | None, rows: slice) -> Tensor:
-    scores = q[:, :, rows] @ k.transpose(-1, -2) * scale
-    if mask is not None:
-        scores += mask[:, :, rows]
-    if causal:
-        queries = torch.arange(rows.start, rows.stop, device=q.device)
-        keys = torch.arange(k.shape[2], device=q.device)
-        scores.masked_fill_(keys > queries[:, None], float("-inf"))
-    return scores
-
-
-def _expand_heads(x: Tensor, heads: int) -> Tensor:
-    """Repeats each KV head of K or V for its query heads; a view if x has one KV head."""
-    return x[:, :, None].expand(-1, -1, heads // x.shape[1], -1, -1).flatten(1, 2)
-
-
-def _sum_heads(grad: Tensor, kv_heads: int) -> Tensor:
-    """Gradient of x from the gradient of `_expand_heads(x, heads)`."""
-    return grad.unflatten(1, (kv_heads, -1)).sum(2)
-
 
 # ---------------------------------------------------------------------------------------------------------
 # The calls of one plan over the two sources, for KV heads of equal pattern. Query-side tensors are
@@ -158,17 +79,17 @@ def forward_calls(plan: Plan, q: Tensor, sources: Sources, out: Tensor, lse: Ten
         if isinstance(call, Causal):
             t = plan.queries(call.start, call.stop)
             k, v = _causal_keys(call, sources)
-            o, logsum = _flash_forward(_queries(q, t, sources), k, v, plan.scale, causal=True)
+            o, logsum = flash_forward(_queries(q, t, sources), k, v, plan.scale, causal=True)
             out[:, :, t], lse[:, :, t] = o[..., : out.shape[-1]], logsum
         elif isinstance(call, Band):
             mask, fold = _band_mask(plan, q, sources), _band_fold(plan, sources)
             for part, t in _band_parts(call, plan, sources):
                 k, v = _windows(part, plan, sources)
-                o, logsum = _flash_forward(fold(_queries(q, t, sources)), k, v, plan.scale, mask=mask)
+                o, logsum = flash_forward(fold(_queries(q, t, sources)), k, v, plan.scale, mask=mask)
                 out[:, :, t], lse[:, :, t] = fold(o)[..., : out.shape[-1]], fold(logsum)
         else:
             t = plan.queries(call.start, call.stop)
-            o, logsum = _flash_forward(_queries(q, t, sources), *_past_keys(call, plan, sources), plan.scale)
+            o, logsum = flash_forward(_queries(q, t, sources), *_past_keys(call, plan, sources), plan.scale)
             _merge(out[:, :, t], lse[:, :, t], o[..., : out.shape[-1]], logsum)
 
 
@@ -188,7 +109,7 @@ def backward_calls(
             t = plan.queries(call.start, call.stop)
             dout_t, q_t, out_t = (_queries(x, t, sources) for x in (dout, q, out))
             k, v = _causal_keys(call, sources)
-            dq_t, *dkv = _flash_backward(dout_t, q_t, k, v, out_t, lse[:, :, t], plan.scale, causal=True)
+            dq_t, *dkv = flash_backward(dout_t, q_t, k, v, out_t, lse[:, :, t], plan.scale, causal=True)
             _add(dq[:, :, t], dq_t)
             for grad, part in zip(_causal_keys(call, grads), dkv):
                 _add(grad, part)
@@ -197,7 +118,7 @@ def backward_calls(
             for part, t in _band_parts(call, plan, sources):
                 dout_t, q_t, out_t = (fold(_queries(x, t, sources)) for x in (dout, q, out))
                 k, v = _windows(part, plan, sources)
-                dq_t, *dkv = _flash_backward(
+                dq_t, *dkv = flash_backward(
                     dout_t, q_t, k, v, out_t, fold(lse[:, :, t]), plan.scale, mask=mask
                 )
                 _add(dq[:, :, t], fold(dq_t))
@@ -206,10 +127,10 @@ def backward_calls(
             t = plan.queries(call.start, call.stop)
             split = _query_split(q, t)
             dout_t, q_t, out_t = (split(_queries(x, t, sources)) for x in (dout, q, out))
-            k, v = (_expand_heads(x, q_t.shape[1]) for x in _past_keys(call, plan, sources))
-            dq_t, *dkv = _flash_backward(dout_t, q_t, k, v, out_t, split(lse[:, :, t]), plan.scale)
+            k, v = (expand_heads(x, q_t.shape[1]) for x in _past_keys(call, plan, sources))
+            dq_t, *dkv = flash_backward(dout_t, q_t, k, v, out_t, split(lse[:, :, t]), plan.scale)
             _add(dq[:, :, t], dq_t.reshape(*q.shape[:2], -1, dq_t.shape[-1]))
-            _add_past(call, plan, grads, [_sum_heads(part, sources.k.shape[1]) for part in dkv])
+            _add_past(call, plan, grads, [sum_heads(part, sources.k.shape[1]) for part in dkv])
 
 
 def _queries(x: Tensor, t: slice, sources: Sources) -> Tensor:

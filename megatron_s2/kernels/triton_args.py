@@ -14,7 +14,7 @@ from megatron_s2.kernels.triton_common import LOG2_E
 from megatron_s2.kernels.triton_pattern import KernelPattern
 from megatron_s2.kernels.tuning import Tiles, Tuning
 
-Program = tuple[int, ...]  # a program's document (start and length), its tile in it, and for dK/dV an offset
+Program = tuple[int, ...]  # a row of p_tiles: see `query_program` and `key_program`
 
 
 @dataclass(frozen=True)
@@ -111,12 +111,8 @@ class KernelArgs:
         if self.mask is None:
             return {"p_starts": None, "p_list": None, "num_blocks": 0, "CSR": False}
         starts, blocks = self.mask
-        return {
-            "p_starts": starts[int(of_keys)],
-            "p_list": blocks,
-            "num_blocks": starts.shape[2] - 1,
-            "CSR": True,
-        }
+        num_blocks = starts.shape[2] - 1
+        return {"p_starts": starts[int(of_keys)], "p_list": blocks, "num_blocks": num_blocks, "CSR": True}
 
     @cached_property
     def pattern_args(self) -> dict[str, object]:
@@ -133,7 +129,7 @@ class KernelArgs:
         }
 
     def program_args(self, programs: list[Program]) -> dict[str, object]:
-        """The table in which a program of a packed batch finds its work."""
+        """The table `p_tiles` of a packed batch."""
         table = _on_device(tuple(programs), self.q.device) if self.packed else None
         return {"p_tiles": table, "PACKED": bool(self.packed)}
 
@@ -141,15 +137,9 @@ class KernelArgs:
         """Sizes, and the options of Triton's compiler."""
         D, DV = self.q.shape[-1], self.v.shape[-1]
         return {
-            "D": D,
-            "DV": DV,
-            "BD": padded(D),
-            "BDV": padded(DV),
-            "BLOCK": self.pattern.block_size,
-            "BM": tiles.rows,
-            "BN": tiles.keys,
-            **compile_args(self.q.dtype, tiles),
-        }
+            "D": D, "DV": DV, "BD": padded(D), "BDV": padded(DV), "BLOCK": self.pattern.block_size,
+            "BM": tiles.rows, "BN": tiles.keys, **compile_args(self.q.dtype, tiles),
+        }  # fmt: skip
 
 
 def strides(name: str, x: Tensor | None, dims: str = "bth") -> dict[str, int]:

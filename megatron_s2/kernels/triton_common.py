@@ -27,6 +27,42 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 
 @triton.jit
+def query_program(p_tiles, seq_q, H: tl.constexpr, GROUP: tl.constexpr, PACKED: tl.constexpr):
+    """What a program over query rows computes: (i_m, i_b, i_h, i_g, doc, seq_q).
+
+    It is tile i_m of query head i_h of sequence i_b. In a packed batch, a row of p_tiles holds first token and
+    length of the program's document, and its tile in it.
+    """
+    # Late tiles have the most keys: they start first.
+    i_m = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_b, i_h = tl.program_id(1) // H, (tl.program_id(1) % H).to(tl.int64)
+    i_g = i_h // GROUP
+    doc = tl.zeros((), dtype=tl.int64)
+    if PACKED:
+        doc = tl.load(p_tiles + 3 * i_m).to(tl.int64)
+        seq_q = tl.load(p_tiles + 3 * i_m + 1)
+        i_m = tl.load(p_tiles + 3 * i_m + 2)
+    return i_m, i_b, i_h, i_g, doc, seq_q
+
+
+@triton.jit
+def key_program(i_n, p_tiles, seq_q, PACKED: tl.constexpr):
+    """What program i_n over keys computes: (i_n, doc, seq_q, offset).
+
+    In a packed batch, a row of p_tiles holds first token and length of the program's document, its tile in it,
+    and the first token of the document's shard among the parts of the gradients.
+    """
+    doc = tl.zeros((), dtype=tl.int64)
+    offset = tl.zeros((), dtype=tl.int64)
+    if PACKED:
+        doc = tl.load(p_tiles + 4 * i_n).to(tl.int64)
+        seq_q = tl.load(p_tiles + 4 * i_n + 1)
+        offset = tl.load(p_tiles + 4 * i_n + 3).to(tl.int64)
+        i_n = tl.load(p_tiles + 4 * i_n + 2)
+    return i_n, doc, seq_q, offset
+
+
+@triton.jit
 def shard_count(block, first, stride, sinks):
     """Number of shard blocks among blocks 0 .. block-1."""
     strided = tl.maximum(0, block - first + stride - 1) // stride

@@ -23,6 +23,7 @@ from megatron_s2.kernels.triton_common import (
     LOG2_E,
     first_at_least,
     in_shard,
+    key_program,
     list_bounds,
     listed_token,
     shard_block,
@@ -66,13 +67,7 @@ def s2_bwd_kernel_dkv_shard(
     with COMPACT `[split, batch, token, 1, dim]`, the shards of the heads one after another."""
     i_n, i_s = tl.program_id(0), tl.program_id(1)
     i_b, i_g = tl.program_id(2) // HKV, (tl.program_id(2) % HKV).to(tl.int64)
-    doc = tl.zeros((), dtype=tl.int64)
-    offset = tl.zeros((), dtype=tl.int64)
-    if PACKED:
-        doc = tl.load(p_tiles + 4 * i_n).to(tl.int64)
-        seq_q = tl.load(p_tiles + 4 * i_n + 1)
-        offset = tl.load(p_tiles + 4 * i_n + 3).to(tl.int64)
-        i_n = tl.load(p_tiles + 4 * i_n + 2)
+    i_n, doc, seq_q, offset = key_program(i_n, p_tiles, seq_q, PACKED)
     first, stride = tl.load(p_heads + 4 * i_g), tl.load(p_heads + 4 * i_g + 1)
     end = q_start + seq_q
     tokens = shard_count(tl.maximum(0, (end - 1) // BLOCK - window + 1), first, stride, sinks) * BLOCK
@@ -171,14 +166,9 @@ def s2_bwd_kernel_dkv_window(
     """dK and dV `[batch, seq_k, HKV, dim]` of BN window keys, to which the parts of the shard are added."""
     i_n = tl.program_id(0)
     i_b, i_g = tl.program_id(1) // HKV, (tl.program_id(1) % HKV).to(tl.int64)
-    doc = tl.zeros((), dtype=tl.int64)
-    offset = tl.zeros((), dtype=tl.int64)
+    i_n, doc, seq_q, offset = key_program(i_n, p_tiles, seq_q, PACKED)
     if PACKED:
-        doc = tl.load(p_tiles + 4 * i_n).to(tl.int64)
-        seq_q = tl.load(p_tiles + 4 * i_n + 1)
         seq_k = seq_q
-        offset = tl.load(p_tiles + 4 * i_n + 3).to(tl.int64)
-        i_n = tl.load(p_tiles + 4 * i_n + 2)
     first, stride = tl.load(p_heads + 4 * i_g), tl.load(p_heads + 4 * i_g + 1)
     o_b = i_b.to(tl.int64)
     p_q += o_b * s_qb + doc * s_qt + i_g * group * s_qh
@@ -277,25 +267,12 @@ def launch_dkv_shard(args: KernelArgs, dout: Tensor, lse: Tensor, delta: Tensor)
     )
     if programs:
         s2_bwd_kernel_dkv_shard[(len(programs), splits, batch * kv_heads)](
-            **args.query_args,
-            **args.shard_args,
-            **args.list_args(of_keys=True),
-            **args.pattern_args,
-            **args.program_args(programs),
-            p_do=dout,
-            **strides("do", dout),
-            p_lse=lse,
-            p_delta=delta,
-            **strides("l", lse, "bh"),
-            p_dks=dks,
-            p_dvs=dvs,
-            **strides("dks", dks, "sbth"),
-            **strides("dvs", dvs, "sbth"),
-            span=-(-longest // splits),
-            group=args.group,
-            HKV=kv_heads,
-            **args.tile_args(tiles),
-        )
+            **args.query_args, **args.shard_args, **args.list_args(of_keys=True), **args.pattern_args,
+            p_do=dout, **strides("do", dout), p_lse=lse, p_delta=delta, **strides("l", lse, "bh"),
+            p_dks=dks, p_dvs=dvs, **strides("dks", dks, "sbth"), **strides("dvs", dvs, "sbth"),
+            span=-(-longest // splits), group=args.group, HKV=kv_heads,
+            **args.program_args(programs), **args.tile_args(tiles),
+        )  # fmt: skip
     return [dks, dvs]
 
 
@@ -322,27 +299,10 @@ def launch_dkv_window(
         offset += max(args.shard_tokens_of(length))
     dks, dvs = parts or (None, None)
     s2_bwd_kernel_dkv_window[(len(programs), batch * kv_heads)](
-        **args.query_args,
-        **args.window_args,
-        **args.pattern_args,
-        **args.program_args(programs),
-        seq_k=seq_k,
-        p_do=dout,
-        **strides("do", dout),
-        p_lse=lse,
-        p_delta=delta,
-        **strides("l", lse, "bh"),
-        p_dk=dk,
-        p_dv=dv,
-        **strides("dk", dk),
-        **strides("dv", dv),
-        p_dks=dks,
-        p_dvs=dvs,
-        **strides("dks", dks, "sbth"),
-        **strides("dvs", dvs, "sbth"),
-        splits=0 if dks is None else dks.shape[0],
-        group=args.group,
-        ADD_SHARD=parts is not None,
-        HKV=kv_heads,
-        **args.tile_args(tiles),
-    )
+        **args.query_args, **args.window_args, **args.pattern_args, seq_k=seq_k,
+        p_do=dout, **strides("do", dout), p_lse=lse, p_delta=delta, **strides("l", lse, "bh"),
+        p_dk=dk, p_dv=dv, **strides("dk", dk), **strides("dv", dv),
+        p_dks=dks, p_dvs=dvs, **strides("dks", dks, "sbth"), **strides("dvs", dvs, "sbth"),
+        splits=0 if dks is None else dks.shape[0], ADD_SHARD=dks is not None, group=args.group, HKV=kv_heads,
+        **args.program_args(programs), **args.tile_args(tiles),
+    )  # fmt: skip

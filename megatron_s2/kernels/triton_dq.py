@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_s2.kernels.triton_args import KernelArgs, padded, strides
 from megatron_s2.kernels.triton_common import (
     LOG2_E,
+    query_program,
     shard_block,
     shard_run,
     shard_tail_tile,
@@ -49,20 +50,10 @@ def launch_delta(dout: Tensor, out: Tensor, dlse: Tensor | None, delta: Tensor) 
     """Writes `delta`, contiguous `[batch, heads, seq]`, of dout and out `[batch, seq, heads, v_head_dim]`."""
     batch, seq, heads, dim = out.shape
     s2_bwd_kernel_delta[(-(-seq // _DELTA_ROWS), batch * heads)](
-        p_do=dout,
-        **strides("do", dout),
-        p_o=out,
-        **strides("o", out),
-        p_dlse=dlse if dlse is None else dlse.contiguous(),
-        p_delta=delta,
-        seq=seq,
-        H=heads,
-        DV=dim,
-        BDV=padded(dim),
-        BM=_DELTA_ROWS,
-        HAS_DLSE=dlse is not None,
-        enable_fp_fusion=True,
-    )
+        p_do=dout, **strides("do", dout), p_o=out, **strides("o", out), p_delta=delta,
+        p_dlse=dlse if dlse is None else dlse.contiguous(), HAS_DLSE=dlse is not None,
+        seq=seq, H=heads, DV=dim, BDV=padded(dim), BM=_DELTA_ROWS, enable_fp_fusion=True,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -94,15 +85,7 @@ def s2_bwd_kernel_dq(
     PACKED: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """dQ `[batch, seq_q, H, D]`."""
-    # Late tiles have the most keys: they start first.
-    i_m = tl.num_programs(0) - 1 - tl.program_id(0)
-    i_b, i_h = tl.program_id(1) // H, (tl.program_id(1) % H).to(tl.int64)
-    i_g = i_h // GROUP
-    doc = tl.zeros((), dtype=tl.int64)
-    if PACKED:
-        doc = tl.load(p_tiles + 3 * i_m).to(tl.int64)
-        seq_q = tl.load(p_tiles + 3 * i_m + 1)
-        i_m = tl.load(p_tiles + 3 * i_m + 2)
+    i_m, i_b, i_h, i_g, doc, seq_q = query_program(p_tiles, seq_q, H, GROUP, PACKED)
     first, stride = tl.load(p_heads + 4 * i_g), tl.load(p_heads + 4 * i_g + 1)
     o_b = i_b.to(tl.int64)
     p_q += o_b * s_qb + doc * s_qt + i_h * s_qh
@@ -215,24 +198,9 @@ def launch_dq(
     programs = args.query_programs(tiles.rows)
     batch, _, heads, _ = args.q.shape
     s2_bwd_kernel_dq[(len(programs), batch * heads)](
-        **args.query_args,
-        **args.window_args,
-        **args.shard_args,
-        **args.list_args(),
-        **args.pattern_args,
-        **args.program_args(programs),
-        p_do=dout,
-        **strides("do", dout),
-        p_dq=dq,
-        **strides("dq", dq),
-        p_prev=dq if resume else None,
-        p_lse=lse,
-        p_delta=delta,
-        **strides("l", lse, "bh"),
-        H=heads,
-        GROUP=args.group,
-        SHARD=source != "window",
-        WINDOW=source != "shard",
-        RESUME=resume,
-        **args.tile_args(tiles),
-    )
+        **args.query_args, **args.window_args, **args.shard_args, **args.list_args(), **args.pattern_args,
+        p_do=dout, **strides("do", dout), p_dq=dq, **strides("dq", dq), p_prev=dq if resume else None,
+        p_lse=lse, p_delta=delta, **strides("l", lse, "bh"), H=heads, GROUP=args.group,
+        SHARD=source != "window", WINDOW=source != "shard", RESUME=resume,
+        **args.program_args(programs), **args.tile_args(tiles),
+    )  # fmt: skip

@@ -24,6 +24,7 @@ from megatron_s2.kernels.triton_args import KernelArgs, strides
 from megatron_s2.kernels.triton_common import (
     LN_2,
     LOG2_E,
+    query_program,
     shard_block,
     shard_run,
     shard_tail_tile,
@@ -63,15 +64,7 @@ def s2_fwd_kernel(
     CSR: tl.constexpr, PACKED: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """out `[batch, seq_q, H, DV]` and lse `[batch, H, seq_q]`."""
-    # Late tiles have the most keys: they start first.
-    i_m = tl.num_programs(0) - 1 - tl.program_id(0)
-    i_b, i_h = tl.program_id(1) // H, (tl.program_id(1) % H).to(tl.int64)
-    i_g = i_h // GROUP
-    doc = tl.zeros((), dtype=tl.int64)
-    if PACKED:
-        doc = tl.load(p_tiles + 3 * i_m).to(tl.int64)
-        seq_q = tl.load(p_tiles + 3 * i_m + 1)
-        i_m = tl.load(p_tiles + 3 * i_m + 2)
+    i_m, i_b, i_h, i_g, doc, seq_q = query_program(p_tiles, seq_q, H, GROUP, PACKED)
     first, stride = tl.load(p_heads + 4 * i_g), tl.load(p_heads + 4 * i_g + 1)
     o_b = i_b.to(tl.int64)
     p_q += o_b * s_qb + doc * s_qt + i_h * s_qh
@@ -185,23 +178,9 @@ def launch_forward(
     programs = args.query_programs(tiles.rows)
     batch, _, heads, _ = args.q.shape
     s2_fwd_kernel[(len(programs), batch * heads)](
-        **args.query_args,
-        **args.window_args,
-        **args.shard_args,
-        **args.list_args(),
-        **args.pattern_args,
-        **args.program_args(programs),
-        p_o=out,
-        **strides("o", out),
-        p_prev=out if resume else None,
-        p_lse=lse,
-        **strides("l", lse, "bh"),
-        p_sink=sink_logits,
-        H=heads,
-        GROUP=args.group,
-        HAS_SINK=sink_logits is not None,
-        SHARD=source != "window",
-        WINDOW=source != "shard",
-        RESUME=resume,
-        **args.tile_args(tiles),
-    )
+        **args.query_args, **args.window_args, **args.shard_args, **args.list_args(), **args.pattern_args,
+        p_o=out, **strides("o", out), p_prev=out if resume else None, p_lse=lse, **strides("l", lse, "bh"),
+        p_sink=sink_logits, HAS_SINK=sink_logits is not None, H=heads, GROUP=args.group,
+        SHARD=source != "window", WINDOW=source != "shard", RESUME=resume,
+        **args.program_args(programs), **args.tile_args(tiles),
+    )  # fmt: skip

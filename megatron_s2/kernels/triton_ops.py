@@ -117,16 +117,9 @@ def _kernel_args(q, k, v, starts, blocks, pattern, scale, edges, q_start, tuning
     from megatron_s2.kernels.triton_args import KernelArgs
 
     return KernelArgs(
-        q,
-        k,
-        v,
-        KernelPattern.decode(pattern),
-        scale,
-        packed=_documents(edges),
-        q_start=q_start,
-        tuning=Tuning.decode(tuning) if tuning else None,
-        mask=None if starts is None else (starts, blocks),
-    )
+        q, k, v, KernelPattern.decode(pattern), scale, packed=_documents(edges), q_start=q_start,
+        tuning=Tuning.decode(tuning) if tuning else None, mask=None if starts is None else (starts, blocks),
+    )  # fmt: skip
 
 
 def _documents(edges: list[int]) -> tuple[tuple[int, int], ...]:

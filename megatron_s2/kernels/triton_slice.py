@@ -80,16 +80,9 @@ class TritonSlice(SequenceSlice):
             k, v = (x[:, :, None] for x in (k, v))
             shard = {"k_shard": k, "v_shard": v, "shard_starts": tuple(start for start, _ in self.shards)}
             k, v = (x[:, :0].expand(-1, -1, self.pattern.num_kv_heads, -1) for x in (k, v))
+        head_dim = max(q.shape[-1], v.shape[-1])
+        tuning = tuning_for(capability_of(q.device), head_dim, q.element_size(), passes=True)
         return KernelArgs(
-            q,
-            k,
-            v,
-            KernelPattern.of(self.pattern),
-            self.scale,
-            q_start=self.q_start,
-            tuning=tuning_for(
-                capability_of(q.device), max(q.shape[-1], v.shape[-1]), q.element_size(), passes=True
-            ),
-            **shard,
-            keys_start=self.keys_start,
-        )
+            q, k, v, KernelPattern.of(self.pattern), self.scale, q_start=self.q_start, tuning=tuning,
+            **shard, keys_start=self.keys_start,
+        )  # fmt: skip

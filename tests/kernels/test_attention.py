@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_s2 import S2Pattern, s2_attention
-from megatron_s2.kernels import torch_backend
+from megatron_s2.kernels import torch_backend, torch_flash
 from megatron_s2.kernels.compare import (
     attention_results,
     require_as_exact_as_plain,
@@ -84,9 +84,9 @@ def row_by_row(patch):
 
 def without_flash_kernel(patch):
     """The path of devices without a flash kernel that returns log-sum-exp, with small score matrices."""
-    patch.setattr(torch_backend, "_cpu_forward", torch_backend._matmul_forward)
-    patch.setattr(torch_backend, "_cpu_backward", torch_backend._matmul_backward)
-    patch.setattr(torch_backend, "_MAX_SCORES", 4000)
+    patch.setattr(torch_flash, "_cpu_forward", torch_flash._matmul_forward)
+    patch.setattr(torch_flash, "_cpu_backward", torch_flash._matmul_backward)
+    patch.setattr(torch_flash, "_MAX_SCORES", 4000)
 
 
 @pytest.fixture(params=[cpu_kernel, row_by_row, without_flash_kernel], ids=lambda path: path.__name__)
@@ -217,7 +217,7 @@ def test_no_tensor_outgrows_the_queries(pattern):
 
 def test_without_a_flash_kernel_score_matrices_stay_bounded(monkeypatch):
     without_flash_kernel(monkeypatch)
-    monkeypatch.setattr(torch_backend, "_MAX_SCORES", 1 << 18)
+    monkeypatch.setattr(torch_flash, "_MAX_SCORES", 1 << 18)
     monkeypatch.setattr(torch_backend, "_MAX_WINDOW_ELEMENTS", 1 << 16)
     case = Case(s2(num_dense_heads=1), batch=1, queries=2048, group=2, dim=32)
     inputs = case.inputs(torch.float32)
