@@ -171,7 +171,7 @@ def _build(argv: list[str], stop: frozenset[int]) -> LoadedGPT:
     from megatron.training.checkpointing import load_checkpoint
     from megatron.training.initialize import initialize_megatron
 
-    from megatron_s2.pretrain import configure
+    from megatron_s2.training.configure import configure
 
     try:
         args, container = configure(argv)
