@@ -14,7 +14,10 @@ def hybrid_device_optimizer_on_cpu() -> None:
 
     from megatron_s2.training import configure
 
-    original, validate = HybridDeviceOptimizer._get_sub_optimizer_param_groups, configure.validate_offload_args
+    original, validate = (
+        HybridDeviceOptimizer._get_sub_optimizer_param_groups,
+        configure.validate_offload_args,
+    )
 
     def groups(self, *args):
         torch.Tensor.is_cuda = property(lambda tensor: True)
