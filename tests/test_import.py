@@ -3,12 +3,14 @@
 import subprocess
 import sys
 
+from waiting import PATIENCE
+
 HEAVY = ("torch", "numpy", "megatron", "triton", "transformers")
 MOST_SECONDS = 0.5
 
 
 def run_python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -24,11 +26,11 @@ def test_the_package_and_its_pattern_import_nothing_heavy():
     assert imported.split() == []
 
 
-def test_the_import_takes_less_than_half_a_second():
-    timed = "import time; start = time.perf_counter(); import megatron_s2; megatron_s2.S2Pattern; "
-    seconds = [float(run_python(timed + "print(time.perf_counter() - start)")) for _ in range(3)]
+def test_the_import_takes_less_than_half_a_second_of_cpu_time():
+    timed = "import time; start = time.process_time(); import megatron_s2; megatron_s2.S2Pattern; "
+    seconds = [float(run_python(timed + "print(time.process_time() - start)")) for _ in range(3)]
     assert min(seconds) < MOST_SECONDS, (
-        f"import megatron_s2 took {', '.join(f'{s:.2f}' for s in seconds)} s; "
+        f"import megatron_s2 took {', '.join(f'{s:.2f}' for s in seconds)} s of CPU time; "
         "`python -X importtime -c 'import megatron_s2; megatron_s2.S2Pattern'` shows which import is slow"
     )
 
