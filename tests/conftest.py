@@ -1,9 +1,12 @@
 """What all tests share: tests marked `gpu` are left out where there is no CUDA device; long
-files go first; one thread for those that ask."""
+files go first; one thread for those that ask; Ctrl-C works in what tests start, however they were started
+themselves."""
 
+import signal
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # A worker that began one of these last would leave the other without work. Longest first.
 LONG = (
@@ -30,6 +33,21 @@ LONG = (
     "test_s2_checkpoints",
     "test_preprocess",
 )
+
+# No limit on the time of an example: the first one imports torch, and other programs use the machine too.
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
+
+
+def pytest_configure():
+    """Restores the default handlers of signals that this process was started to ignore.
+
+    A background job of a script, nohup and many CI agents ignore SIGINT, and child processes inherit that:
+    no test could interrupt what it started. SIGHUP stays ignored, so that nohup keeps its meaning.
+    """
+    for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, default)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from megatron_s2.generation.cache import KVCache
-from megatron_s2.hf import NAME, S2Cache, settings_of
+from megatron_s2.hf import CACHE_ARGUMENT, NAME, S2Cache, settings_of
 
 
 def load_pretrained(directory: str | Path, dtype: str = "auto", *, needs_s2: bool = False) -> PreTrainedModel:
@@ -84,9 +84,9 @@ class HuggingFaceDecoder:
             tokens,
             attention_mask=self._mask,
             position_ids=(starts[:, None] + columns).clamp(min=0),
-            past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
+            **{CACHE_ARGUMENT: self._cache},
         ).logits
         self._lengths = [length + len(row) for length, row in zip(self._lengths, rows)]
         return logits[:, -1]
