@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -293,9 +294,18 @@ def _run_jobs(job_file: Path, rank: int, ranks: int, port: int) -> None:
             except SystemExit as ended:
                 status = ended.code or 0
             sys.stdout.flush()
+        if not status:
+            _require_nothing_alive()
         _forget_run()
         if rank == 0:
             (log_dir / "status.txt").write_text(str(status))
+
+
+def _require_nothing_alive() -> None:
+    """A thread or a process that outlives its training can break the end of the interpreter."""
+    threads = {thread.name for thread in threading.enumerate()} - {threading.main_thread().name}
+    if alive := [*threads, *multiprocessing.active_children()]:
+        raise RuntimeError(f"alive after the training: {alive}")
 
 
 def _forget_run() -> None:
