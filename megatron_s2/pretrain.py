@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import atexit
 import os
 import re
 import signal
@@ -401,15 +401,14 @@ def _leave(status: int) -> NoReturn:
     """Ends the process at once, whatever its threads do.
 
     An interpreter that ends in order waits for process groups, and these for peers that may be gone; and it
-    aborts when a thread comes back from C++ code. What else it would have done is done here.
+    aborts when a thread comes back from C++ code. All else that it would do is done here.
     """
     try:
         if (wandb := sys.modules.get("wandb")) is not None:
-            wandb.finish(exit_code=status)
+            wandb.finish(exit_code=status)  # by itself it knows of `sys.exit` and of tracebacks only
+        atexit._run_exitfuncs()  # ends child processes and removes temporary files; has no public name
         sys.stdout.flush()
         sys.stderr.flush()
-        for child in multiprocessing.active_children():  # workers that read data or write checkpoints
-            child.terminate()
     finally:
         os._exit(status)
 
