@@ -207,7 +207,9 @@ def call_in_fork(module: str, function: str, *arguments) -> Called:
         _run_on_forks("call", call)
         out, err = (call.with_name(name).read_text() for name in ("out.txt", "err.txt"))
         if not call.with_name("returned.pickle").exists():
-            raise RuntimeError(f"{module}.{function} did not end well:\n{_last_lines(out)}\n{_last_lines(err)}")
+            raise RuntimeError(
+                f"{module}.{function} did not end well:\n{_last_lines(out)}\n{_last_lines(err)}"
+            )
         return Called(pickle.loads(call.with_name("returned.pickle").read_bytes()), out, err)
 
 

@@ -66,7 +66,9 @@ def two_ranks(start, tmp_path_factory) -> Runs:
 
 def assert_continues(resumed: Run, whole: Run, after: int) -> None:
     """Bit-equal: every loss after the checkpoint is the uninterrupted run's, to the last bit of a float32."""
-    assert resumed.losses and resumed.losses == {step: loss for step, loss in whole.losses.items() if step > after}
+    assert resumed.losses and resumed.losses == {
+        step: loss for step, loss in whole.losses.items() if step > after
+    }
 
 
 def test_the_model_learns(one_rank):

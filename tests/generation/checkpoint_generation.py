@@ -1,10 +1,8 @@
 """What a trained checkpoint generates, three ways: our cache, no cache, Megatron's static inference engine.
 
-A script, because a process can load one Megatron checkpoint: `checkpoint_generation.py CHECKPOINT REQUEST`.
+Called in a fork, because a process can load one Megatron checkpoint.
 """
 
-import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -12,19 +10,16 @@ from unittest import mock
 import torch
 
 
-def main(directory: Path, request: dict) -> dict:
-    from megatron_s2.runtime.patches import quiet_known_warnings
-
-    quiet_known_warnings()
+def generated(directory: Path, prompts: list[list[int]], tokens: int) -> dict:
+    """The continuations by each of them, of `tokens` tokens, and what else was loaded."""
     from gpt_models import greedy
 
     from megatron_s2.generation.checkpoint import load_gpt
     from megatron_s2.generation.decoding import Request, generate
     from megatron_s2.generation.gpt import GPTDecoder
 
-    torch.set_num_threads(1)
     loaded = load_gpt(directory)
-    todo = Request(request["prompts"], request["tokens"])
+    todo = Request(prompts, tokens)
     decoder = GPTDecoder(loaded.model, len(todo.prompts), todo.max_tokens)
     done = generate(decoder, todo)
     decoder.close()
@@ -73,7 +68,3 @@ def _again(model, todo) -> list[list[int]]:
     from megatron_s2.generation.gpt import GPTDecoder
 
     return generate(GPTDecoder(model, len(todo.prompts), todo.max_tokens), todo).rows
-
-
-if __name__ == "__main__":
-    print(json.dumps(main(Path(sys.argv[1]), json.loads(sys.argv[2]))))

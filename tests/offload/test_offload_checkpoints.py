@@ -4,6 +4,7 @@ numbers of ranks, and by Megatron's own optimizers; and after being killed at an
 import random
 import re
 from collections import ChainMap
+from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
 
@@ -92,8 +93,8 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_ended(directory, placements, sav
 
 
 @pytest.fixture(scope="module")
-def exchanged(directory, placements) -> dict[str, dict[str, Run]]:
-    """By format, runs of Megatron's optimizers and of ours, and those that go on from the other's checkpoint."""
+def exchanged(directory, placements) -> dict[str, Mapping[str, Run]]:
+    """By format, runs of Megatron's optimizers and of ours, and what goes on from the other's checkpoint."""
     found = {}
     for form, flags in FORMATS.items():
         place, common = directory / f"exchanged {form}", f"{FOUR_STEPS} {flags}"
