@@ -40,7 +40,7 @@ def in_megatron(sources, tokens, tmp_path_factory):
     for family, strides in STRIDES.items():
         outputs[f"sparse {family}"] = directory / f"sparse-{len(outputs)}"
         convert("hf-to-megatron", sources[family], outputs[f"sparse {family}"], *S2, *strides)
-    return logits(directory, outputs, tokens)
+    return logits(outputs, tokens)
 
 
 def in_transformers(source, tokens, **chosen) -> torch.Tensor:

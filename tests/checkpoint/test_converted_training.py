@@ -4,8 +4,6 @@ import contextlib
 import io
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import eval_loss
@@ -13,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from hf_models import convert, make_model, store, weights
-from megatron_run import MOCK_DATA, ROOT, Run, assert_same_losses, train_all
+from megatron_run import Runs, assert_same_losses, call_in_fork, train_all
+from selection import exhaustive, thinned
 from transformers import AutoTokenizer
-from waiting import PATIENCE
 
 from megatron_s2.data.documents import Corpus
 from megatron_s2.data.tokenizer import train_tokenizer
@@ -32,6 +30,7 @@ CASES = [*((model, layout) for model in MODELS for layout in LAYOUTS), ("qwen2",
 # Those whose first loss is compared with that of scripts/eval_loss.py, and their tokens; the vocabulary of
 # one is padded to 256.
 JUDGED = {"tied": ("llama3.2, tied", (), 256), "mistral": ("mistral", S2, 256), "padded": ("qwen2", (), 250)}
+JUDGED_IN = [("tied", "PP2"), ("mistral", "DP2"), ("padded", "TP2"), *((model, "TP1") for model in JUDGED)]
 LENGTH = 128
 TOKENS = 270  # a vocabulary that Megatron pads to 384
 TEN_STEPS = "--eval-iters 0 --load"
@@ -88,11 +87,8 @@ def loss_of_hugging_face(model: Path, data: Path) -> float:
 
 def loss_of_checkpoint(checkpoint: Path, data: Path) -> float:
     """In a process of its own: Megatron's global state is left behind there."""
-    words = ["--load", checkpoint, "--data-path", data, "--seq-length", str(LENGTH)]
-    command = [sys.executable, ROOT / "scripts" / "eval_loss.py", *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == 0, done.stderr
-    return float(re.match(r"loss (\S+),", done.stdout)[1])
+    words = ["--load", str(checkpoint), "--data-path", str(data), "--seq-length", str(LENGTH)]
+    return float(re.match(r"loss (\S+),", call_in_fork("eval_loss", "main", words).out)[1])
 
 
 @pytest.fixture(scope="module")
@@ -123,39 +119,37 @@ def mixed(directory) -> str:
     convert("hf-to-megatron", source, directory / "mixed-megatron")
     words = (directory / "mixed-megatron" / "resume.args").read_text()
     saves = f"--save {directory / 'mixed-trained'} --save-interval 1 --train-iters 1"
-    return f"{TEN_STEPS} {directory / 'mixed-megatron'} {words} {saves} {MOCK_DATA}"
+    return f"{TEN_STEPS} {directory / 'mixed-megatron'} {words} {saves}"
 
 
 @pytest.fixture(scope="module")
-def one_rank(directory, flags, judged, mixed) -> dict[str, Run]:
+def one_rank(directory, flags) -> Runs:
     loads = f"{TEN_STEPS} {directory / 'llama-megatron'}"
-    runs = {
-        "llama": flags["llama"],
-        "qwen2": f"{flags['qwen2']} {NO_PADDING} --save {directory / 'trained'} --save-interval 10",
-        "its tokenizer": f"{flags['qwen2']} --train-iters 2",
-        "finetune": f"{flags['llama']} --finetune",
-        "from its arguments": f"{loads} --use-checkpoint-args --vocab-size {TOKENS} --norm-epsilon 1e-6 "
-        "--use-rope-scaling",
-        "dense": flags["qwen2"].replace("--s2-attention", "").partition("--s2-")[0],
-        "another stride": f"{flags['qwen2']} --s2-vert-stride 8",
-    }
-    runs = {name: f"{MOCK_DATA} {words}" for name, words in runs.items()}
-    runs |= {f"{name} TP1": words for name, (_, words) in judged.items()}
-    return train_all(directory / "one", runs | {"mixed": mixed}, model="", data="")
+    return Runs(
+        directory / "one",
+        {
+            "llama": flags["llama"],
+            "qwen2": f"{flags['qwen2']} {NO_PADDING} --save {directory / 'trained'} --save-interval 10",
+            "its tokenizer": f"{flags['qwen2']} --train-iters 2",
+            "finetune": f"{flags['llama']} --finetune",
+            "from its arguments": f"{loads} --use-checkpoint-args --vocab-size {TOKENS} --norm-epsilon 1e-6 "
+            "--use-rope-scaling",
+            "dense": flags["qwen2"].replace("--s2-attention", "").partition("--s2-")[0],
+            "another stride": f"{flags['qwen2']} --s2-vert-stride 8",
+        },
+        model="",
+    )
 
 
 @pytest.fixture(scope="module")
-def two_ranks(directory, flags, judged) -> dict[str, Run]:
+def two_ranks(directory, flags) -> Runs:
     layouts = LAYOUTS | {"CP2": "--context-parallel-size 2"}
     runs = {f"{model} {layout}": f"{flags[model]} {NO_PADDING} {layouts[layout]}" for model, layout in CASES}
     runs["qwen2 TP2"] += f" --save {directory / 'trained-by-two'} --save-interval 10"
-    runs = {name: f"{MOCK_DATA} {words}" for name, words in runs.items()}
-    for name, (_, words) in judged.items():
-        runs |= {f"{name} {layout}": f"{words} {LAYOUTS[layout]}" for layout in LAYOUTS}
-    return train_all(directory / "two", runs, ranks=2, model="", data="")
+    return Runs(directory / "two", runs, ranks=2, model="")
 
 
-@pytest.mark.parametrize(("model", "layout"), CASES)
+@pytest.mark.parametrize(("model", "layout"), thinned(CASES, lambda case: case == ("qwen2", "TP2")))
 def test_losses_are_the_same_in_every_layout(one_rank, two_ranks, model, layout):
     assert_same_losses(two_ranks[f"{model} {layout}"], one_rank[model], 1e-4)
 
@@ -166,22 +160,24 @@ def test_the_loss_falls(one_rank, model):
     assert losses[10] < losses[1] - 0.4
 
 
-@pytest.mark.parametrize("layout", ["TP1", *LAYOUTS])
-@pytest.mark.parametrize("model", JUDGED)
-def test_the_first_loss_is_that_of_an_evaluation(judged, one_rank, two_ranks, model, layout):
-    said, _ = judged[model]
-    losses = (one_rank | two_ranks)[f"{model} {layout}"].losses
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("model", "layout"), JUDGED_IN)
+def test_the_first_loss_is_that_of_an_evaluation(judged, tmp_path, model, layout):
+    said, words = judged[model]
+    ranks, flags = (1, words) if layout == "TP1" else (2, f"{words} {LAYOUTS[layout]}")
+    losses = train_all(tmp_path, {"run": flags}, ranks, model="", data="")["run"].losses
     assert losses[1] == pytest.approx(said, abs=1e-4)
     assert losses[3] < losses[2] < losses[1] - 0.01
 
 
+@pytest.mark.exhaustive
 def test_padding_makes_a_difference_that_these_tests_see(directory, judged, data):
     counted, _ = judged["padded"]
     assert counted > loss_of_hugging_face(directory / "padded-back", data) + 1e-3
 
 
-def test_a_training_saves_all_weights_in_its_own_dtype(directory, one_rank):
-    assert one_rank["mixed"].status == 0
+def test_a_training_saves_all_weights_in_its_own_dtype(directory, mixed):
+    assert train_all(directory / "one", {"mixed": mixed}, model="")["mixed"].status == 0
     convert("megatron-to-hf", directory / "mixed-trained", directory / "mixed-back")
     assert {tensor.dtype for tensor in weights(directory / "mixed-back").values()} == {torch.bfloat16}
 
@@ -192,7 +188,7 @@ def test_the_tokenizer_is_the_models_own(one_rank):
     assert run.losses[1] == pytest.approx(one_rank["qwen2"].losses[1], rel=0.1)
 
 
-@pytest.mark.parametrize("run", ["finetune", "from its arguments"])
+@pytest.mark.parametrize("run", ["from its arguments", *exhaustive("finetune")])
 def test_other_ways_to_load_start_from_the_same_weights(one_rank, run):
     assert one_rank[run].losses == one_rank["llama"].losses
 
@@ -210,6 +206,7 @@ def test_another_attention_needs_finetune(one_rank, run, message):
 
 
 def test_what_was_trained_is_exported_whatever_layout_saved_it(directory, one_rank, two_ranks):
+    assert one_rank["qwen2"].status == two_ranks["qwen2 TP2"].status == 0
     for name in ("trained", "trained-by-two"):
         convert("megatron-to-hf", directory / name, directory / f"{name}-hf")
         assert AutoTokenizer.from_pretrained(directory / f"{name}-hf").vocab_size <= TOKENS

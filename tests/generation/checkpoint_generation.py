@@ -1,12 +1,9 @@
 """What a trained checkpoint generates, three ways: our cache, no cache, Megatron's static inference engine.
 
-A script, because a process can load one Megatron checkpoint: `checkpoint_generation.py CHECKPOINT REQUEST`.
+Called in a fork, because a process can load one Megatron checkpoint.
 """
 
 import atexit
-import json
-import os
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -14,24 +11,21 @@ from unittest import mock
 import torch
 
 
-def main(directory: Path, request: dict) -> dict:
-    from megatron_s2.training.patches import quiet_known_warnings
-
-    quiet_known_warnings()
+def generated(directory: Path, prompts: list[list[int]], tokens: int) -> dict:
+    """The continuations by each of them, of `tokens` tokens, and what else was loaded."""
     from gpt_models import greedy
 
     from megatron_s2.generation.decoding import Request, generate
     from megatron_s2.generation.loading import load_gpt
     from megatron_s2.generation.megatron_model import GPTDecoder
 
-    torch.set_num_threads(1)
     loaded = load_gpt(directory)
-    todo = Request(request["prompts"], request["tokens"])
+    todo = Request(prompts, tokens)
     decoder = GPTDecoder(loaded.model, len(todo.prompts), todo.max_tokens)
     done = generate(decoder, todo)
     decoder.close()
     sinks = [name for name, _ in loaded.model.named_parameters() if "softmax_offset" in name]
-    return {
+    found = {
         "cache": done.rows,
         "recomputed": [greedy(loaded.model, prompt, todo.max_new_tokens) for prompt in todo.prompts],
         "static": _by_megatron(loaded.model, todo.prompts, todo.max_new_tokens),
@@ -41,12 +35,8 @@ def main(directory: Path, request: dict) -> dict:
         "text": loaded.text.decode(loaded.text.encode("1 2 3")),
         "stop": sorted(loaded.text.stop),
     }
-
-
-def _require_no_process_group() -> None:
-    sys.stdout.flush()
-    if torch.distributed.is_initialized():
-        os._exit(1)
+    atexit._run_exitfuncs()  # a fork does not
+    return found | {"has process group": torch.distributed.is_initialized()}
 
 
 def _by_megatron(model, prompts: list[list[int]], tokens: int) -> list[list[int]]:
@@ -81,8 +71,3 @@ def _again(model, todo) -> list[list[int]]:
     from megatron_s2.generation.megatron_model import GPTDecoder
 
     return generate(GPTDecoder(model, len(todo.prompts), todo.max_tokens), todo).rows
-
-
-if __name__ == "__main__":
-    atexit.register(_require_no_process_group)  # what is registered first is called last
-    print(json.dumps(main(Path(sys.argv[1]), json.loads(sys.argv[2]))))

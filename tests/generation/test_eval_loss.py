@@ -11,10 +11,10 @@ import pytest
 import torch
 from eval_loss import main
 from hf_models import convert, make_model
-from megatron_run import ROOT, train_all
+from megatron_run import ROOT, call_in_fork, train_all
 from safetensors.torch import load_file, save_file
+from selection import exhaustive
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
-from waiting import PATIENCE
 
 from megatron_s2.data.command import run_command
 from megatron_s2.generation import evaluation
@@ -22,12 +22,6 @@ from megatron_s2.generation.evaluation import Evaluation, evaluate, hugging_face
 
 S2 = ("--s2-attention", "--s2-block-size", "16", "--s2-local-blocks", "2", "--s2-vert-stride", "3")
 LENGTH, WINDOWS = 128, 8
-LAYOUTS = {
-    "TP1": "",
-    "TP2": "--tensor-model-parallel-size 2",
-    "PP2": "--pipeline-model-parallel-size 2",
-    "DP2": "--use-distributed-optimizer",
-}
 
 
 def write_documents(prefix: Path, documents: list[list[int]]) -> Path:
@@ -41,11 +35,9 @@ def write_documents(prefix: Path, documents: list[list[int]]) -> Path:
 
 
 def in_a_process(*words: object) -> tuple[str, str]:
-    """stdout and stderr of the command; a checkpoint's model leaves Megatron's global state behind."""
-    command = [sys.executable, str(ROOT / "scripts" / "eval_loss.py"), *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, done.stderr
+    """The last line and stderr of the command; a checkpoint's model leaves Megatron's global state behind."""
+    done = call_in_fork("eval_loss", "main", [*map(str, words)])
+    return done.out.splitlines(keepends=True)[-1], done.err
 
 
 def loss_of(printed: str) -> float:
@@ -65,7 +57,7 @@ def data(directory) -> Path:
     return write_documents(directory / "one", [tokens.tolist()])
 
 
-@pytest.fixture(scope="module", params=["dense", "sparse"])
+@pytest.fixture(scope="module", params=["sparse", *exhaustive("dense")])
 def model(request, directory) -> tuple[Path, Path]:
     """Hugging Face directory and checkpoint; the vocabulary needs no padding, which Megatron would count."""
     sizes = {"num_hidden_layers": 2, "max_position_embeddings": LENGTH, "vocab_size": 256}
@@ -90,10 +82,20 @@ def test_both_sides_of_a_conversion_and_the_first_step_of_training_agree(model, 
     flags = f"--load {checkpoint} {(checkpoint / 'resume.args').read_text()} --tokenizer-type NullTokenizer"
     flags += f" --train-iters 1 --micro-batch-size 2 --global-batch-size {WINDOWS} --eval-iters 0"
     of_data = f"--data-path {data} --split 100,0,0"
-    for ranks in (1, 2):
-        chosen = {name: f"{flags} {more}" for name, more in LAYOUTS.items() if ranks == 1 + (name != "TP1")}
-        for name, run in train_all(tmp_path / str(ranks), chosen, ranks, model="", data=of_data).items():
-            assert run.losses == {1: pytest.approx(loss, rel=1e-4)}, name
+    assert train_all(tmp_path, {"run": flags}, model="", data=of_data)["run"].losses == {
+        1: pytest.approx(loss, rel=1e-4)
+    }
+
+
+@pytest.mark.exhaustive
+def test_the_command_says_the_loss_of_a_checkpoint_and_no_more(directory, data):
+    source = make_model(directory / "alone-hf", "qwen3", max_position_embeddings=LENGTH, vocab_size=256)
+    convert("hf-to-megatron", source, directory / "alone")
+    words = ["--load", directory / "alone", "--data-path", data, "--seq-length", str(LENGTH)]
+    command = [sys.executable, ROOT / "scripts" / "eval_loss.py", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert loss_of(done.stdout) > 0
 
 
 def test_what_makes_a_loss_another_is_noted(directory, data):

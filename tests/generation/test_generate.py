@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from generation_models import VOCAB, greedy, prompts, save_model
-from megatron_run import train_all
+from megatron_run import call_in_fork, train_all
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import ByteLevel, Metaspace, WhitespaceSplit
@@ -200,13 +200,10 @@ def test_a_megatron_checkpoint_gives_what_its_hugging_face_model_does(from_conve
 
 
 def test_a_trained_checkpoint_gives_the_same_tokens_with_any_cache(trained):
-    request = {"prompts": prompts(*LENGTHS), "tokens": 16}
-    running = process(Path(__file__).with_name("checkpoint_generation.py"), trained, json.dumps(request))
-    out, err = running.communicate(timeout=PATIENCE)
-    assert running.returncode == 0, err
-    found = json.loads(out)
+    found = call_in_fork("checkpoint_generation", "generated", trained, prompts(*LENGTHS), 16).returned
     assert found["cache"] == found["recomputed"] == found["static"] == found["cache again"]
     assert (found["sinks"], found["epsilon"]) == (3, 1e-6)
+    assert not found["has process group"]
     assert (found["text"], found["stop"]) == ("1 2 3", [])
 
 
