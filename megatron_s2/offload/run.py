@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from megatron_s2.offload.adam import AdamW, fused_update, same_bits, update_on_gpu
+from megatron_s2.offload.adam import AdamW, fused_update, rounding_note, update_on_gpu
 from megatron_s2.offload.arena import Arena, available_bytes, check_available
 from megatron_s2.offload.executor import Executor
 from megatron_s2.offload.nvme import Bandwidth, NvmeTier, measure_bandwidth
@@ -288,8 +288,8 @@ class Offload:
         built = _Built(executor, rates, self._predict(plan, rates))
         if self._rank == 0:
             self._tell(built)
-            if cuda and settings.gpu_adam == "triton" and not same_bits(backend.device):
-                self._say("megatron-s2: CPU and GPU round differently here; results depend on the fraction")
+            if cuda and settings.gpu_adam == "triton" and (note := rounding_note(backend.device)):
+                self._say(note)
         return built
 
     def _share(self, optimizer: OffloadedAdamW) -> float:

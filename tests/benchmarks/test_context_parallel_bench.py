@@ -156,8 +156,16 @@ def reference(benchmark, case):
     return benchmark.Reference.of(case)
 
 
-@pytest.mark.parametrize("schedule", ["gather", "a2a"])
-@pytest.mark.parametrize("field", ["forward_received", "forward_sent", "backward_received", "backward_sent"])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    ("schedule", "field"),
+    [
+        ("gather", "forward_received"),
+        ("a2a", "forward_sent"),
+        ("gather", "backward_sent"),
+        ("a2a", "backward_received"),
+    ],
+)
 def test_bytes_that_were_not_predicted_are_an_error(
     benchmark, ranks, case, reference, monkeypatch, field, schedule
 ):
@@ -173,6 +181,7 @@ def test_bytes_that_were_not_predicted_are_an_error(
         next(benchmark.measure(ranks, case, reference, [schedule], repeats=1))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["out", "dq", "dk", "dv"])
 def test_wrong_results_are_never_timed(benchmark, ranks, case, reference, name):
     exact, plain = ({**x, name: x[name] + 1e-2} for x in (reference.exact, reference.plain))
@@ -181,6 +190,7 @@ def test_wrong_results_are_never_timed(benchmark, ranks, case, reference, name):
         next(benchmark.measure(ranks, case, wrong, ["gather"], repeats=1))
 
 
+@pytest.mark.exhaustive
 def test_a_rank_that_dies_is_named(benchmark):
     with (
         benchmark.LocalRanks(1, "cpu", threads=1) as ranks,
@@ -203,6 +213,7 @@ def runs(pid: int) -> bool:
     return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 def test_an_interrupted_run_keeps_its_rows_and_leaves_no_process(tmp_path):
     options = ["--ranks", "2", "--repeats", "2", "--out", str(tmp_path)]

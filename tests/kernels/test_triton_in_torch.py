@@ -72,6 +72,7 @@ def test_torch_compile_takes_it_whole_and_changes_nothing(one):
 @pytest.mark.parametrize(
     ("one", "use_reentrant"),
     [(SMALL, False), (SMALL_MASK, True), *exhaustive((SMALL, True), (SMALL_MASK, False))],
+    ids=lambda value: value.special if hasattr(value, "special") else f"reentrant {value}",
 )
 def test_activation_checkpointing_changes_no_bit(one, use_reentrant):
     attend = one.attention("triton")

@@ -6,12 +6,14 @@ special, then the number of ranks and the schedule.
 
 from dataclasses import replace
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
 from attention_cases import Case, packed, s2
 from interpreter import quicken_interpreter
 from ranks import run_on_ranks
+from selection import exhaustive
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -22,7 +24,7 @@ from megatron_s2.parallel.context_parallel_attention import context_parallel_att
 from megatron_s2.parallel.exchange import Exchange
 from megatron_s2.parallel.layout import Zigzag
 
-RANKS = (2, 3, 4)
+RANKS = (3, *exhaustive(2, 4))
 SCHEDULES = ("gather", "a2a")
 # 24 tokens are two chunks for each of 2, 3 and 4 ranks; blocks have 16 and shards every fourth block.
 CASES = [
@@ -56,13 +58,13 @@ LOW_PRECISION = [
     Case(s2(4), "packed", **packed(200, 136, 400, 32)),
 ]
 IN_TRITON = [
-    Case(s2(2, sink_blocks=1), "gqa", batch=2, queries=128, sink_logits=True),
+    Case(s2(2, sink_blocks=1), "gqa", batch=1, queries=128, sink_logits=True),
     Case(s2(2, local_blocks=3), "windows over several chunks", batch=1, queries=120),
     Case(s2(3, num_dense_heads=1), "dense head", batch=1, queries=144, group=1),
     Case(s2(2), "packed", **packed(70, 3, 100, 19)),
     Case(s2(2), "wider v", v_dim=24, batch=1, queries=96),
 ]
-ALL_HELD = Case(s2(4, local_blocks=1, vert_stride=8), "memory", batch=1, queries=4096, group=1)
+ALL_HELD = Case(s2(4, local_blocks=1, vert_stride=8), "memory", batch=1, queries=3072, group=1)
 INTERPRETER = {"TRITON_INTERPRET": "1"}
 
 
@@ -120,12 +122,17 @@ def joined(parts: list[dict[str, torch.Tensor]], case: Case) -> dict[str, torch.
     return results
 
 
+def compute_and_watch(rank: int, ranks: int, cases: list[tuple[Case, torch.dtype]]) -> dict:
+    """The same, and the largest tensors of `ALL_HELD`."""
+    return compute(rank, ranks, cases) | {"largest": largest_tensors(rank, ALL_HELD, "torch")}
+
+
 @pytest.fixture(scope="module", params=RANKS, ids=lambda ranks: f"P{ranks}")
 def on_ranks(request, tmp_path_factory):
     ranks = request.param
     cases = [(case, torch.float64) for case in CASES]
     cases += [(case, dtype) for case in LOW_PRECISION for dtype in (torch.float32, torch.bfloat16)]
-    return run_on_ranks(ranks, compute, tmp_path_factory.mktemp(f"ranks{ranks}"), ranks, cases)
+    return run_on_ranks(ranks, compute_and_watch, tmp_path_factory.mktemp(f"ranks{ranks}"), ranks, cases)
 
 
 def parts_of(on_ranks, case: Case, schedule: str, dtype=torch.float64) -> list[dict] | None:
@@ -161,20 +168,15 @@ def test_ranks_compute_what_one_computes(on_ranks, case, schedule):
         require_equal(joined(parts, case), reference(case))
 
 
-@pytest.fixture(scope="module")
-def in_triton(tmp_path_factory):
-    cases = [(case, torch.float32) for case in IN_TRITON]
-    directory = tmp_path_factory.mktemp("triton")
-    return run_on_ranks(2, compute, directory, 2, cases, "triton", env=INTERPRETER)
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("case", IN_TRITON, ids=str)
-def test_ranks_compute_what_one_computes_in_triton(in_triton, case, schedule):
-    inputs = {name: x if x is None else x.double() for name, x in case.inputs(torch.float32).items()}
-    exact = attention_results(case.attention("reference"), **inputs | {"dlse": None})
-    parts = parts_of(in_triton, case, schedule, torch.float32)
-    require_equal(joined(parts, case), without_lse(exact), most=1e-5)
+@pytest.mark.parametrize("cases", [IN_TRITON[:1], *exhaustive(IN_TRITON[1:])], ids=len)
+def test_ranks_compute_what_one_computes_in_triton(tmp_path, cases):
+    todo = [(case, torch.float32) for case in cases]
+    on_ranks = run_on_ranks(2, compute, tmp_path, 2, todo, "triton", env=INTERPRETER)
+    for case, schedule in product(cases, SCHEDULES):
+        inputs = {name: x if x is None else x.double() for name, x in case.inputs(torch.float32).items()}
+        exact = attention_results(case.attention("reference"), **inputs | {"dlse": None})
+        parts = parts_of(on_ranks, case, schedule, torch.float32)
+        require_equal(joined(parts, case), without_lse(exact), most=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -226,16 +228,20 @@ def largest_tensor(rank: int, case: Case, schedule: str, backend: str) -> int:
     return largest.bytes
 
 
-@pytest.mark.parametrize(
-    ("backend", "queries", "env"),
-    [("torch", 4096, {}), ("triton", 1024, INTERPRETER)],
-    ids=["torch", "triton"],
-)
-def test_no_rank_holds_all_keys(tmp_path, backend, queries, env):
-    case = replace(ALL_HELD, queries=queries)
+def assert_none_holds_all_keys(case: Case, largest: list[dict[str, int]]) -> None:
     all_keys = case.queries * case.pattern.num_kv_heads * case.dim * torch.float32.itemsize
-    for largest in run_on_ranks(4, largest_tensors, tmp_path, case, backend, env=env):
-        assert max(largest.values()) < all_keys
+    assert all(max(of_rank.values()) < all_keys for of_rank in largest)
+
+
+def test_no_rank_holds_all_keys(on_ranks):
+    assert_none_holds_all_keys(ALL_HELD, [part["largest"] for part in on_ranks])
+
+
+@pytest.mark.exhaustive
+def test_no_rank_holds_all_keys_in_triton(tmp_path):
+    case = replace(ALL_HELD, queries=1024)
+    largest = run_on_ranks(4, largest_tensors, tmp_path, case, "triton", env=INTERPRETER)
+    assert_none_holds_all_keys(case, largest)
 
 
 def test_layers_of_equal_pattern_share_one_plan():
