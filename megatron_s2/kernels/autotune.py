@@ -1,9 +1,8 @@
-"""Which of a few tiles are fastest on this GPU: measured once, then read from a file.
+"""Autotuning: the fastest of a few tiles is measured once and then read from a file.
 
-Off unless asked for (`tuning="autotune"`), since the bits of a result depend on the tiles. Each choice is a
-JSON file of its own, written whole under another name and then renamed, so that several ranks may tune at
-once: the first to finish decides for those of its file system, and ranks that cannot see its file may choose
-otherwise.
+It is off by default (`tuning="autotune"` turns it on), because the bits of a result depend on the tiles. Each
+choice is a JSON file, written under another name and then renamed, so that several ranks may tune at once.
+The first to finish decides for all ranks that share its file system; other ranks may choose differently.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ FOLDER_VARIABLE = "MEGATRON_S2_CACHE"
 
 
 def cache_folder() -> Path:
-    """Where choices are kept: $MEGATRON_S2_CACHE, else megatron_s2 in $XDG_CACHE_HOME or ~/.cache."""
+    """Returns the folder of the files: $MEGATRON_S2_CACHE, or megatron_s2 in $XDG_CACHE_HOME or ~/.cache."""
     if given := os.environ.get(FOLDER_VARIABLE):
         return Path(given)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_s2"
@@ -32,7 +31,15 @@ def cache_folder() -> Path:
 
 @dataclass(frozen=True)
 class Key:
-    """What the best tiles of a kernel depend on. `candidates` is part of it: another list, another choice."""
+    """Everything on which the fastest tiles of a kernel depend, the list of candidates included.
+
+    Args:
+        chip: name of the GPU.
+        group: query heads per KV head.
+        mask: whether the pattern is an arbitrary mask.
+        triton: version of Triton.
+        candidates: tiles to choose from.
+    """
 
     kernel: str
     chip: str
@@ -40,25 +47,25 @@ class Key:
     head_dim: int
     v_head_dim: int
     block_size: int
-    group: int  # query heads of a KV head
-    mask: bool  # an arbitrary mask
+    group: int
+    mask: bool
     triton: str
     candidates: tuple[Tiles, ...]
 
     @property
     def file_name(self) -> str:
-        """Differs where the key does."""
+        """Name of the file, different for each key."""
         text = json.dumps(asdict(self), sort_keys=True)
         return f"{self.kernel}-{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
 
 
 class Autotuner:
-    """Chooses tiles by measuring, and remembers.
+    """Chooses tiles by measuring them, and stores its choices.
 
     Args:
-        measure: seconds that one launch takes, given as a function without arguments; infinite where the
-            chip cannot run it.
-        folder: where choices are kept; `cache_folder()` when first needed, by default.
+        measure: returns the seconds that a launch takes, or infinity if the GPU cannot run it. The launch is
+            a function without arguments.
+        folder: folder of the files; by default `cache_folder()` at the first choice.
     """
 
     def __init__(self, measure: Callable[[Callable[[], None]], float], folder: Path | None = None) -> None:
@@ -67,7 +74,7 @@ class Autotuner:
         self._chosen: dict[Key, Tiles] = {}
 
     def choose(self, key: Key, launch: Callable[[Tiles], None]) -> Tiles:
-        """The fastest of `key.candidates`; the first of them where several are equal."""
+        """Returns the fastest of `key.candidates`, and of equally fast ones the first."""
         if len(key.candidates) == 1:
             return key.candidates[0]
         if key not in self._chosen:
@@ -78,20 +85,20 @@ class Autotuner:
     def _measured(self, path: Path, key: Key, launch: Callable[[Tiles], None]) -> Tiles:
         seconds = [self._measure(lambda tiles=tiles: launch(tiles)) for tiles in key.candidates]
         best = key.candidates[seconds.index(min(seconds))]
-        if path.exists() and (of_another_rank := _read(path, key.candidates, warn=False)):
-            return of_another_rank
+        if path.exists() and (chosen_by_other := _read(path, key.candidates, warn=False)):
+            return chosen_by_other
         finite = [x if math.isfinite(x) else None for x in seconds]
         _write(path, {"key": asdict(key), "seconds": finite, "tiles": astuple(best)})
         return best
 
 
 def _read(path: Path, candidates: Sequence[Tiles], warn: bool = True) -> Tiles | None:
-    """The tiles of a file, None where there are none to be had."""
+    """Returns the tiles in a file, or None if there is no file with one of the candidates."""
     try:
         tiles = Tiles(*json.loads(path.read_text(encoding="utf-8"))["tiles"])
         if tiles in candidates:
             return tiles
-        reason = f"{tiles} is none of its candidates"
+        reason = f"{tiles} is not one of the candidates"
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_s2.kernels import s2_attention
-from megatron_s2.kernels.interface import choose_backend
-from megatron_s2.kernels.torch_slice import TorchSlice
+from megatron_s2.kernels.backends import choose_backend, sequence_slice
+from megatron_s2.kernels.numerics import compute_dtype, sink_gradient
 from megatron_s2.parallel.assignment import Documents, GatherPlan, HeadPlan, plan_gather
 from megatron_s2.parallel.cost import AttentionCall, ExchangeBytes, exchange_bytes, head_plan
 from megatron_s2.parallel.exchange import Exchange
@@ -76,21 +76,10 @@ def context_parallel_attention(
         exchange.layer, moved.forward_received + (moved.backward_received if has_backward else 0)
     )
     if plan is not None:
-        piece = _kind_of_piece(choose_backend(q, v) if backend == "auto" else backend)
-        part = partial(piece, pattern, scale)
+        part = partial(sequence_slice(choose_backend(backend, q, v)), pattern, scale)
         return _GatherAttention.apply(q, k, v, sink_logits, plan, part, exchange)
     heads = head_plan(pattern, call)
     return _attend_by_head(q, k, v, pattern, scale, sink_logits, documents, backend, heads, zigzag, exchange)
-
-
-def _kind_of_piece(backend: str) -> type:
-    if backend == "torch":
-        return TorchSlice
-    if backend == "triton":
-        from megatron_s2.kernels.triton_slice import TritonSlice
-
-        return TritonSlice
-    raise ValueError(f"backend {backend!r}: must be auto, torch or triton with schedule gather")
 
 
 def call_of(q: Tensor, v: Tensor, ranks: int) -> AttentionCall:
@@ -127,7 +116,7 @@ class _GatherAttention(torch.autograd.Function):
         moved = _Moved(exchange, _indices(plan, q.device))
         halo = moved.start_halo(k, v)
         gathered = moved.start_gather(k, v)
-        compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+        compute = compute_dtype(q.dtype)
         out = q.new_empty(*q.shape[:-1], v.shape[-1], dtype=compute)
         lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=compute)
 
@@ -178,10 +167,8 @@ class _GatherAttention(torch.autograd.Function):
         moved.add_shard(shard_back.wait(), dk, dv)
         dsinks = None
         if sink_logits is not None:
-            # The sink has no value, so its dP is 0: dS = P (0 - delta).
             delta = (dout.to(compute) * out).sum(-1).transpose(1, 2)
-            sink_p = torch.exp(sink_logits.to(compute)[None, :, None] - lse)
-            dsinks = -(sink_p * delta).sum((0, 2)).to(sink_logits.dtype)
+            dsinks = sink_gradient(sink_logits, lse, delta)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks, None, None, None
 
 

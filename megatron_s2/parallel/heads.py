@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_s2.kernels.numerics import compute_dtype
 from megatron_s2.parallel.assignment import HeadPlan
 from megatron_s2.parallel.exchange import Exchange
 from megatron_s2.parallel.layout import Zigzag
@@ -117,7 +118,7 @@ def _from_heads(
     ).wait()
     pieces = iter(received.split([count for rank in counts for count in rank]))
     totals = [
-        x.new_zeros(batch, zigzag.local_tokens, n, x.shape[-1], dtype=_summing(x.dtype))
+        x.new_zeros(batch, zigzag.local_tokens, n, x.shape[-1], dtype=compute_dtype(x.dtype))
         for x, n in zip(tensors, heads)
     ]
     for rank in range(exchange.ranks):
@@ -129,10 +130,6 @@ def _from_heads(
             for (start, stop), (a, b) in zip(kind[rank], pairwise(edges)):
                 total[:, :, start:stop] += part[:, :, a:b]
     return [total.to(x.dtype) for total, x in zip(totals, tensors)]
-
-
-def _summing(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _in_sequence(x: Tensor, zigzag: Zigzag) -> Tensor:

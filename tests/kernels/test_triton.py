@@ -1,10 +1,10 @@
-"""Specification of the Triton kernels: they give what dense masked attention gives, as exactly as PyTorch.
+"""Specification of the Triton kernels: they equal dense masked attention, as exactly as PyTorch does.
 
-Without a GPU the kernels run in Triton's interpreter, which must be chosen before triton is imported: one
-test runs this file and its sisters again in a process of its own. On a GPU (`pytest -m gpu`) the same tests
-run there.
+Without a GPU the kernels run in Triton's interpreter, which must be chosen before triton is imported. One
+test therefore runs all files `test_triton*.py` again in a subprocess. On a GPU (`pytest -m gpu`) they run on
+it.
 
-Case ids read B batch, T queries, H KV heads, HQ query heads, D head_dim, then what is special.
+Case ids read B batch, T queries, H KV heads, HQ query heads, D head_dim, then the special feature.
 """
 
 import os
@@ -110,7 +110,7 @@ LOW_PRECISION_CASES = [
 
 @on_device
 @pytest.mark.parametrize("case", thinned(CASES, is_short), ids=str)
-def test_results_and_gradients_are_those_of_the_reference(case):
+def test_results_and_gradients_equal_the_reference(case):
     require_right(case, torch.float32)
 
 
@@ -136,7 +136,7 @@ def test_the_shipped_tiles(dim, dtype):
 
 @on_device
 @pytest.mark.parametrize("through", ["out", "lse"])
-def test_gradients_through_one_result_alone(through):
+def test_gradients_through_out_or_lse_alone(through):
     one = case(s2(), "", cut(32, 32), queries=50, sink_logits=True)
     only = {"out": through == "out", "lse": through == "lse"}
     require_equal(one.results("triton", torch.float32, **only), one.results("reference", **only), most=1e-5)
@@ -195,31 +195,36 @@ if INTERPRETED:
 
     @pytest.fixture
     def visits(monkeypatch):
-        """Visible pairs of every tile that the row kernels and the column kernels visit."""
-        from megatron_s2.kernels import triton_columns, triton_rows
+        """Visible pairs of every tile that each kernel visits."""
+        from megatron_s2.kernels import triton_dkv, triton_dq, triton_forward
 
         found = {"forward": [], "dq": [], "dkv": []}
 
+        def count(kernel, module, function, pairs):
+            original = getattr(module, function)
+            names = original.arg_names
+
+            def counted(*args):
+                given = dict(zip(names, args))
+                found[kernel].append(int(pairs({name: data(x) for name, x in given.items()})))
+                return original(*args)
+
+            monkeypatch.setattr(module, function, counted)
+
         def data(x):
-            return x.handle.data
+            return x.handle.data if hasattr(x, "handle") else x
 
-        def count_row_tile(*args):
-            rows, keys, mask = len(data(args[3])), data(args[7]), args[10]
-            pairs = (
-                rows * keys.sum() if mask is None else np.broadcast_to(data(mask), (rows, len(keys))).sum()
-            )
-            found["forward" if args[4] is None else "dq"].append(int(pairs))
-            return row_tile(*args)
+        def row_pairs(b_q, m_n, mask, **_):
+            if mask is None:
+                return len(b_q) * m_n.sum()
+            return np.broadcast_to(mask, (len(b_q), len(m_n))).sum()
 
-        def count_column_tile(*args):
-            keys, rows, mask = len(data(args[2])), data(args[11]), args[14]
-            pairs = keys * rows.sum() if mask is None else (data(mask) & rows[None, :]).sum()
-            found["dkv"].append(int(pairs))
-            return column_tile(*args)
+        def column_pairs(b_k, m_m, mask, **_):
+            return len(b_k) * m_m.sum() if mask is None else (mask & m_m[None, :]).sum()
 
-        row_tile, column_tile = triton_rows._tile, triton_columns._column_tile
-        monkeypatch.setattr(triton_rows, "_tile", count_row_tile)
-        monkeypatch.setattr(triton_columns, "_column_tile", count_column_tile)
+        count("forward", triton_forward, "_attend", lambda given: row_pairs(**given))
+        count("dq", triton_dq, "_add_dq", lambda given: row_pairs(**given))
+        count("dkv", triton_dkv, "_add_dkv", lambda given: column_pairs(**given))
         return found
 
     VISITED = {
@@ -244,7 +249,7 @@ if INTERPRETED:
         thinned(product(VISITED, TILES), lambda visit: SHORT_VISITS[visit[0]] == visit[1]),
         ids=str,
     )
-    def test_every_visible_pair_is_visited_once_and_no_tile_without_one(name, tiles, visits):
+    def test_every_visible_pair_is_visited_once_and_no_tile_is_empty(name, tiles, visits):
         pattern = VISITED[name]
         seen = case(pattern, "", cut(*tiles, span=64), queries=192, group=1)
         seen.results("triton", torch.float32)
@@ -270,7 +275,7 @@ if INTERPRETED:
 if not INTERPRETED:
 
     @pytest.mark.parametrize("selected", ["not exhaustive", *exhaustive("exhaustive")])
-    def test_this_file_and_its_sisters_in_the_interpreter(selected):
+    def test_all_triton_tests_pass_in_the_interpreter(selected):
         run = subprocess.run(
             [
                 *(sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-m", selected),
@@ -297,11 +302,11 @@ if not INTERPRETED:
         with pytest.raises(ValueError, match=r"^(rows|keys|warps|stages) \d+: must be"):
             Tiles(*bad)
 
-    def test_tuning_survives_its_encoding():
+    def test_tuning_decodes_to_what_was_encoded():
         for tuning in (tuning_for(9, 128, 2), replace(tuning_for(8, 128, 4), span=100)):
             assert Tuning.decode(tuning.encode()) == tuning
 
-    def test_long_shard_columns_are_cut_where_there_are_few_of_them():
+    def test_few_long_shard_columns_are_split():
         tuning = tuning_for(9, 128, 2)
         assert [tuning.splits(columns, 65536) for columns in (1, 64, 1024, 100_000)] == [64, 32, 2, 1]
         assert tuning.splits(1, 100) == 1
