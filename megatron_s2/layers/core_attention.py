@@ -108,7 +108,7 @@ class S2CoreAttention(MegatronModule):
     @property
     def pattern(self) -> S2Pattern:
         """Of this tensor-parallel rank's KV heads, at this step."""
-        return self.annealing.now(self._stages) if self.annealing else self._stages[-1]
+        return self.annealing.current(self._stages) if self.annealing else self._stages[-1]
 
     def _add_sink_logits(self, heads: int) -> None:
         """Sink logits under Megatron's name, `[heads of this rank]`; learned ones start at 0."""

@@ -54,7 +54,7 @@ def test_the_stages_share_the_steps_equally():
     patterns = stages(PATTERN)
     strides = {}
     for step[0] in range(40):
-        strides.setdefault(max(annealing.now(patterns).strides), []).append(step[0])
+        strides.setdefault(max(annealing.current(patterns).strides), []).append(step[0])
     assert {stride: (min(s), max(s)) for stride, s in strides.items()} == {
         1: (0, 9),
         2: (10, 19),
