@@ -15,8 +15,7 @@ from megatron_s2.kernels.reference import reference_attention
 from megatron_s2.kernels.torch_backend import blocked_attention
 from megatron_s2.kernels.triton_backend import triton_attention
 from megatron_s2.kernels.tuning import Tuning
-from megatron_s2.pattern.block_pattern import BlockPattern
-from megatron_s2.pattern.mask_pattern import BlockMaskPattern
+from megatron_s2.pattern import BlockMaskPattern, BlockPattern
 
 _BACKENDS = ("reference", "torch", "triton")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

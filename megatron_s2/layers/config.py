@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_s2.parallel.planner import Cluster
-from megatron_s2.pattern.settings import S2Settings
+from megatron_s2.pattern import S2Settings
 
 
 @dataclass

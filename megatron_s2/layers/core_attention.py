@@ -24,9 +24,8 @@ from megatron_s2.parallel.assignment import Documents
 from megatron_s2.parallel.context_parallel_attention import call_of, context_parallel_attention
 from megatron_s2.parallel.exchange import Exchange, Traffic
 from megatron_s2.parallel.planner import Cluster, choose
+from megatron_s2.pattern import S2Pattern, S2Settings
 from megatron_s2.pattern.annealing import Annealing, stages
-from megatron_s2.pattern.s2_pattern import S2Pattern
-from megatron_s2.pattern.settings import S2Settings
 
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 

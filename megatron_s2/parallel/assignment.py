@@ -21,7 +21,7 @@ from heapq import heappop, heappush
 import numpy as np
 
 from megatron_s2.parallel.layout import Zigzag
-from megatron_s2.pattern.s2_pattern import S2Pattern
+from megatron_s2.pattern import S2Pattern
 
 Documents = tuple[tuple[int, int], ...]  # (start, stop) of each document in the sequence
 

@@ -25,7 +25,7 @@ from megatron_s2.parallel.cost import AttentionCall, ExchangeBytes, exchange_byt
 from megatron_s2.parallel.exchange import Exchange
 from megatron_s2.parallel.heads import FromHeads, ToHeads
 from megatron_s2.parallel.layout import Zigzag
-from megatron_s2.pattern.s2_pattern import S2Pattern
+from megatron_s2.pattern import S2Pattern
 
 
 def context_parallel_attention(

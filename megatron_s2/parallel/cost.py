@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_s2.parallel.assignment import HeadPlan, assign_heads
 from megatron_s2.parallel.layout import Zigzag
-from megatron_s2.pattern.s2_pattern import S2Pattern
+from megatron_s2.pattern import S2Pattern
 
 SCHEDULES = ("gather", "a2a", "ring", "all_gather")
 

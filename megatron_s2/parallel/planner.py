@@ -35,9 +35,8 @@ from megatron_s2.parallel.cost import (
     transfers,
     work,
 )
+from megatron_s2.pattern import S2Pattern, S2Settings
 from megatron_s2.pattern.block_pattern import attention_flops
-from megatron_s2.pattern.s2_pattern import S2Pattern
-from megatron_s2.pattern.settings import S2Settings
 
 __all__ = [
     "OURS",

@@ -15,7 +15,7 @@ import numpy as np
 from megatron_s2.parallel.cost import head_plan
 from megatron_s2.parallel.layout import Zigzag
 from megatron_s2.parallel.planner import SCHEDULES, AttentionCall, ModelPlan, exchange_bytes
-from megatron_s2.pattern.s2_pattern import S2Pattern
+from megatron_s2.pattern import S2Pattern
 from megatron_s2.report.pattern_picture import new_figure, save_figure
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from itertools import groupby
 
 from megatron_s2.parallel.planner import ModelPlan
+from megatron_s2.pattern import S2Settings
 from megatron_s2.pattern.block_pattern import dense_pairs
-from megatron_s2.pattern.settings import S2Settings
 
 
 def startup_table(

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from megatron_s2 import s2_attention
 from megatron_s2.layers import core_attention
 from megatron_s2.layers.core_attention import S2CoreAttention
-from megatron_s2.pattern.settings import S2Settings
+from megatron_s2.pattern import S2Settings
 
 HEADS, KV_HEADS, DIM, BATCH = 4, 2, 16, 2
 SPARSE, DENSE = 1, 2  # numbers of layers

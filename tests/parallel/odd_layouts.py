@@ -4,7 +4,7 @@ chunks, chunks of no whole block, heads that differ."""
 from hypothesis import strategies as st
 
 from megatron_s2.parallel.layout import Zigzag
-from megatron_s2.pattern.s2_pattern import S2Pattern
+from megatron_s2.pattern import S2Pattern
 
 BLOCK = 16
 

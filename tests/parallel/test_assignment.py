@@ -10,7 +10,7 @@ from odd_layouts import packed, patterns, zigzags
 
 from megatron_s2.parallel.assignment import HeadPlan, assign_heads, plan_gather
 from megatron_s2.parallel.layout import Zigzag
-from megatron_s2.pattern.s2_pattern import S2Pattern
+from megatron_s2.pattern import S2Pattern
 
 # ---------------------------------------------------------------------------------------------------------
 # gather, played with positions in place of keys

@@ -14,7 +14,7 @@ from ranks import START_METHOD
 
 from megatron_s2.parallel.context_parallel_attention import context_parallel_attention
 from megatron_s2.parallel.exchange import Exchange, PeerLostError
-from megatron_s2.pattern.s2_pattern import S2Pattern
+from megatron_s2.pattern import S2Pattern
 
 RANKS, VICTIM, LATE = 3, 1, 2
 SECONDS_LATE = 8  # longer than a rank has to answer

@@ -22,9 +22,8 @@ from megatron_s2.parallel.cost import (
     work,
 )
 from megatron_s2.parallel.planner import Cluster, choose, plan_layer, plan_model, time_text
+from megatron_s2.pattern import S2Pattern, S2Settings
 from megatron_s2.pattern.block_pattern import attention_flops
-from megatron_s2.pattern.s2_pattern import S2Pattern
-from megatron_s2.pattern.settings import S2Settings
 
 MIB = 2**20
 # 128K tokens on 8 ranks, 32/8 heads of 128 in bf16, window 1024 tokens, stride 8.

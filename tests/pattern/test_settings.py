@@ -2,9 +2,8 @@
 
 import pytest
 
+from megatron_s2.pattern import S2Pattern, S2Settings
 from megatron_s2.pattern.block_pattern import dense_pairs
-from megatron_s2.pattern.s2_pattern import S2Pattern
-from megatron_s2.pattern.settings import S2Settings
 
 
 def settings(**fields) -> S2Settings:

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_s2.parallel.planner import SCHEDULES, plan_model
-from megatron_s2.pattern.s2_pattern import S2Pattern
-from megatron_s2.pattern.settings import S2Settings
+from megatron_s2.pattern import S2Pattern, S2Settings
 
 pytest.importorskip("matplotlib")
 

@@ -8,7 +8,7 @@ import pytest
 from megatron_run import ROOT
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_s2.pattern.s2_pattern import S2Pattern
+from megatron_s2.pattern import S2Pattern
 from megatron_s2.report.losses import Losses, draw_losses, read_scalars
 from megatron_s2.report.pattern_picture import draw_pattern
 

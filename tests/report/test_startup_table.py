@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_s2.pattern.settings import S2Settings
+from megatron_s2.pattern import S2Settings
 from megatron_s2.report.startup_table import startup_table
 
 

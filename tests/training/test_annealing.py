@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 from megatron_run import Run, train_all
 from test_s2_training import FOUR_LAYERS, FROM, FULL_RECOMPUTE, RICH
 
+from megatron_s2.pattern import S2Pattern, S2Settings
 from megatron_s2.pattern.annealing import Annealing, stages
-from megatron_s2.pattern.s2_pattern import S2Pattern
-from megatron_s2.pattern.settings import S2Settings
 
 PATTERN = S2Pattern(num_kv_heads=4, block_size=16, local_blocks=2, vert_stride=8)
 
