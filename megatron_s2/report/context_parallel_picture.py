@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_s2.parallel.cost import head_plan
+from megatron_s2.parallel.cost import SCHEDULES, AttentionCall, exchange_bytes, plan_heads
 from megatron_s2.parallel.layout import Zigzag
-from megatron_s2.parallel.planner import SCHEDULES, AttentionCall, ModelPlan, exchange_bytes
+from megatron_s2.parallel.planner import ModelPlan
 from megatron_s2.pattern import S2Pattern
 from megatron_s2.report.figure import (
     BLUE,
@@ -95,7 +95,7 @@ def _keys_held(
         return np.ones((heads, blocks), dtype=bool), None
     held = np.zeros((heads, blocks), dtype=bool)
     if schedule == "a2a":
-        held[head_plan(pattern, call).kv_heads(rank)] = True
+        held[plan_heads(pattern, call).kv_heads(rank)] = True
         return held, None
     halo = np.zeros_like(held)
     for start, stop in zigzag.chunks(rank):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from megatron_s2.parallel.planner import SCHEDULES, LayerGroup, ModelPlan, SchedulePlan, Spread, time_text
+from megatron_s2.parallel.cost import SCHEDULES
+from megatron_s2.parallel.planner import LayerGroup, ModelPlan, time_text
+from megatron_s2.parallel.time_model import SchedulePlan, Spread
 from megatron_s2.report.startup_table import ranges
 from megatron_s2.report.table import aligned
 
@@ -22,7 +24,7 @@ _HEADINGS = (
 
 
 def table(plan: ModelPlan) -> str:
-    """Returns the plan as text: every schedule of each group of equal layers, and which one is chosen and why."""
+    """Returns the plan as text: every schedule of each group of layers, the one chosen, and the reason."""
     call, cluster = plan.call, plan.cluster
     kv_heads = plan.groups[0].plan.pattern.num_kv_heads
     lines = [

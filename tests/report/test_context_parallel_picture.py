@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from megatron_s2.parallel.planner import SCHEDULES, plan_model
+from megatron_s2.parallel.cost import SCHEDULES
+from megatron_s2.parallel.planner import plan_model
 from megatron_s2.pattern import S2Pattern, S2Settings
 
 pytest.importorskip("matplotlib")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_s2.parallel.planner import SCHEDULES
+from megatron_s2.parallel.cost import SCHEDULES
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "plan.py"
 MIB = 2**20
