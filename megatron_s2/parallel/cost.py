@@ -130,7 +130,7 @@ def transfers(schedule: str, pattern: S2Pattern, call: AttentionCall, node_ranks
     token_bytes = call.key_value_bytes
     if schedule == "gather":
         halo = token_bytes * pattern.num_kv_heads * _halo_tokens(pattern, call.zigzag, node_ranks)
-        return Transfers(token_bytes * gathered_tokens(pattern, call.zigzag), *halo)
+        return Transfers(token_bytes * int(_shard_tokens(pattern, call.zigzag).max()), *halo)
     nothing = np.zeros((2, call.ranks), dtype=np.int64)
     return Transfers(token_bytes * pattern.num_kv_heads * call.zigzag.local_tokens, nothing, nothing)
 
@@ -176,8 +176,8 @@ def key_value_tokens(schedule: str, pattern: S2Pattern, call: AttentionCall) -> 
     """
     zigzag, heads = call.zigzag, pattern.num_kv_heads
     if schedule == "gather":
-        shards = shard_tokens(pattern, zigzag)
-        return heads * (zigzag.local_tokens + halo_tokens(pattern, zigzag)) + shards
+        halos = _per_rank(_edges(zigzag)[:-1] - _window_starts(pattern, zigzag))
+        return heads * (zigzag.local_tokens + halos) + _shard_tokens(pattern, zigzag).sum()
     if schedule == "a2a":
         plan = plan_heads(pattern, call)
         return call.tokens * np.array([len(plan.kv_heads(rank)) for rank in range(call.ranks)])
@@ -204,21 +204,9 @@ def plan_heads(pattern: S2Pattern, call: AttentionCall) -> HeadPlan:
     return assign_heads(pairs, call.query_heads, call.ranks)
 
 
-def gathered_tokens(pattern: S2Pattern, zigzag: Zigzag) -> int:
-    """Tokens that each rank contributes to the all-gather of the shards, summed over KV heads: as many as the
-    rank that owns most."""
-    return int(_per_rank(sum(_chunk_shard_tokens(head, zigzag) for head in _single_heads(pattern))).max())
-
-
-def shard_tokens(pattern: S2Pattern, zigzag: Zigzag) -> int:
-    """Tokens of the shards of all KV heads, over the whole sequence."""
-    return int(sum(_chunk_shard_tokens(head, zigzag).sum() for head in _single_heads(pattern)))
-
-
-def halo_tokens(pattern: S2Pattern, zigzag: Zigzag) -> np.ndarray:
-    """`[ranks]`, tokens before the two chunks of each rank that its windows reach, held by any rank."""
-    chunks = np.arange(2 * zigzag.ranks)
-    return _per_rank(chunks * zigzag.chunk - _window_starts(pattern, zigzag))
+def _shard_tokens(pattern: S2Pattern, zigzag: Zigzag) -> np.ndarray:
+    """`[ranks]`, tokens of the shards of all KV heads that each rank owns."""
+    return _per_rank(sum(_chunk_shard_tokens(head, zigzag) for head in _single_heads(pattern)))
 
 
 def _single_heads(pattern: S2Pattern) -> list[S2Pattern]:

@@ -131,15 +131,7 @@ def plan_schedule(
 ) -> SchedulePlan | None:
     """Returns the cost of one schedule, or None for `a2a` with fewer query heads than ranks.
 
-    Args:
-        schedule: one of `SCHEDULES`.
-        pattern: pattern of the KV heads of one tensor-parallel rank.
-        call: shapes of the call.
-        cluster: rates.
-        tensor_parallel: tensor-parallel size, the distance between two context-parallel neighbours.
-
-    Raises:
-        ValueError: as for `exchange_bytes`.
+    Arguments are those of `plan_layer`, errors those of `exchange_bytes`.
     """
     if schedule == "a2a" and call.query_heads < call.ranks:
         return None

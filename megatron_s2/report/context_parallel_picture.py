@@ -16,32 +16,27 @@ from megatron_s2.parallel.cost import SCHEDULES, AttentionCall, exchange_bytes, 
 from megatron_s2.parallel.layout import Zigzag
 from megatron_s2.parallel.planner import ModelPlan
 from megatron_s2.pattern import S2Pattern
-from megatron_s2.report.figure import (
-    BLUE,
-    GREEN,
-    GREY,
-    NAVY,
-    ORANGE,
-    PALE,
-    PURPLE,
-    RED,
-    draw_cells,
-    draw_legend,
-    draw_title,
-    new_figure,
-    save_figure,
-)
+from megatron_s2.report.figure import Colour, draw_cells, draw_legend, draw_title, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_RANK_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, "#c9a227", RED, NAVY, GREY)
+_RANK_COLOURS = (
+    Colour.BLUE,
+    Colour.ORANGE,
+    Colour.GREEN,
+    Colour.PURPLE,
+    "#c9a227",
+    Colour.RED,
+    Colour.NAVY,
+    Colour.GREY,
+)
 _LINES = {
-    "gather": (NAVY, "-", "gather (shards, halos)"),
-    "a2a": (ORANGE, "-", "a2a (heads)"),
-    "ring": (GREEN, "--", "ring"),
-    "all_gather": (GREY, ":", "all_gather (everything)"),
+    "gather": (Colour.NAVY, "-", "gather (shards, halos)"),
+    "a2a": (Colour.ORANGE, "-", "a2a (heads)"),
+    "ring": (Colour.GREEN, "--", "ring"),
+    "all_gather": (Colour.GREY, ":", "all_gather (everything)"),
 }
 _HALO_HATCH = "/////"
 
@@ -128,8 +123,8 @@ def _draw_strips(strips: list, zigzag: Zigzag, rank: int) -> Figure:
         top -= size
     patches = [Patch(facecolor=_RANK_COLOURS[r], label=f"from rank {r}") for r in range(zigzag.ranks)]
     patches[rank].set_label(f"its own (rank {rank})")
-    patches.append(Patch(facecolor="white", edgecolor=NAVY, hatch=_HALO_HATCH, label="halo"))
-    patches.append(Patch(facecolor=PALE, label="not needed here"))
+    patches.append(Patch(facecolor="white", edgecolor=Colour.NAVY, hatch=_HALO_HATCH, label="halo"))
+    patches.append(Patch(facecolor=Colour.PALE, label="not needed here"))
     draw_legend(figure, patches, left, 0.08, columnspacing=1.3)
     return figure
 
@@ -139,12 +134,12 @@ def _draw_strip(
 ) -> None:
     from matplotlib.patches import Rectangle
 
-    draw_cells(axes, cells, [PALE, *_RANK_COLOURS[: zigzag.ranks]], grid=0.6, aspect="auto")
+    draw_cells(axes, cells, [Colour.PALE, *_RANK_COLOURS[: zigzag.ranks]], grid=0.6, aspect="auto")
     axes.set_yticks(range(len(cells)), names, fontsize=8)
     axes.set_xticks([])
     for start, stop in zigzag.chunks(rank):
         corner, size = (start - 0.5, -0.5), (stop - start, len(cells))
-        axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor=NAVY, linewidth=1.6))
+        axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor=Colour.NAVY, linewidth=1.6))
     if halo is not None:
         for g, block in zip(*np.nonzero(halo)):
             axes.add_patch(
@@ -214,7 +209,7 @@ def plans_figure(plans: Sequence[ModelPlan]) -> Figure:
         axes.tick_params(axis="y", labelsize=8)
         axes.minorticks_off()
         axes.set_xlabel("context-parallel ranks", fontsize=9)
-        axes.grid(color=PALE)
+        axes.grid(color=Colour.PALE)
         axes.spines[["top", "right"]].set_visible(False)
     title = f"{plans[-1].call.tokens} tokens, {plans[-1].settings.first_pattern.describe()}"
     figure.suptitle(title, fontsize=11, weight="bold")

@@ -1,4 +1,4 @@
-"""What all pictures share: colours, an empty figure, title, cells, legend, and writing the file.
+"""Helpers of all pictures: colours, an empty figure, title, cells, legend, and writing the file.
 
 Needs matplotlib (the extra `megatron-s2[plot]`), imported when the first figure is made.
 """
@@ -16,10 +16,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SUFFIXES = (".png", ".svg")
-NAVY, BLUE, ORANGE, GREEN = "#12355b", "#5b9bd5", "#f28c28", "#3c9d6b"
-PURPLE, RED, GREY, PALE = "#b05bb5", "#d62839", "#8a8a8a", "#e9edf2"
 
 _DPI = 150
+
+
+class Colour:
+    NAVY, BLUE, ORANGE, GREEN = "#12355b", "#5b9bd5", "#f28c28", "#3c9d6b"
+    PURPLE, RED, GREY, PALE = "#b05bb5", "#d62839", "#8a8a8a", "#e9edf2"
 
 
 def new_figure(width: float, height: float, layout: str | None = None) -> Figure:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_s2.report.figure import NAVY, PALE, new_figure, save_figure
+from megatron_s2.report.figure import Colour, new_figure, save_figure
 
 TRAIN_LOSS = "lm loss"
 VALIDATION_LOSS = "lm loss validation"
@@ -78,13 +78,13 @@ def draw_losses(losses: Losses, path: str | Path, title: str | None = None) -> N
     axes.plot(*zip(*sorted(losses.train.items())), color="#7fb2dd", linewidth=1.2, label="train")
     axes.plot(
         *zip(*sorted(losses.validation.items())),
-        color=NAVY,
+        color=Colour.NAVY,
         marker="o",
         markersize=4,
         label="validation",
     )
     axes.set(xlabel="iteration", ylabel="loss (nats per token)", title=title)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color=PALE)
+    axes.grid(axis="y", color=Colour.PALE)
     axes.legend(frameon=False)
     save_figure(figure, path)

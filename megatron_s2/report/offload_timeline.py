@@ -10,17 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_s2.offload.trace import QUEUE_NAMES, QUEUES, Event, bottleneck
-from megatron_s2.report.figure import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PURPLE,
-    draw_legend,
-    draw_title,
-    new_figure,
-    save_figure,
-)
+from megatron_s2.report.figure import Colour, draw_legend, draw_title, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,10 +18,10 @@ if TYPE_CHECKING:
     from matplotlib.patches import Patch
 
 _COLOURS = {
-    "update": BLUE,
-    "state": ORANGE,
-    "weights": GREEN,
-    "gradients": PURPLE,
+    "update": Colour.BLUE,
+    "state": Colour.ORANGE,
+    "weights": Colour.GREEN,
+    "gradients": Colour.PURPLE,
     "backward": "#c9d3df",
 }
 _ROW, _TITLE, _WIDTH, _LEFT, _RIGHT = 0.19, 0.4, 9.6, 1.05, 0.15  # inches
@@ -116,7 +106,7 @@ def _draw_panel(axes: Axes, events: Sequence[Event], queues: list[str], longest:
             ]
             wide = sum(width for _, width in bars) / len(bars) * _MAX_EDGED_BARS > longest
             edge = {"edgecolor": "white", "linewidth": 0.4} if wide else {"linewidth": 0}
-            colour = _COLOURS.get(kind, GREY)
+            colour = _COLOURS.get(kind, Colour.GREY)
             # Snapping to pixels would make bars narrower than a pixel vanish or grow.
             axes.broken_barh(
                 bars if wide else _joined(bars), (row - 0.42, 0.84), facecolor=colour, snap=False, **edge
@@ -145,4 +135,4 @@ def _legend(timelines: Mapping[str, Sequence[Event]]) -> list[Patch]:
 
     kinds = {kind_of(event) for events in timelines.values() for event in events}
     shown = [kind for kind in _COLOURS if kind in kinds] + sorted(kinds - set(_COLOURS))
-    return [Patch(facecolor=_COLOURS.get(kind, GREY), label=_LABELS.get(kind, kind)) for kind in shown]
+    return [Patch(facecolor=_COLOURS.get(kind, Colour.GREY), label=_LABELS.get(kind, kind)) for kind in shown]

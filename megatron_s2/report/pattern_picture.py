@@ -9,19 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_s2.pattern import BlockPattern, S2Pattern
-from megatron_s2.report.figure import (
-    BLUE,
-    GREEN,
-    NAVY,
-    ORANGE,
-    PALE,
-    RED,
-    draw_cells,
-    draw_legend,
-    draw_title,
-    new_figure,
-    save_figure,
-)
+from megatron_s2.report.figure import Colour, draw_cells, draw_legend, draw_title, new_figure, save_figure
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,15 +34,15 @@ class _Kind(NamedTuple):
     colour: str
 
 
-_UNSEEN = _Kind("not seen by this head", PALE)
-_SHARD = _Kind("the head's shard", ORANGE)
-_SINK = _Kind("sink", GREEN)
-_WINDOW = _Kind("window", BLUE)
-_DIAGONAL = _Kind("diagonal, causal inside", NAVY)
-_SEEN = _Kind("seen", BLUE)
-_LOST = _Kind("seen by no head", RED)
+_UNSEEN = _Kind("not seen by this head", Colour.PALE)
+_SHARD = _Kind("the head's shard", Colour.ORANGE)
+_SINK = _Kind("sink", Colour.GREEN)
+_WINDOW = _Kind("window", Colour.BLUE)
+_DIAGONAL = _Kind("diagonal, causal inside", Colour.NAVY)
+_SEEN = _Kind("seen", Colour.BLUE)
+_LOST = _Kind("seen by no head", Colour.RED)
 _FUTURE_COLOUR = "#ffffff"
-_FEW_TO_ALL_HEADS = ("#fbd5a0", "#7fb2dd", NAVY)
+_FEW_TO_ALL_HEADS = ("#fbd5a0", "#7fb2dd", Colour.NAVY)
 
 
 def draw_pattern(
