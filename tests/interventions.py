@@ -12,9 +12,12 @@ def hybrid_device_optimizer_on_cpu() -> None:
     import torch
     from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
-    from megatron_s2 import pretrain
+    from megatron_s2.training import configure
 
-    original, validate = HybridDeviceOptimizer._get_sub_optimizer_param_groups, pretrain.validate_offload_args
+    original, validate = (
+        HybridDeviceOptimizer._get_sub_optimizer_param_groups,
+        configure.validate_offload_args,
+    )
 
     def groups(self, *args):
         torch.Tensor.is_cuda = property(lambda tensor: True)
@@ -28,7 +31,7 @@ def hybrid_device_optimizer_on_cpu() -> None:
         return validate(args, argv)
 
     HybridDeviceOptimizer._get_sub_optimizer_param_groups = groups
-    pretrain.validate_offload_args = choose
+    configure.validate_offload_args = choose
 
 
 def say_when_gradients_leave() -> None:

@@ -55,7 +55,7 @@ def played(draw) -> PlayedExchange:
 
 
 @given(played())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_every_query_is_in_one_slice_of_its_owner(played):
     for rank, plan in enumerate(played.plans):
         held = played.zigzag.positions(rank)
@@ -70,7 +70,7 @@ def test_every_query_is_in_one_slice_of_its_owner(played):
 
 
 @given(played())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_the_gathered_shards_are_the_shards_of_the_pattern(played):
     for document, (start, stop) in enumerate(played.documents):
         last = played.pattern.num_blocks(stop - start) - 1
@@ -85,7 +85,7 @@ def test_the_gathered_shards_are_the_shards_of_the_pattern(played):
 
 
 @given(played())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_chunk_and_halo_hold_the_windows_of_all_queries(played):
     for rank, plan in enumerate(played.plans):
         windows = played.windows(rank)
@@ -97,7 +97,7 @@ def test_chunk_and_halo_hold_the_windows_of_all_queries(played):
 
 
 @given(played())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_ranks_expect_what_others_send_and_contribute_as_much_as_the_largest_owner(played):
     for rank, plan in enumerate(played.plans):
         assert list(plan.recv_counts) == [other.send_counts[rank] for other in played.plans]
