@@ -1,18 +1,17 @@
 """scripts/plan.py: prints a table or JSON, draws a picture, and refuses bad flags in one line."""
 
-import importlib.util
 import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from script_main import SCRIPTS, load_main
 from waiting import PATIENCE
 
 from megatron_s2.parallel.cost import SCHEDULES
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "plan.py"
+SCRIPT = SCRIPTS / "plan.py"
 MIB = 2**20
 # 128K tokens on 8 ranks, 32/8 heads of 128 in bf16, window 1024 tokens, stride 8.
 FLAGS = [
@@ -20,16 +19,7 @@ FLAGS = [
     *("--num-attention-heads", "32", "--num-query-groups", "8", "--context-parallel-size", "8"),
     *("--s2-attention", "--s2-block-size", "64", "--s2-local-blocks", "16", "--s2-vert-stride", "8"),
 ]
-
-
-def load_main():
-    spec = importlib.util.spec_from_file_location("plan", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
-main = load_main()
+main = load_main("plan")
 
 
 def as_json(capsys, *more) -> dict:
