@@ -103,7 +103,7 @@ def choose(
 class LayerSchedules:
     """The schedules of one layer, each chosen once: one for every pattern and sequence length of the layer.
 
-    The choice does not depend on the micro-batch size, by which bytes and FLOPs of all schedules grow alike.
+    The choice does not depend on the micro-batch size: bytes and FLOPs of all schedules are proportional to it.
 
     Args:
         schedule: `auto`, `gather` or `a2a`, as in `plan_layer`.

@@ -59,7 +59,7 @@ class S2Pattern(BlockPattern):
         phases: phase of each KV head: its shard holds the blocks j with (j + phase) % stride == 0. By default
             phases spread evenly over the heads of equal stride v. If there are fewer such heads than v,
             phases rotate with `layer`, so that any ceil(v / heads) consecutive layers see everything.
-        num_dense_heads: number of KV heads, counted from the last, that are dense whatever `vert_stride` is.
+        num_dense_heads: number of dense KV heads, which are the last ones, for any `vert_stride`.
         layer: index of the layer from 0; it rotates default phases and has no effect on given ones.
         warn_lost: whether to warn if given `phases` leave distant blocks that no head sees.
 

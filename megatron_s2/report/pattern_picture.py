@@ -181,18 +181,20 @@ def _draw_union(axes: Axes, bar_axes: Axes, counts: np.ndarray, title: str) -> N
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import BoundaryNorm, LinearSegmentedColormap, ListedColormap
 
-    most = int(counts.max())
+    heads = int(counts.max())
     few_to_all = LinearSegmentedColormap.from_list("heads", _FEW_TO_ALL_HEADS)
     # The exponent below 1 keeps one head and two heads apart when there are many.
-    colours = [few_to_all((n / max(most - 1, 1)) ** 0.6) for n in range(most)]
+    colours = [few_to_all((n / max(heads - 1, 1)) ** 0.6) for n in range(heads)]
     draw_cells(axes, counts, [_FUTURE_COLOUR, _LOST.colour, *colours], _grid(len(counts)))
     axes.set_title(title, fontsize=10, pad=5)
     _write_share(axes, seen=counts > 0, past=counts >= 0, fontsize=12)
 
-    edges = [n + 0.5 for n in range(most + 1)]
-    scale = ScalarMappable(BoundaryNorm(edges, most), ListedColormap(colours))
-    step = -(-most // 8)
-    bar = axes.figure.colorbar(scale, cax=bar_axes, ticks=[1, *range(2 * step - step % 2, most, step), most])
+    edges = [n + 0.5 for n in range(heads + 1)]
+    scale = ScalarMappable(BoundaryNorm(edges, heads), ListedColormap(colours))
+    step = -(-heads // 8)
+    bar = axes.figure.colorbar(
+        scale, cax=bar_axes, ticks=[1, *range(2 * step - step % 2, heads, step), heads]
+    )
     bar.set_label("heads that see the block", fontsize=9)
     bar.ax.tick_params(labelsize=8, length=0)
     bar.ax.minorticks_off()
