@@ -99,11 +99,11 @@ def choose(
     return Choice(name, prediction if schedule == "auto" else f"as asked; {prediction}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerSchedules:
     """The schedules of one layer, each chosen once: one for every pattern and sequence length of the layer.
 
-    The choice does not depend on the micro-batch size: bytes and FLOPs of all schedules are proportional to it.
+    The micro-batch size does not matter: bytes and FLOPs of all schedules are proportional to it.
 
     Args:
         schedule: `auto`, `gather` or `a2a`, as in `plan_layer`.
