@@ -21,8 +21,8 @@ from benchmarks.benchmark import WRONG, Benchmark, Row, WrongResultError, is_wro
 from benchmarks.environment import code_hash, package_version
 from benchmarks.measure import Company, summary
 from benchmarks.training_process import Training, train
-from megatron_s2.pattern import S2Settings
 from megatron_s2.pattern.block_pattern import attention_flops
+from megatron_s2.pattern.settings import S2Settings
 
 OUT_OF_MEMORY = "out of memory"
 CASES = {

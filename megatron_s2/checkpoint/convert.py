@@ -19,7 +19,7 @@ from megatron_s2.checkpoint.torch_dist import Checkpoint, Chunk, write_release
 from megatron_s2.checkpoint.whole import check_new, whole_directory
 from megatron_s2.data.tokenizer import has_tokenizer
 from megatron_s2.errors import InputError
-from megatron_s2.pattern import S2Settings
+from megatron_s2.pattern.settings import S2Settings
 
 RESUME = "resume.args"
 # What a Hugging Face directory holds besides weights; kept beside a Megatron checkpoint, under this name.

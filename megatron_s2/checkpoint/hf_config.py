@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 from megatron_s2.checkpoint.model import FAMILIES, Model
 from megatron_s2.errors import InputError
-from megatron_s2.pattern import S2Settings
+from megatron_s2.pattern.settings import S2Settings
 
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from megatron_s2.checkpoint.model import Model
 from megatron_s2.errors import InputError, flag_name
 from megatron_s2.layers.arguments import settings_from_args
-from megatron_s2.pattern import S2Settings
+from megatron_s2.pattern.settings import S2Settings
 
 # Names of Megatron's arguments whose flag is another word.
 _FLAGS = {"layernorm_epsilon": "--norm-epsilon"}

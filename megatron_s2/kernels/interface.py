@@ -15,7 +15,8 @@ from megatron_s2.kernels.reference import reference_attention
 from megatron_s2.kernels.torch_backend import blocked_attention
 from megatron_s2.kernels.triton_backend import triton_attention
 from megatron_s2.kernels.tuning import Tuning
-from megatron_s2.pattern import BlockMaskPattern, BlockPattern
+from megatron_s2.pattern.block_pattern import BlockPattern
+from megatron_s2.pattern.mask_pattern import BlockMaskPattern
 
 _BACKENDS = ("reference", "torch", "triton")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_s2.pattern import BlockPattern
+from megatron_s2.pattern.block_pattern import BlockPattern
 
 
 def reference_attention(

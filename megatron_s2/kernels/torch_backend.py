@@ -32,7 +32,8 @@ from megatron_s2.kernels.torch_plan import (
     equal_runs,
     plan_head,
 )
-from megatron_s2.pattern import BlockPattern, S2Pattern
+from megatron_s2.pattern.block_pattern import BlockPattern
+from megatron_s2.pattern.s2_pattern import S2Pattern
 
 # ---------------------------------------------------------------------------------------------------------
 # One flash attention, q [batch, heads, rows, dim], k and v [batch, kv_heads, keys, dim], any strides (K/V may

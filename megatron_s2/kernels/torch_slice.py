@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_s2.kernels.torch_backend import Plan, Sources, backward_calls, fitted, forward_calls
 from megatron_s2.kernels.torch_plan import equal_runs, plan_shard, plan_window
-from megatron_s2.pattern import S2Pattern
+from megatron_s2.pattern.s2_pattern import S2Pattern
 
 
 @dataclass(frozen=True)

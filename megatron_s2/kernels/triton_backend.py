@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from megatron_s2.kernels.tuning import Tuning, tuning_for
-from megatron_s2.pattern import BlockMaskPattern, BlockPattern, S2Pattern
-from megatron_s2.pattern.block_pattern import AttentionFlops, attention_flops
+from megatron_s2.pattern.block_pattern import AttentionFlops, BlockPattern, attention_flops
+from megatron_s2.pattern.mask_pattern import BlockMaskPattern
+from megatron_s2.pattern.s2_pattern import S2Pattern
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_HEAD_DIM = 256

@@ -20,7 +20,7 @@ from megatron_s2.kernels.triton_launch import (
     launch_window_columns,
 )
 from megatron_s2.kernels.tuning import tuning_for
-from megatron_s2.pattern import S2Pattern
+from megatron_s2.pattern.s2_pattern import S2Pattern
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from megatron_s2.pattern import S2Pattern
+from megatron_s2.pattern.s2_pattern import S2Pattern
 
 _SPARE = 4  # capacity grows to a quarter more than what is needed, in whole blocks
 
