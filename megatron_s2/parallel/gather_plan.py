@@ -24,7 +24,7 @@ Documents = tuple[Range, ...]  # tokens of each document in the sequence
 
 
 @dataclass(frozen=True)
-class SequenceSlice:
+class QuerySlice:
     """The queries of one document in one chunk, and the keys of their window. All fields count tokens.
 
     Args:
@@ -75,7 +75,7 @@ class GatherPlan:
     rank: int
     zigzag: Zigzag
     unit: int
-    slices: tuple[SequenceSlice, ...]
+    slices: tuple[QuerySlice, ...]
     shards: tuple[tuple[Range, ...], ...]
     width: int
     pack_units: np.ndarray
@@ -191,7 +191,7 @@ def _halo_units(
 
 def _slices(
     pattern: S2Pattern, zigzag: Zigzag, rank: int, documents: Documents, halo: Sequence[int]
-) -> tuple[SequenceSlice, ...]:
+) -> tuple[QuerySlice, ...]:
     slices = []
     for chunk, (first, last) in enumerate(zigzag.chunks(rank)):
         to_local, to_keys = chunk * zigzag.chunk - first, halo[chunk] - first
@@ -201,6 +201,6 @@ def _slices(
                 keys_start = pattern.window_start(a - start)
                 keys = (start + keys_start + to_keys, b + to_keys)
                 slices.append(
-                    SequenceSlice(index, chunk, a + to_local, b + to_local, a - start, keys, keys_start)
+                    QuerySlice(index, chunk, a + to_local, b + to_local, a - start, keys, keys_start)
                 )
     return tuple(slices)
