@@ -30,7 +30,7 @@ from megatron_s2 import S2Pattern, s2_attention
 from megatron_s2.kernels.compare import Results, attention_results, require_as_exact_as_plain
 from megatron_s2.kernels.reference import masked_attention
 from megatron_s2.parallel.context_parallel_attention import context_parallel_attention
-from megatron_s2.parallel.cost import AttentionCall, ExchangeBytes, exchange_bytes, work
+from megatron_s2.parallel.cost import AttentionCall, ExchangeBytes, attention_work, exchange_bytes
 from megatron_s2.parallel.exchange import Exchange
 from megatron_s2.parallel.layout import Zigzag
 
@@ -262,7 +262,7 @@ def measure(
             "bytes": [vars(counted) for counted in moved[schedule]],
             "predicted_bytes": [vars(x) for x in predicted_bytes(schedule, case, ranks.count)],
             "megatron_bytes": {name: vars(exchange_bytes(name, pattern, call, rank=0)) for name in MEGATRON},
-            "imbalance": work(schedule, pattern, call).imbalance,
+            "imbalance": attention_work(schedule, pattern, call).imbalance,
             "other_cpus": company.cpus and round(max(0.0, company.cpus - own), 2),
             "seconds": summary(slowest),
             "note": NOTE,

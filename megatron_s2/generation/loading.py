@@ -212,5 +212,5 @@ def _note(model: GPTModel) -> str | None:
 
     layers = (module for module in model.modules() if isinstance(module, S2CoreAttention))
     annealings = {layer.annealing for layer in layers}
-    notes = {annealing.note() for annealing in annealings if annealing is not None}
+    notes = {annealing.progress() for annealing in annealings if annealing is not None}
     return next(iter(notes), None)

@@ -10,18 +10,21 @@ from dataclasses import dataclass
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_s2.parallel.planner import Cluster
-from megatron_s2.pattern.settings import S2Settings
+from megatron_s2.parallel.time_model import Cluster
+from megatron_s2.pattern import S2Settings
 
 
 @dataclass
 class S2TransformerConfig(TransformerConfig):
     """Megatron's `TransformerConfig` with S2 attention: fields of `S2Settings` and `Cluster`, prefixed `s2_`.
 
+    `seq_length` (`--seq-length`) lets layers choose their context-parallel schedules when they are built.
+
     Raises:
         ValueError: as `S2Settings`.
     """
 
+    seq_length: int | None = None
     s2_attention: bool = False
     s2_block_size: int = S2Settings.block_size
     s2_local_blocks: int = S2Settings.local_blocks

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from megatron_s2.errors import flag_name
 from megatron_s2.layers.arguments import refuse_bypasses, settings_from_args
-from megatron_s2.parallel.planner import OURS, Cluster
-from megatron_s2.pattern.settings import S2Settings
+from megatron_s2.parallel.time_model import OURS, Cluster
+from megatron_s2.pattern import S2Settings
 from megatron_s2.training.offload_arguments import add_offload_args
 
 _S2_FLAG = "--s2-attention"

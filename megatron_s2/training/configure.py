@@ -21,8 +21,8 @@ from megatron_s2.errors import flag_name
 from megatron_s2.layers.arguments import refuse_bypasses
 from megatron_s2.parallel.exchange import Traffic
 from megatron_s2.parallel.planner import ModelPlan, plan_model
+from megatron_s2.pattern import S2Settings
 from megatron_s2.pattern.annealing import Annealing
-from megatron_s2.pattern.settings import S2Settings
 from megatron_s2.report.startup_table import startup_table
 from megatron_s2.training.arguments import (
     add_s2_args,

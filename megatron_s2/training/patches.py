@@ -19,8 +19,8 @@ import torch
 
 from megatron_s2.offload.run import Offload
 from megatron_s2.parallel.exchange import Traffic
+from megatron_s2.pattern import S2Settings
 from megatron_s2.pattern.annealing import Annealing
-from megatron_s2.pattern.settings import S2Settings
 from megatron_s2.training.wrap import wrap_once
 
 

@@ -9,9 +9,8 @@ from megatron_run import Runs
 from selection import exhaustive
 from test_s2_training import FOUR_LAYERS, FROM, FULL_RECOMPUTE, RICH
 
+from megatron_s2.pattern import S2Pattern, S2Settings
 from megatron_s2.pattern.annealing import Annealing, stages
-from megatron_s2.pattern.s2_pattern import S2Pattern
-from megatron_s2.pattern.settings import S2Settings
 
 PATTERN = S2Pattern(num_kv_heads=4, block_size=16, local_blocks=2, vert_stride=8)
 
@@ -54,7 +53,7 @@ def test_the_stages_share_the_steps_equally():
     patterns = stages(PATTERN)
     strides = {}
     for step[0] in range(40):
-        strides.setdefault(max(annealing.now(patterns).strides), []).append(step[0])
+        strides.setdefault(max(annealing.current(patterns).strides), []).append(step[0])
     assert {stride: (min(s), max(s)) for stride, s in strides.items()} == {
         1: (0, 9),
         2: (10, 19),

@@ -20,7 +20,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.training import argument_utils, training
 from megatron_arguments import parse
 
-from megatron_s2.pattern.settings import S2Settings
+from megatron_s2.pattern import S2Settings
 from megatron_s2.training.patches import (
     EmptySplitError,
     apply_patches,
