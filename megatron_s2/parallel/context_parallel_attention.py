@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_s2.kernels import s2_attention
-from megatron_s2.kernels.backends import choose_backend, sequence_slice
+from megatron_s2.kernels.backends import choose_backend, slice_class
 from megatron_s2.kernels.numerics import compute_dtype, sink_gradient
 from megatron_s2.kernels.slice import SequenceSlice
 from megatron_s2.parallel.cost import AttentionCall, ExchangeBytes, exchange_bytes, plan_heads
@@ -86,7 +86,7 @@ def context_parallel_attention(
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         exchange.traffic.predict(exchange.layer, predicted.backward_received)
     if plan is not None:
-        make_slice = partial(sequence_slice(choose_backend(backend, q, v)), pattern, scale)
+        make_slice = partial(slice_class(choose_backend(backend, q, v)), pattern, scale)
         return _GatherAttention.apply(q, k, v, sink_logits, plan, make_slice, exchange)
     heads = plan_heads(pattern, call)
     return _attend_by_head(q, k, v, pattern, scale, sink_logits, documents, backend, heads, zigzag, exchange)
