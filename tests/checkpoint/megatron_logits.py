@@ -1,6 +1,7 @@
-"""What Megatron computes with a checkpoint: the user's command up to its first forward pass.
+"""Logits that Megatron computes with a checkpoint, by the user's command up to its first forward pass.
 
-`logits` starts one process for all runs, because a start costs 8 s; as a script, this file is that process.
+`logits` starts one process for all checkpoints, because a start costs 8 s. As a script, this file is that
+process.
 """
 
 import json
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 
 from megatron_s2 import pretrain
-from megatron_s2.training import forward_step as gpt
+from megatron_s2.training import forward_step as training_step
 
 _ONE_STEP = """
     --micro-batch-size 1 --global-batch-size 1 --train-iters 1 --eval-iters 1 --eval-interval 1 --skip-train
@@ -21,11 +22,11 @@ _ONE_STEP = """
 
 
 def logits(directory: Path, checkpoints: dict[str, Path], tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Logits `[batch, seq, padded vocabulary]` of each converted checkpoint, by name, loaded with `--load`
-    and the flags in its `resume.args`.
+    """Returns the logits `[batch, seq, padded vocabulary]` of each converted checkpoint by name, loaded with
+    `--load` and the flags in its `resume.args`.
 
     Args:
-        directory: for files on the way.
+        directory: for temporary files.
         tokens: int64 `[batch, seq]`.
     """
     torch.save(tokens, directory / "tokens.pt")
@@ -41,7 +42,7 @@ def logits(directory: Path, checkpoints: dict[str, Path], tokens: torch.Tensor) 
 
 
 class _ComputedError(Exception):
-    """Ends a run: it has the logits."""
+    """Ends a run once it has computed the logits."""
 
     def __init__(self, logits: torch.Tensor):
         self.logits = logits
@@ -58,7 +59,7 @@ def _run_all(directory: Path) -> None:
         later = torch.ones(1, 1, length, length).triu(1).bool()
         raise _ComputedError(model(tokens, positions, later).float())
 
-    gpt.forward_step = forward_step
+    training_step.forward_step = forward_step
     computed = {}
     for name, flags in json.loads((directory / "jobs.json").read_text()).items():
         try:
