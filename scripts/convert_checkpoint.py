@@ -47,30 +47,30 @@ def main(argv: Sequence[str] | None = None) -> None:
 def arguments() -> CommandParser:
     parser = CommandParser(description=__doc__)
     directions = parser.add_subparsers(dest="direction", required=True, parser_class=CommandParser)
-    to_megatron = directions.add_parser("hf-to-megatron", help="write a checkpoint for --load")
-    _add_paths(to_megatron, "directory with config.json and safetensors", "checkpoint, a new directory")
-    add_s2_args(to_megatron)
-    to_hf = directions.add_parser("megatron-to-hf", help="write a directory for transformers")
-    _add_paths(to_hf, "checkpoint written by --save or hf-to-megatron", "a new directory")
-    to_hf.add_argument(
+    import_parser = directions.add_parser("hf-to-megatron", help="write a checkpoint for --load")
+    _add_paths(import_parser, "directory with config.json and safetensors", "checkpoint, a new directory")
+    add_s2_args(import_parser)
+    export_parser = directions.add_parser("megatron-to-hf", help="write a directory for transformers")
+    _add_paths(export_parser, "checkpoint written by --save or hf-to-megatron", "a new directory")
+    export_parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
         help="dtype of all weights (default: that of each in the checkpoint)",
     )
-    to_hf.add_argument(
+    export_parser.add_argument(
         "--max-shard-size",
         type=_bytes,
         default="5GB",
         metavar="SIZE",
         help="largest size of a file, such as 5GB or 200MB (default: %(default)s)",
     )
-    to_hf.add_argument(
+    export_parser.add_argument(
         "--vocab-size",
         type=_positive,
-        help="number of tokens without padding, where neither the checkpoint nor the config.json of the model "
-        "it began with contains it",
+        help="number of tokens without padding, where neither the checkpoint nor the config.json of the "
+        "model it began with contains it",
     )
-    to_hf.add_argument(
+    export_parser.add_argument(
         "--family",
         choices=["llama", "mistral"],
         help="family of a model that is the same in Megatron in each of them (default: that of the model it "

@@ -1,4 +1,4 @@
-"""What `scripts/generate.py` does with its arguments."""
+"""Loads a model and continues prompts: the body of `scripts/generate.py`."""
 
 from __future__ import annotations
 
@@ -11,34 +11,49 @@ from pathlib import Path
 
 import torch
 
-from megatron_s2.generation.decoding import Decoder, Generation, Request, beyond_positions, generate
+from megatron_s2.generation.decoding import (
+    Decoder,
+    GenerationRequest,
+    GenerationResult,
+    beyond_positions,
+    generate,
+)
 from megatron_s2.generation.sampling import Sampling
-from megatron_s2.generation.text import Stream, Text, hugging_face_text, stop_tokens, token_ids
+from megatron_s2.generation.text_codec import (
+    TextCodec,
+    TokenStreamer,
+    hugging_face_codec,
+    stop_tokens,
+    token_id_codec,
+)
 
 
-def run(args: Namespace) -> None:
-    """Loads a model, continues the prompts, writes the text to stdout and what it took to stderr.
+def generate_text(args: Namespace) -> None:
+    """Continues the prompts, and writes the text to stdout and statistics to stderr.
+
+    Args:
+        args: parsed arguments of `scripts/generate.py`.
 
     Raises:
         ValueError: bad input; the message starts with the flag.
     """
     prompts = _prompts(args)
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
-    Request([[0]], args.max_new_tokens)  # before a model is loaded
+    GenerationRequest([[0]], args.max_new_tokens)  # checks the flag before a model is loaded
     model = _hugging_face(args) if args.hf is not None else _megatron(args)
-    ids = [model.text.encode(prompt) for prompt in prompts]
+    ids = [model.codec.encode(prompt) for prompt in prompts]
     for prompt, tokens in zip(prompts, ids):
         if bad := [token for token in tokens if not 0 <= token < model.vocab_size]:
             raise ValueError(
                 f"--prompt {prompt[:40]!r}: token {bad[0]} is none of the model's {model.vocab_size}"
             )
-    stop = frozenset() if args.ignore_eos else model.text.stop
-    request = Request(ids, args.max_new_tokens, stop, sampling)
+    stop = frozenset() if args.ignore_eos else model.codec.stop
+    request = GenerationRequest(ids, args.max_new_tokens, stop, sampling)
     for note in (model.note, beyond_positions(request.max_tokens, model.positions)):
         if note is not None:
             print(f"note: {note}", file=sys.stderr)
     try:
-        done = _continued(model, request)
+        result = _write_continuations(model, request)
     except RuntimeError as error:
         if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
             raise
@@ -46,34 +61,34 @@ def run(args: Namespace) -> None:
             f"--max-new-tokens {args.max_new_tokens}: must be less, or prompts fewer: the memory for "
             f"{len(ids)} x {request.max_tokens} tokens is not there: {error}"
         ) from error
-    print(report(done), file=sys.stderr)
+    print(statistics(result), file=sys.stderr)
 
 
-def _continued(model: _Model, request: Request) -> Generation:
-    """Writes the continuations: of one prompt as they come, of several when all have ended."""
-    text, batch = model.text, len(request.prompts)
+def _write_continuations(model: _GenerationModel, request: GenerationRequest) -> GenerationResult:
+    """Streams the continuation of a single prompt; writes those of a batch when all have ended."""
+    codec, batch = model.codec, len(request.prompts)
     decoder = model.decoder_for(batch, request.max_tokens)
     if batch == 1:
-        stream = Stream(text, _write)
-        done = generate(decoder, request, on_token=lambda _, token: stream.add(token))
-        stream.end()
+        streamer = TokenStreamer(codec, _write)
+        result = generate(decoder, request, on_token=lambda _, token: streamer.add(token))
+        streamer.end()
         _write("\n")
-        return done
-    done = generate(decoder, request)
-    for row, tokens in enumerate(done.rows):
-        _write(f"[{row + 1}] {text.decode(tokens)}\n")
-    return done
+        return result
+    result = generate(decoder, request)
+    for row, tokens in enumerate(result.rows):
+        _write(f"[{row + 1}] {codec.decode(tokens)}\n")
+    return result
 
 
-def report(done: Generation) -> str:
-    """What a generation took, in three lines."""
-    share = done.kept_bytes / done.dense_bytes if done.dense_bytes else 1.0
+def statistics(result: GenerationResult) -> str:
+    """Returns the speed and the cache size of a generation, in three lines."""
+    share = result.kept_bytes / result.dense_bytes if result.dense_bytes else 1.0
     return "\n".join(
         [
-            f"prefill: {_rate(done.prompt_tokens, done.prefill_seconds)}",
-            f"decode: {_rate(done.decoded_tokens, done.decode_seconds)}",
-            f"cache: {done.kept_bytes} bytes, dense {done.dense_bytes} bytes ({share:.1%}), "
-            f"set aside {done.capacity_bytes} bytes",
+            f"prefill: {_rate(result.prompt_tokens, result.prefill_seconds)}",
+            f"decode: {_rate(result.decoded_tokens, result.decode_seconds)}",
+            f"cache: {result.kept_bytes} bytes, dense {result.dense_bytes} bytes ({share:.1%}), "
+            f"allocated {result.capacity_bytes} bytes",
         ]
     )
 
@@ -105,44 +120,49 @@ def _prompts(args: Namespace) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Model:
-    """A loaded model.
+class _GenerationModel:
+    """A loaded model that can generate.
 
     Args:
-        vocab_size: tokens that it knows.
-        positions: that it knows.
-        decoder_for: the decoder of a number of sequences and of tokens.
-        note: what to know of it.
+        vocab_size: number of tokens of the model.
+        positions: number of positions that the model was made for.
+        decoder_for: returns a decoder for a batch size and a number of tokens per sequence.
+        note: a message for the user before generation; None for no message.
     """
 
-    text: Text
+    codec: TextCodec
     vocab_size: int
     positions: int
     decoder_for: Callable[[int, int], Decoder]
     note: str | None = None
 
 
-def _hugging_face(args: Namespace) -> _Model:
+def _hugging_face(args: Namespace) -> _GenerationModel:
     from megatron_s2.generation.hugging_face import HuggingFaceDecoder, load_pretrained
 
     model = load_pretrained(args.hf, needs_s2=True)
     stop = stop_tokens(args.hf)
-    text = (
-        token_ids(stop) if args.token_ids else hugging_face_text(Path(args.tokenizer_model or args.hf), stop)
+    if args.token_ids:
+        codec = token_id_codec(stop)
+    else:
+        codec = hugging_face_codec(Path(args.tokenizer_model or args.hf), stop)
+    return _GenerationModel(
+        codec,
+        model.config.vocab_size,
+        model.config.max_position_embeddings,
+        partial(HuggingFaceDecoder, model),
     )
-    config = model.config
-    return _Model(text, config.vocab_size, config.max_position_embeddings, partial(HuggingFaceDecoder, model))
 
 
-def _megatron(args: Namespace) -> _Model:
+def _megatron(args: Namespace) -> _GenerationModel:
     if not args.load.is_dir():
         raise ValueError(f"--load {args.load}: is no directory")
     from megatron_s2.generation.loading import load_gpt
     from megatron_s2.generation.megatron_model import GPTDecoder
 
     loaded = load_gpt(args.load, args.tokenizer_model, needs_tokenizer=not args.token_ids)
-    return _Model(
-        loaded.text,
+    return _GenerationModel(
+        loaded.codec,
         loaded.vocab_size,
         loaded.positions,
         partial(GPTDecoder, loaded.model, vocab_size=loaded.vocab_size),
