@@ -21,15 +21,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     quiet_known_warnings()
     from megatron_s2.errors import InputError
     from megatron_s2.generation.decoding import beyond_positions
-    from megatron_s2.generation.evaluation import evaluate, hugging_face_model, megatron_model, windows
+    from megatron_s2.generation.evaluation import evaluate, load_hugging_face, load_megatron, windows
 
     try:
         batches = windows(args.data_path, args.seq_length, args.samples, args.micro_batch_size)
-        model = hugging_face_model(args.hf, args.dtype) if args.hf else megatron_model(args.load)
+        model = load_hugging_face(args.hf, args.dtype) if args.hf else load_megatron(args.load)
         for note in (*model.notes, beyond_positions(args.seq_length, model.positions)):
             if note is not None:
                 print(f"note: {note}", file=sys.stderr)
-        print(evaluate(model.losses, batches))
+        print(evaluate(model.token_losses, batches))
     except ValueError as error:
         raise InputError(" ".join(str(error).split())) from error
 

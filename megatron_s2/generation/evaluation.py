@@ -1,7 +1,8 @@
 """The loss of a model on a dataset, to compare the two sides of a conversion or two attention patterns.
 
-The dataset is one stream of tokens, in the order of its documents, cut into consecutive windows of `seq_length`
-tokens; each token of a window predicts the next one. Nothing is shuffled, and no token is predicted twice.
+The dataset is one stream of tokens, in the order of its documents, cut into consecutive windows of
+`seq_length` tokens; each token of a window predicts the next one. Nothing is shuffled, and no token is
+predicted twice.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from torch import Tensor
 
 from megatron_s2.checkpoint.families import FAMILIES
 
-# Tokens whose logits are in memory at a time. Those of 32768 tokens and a vocabulary of 128256 would take 17 GB
-# in float32.
+# Tokens whose logits are in memory at a time. Those of 32768 tokens and a vocabulary of 128256 would take
+# 17 GB in float32.
 LOGITS_CHUNK = 1024
 
 
@@ -44,14 +45,16 @@ class Evaluation:
 def windows(
     prefix: str | Path, seq_length: int, samples: int | None = None, batch: int = 1
 ) -> Iterator[Tensor]:
-    """Yields batches of windows of an indexed dataset, int64 `[<= batch, seq_length + 1]`: the tokens of a window
-    and the token after it.
+    """Yields windows of an indexed dataset, each with the token after it.
 
     Args:
         prefix: path of the `.bin` and `.idx` files without suffix, as scripts/preprocess_data.py prints it.
         seq_length: number of tokens of a window.
         samples: number of windows; None for all complete windows.
         batch: number of windows per batch.
+
+    Yields:
+        Batches of tokens, int64 `[<= batch, seq_length + 1]`.
 
     Raises:
         ValueError: an argument is not positive, or the files are missing, damaged or too short.
@@ -165,7 +168,9 @@ def load_megatron(directory: str | Path) -> ScoredModel:
         tokens = tokens.to(device)
         length = tokens.shape[1] - 1
         if has_position_table and length > loaded.positions:
-            raise ValueError(f"--seq-length {length}: must be at most {loaded.positions}, its positions")
+            raise ValueError(
+                f"--seq-length {length}: must be at most {loaded.positions}, the model's positions"
+            )
         return loaded.model(
             tokens[:, :-1],
             torch.arange(length, device=device).expand(tokens.shape[0], -1),

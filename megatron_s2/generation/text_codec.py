@@ -40,7 +40,7 @@ def token_id_codec(stop: frozenset[int] = frozenset()) -> TextCodec:
 
 
 def stop_tokens(directory: Path) -> frozenset[int]:
-    """Returns the end-of-text tokens in the generation_config.json or config.json of a Hugging Face directory.
+    """Returns the end-of-text tokens of a model, from its generation_config.json or config.json.
 
     Raises:
         ValueError: a file is damaged.
