@@ -1,4 +1,4 @@
-"""The tokenizer that is trained: loaded by Megatron, lossless, the same each time, safe to train with."""
+"""A trained tokenizer is lossless and reproducible, and Megatron loads it."""
 
 import json
 import multiprocessing
@@ -21,7 +21,7 @@ def tokenizer(tokenizer_dir):
     return load_tokenizer("HuggingFaceTokenizer", tokenizer_dir)
 
 
-def test_megatron_loads_it_with_its_special_tokens(tokenizer):
+def test_megatron_loads_the_special_tokens(tokenizer):
     assert tokenizer.vocab_size == 400
     assert (tokenizer.eod, tokenizer.pad) == (0, 1)
 
@@ -42,13 +42,13 @@ def test_every_text_decodes_to_itself(tokenizer, text):
     assert not {tokenizer.eod, tokenizer.pad} & set(ids)
 
 
-def test_a_text_that_spells_a_special_token_does_not_become_one(tokenizer):
+def test_text_never_encodes_to_special_tokens(tokenizer):
     text = "before<|endoftext|>after<|padding|>"
     assert tokenizer.eod not in tokenizer.tokenize(text)
     assert tokenizer.detokenize(tokenizer.tokenize(text)) == text
 
 
-def test_the_same_corpus_gives_the_same_files(tokenizer_dir, corpus, tmp_path):
+def test_training_is_reproducible(tokenizer_dir, corpus, tmp_path):
     train_tokenizer(corpus, 400, str(tmp_path))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / name).read_bytes() == Path(tokenizer_dir, name).read_bytes()
@@ -64,7 +64,7 @@ def test_a_sample_is_spread_over_the_corpus(tmp_path):
     assert trained.tally.bytes == 50 * 100
 
 
-def test_a_small_corpus_gives_a_smaller_vocabulary_and_says_so(tmp_path, script_main, capsys):
+def test_a_small_corpus_results_in_a_smaller_vocabulary(tmp_path, script_main, capsys):
     (tmp_path / "a.jsonl").write_text('{"text": "abab"}')
     arguments = [
         "--input",
@@ -121,7 +121,7 @@ def exit_status(main, argv):
         return stop.code
 
 
-def test_overwrite_replaces_it(tmp_path, corpus):
+def test_overwrite_replaces_a_tokenizer(tmp_path, corpus):
     train_tokenizer(corpus, 300, str(tmp_path))
     with pytest.raises(InputError, match="exists already"):
         train_tokenizer(corpus, 310, str(tmp_path))
@@ -131,22 +131,22 @@ def test_overwrite_replaces_it(tmp_path, corpus):
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_training_stops_at_once_and_leaves_nothing(tmp_path, corpus, script_main, number):
-    reading, tell = multiprocessing.Pipe(duplex=False)
+def test_interrupted_training_leaves_nothing(tmp_path, corpus, script_main, number):
+    receiver, sender = multiprocessing.Pipe(duplex=False)
 
     def command():
-        Corpus.read = lambda self, tally: without_end()
+        Corpus.read = lambda self, tally: endless()
         words = ["--input", corpus.path, "--vocab-size", "300", "--output", str(tmp_path / "tok")]
         run_command(script_main("train_tokenizer"), words)
 
-    def without_end():
-        tell.send(None)
+    def endless():
+        sender.send(None)
         while True:
             yield "x = 1\n" * 8_000
 
     process = multiprocessing.get_context("fork").Process(target=command)
     process.start()
-    reading.recv()
+    receiver.recv()
     os.kill(process.pid, number)
     process.join(PATIENCE)
     assert process.exitcode == -number
