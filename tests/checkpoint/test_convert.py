@@ -1,15 +1,27 @@
 """A model survives the conversion to Megatron and back bit by bit, in every family and dtype."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from hf_models import FAMILIES, assert_bit_equal, convert, edit_config, make_model, store, weights
+from hf_models import (
+    FAMILIES,
+    assert_bit_equal,
+    convert,
+    edit_config,
+    make_model,
+    run_conversion,
+    store,
+    weights,
+)
 from transformers import AutoModelForCausalLM
 from waiting import PATIENCE
+
+from megatron_s2.checkpoint import families
 
 S2 = ("--s2-attention", "--s2-block-size", "16", "--s2-local-blocks", "2", "--s2-vert-stride", "3", "4")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -84,6 +96,12 @@ def test_families_that_the_arguments_identify(tmp_path, family, flag):
     shutil.rmtree(tmp_path / "megatron/huggingface")
     printed = convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "back")
     assert f"back: {family[:5]} (from the checkpoint's {flag}), 3 layers, dense attention, no tok" in printed
+
+
+def test_family_offers_the_families_that_are_the_same_in_megatron(tmp_path):
+    _, _, errors = run_conversion("megatron-to-hf", tmp_path, tmp_path / "output", "--family", "none")
+    offered = re.findall(r"\w+", errors.partition("choose from")[2])
+    assert offered == [name for name, family in families.FAMILIES.items() if not family.megatron_args]
 
 
 def test_reads_symlinks_in_read_only_directories(tmp_path):
