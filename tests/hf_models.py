@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 
 import torch
+from commands import exit_status
 from convert_checkpoint import main
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
-
-from megatron_s2.data.command import run_command
 
 # Four query heads on two KV heads; a vocabulary that Megatron pads to 256.
 TINY = {
@@ -93,10 +92,7 @@ def run_conversion(direction: str, source: Path, output: Path, *flags: str) -> t
     """Returns the exit status, stdout and stderr of a conversion."""
     words = [direction, "--input", str(source), "--output", str(output), *flags]
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        try:
-            status = run_command(main, words)
-        except SystemExit as end:
-            status = end.code
+        status = exit_status(main, words)
     return status, out.getvalue(), err.getvalue()
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy
 import pytest
+from commands import exit_status
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from preprocess_data import main
 from waiting import PATIENCE, wait_until
 
 from megatron_s2.data.command import run_command
@@ -147,9 +149,7 @@ def test_overwrite_replaces_a_dataset_and_its_index_cache(corpus, tokenizer_dir,
     ],
     ids=lambda value: "=".join(value) if isinstance(value, list) else "",
 )
-def test_bad_input_is_one_line_and_status_2(
-    tmp_path, monkeypatch, capfd, script_main, tokenizer_dir, changes, message
-):
+def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, capfd, tokenizer_dir, changes, message):
     monkeypatch.chdir(tmp_path)
     Path("fine.jsonl").write_text('{"text": "fine"}')
     Path("broken.jsonl").write_text('{"text": "fine"}\n{"text"')
@@ -158,10 +158,7 @@ def test_bad_input_is_one_line_and_status_2(
     Path("there_text_document.idx").touch()
     before = sorted(os.listdir())
     words = [*arguments(Corpus("fine.jsonl"), tokenizer_dir, "out"), *changes]
-    try:
-        status = run_command(script_main("preprocess_data"), words)
-    except SystemExit as stop:  # how argparse reports bad flags
-        status = stop.code
+    status = exit_status(main, words)
     *progress, last = capfd.readouterr().err.splitlines()
     assert status == 2
     assert last.startswith(f"error: {message}")
@@ -179,7 +176,7 @@ def test_append_eod_needs_an_end_of_document_token(corpus, tokenizer_dir, tmp_pa
 
 
 @pytest.fixture
-def start(tmp_path, corpus, tokenizer_dir, script_main):
+def start(tmp_path, corpus, tokenizer_dir):
     """Function that starts the command in a process on endless input and waits until it writes."""
     started = []
 
@@ -189,7 +186,7 @@ def start(tmp_path, corpus, tokenizer_dir, script_main):
             sys.stderr = open(tmp_path / "stderr", "w")  # noqa: SIM115 (closed with the process)
             Corpus.read = lambda self, tally: _endless(tally)
             words = arguments(corpus, tokenizer_dir, tmp_path / "out" / "py", "--workers", str(workers))
-            sys.exit(run_command(script_main("preprocess_data"), words))
+            sys.exit(run_command(main, words))
 
         process = multiprocessing.get_context("fork").Process(target=command)
         process.start()

@@ -7,6 +7,8 @@ import signal
 from pathlib import Path
 
 import pytest
+from commands import exit_status
+from train_tokenizer import main
 from waiting import PATIENCE
 
 from megatron_s2.data.command import run_command
@@ -64,7 +66,7 @@ def test_a_sample_is_spread_over_the_corpus(tmp_path):
     assert trained.tally.bytes == 50 * 100
 
 
-def test_a_small_corpus_results_in_a_smaller_vocabulary(tmp_path, script_main, capsys):
+def test_a_small_corpus_results_in_a_smaller_vocabulary(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text('{"text": "abab"}')
     arguments = [
         "--input",
@@ -74,7 +76,7 @@ def test_a_small_corpus_results_in_a_smaller_vocabulary(tmp_path, script_main, c
         "--output",
         str(tmp_path / "tok"),
     ]
-    assert run_command(script_main("train_tokenizer"), arguments) == 0
+    assert run_command(main, arguments) == 0
     assert capsys.readouterr().out.startswith(f"{tmp_path / 'tok'}: 260 tokens learnt from 1 documents")
 
 
@@ -96,7 +98,7 @@ def test_a_small_corpus_results_in_a_smaller_vocabulary(tmp_path, script_main, c
     ],
     ids=lambda value: next(iter(value.items()))[1] if isinstance(value, dict) else "",
 )
-def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, capfd, script_main, changes, message):
+def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, capfd, changes, message):
     monkeypatch.chdir(tmp_path)
     Path("fine.jsonl").write_text('{"text": "fine"}')
     Path("broken.jsonl").write_text('{"text"')
@@ -105,20 +107,13 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, capfd, script
     Path("there").mkdir()
     Path("there/tokenizer.json").write_text("{}")
     flags = {"--input": "fine.jsonl", "--vocab-size": "300", "--output": "tok"} | changes
-    status = exit_status(script_main("train_tokenizer"), [word for pair in flags.items() for word in pair])
+    status = exit_status(main, [word for pair in flags.items() for word in pair])
     *progress, last = capfd.readouterr().err.splitlines()
     assert status == 2
     assert last.startswith(f"error: {message}")
     assert all(line.startswith("training tokenizer: ") for line in progress)
     assert not Path("tok").exists()
     assert Path("there/tokenizer.json").read_text() == "{}"
-
-
-def exit_status(main, argv):
-    try:
-        return run_command(main, argv)
-    except SystemExit as stop:  # how argparse reports bad flags
-        return stop.code
 
 
 def test_overwrite_replaces_a_tokenizer(tmp_path, corpus):
@@ -131,13 +126,13 @@ def test_overwrite_replaces_a_tokenizer(tmp_path, corpus):
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_training_leaves_nothing(tmp_path, corpus, script_main, number):
+def test_interrupted_training_leaves_nothing(tmp_path, corpus, number):
     receiver, sender = multiprocessing.Pipe(duplex=False)
 
     def command():
         Corpus.read = lambda self, tally: endless()
         words = ["--input", corpus.path, "--vocab-size", "300", "--output", str(tmp_path / "tok")]
-        run_command(script_main("train_tokenizer"), words)
+        run_command(main, words)
 
     def endless():
         sender.send(None)

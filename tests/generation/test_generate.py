@@ -1,6 +1,5 @@
 """scripts/generate.py with both kinds of model, bad input and Ctrl-C."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -9,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import exit_status
+from generate import main
 from generation_models import VOCAB, greedy, prompts, save_model
 from megatron_run import train_all
 from tokenizers import Tokenizer, decoders
@@ -35,16 +36,6 @@ TRAINED = """
     --init-method-std 0.2
 """
 LENGTHS = (5, 100, 47)
-
-
-def load_main():
-    spec = importlib.util.spec_from_file_location("generate", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
-main = load_main()
 
 
 def process(*command) -> subprocess.Popen:
@@ -249,10 +240,7 @@ def test_ctrl_c_ends_quietly(hugging_face):
 )
 def test_bad_input_is_refused(capsys, hugging_face, given, message):
     words = [word.format(hf=hugging_face) for word in given.split()]
-    try:
-        status = run_command(main, flags(*words))
-    except SystemExit as ended:
-        status = ended.code
+    status = exit_status(main, flags(*words))
     err = capsys.readouterr().err
     assert status == 2
     assert err.startswith(message.format(hf=hugging_face)) and err.count("\n") == 1
