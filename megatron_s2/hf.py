@@ -179,7 +179,7 @@ def s2_attention_forward(
     }
     for name, asked in refused.items():
         if asked is not None:
-            raise ValueError(f'{name}: must not be asked for with attn_implementation="s2"')
+            raise ValueError(f'{name}: must not be set with attn_implementation="s2"')
     if not isinstance(attention_mask, PaddingMask | None):
         raise ValueError('attention_mask: must be [batch, tokens] with attn_implementation="s2"')
     pattern = _pattern(settings_of(module.config), module.layer_idx + 1)
@@ -253,7 +253,7 @@ class NewTokens:
             return cached_attention(q, k, v, self.cache, scale)
         new = padding.new_counts
         if padding.counts != [length + count for length, count in zip(self.cache.lengths, new)]:
-            raise ValueError("attention_mask: must have the columns of cached tokens as they were before")
+            raise ValueError("attention_mask: must not change the columns of cached tokens")
         # The cache requires real tokens first; the output is put back in order.
         order = (~padding.new).to(q.device, torch.int8).argsort(dim=1, stable=True)
         rows = torch.arange(len(order), device=q.device)[:, None]

@@ -217,7 +217,7 @@ def test_refuses_a_mask_that_changes_earlier_padding(llama):
     mask[0, 0] = 0
     refused(
         llama,
-        "^attention_mask: must have the columns of cached tokens",
+        "^attention_mask: must not change the columns of cached tokens",
         torch.ones(2, 1, dtype=torch.long),
         attention_mask=mask,
         **{CACHE_ARGUMENT: cache},
@@ -227,7 +227,7 @@ def test_refuses_a_mask_that_changes_earlier_padding(llama):
 def test_refuses_unsupported_attention_options(tmp_path):
     config = {**SHAPE, "s2_attention": SETTINGS, "attn_implementation": "s2"}
     model = LlamaForCausalLM(LlamaConfig(**config, attention_dropout=0.1)).train()
-    refused(model, "^attention_dropout: must not be asked for")
+    refused(model, "^attention_dropout: must not be set")
     save_model(tmp_path, "mistral", sliding_window=64)
     refused(load(tmp_path), "^sliding_window 64: must be null")
 

@@ -197,7 +197,7 @@ def _choose_vocab_size(args: Namespace, base: hf_config.Config, requested: int |
     vocab_size = next((size for size in known if isinstance(size, int) and size > 0), requested)
     if requested not in (None, vocab_size):
         raise InputError(
-            f"--vocab-size {requested}: the checkpoint, or the model that it began with, says {vocab_size}; "
+            f"--vocab-size {requested}: the checkpoint, or the model that it began with, has {vocab_size}; "
             "leave it out"
         )
     return vocab_size
@@ -293,7 +293,7 @@ def _hf_tensors(
             if dtype != values.dtype and not torch.equal(converted.isfinite(), values.isfinite()):
                 largest = torch.finfo(dtype).max
                 raise InputError(
-                    f"--dtype {_dtype_name(dtype)}: {name} has numbers beyond its largest, {largest:g}; give "
+                    f"--dtype {_dtype_name(dtype)}: {name} has values beyond its maximum, {largest:g}; give "
                     "another"
                 )
             yield name, converted

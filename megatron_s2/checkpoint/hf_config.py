@@ -134,7 +134,7 @@ def s2_settings_from_config(config: Config, model: ModelConfig) -> S2Settings | 
         raise _error(_S2_KEY, saved, "must be an object")
     for name in saved:
         if name not in PATTERN_FIELDS:
-            raise _error(_S2_KEY, name, "is no setting of S2 attention")
+            raise _error(_S2_KEY, name, "is not a setting of S2 attention")
     fields = {name: _setting(name, value) for name, value in saved.items()}
     try:
         return S2Settings(num_layers=model.num_layers, num_kv_heads=model.num_query_groups, **fields)

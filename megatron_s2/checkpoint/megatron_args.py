@@ -213,7 +213,7 @@ def check_s2_flags(flags: Namespace) -> None:
         if argument == "s2_learnable_sink":
             raise InputError(f"{flag}: must not be set: the model has no learned sinks to convert")
         if argument not in allowed:
-            raise InputError(f"{flag}: must not be set: it is for training, and no part of a checkpoint")
+            raise InputError(f"{flag}: must not be set: it is for training, and is not part of a checkpoint")
         if not flags.s2_attention:
             raise InputError(f"{flag}: needs --s2-attention")
 

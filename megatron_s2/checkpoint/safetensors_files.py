@@ -89,14 +89,14 @@ class SafetensorsReader:
             try:
                 return file.get_tensor(name)
             except SafetensorError as error:
-                raise InputError(f"{self._files[name]}: {name} is not read: {error}") from None
+                raise InputError(f"{self._files[name]}: {name} cannot be read: {error}") from None
 
 
 def _opened(path: Path):
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise InputError(f"{path}: is no safetensors file, or damaged: {error}") from None
+        raise InputError(f"{path}: is not a safetensors file, or is damaged: {error}") from None
 
 
 def _files(directory: Path) -> list[Path]:
@@ -124,7 +124,7 @@ def _files_of_index(index: Path) -> list[Path]:
     for tensor, name in weight_map.items():
         is_name = isinstance(name, str) and name != "" and Path(name).name == name
         if not is_name or not (index.parent / name).is_file():
-            raise InputError(f"{index}: {tensor!r} is in {name!r}, which is no file in {index.parent}")
+            raise InputError(f"{index}: {tensor!r} is in {name!r}, which is not a file in {index.parent}")
     return [index.parent / name for name in sorted(set(weight_map.values()))]
 
 
@@ -133,7 +133,7 @@ def read_json(path: Path) -> dict:
     try:
         read = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: is no JSON: {error}") from None
+        raise InputError(f"{path}: is not JSON: {error}") from None
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file") from None
     if not isinstance(read, dict):

@@ -198,7 +198,7 @@ class CheckpointReader:
     def __init__(self, directory: Path):
         self.path = directory / _iteration(directory)
         if not (self.path / "metadata.json").is_file() or not (self.path / ".metadata").is_file():
-            raise InputError(f"--input {directory}: {self.path.name} is no torch_dist checkpoint")
+            raise InputError(f"--input {directory}: {self.path.name} is not a torch_dist checkpoint")
         self._metadata = _read_metadata(self.path / ".metadata")
         self._tensors = {
             key: stored
@@ -211,14 +211,14 @@ class CheckpointReader:
     def args(self) -> Namespace:
         """Arguments of the run that wrote the checkpoint."""
         if not isinstance(self.common.get("args"), Namespace):
-            raise InputError(f"{self.path}: holds no arguments, so the model is not known")
+            raise InputError(f"{self.path}: contains no arguments, so the model is not known")
         return self.common["args"]
 
     @property
     def iteration(self) -> int:
         """Number of training steps completed."""
         if not isinstance(self.common.get("iteration"), int):
-            raise InputError(f"{self.path}: does not say its iteration")
+            raise InputError(f"{self.path}: contains no iteration")
         return self.common["iteration"]
 
     def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -249,31 +249,31 @@ class CheckpointReader:
         tensor = self._load(MetadataIndex(key, chunk.offsets), _load_tensor)
         listed = (chunk.sizes, self._tensors[key].properties.dtype)
         if not isinstance(tensor, torch.Tensor) or (tensor.shape, tensor.dtype) != listed:
-            raise InputError(f"{self.path}: {key} has another shape or dtype in its file than .metadata says")
+            raise InputError(f"{self.path}: {key} has another shape or dtype in its file than in .metadata")
         return tensor
 
     def _read_common(self) -> dict:
         file = self.path / _COMMON_FILE
         if file.is_file():
-            with _as_input_error(f"{file}: is not read: it is damaged, or may run code"):
+            with _as_input_error(f"{file}: cannot be read: it is damaged, or may run code"):
                 _check_crc(file)
                 common = _load_arguments(file)
         elif _COMMON in self._metadata.state_dict_metadata:
             common = self._load(MetadataIndex(_COMMON), _load_arguments)
             common = common[0] if isinstance(common, list) and common else None
         else:
-            raise InputError(f"{self.path}: holds no arguments, so the model is not known")
+            raise InputError(f"{self.path}: contains no arguments, so the model is not known")
         if not isinstance(common, dict):
-            raise InputError(f"{self.path}: holds no arguments, so the model is not known")
+            raise InputError(f"{self.path}: contains no arguments, so the model is not known")
         return common
 
     def _load(self, index: MetadataIndex, load: Callable[[io.IOBase], object]) -> object:
         """Returns the object stored under an index, read by `load`."""
         location = self._metadata.storage_data.get(index)
         if location is None:
-            raise InputError(f"{self.path}: .metadata does not say where {index.fqn} is")
+            raise InputError(f"{self.path}: .metadata does not list {index.fqn}")
         path = self.path / location.relative_path
-        problem = f"{path}: {index.fqn} is not read: it is damaged, or may run code"
+        problem = f"{path}: {index.fqn} cannot be read: it is damaged, or may run code"
         with _as_input_error(problem), path.open("rb") as file:
             _check_crc(_FileRange(file, location.offset, location.length))
             return load(_FileRange(file, location.offset, location.length))
@@ -287,12 +287,12 @@ def _index(begin: Sequence[int], end: Sequence[int], origin: Sequence[int]) -> t
 def _iteration(directory: Path) -> str:
     tracker = directory / _TRACKER
     if not tracker.is_file():
-        raise InputError(f"--input {directory}: is no checkpoint: it has no {_TRACKER}")
+        raise InputError(f"--input {directory}: is not a checkpoint: it has no {_TRACKER}")
     text = tracker.read_text(errors="replace").strip()
     if text == _RELEASE:
         return _RELEASE
     if not re.fullmatch("[0-9]{1,18}", text):
-        raise InputError(f"{tracker}: must say an iteration or {_RELEASE}, not {text[:40]!r}")
+        raise InputError(f"{tracker}: must contain an iteration or {_RELEASE}, not {text[:40]!r}")
     return f"iter_{int(text):07}"
 
 
@@ -312,7 +312,7 @@ def _check_crc(file: io.IOBase | Path) -> None:
         if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
             raise zipfile.BadZipFile("it is compressed, which torch.save never does")
         if (damaged := archive.testzip()) is not None:
-            raise zipfile.BadZipFile(f"{damaged} in it has not the CRC32 that it was written with")
+            raise zipfile.BadZipFile(f"{damaged} in it does not match its CRC32")
 
 
 def _load_tensor(stream: io.IOBase) -> torch.Tensor:
@@ -333,42 +333,42 @@ class _MetadataUnpickler(pickle.Unpickler):
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or (module, name) in _METADATA_CLASSES:
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of a checkpoint")
+        raise pickle.UnpicklingError(f"it contains {module}.{name}, which is not allowed")
 
 
 def _read_metadata(path: Path) -> Metadata:
     """Returns the content of `.metadata` after checking that the files it names exist and are long enough."""
     ends: dict[str, int] = {}
-    with _as_input_error(f"{path}: is not read"), path.open("rb") as stream:
+    with _as_input_error(f"{path}: cannot be read"), path.open("rb") as stream:
         read = _MetadataUnpickler(stream).load()
         if not isinstance(read, Metadata):
-            raise TypeError("it holds no metadata")
+            raise TypeError("it contains no metadata")
         for stored in read.state_dict_metadata.values():
             if isinstance(stored, TensorStorageMetadata):
                 _check_stored(stored)
         for location in read.storage_data.values():
             if min(location.offset, location.length) < 0 or location.transform_descriptors:
-                raise ValueError("it names a part of a file that is none, or is compressed")
+                raise ValueError("it contains an invalid or compressed range of a file")
             name = location.relative_path
             if not name or Path(name).name != name:
-                raise ValueError(f"it names {name!r}, a file elsewhere")
+                raise ValueError(f"it names {name!r}, which is not a file in the directory")
             ends[name] = max(ends.get(name, 0), location.offset + location.length)
     for name, end in ends.items():
         file = path.with_name(name)
         if not file.is_file():
-            raise InputError(f"{file}: missing, though the checkpoint has a part in it")
+            raise InputError(f"{file}: missing, though .metadata lists it")
         if file.stat().st_size < end:
-            raise InputError(f"{file}: is cut off at {file.stat().st_size} of {end} bytes")
+            raise InputError(f"{file}: is truncated at {file.stat().st_size} of {end} bytes")
     return read
 
 
 def _check_stored(stored: TensorStorageMetadata) -> None:
     """Raises TypeError or ValueError if an entry of `.metadata` does not describe a tensor."""
     if not isinstance(stored.properties.dtype, torch.dtype):
-        raise TypeError("it names a dtype that is none")
+        raise TypeError("it contains an invalid dtype")
     for chunk in stored.chunks:
         if not len(stored.size) == len(chunk.offsets) == len(chunk.sizes):
-            raise ValueError("it names a part of a tensor with other axes")
+            raise ValueError("it contains a chunk with other dimensions than its tensor")
 
 
 class _FileRange(io.RawIOBase):

@@ -30,7 +30,7 @@ _BATCHES_AHEAD_PER_WORKER = 4
 
 
 @dataclass(frozen=True)
-class IndexedDataset:
+class PreprocessedDataset:
     """A dataset on disk, `{prefix}.bin` and `{prefix}.idx`; `prefix` is the value for `--data-path`."""
 
     prefix: str
@@ -49,7 +49,7 @@ def preprocess_data(
     append_eod: bool = False,
     workers: int = 1,
     overwrite: bool = False,
-) -> IndexedDataset:
+) -> PreprocessedDataset:
     """Tokenizes every document of `corpus` and writes `{output_prefix}_{json_key}_document.bin` and `.idx`.
 
     The documents keep their order, and the files are the same for any number of `workers`. At most a few
@@ -105,7 +105,7 @@ def preprocess_data(
         for suffix in (".bin", ".idx"):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(partial + suffix)
-    return IndexedDataset(prefix, tokens, dtype.__name__, tally, seconds)
+    return PreprocessedDataset(prefix, tokens, dtype.__name__, tally, seconds)
 
 
 def load_tokenizer(tokenizer_type: str, tokenizer_model: str):

@@ -92,7 +92,7 @@ def beyond_positions(tokens: int, positions: int) -> str | None:
     """Returns a message if a sequence of `tokens` exceeds the `positions` that a model was made for."""
     if tokens <= positions:
         return None
-    return f"{tokens} tokens in a row: the model knows {positions} positions (max_position_embeddings)"
+    return f"{tokens} tokens in a row: the model has {positions} positions (max_position_embeddings)"
 
 
 @torch.no_grad()

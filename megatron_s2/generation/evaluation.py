@@ -67,7 +67,7 @@ def windows(
     for suffix in (".bin", ".idx"):
         path = Path(f"{prefix}{suffix}")
         if not path.is_file():
-            raise ValueError(f"--data-path {prefix}: there is no file {path}")
+            raise ValueError(f"--data-path {prefix}: there is not a file {path}")
         if path.stat().st_size == 0:
             raise ValueError(f"--data-path {prefix}: {path} is empty")
     try:
@@ -158,7 +158,7 @@ def load_megatron(directory: str | Path) -> ScoredModel:
     from megatron_s2.generation.loading import load_gpt
 
     if not Path(directory).is_dir():
-        raise ValueError(f"--load {directory}: is no directory")
+        raise ValueError(f"--load {directory}: is not a directory")
     loaded = load_gpt(Path(directory), needs_cache=False, needs_tokenizer=False)
     device = next(loaded.model.parameters()).device
     has_position_table = loaded.model.position_embedding_type == "learned_absolute"
@@ -203,7 +203,9 @@ def _check_tokens(tokens: Tensor, vocab_size: int) -> None:
     smallest, largest = (int(token) for token in tokens.aminmax())
     if smallest < 0 or largest >= vocab_size:
         bad = smallest if smallest < 0 else largest
-        raise ValueError(f"--data-path: has token {bad}, which is none of the model's {vocab_size}")
+        raise ValueError(
+            f"--data-path: has token {bad}, which is not in the model's vocabulary of {vocab_size}"
+        )
 
 
 def _batches(dataset, seq_length: int, count: int, batch: int) -> Iterator[Tensor]:

@@ -45,7 +45,8 @@ def generate_text(args: Namespace) -> None:
     for prompt, tokens in zip(prompts, ids):
         if bad := [token for token in tokens if not 0 <= token < model.vocab_size]:
             raise ValueError(
-                f"--prompt {prompt[:40]!r}: token {bad[0]} is none of the model's {model.vocab_size}"
+                f"--prompt {prompt[:40]!r}: token {bad[0]} is not in the model's vocabulary of "
+                f"{model.vocab_size}"
             )
     stop = frozenset() if args.ignore_eos else model.codec.stop
     request = GenerationRequest(ids, args.max_new_tokens, stop, sampling)
@@ -58,8 +59,8 @@ def generate_text(args: Namespace) -> None:
         if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
             raise
         raise ValueError(
-            f"--max-new-tokens {args.max_new_tokens}: must be less, or prompts fewer: the memory for "
-            f"{len(ids)} x {request.max_tokens} tokens is not there: {error}"
+            f"--max-new-tokens {args.max_new_tokens}: must be less, or prompts fewer: there is not enough "
+            f"memory for {len(ids)} x {request.max_tokens} tokens: {error}"
         ) from error
     print(statistics(result), file=sys.stderr)
 
@@ -108,7 +109,7 @@ def _prompts(args: Namespace) -> list[str]:
         return args.prompt
     path = Path(args.prompt_file)
     if not path.exists() or path.is_dir():
-        raise ValueError(f"--prompt-file {path}: is no file")
+        raise ValueError(f"--prompt-file {path}: is not a file")
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
@@ -156,7 +157,7 @@ def _hugging_face(args: Namespace) -> _GenerationModel:
 
 def _megatron(args: Namespace) -> _GenerationModel:
     if not args.load.is_dir():
-        raise ValueError(f"--load {args.load}: is no directory")
+        raise ValueError(f"--load {args.load}: is not a directory")
     from megatron_s2.generation.loading import load_gpt
     from megatron_s2.generation.megatron_model import GPTDecoder
 

@@ -28,7 +28,7 @@ def load_pretrained(directory: str | Path, dtype: str = "auto", *, needs_s2: boo
         ValueError: the directory has no such model, or an incomplete one.
     """
     if not (Path(directory) / "config.json").is_file():
-        raise ValueError(f"--hf {directory}: is no directory with a config.json")
+        raise ValueError(f"--hf {directory}: is not a directory with a config.json")
     disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(directory)

@@ -98,7 +98,7 @@ def load_gpt(
     if needs_cache and is_dense:
         raise ValueError(f"--load {directory}: was trained without S2 attention, and has no small cache")
     if EMBEDDING.key not in tensors:
-        raise ValueError(f"--load {directory}: has no {EMBEDDING.key}: it is no checkpoint of a GPT")
+        raise ValueError(f"--load {directory}: has no {EMBEDDING.key}: it is not a checkpoint of a GPT")
     _, dtype = tensors[EMBEDDING.key]
     tokenizer = (
         _choose_tokenizer(directory, saved, tokenizer_model) if needs_tokenizer else (_NO_TOKENIZER, None)

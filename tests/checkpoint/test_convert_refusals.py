@@ -82,7 +82,7 @@ def change_arguments(trained: Path, **changes) -> None:
             {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 2.0}},
             "low_freq_factor 2.0: must be 1, fixed in Megatron",
         ),
-        ({"s2_attention": {"stride": 4}}, "s2_attention stride: is no setting of S2 attention"),
+        ({"s2_attention": {"stride": 4}}, "s2_attention stride: is not a setting of S2 attention"),
         ({"s2_attention": {"block_size": 48}}, "s2_attention: block_size 48: must be a power of two"),
         ({"s2_attention": {"block_size": "16"}}, "s2_attention: block_size '16': must be a whole number"),
         ({"s2_attention": {"block_size": 16.0}}, "s2_attention: block_size 16.0: must be a whole number"),
@@ -159,7 +159,7 @@ def test_a_directory_without_a_model(tmp_path):
     assert_refused("megatron-to-hf", tmp_path / "nowhere", "nowhere: there is no such directory")
     (tmp_path / "empty").mkdir()
     assert_refused("hf-to-megatron", tmp_path / "empty", "config.json: there is no such file")
-    assert_refused("megatron-to-hf", tmp_path / "empty", "empty: is no checkpoint: it has no latest_chec")
+    assert_refused("megatron-to-hf", tmp_path / "empty", "empty: is not a checkpoint: it has no latest_chec")
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_an_unknown_vocabulary_size(trained):
 
 
 def test_a_vocabulary_size_that_contradicts_the_known_one(trained):
-    message = "--vocab-size 200: the checkpoint, or the model that it began with, says 250; leave it out"
+    message = "--vocab-size 200: the checkpoint, or the model that it began with, has 250; leave it out"
     assert_refused("megatron-to-hf", trained, message, "--vocab-size", "200")
     change_arguments(trained, vocab_size=None)  # now only its config.json contains it
     assert_refused("megatron-to-hf", trained, message, "--vocab-size", "200")
@@ -278,7 +278,7 @@ def test_the_unfinished_output_of_another_process_is_not_touched(source, trained
 def test_values_beyond_the_range_of_a_dtype(source, tmp_path):
     store(source, {"model.layers.1.mlp.up_proj.weight": torch.full((96, 64), 70_000.0)})
     convert("hf-to-megatron", source, tmp_path / "megatron")
-    message = "--dtype float16: model.layers.1.mlp.up_proj.weight has numbers beyond its largest, 65504"
+    message = "--dtype float16: model.layers.1.mlp.up_proj.weight has values beyond its maximum, 65504"
     assert_refused("megatron-to-hf", tmp_path / "megatron", message, "--dtype", "float16")
 
 

@@ -51,15 +51,13 @@ def test_a_truncated_tensor_file(converted, release, share):
     file = release / "__0_0.distcp"
     size = file.stat().st_size
     cut(file, share)
-    message = f"{file}: is cut off at {int(size * share)} of {size} bytes"
+    message = f"{file}: is truncated at {int(size * share)} of {size} bytes"
     assert_refused("megatron-to-hf", converted, message)
 
 
 def test_a_missing_tensor_file(converted, release):
     (release / "__0_0.distcp").unlink()
-    assert_refused(
-        "megatron-to-hf", converted, "__0_0.distcp: missing, though the checkpoint has a part in it"
-    )
+    assert_refused("megatron-to-hf", converted, "__0_0.distcp: missing, though .metadata lists it")
 
 
 def test_damaged_tensors_are_found_while_others_are_written(converted, release):
@@ -82,7 +80,7 @@ def test_one_flipped_bit_of_a_weight(converted, release):
     file.write_bytes(written)
     assert (read() != before).sum() == 1
     assert_refused(
-        "megatron-to-hf", converted, f"{file}: {key} is not read: it is damaged, or may run code: "
+        "megatron-to-hf", converted, f"{file}: {key} cannot be read: it is damaged, or may run code: "
     )
 
 
@@ -93,12 +91,12 @@ def test_a_changed_argument(converted, release, file):
         torch.save(torch_dist.CheckpointReader(converted).common, release / file)
     written = (release / file).read_bytes()
     (release / file).write_bytes(written.replace(b"K\xfa", b"K\xfb", 1))
-    assert_refused("megatron-to-hf", converted, "data.pkl in it has not the CRC32 that it was written with")
+    assert_refused("megatron-to-hf", converted, "data.pkl in it does not match its CRC32")
 
 
 def test_damaged_arguments(converted, release):
     garble(release / "__0_0.distcp", 0.0, 0.02)
-    message = "__0_0.distcp: common_state/shard_0_1 is not read: it is damaged, or may run code: "
+    message = "__0_0.distcp: common_state/shard_0_1 cannot be read: it is damaged, or may run code: "
     assert_refused("megatron-to-hf", converted, message)
 
 
@@ -106,20 +104,20 @@ def test_damaged_arguments(converted, release):
 def test_damaged_arguments_in_a_separate_file(converted, release, damage):
     torch.save(torch_dist.CheckpointReader(converted).common, release / "common.pt")
     damage(release / "common.pt")
-    message = f"{release}/common.pt: is not read: it is damaged, or may run code: "
+    message = f"{release}/common.pt: cannot be read: it is damaged, or may run code: "
     assert_refused("megatron-to-hf", converted, message)
 
 
 @pytest.mark.parametrize("common", [None, [], {"args": 1}])
 def test_missing_arguments(converted, release, common):
     torch.save(common, release / "common.pt")
-    assert_refused("megatron-to-hf", converted, f"{release}: holds no arguments")
+    assert_refused("megatron-to-hf", converted, f"{release}: contains no arguments")
 
 
 @pytest.mark.parametrize("damage", [cut, lambda file: garble(file, 0.1, 0.6), lambda file: cut(file, 0)])
 def test_damaged_metadata(converted, release, damage):
     damage(release / ".metadata")
-    assert_refused("megatron-to-hf", converted, f"{release}/.metadata: is not read: ")
+    assert_refused("megatron-to-hf", converted, f"{release}/.metadata: cannot be read: ")
 
 
 @pytest.mark.parametrize(
@@ -165,7 +163,7 @@ def test_random_damage_never_ends_in_a_traceback(source, converted, release, tmp
 @pytest.mark.parametrize("text", [b"\xff\xfe", b"iter", b"", b"9" * 5000, "²".encode()])
 def test_a_tracker_without_an_iteration(converted, text):
     (converted / "latest_checkpointed_iteration.txt").write_bytes(text)
-    assert_refused("megatron-to-hf", converted, "iteration.txt: must say an iteration or release, not ")
+    assert_refused("megatron-to-hf", converted, "iteration.txt: must contain an iteration or release, not ")
 
 
 def test_ctrl_c_while_reading_arguments(converted, tmp_path, monkeypatch):
@@ -178,7 +176,7 @@ def test_ctrl_c_while_reading_arguments(converted, tmp_path, monkeypatch):
 def test_a_truncated_safetensors_file(source, share):
     file = sorted(source.glob("*.safetensors"))[1]
     cut(file, share)
-    assert_refused("hf-to-megatron", source, f"{file}: is no safetensors file, or damaged")
+    assert_refused("hf-to-megatron", source, f"{file}: is not a safetensors file, or is damaged")
 
 
 @pytest.mark.parametrize(
@@ -188,13 +186,13 @@ def test_a_truncated_safetensors_file(source, share):
         ([], "weight_map must be an object that maps each tensor to its file"),
         ({}, "weight_map must be an object that maps each tensor to its file"),
         (["a"], "weight_map must be an object that maps each tensor to its file"),
-        ({"a": 1}, "'a' is in 1, which is no file in"),
-        ({"a": ["b"]}, "'a' is in ['b'], which is no file in"),
-        ({"a": "none.safetensors"}, "'a' is in 'none.safetensors', which is no file in"),
-        ({"a": ""}, "'a' is in '', which is no file in"),
-        ({"a": ".."}, "'a' is in '..', which is no file in"),
-        ({"a": "../hf/config.json"}, "'a' is in '../hf/config.json', which is no file in"),
-        ({"a": "config.json"}, "config.json: is no safetensors file"),
+        ({"a": 1}, "'a' is in 1, which is not a file in"),
+        ({"a": ["b"]}, "'a' is in ['b'], which is not a file in"),
+        ({"a": "none.safetensors"}, "'a' is in 'none.safetensors', which is not a file in"),
+        ({"a": ""}, "'a' is in '', which is not a file in"),
+        ({"a": ".."}, "'a' is in '..', which is not a file in"),
+        ({"a": "../hf/config.json"}, "'a' is in '../hf/config.json', which is not a file in"),
+        ({"a": "config.json"}, "config.json: is not a safetensors file"),
     ],
     ids=str,
 )

@@ -137,7 +137,7 @@ def test_tokens_of_another_tokenizer_are_refused(directory, data, capsys):
     source = make_model(directory / "small", "llama2", vocab_size=200)
     words = ("--hf", str(source), "--data-path", str(data), "--seq-length", str(LENGTH))
     assert run_command(main, words) == 2
-    expected = r"error: --data-path: has token \d+, which is none of the model's 200\n"
+    expected = r"error: --data-path: has token \d+, which is not in the model's vocabulary of 200\n"
     assert re.fullmatch(expected, capsys.readouterr().err)
 
 
@@ -164,7 +164,7 @@ def test_damaged_data_is_refused(data, tmp_path, capsys, suffix, damage, message
 def test_windows_beyond_the_positions_are_noted(directory, data, capsys):
     source = make_model(directory / "short", "llama2", vocab_size=256, max_position_embeddings=64)
     main(["--hf", str(source), "--data-path", str(data), "--seq-length", str(LENGTH), "--samples", "1"])
-    assert capsys.readouterr().err.startswith(f"note: {LENGTH} tokens in a row: the model knows 64 positions")
+    assert capsys.readouterr().err.startswith(f"note: {LENGTH} tokens in a row: the model has 64 positions")
 
 
 def test_another_architecture_is_refused(directory, data, capsys):
@@ -202,13 +202,13 @@ def test_the_printed_line():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--hf", "/nowhere"], "--hf /nowhere: is no directory with a config.json"),
-        (["--load", "/nowhere"], "--load /nowhere: is no directory"),
+        (["--hf", "/nowhere"], "--hf /nowhere: is not a directory with a config.json"),
+        (["--load", "/nowhere"], "--load /nowhere: is not a directory"),
         (["--hf", "/nowhere", "--seq-length", "0"], "--seq-length 0: must be >= 1"),
         (["--hf", "/nowhere", "--samples", "9"], "has 8 windows of 128 tokens, not 9"),
         (
             ["--hf", "/nowhere", "--data-path", "/no/data"],
-            "--data-path /no/data: there is no file /no/data.bin",
+            "--data-path /no/data: there is not a file /no/data.bin",
         ),
     ],
 )

@@ -136,7 +136,7 @@ def test_more_tokens_than_positions_are_noted(capsys, tmp_path):
     save_model(tmp_path, "qwen3", max_position_embeddings=100)
     _, err = output(capsys, "--hf", tmp_path, *prompt_flags(prompts(99)), "--max-new-tokens", 3)
     assert err.splitlines()[0] == (
-        "note: 101 tokens in a row: the model knows 100 positions (max_position_embeddings)"
+        "note: 101 tokens in a row: the model has 100 positions (max_position_embeddings)"
     )
 
 
@@ -220,12 +220,12 @@ def test_ctrl_c_ends_quietly(hugging_face):
     [
         ("--prompt 1", "error: one of the arguments --hf --load is required"),
         ("--hf {hf}", "error: one of the arguments --prompt --prompt-file is required"),
-        ("--hf /nowhere --prompt 1", "error: --hf /nowhere: is no directory with a config.json"),
-        ("--load /nowhere --prompt 1", "error: --load /nowhere: is no directory"),
-        ("--load {hf} --prompt 1", "error: --load {hf}: is no checkpoint: it has no latest"),
-        ("--hf {hf} --prompt-file /nowhere", "error: --prompt-file /nowhere: is no file"),
+        ("--hf /nowhere --prompt 1", "error: --hf /nowhere: is not a directory with a config.json"),
+        ("--load /nowhere --prompt 1", "error: --load /nowhere: is not a directory"),
+        ("--load {hf} --prompt 1", "error: --load {hf}: is not a checkpoint: it has no latest"),
+        ("--hf {hf} --prompt-file /nowhere", "error: --prompt-file /nowhere: is not a file"),
         ("--hf {hf} --prompt one", "error: --prompt 'one': must be token ids"),
-        ("--hf {hf} --prompt 97", "error: --prompt '97': token 97 is none of the model's 97"),
+        ("--hf {hf} --prompt 97", "error: --prompt '97': token 97 is not in the model's vocabulary of 97"),
         ("--hf {hf} --prompt 1 --max-new-tokens 0", "error: --max-new-tokens 0: must be >= 1"),
         ("--hf {hf} --prompt 1 --temperature -1", "error: --temperature -1.0: must be >= 0 and finite"),
         ("--hf {hf} --prompt 1 --temperature inf", "error: --temperature inf: must be >= 0 and finite"),
