@@ -107,6 +107,12 @@ class S2Settings:
         return (sparse / self.num_kv_heads + dense) / self.num_layers
 
 
+# The fields that describe the pattern; a model's configuration has the other two anyway.
+PATTERN_FIELDS = tuple(
+    name for name in S2Settings.__dataclass_fields__ if name not in ("num_layers", "num_kv_heads")
+)
+
+
 @lru_cache(maxsize=4096)
 def _mean_pairs(settings: S2Settings, seq_len: int) -> float:
     return settings.mean_pairs_of(settings.distinct_patterns, seq_len)

@@ -1,10 +1,13 @@
-"""What Megatron computes with a checkpoint: the user's command up to its first forward pass."""
+"""Logits that Megatron computes with a checkpoint, by the user's command up to its first forward pass."""
 
 import shlex
 from pathlib import Path
 
 import torch
 from megatron_run import call_in_fork
+
+from megatron_s2 import pretrain
+from megatron_s2.training import forward_step as training_step
 
 _ONE_STEP = """
     --micro-batch-size 1 --global-batch-size 1 --train-iters 1 --eval-iters 1 --eval-interval 1 --skip-train
@@ -27,7 +30,7 @@ def logits(checkpoints: dict[str, Path], tokens: torch.Tensor) -> dict[str, torc
 
 
 class _ComputedError(Exception):
-    """Ends a run: it has the logits."""
+    """Ends a run once it has computed the logits."""
 
     def __init__(self, logits: torch.Tensor):
         self.logits = logits
@@ -38,8 +41,6 @@ def run_all(flags: dict[str, list[str]], tokens: torch.Tensor) -> dict[str, torc
     """In this process, whose forward step is another from then on."""
     from megatron.training import training
 
-    from megatron_s2 import gpt, pretrain
-
     length = tokens.shape[1]
 
     def forward_step(data_iterator, model):
@@ -47,7 +48,7 @@ def run_all(flags: dict[str, list[str]], tokens: torch.Tensor) -> dict[str, torc
         later = torch.ones(1, 1, length, length).triu(1).bool()
         raise _ComputedError(model(tokens, positions, later).float())
 
-    gpt.forward_step = forward_step
+    training_step.forward_step = forward_step
     computed = {}
     for name, words in flags.items():
         try:
