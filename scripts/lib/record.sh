@@ -131,13 +131,13 @@ run_stage() {
 }
 
 # run_limited LIMIT WORD …: runs INTERPRETER with the words and shows its output, which stays in OUTPUT.
-# Its process group gets SIGINT after LIMIT seconds, or when this shell ends, however that ends, and SIGKILL GRACE
-# seconds later. Returns its exit status; 124, or 137 if it had to be killed, when its time was up.
+# Its process group gets SIGINT after LIMIT seconds and SIGKILL GRACE seconds later; if this shell is killed, it
+# gets SIGTERM at once. Returns its exit status: when its time was up 124, or 137 if it had to be killed.
 run_limited() {
     local status=0 reader
     : >"$OUTPUT"
     # A job in the background ignores SIGINT, and so would the stage.
-    setpriv --pdeathsig INT timeout --signal INT --kill-after "$GRACE" "$1" \
+    setpriv --pdeathsig TERM timeout --signal INT --kill-after "$GRACE" "$1" \
         env --default-signal=INT PYTHONUNBUFFERED=1 "$INTERPRETER" "${@:2}" </dev/null >>"$OUTPUT" 2>&1 &
     RUNNING=$!
     tail --pid "$RUNNING" --sleep-interval 0.2 --lines +1 --follow "$OUTPUT" | sed --unbuffered 's/^/   /' &
