@@ -43,7 +43,7 @@ def attention_function(
     return reference_attention if backend == "reference" else blocked_attention
 
 
-def sequence_slice(backend: str) -> type[SequenceSlice]:
+def slice_class(backend: str) -> type[SequenceSlice]:
     """Returns the class that computes attention of a sequence slice.
 
     Raises:

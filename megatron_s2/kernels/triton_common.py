@@ -30,8 +30,8 @@ INTERPRETED = triton.knobs.runtime.interpret
 def query_program(p_tiles, seq_q, H: tl.constexpr, GROUP: tl.constexpr, PACKED: tl.constexpr):
     """What a program over query rows computes: (i_m, i_b, i_h, i_g, doc, seq_q).
 
-    It is tile i_m of query head i_h of sequence i_b. In a packed batch, a row of p_tiles holds first token
-    and length of the program's document, and its tile in it.
+    It is tile i_m of query head i_h of sequence i_b. In a packed batch, a row of p_tiles holds the first
+    token and the length of the program's document, and the tile's index in it.
     """
     # Late tiles have the most keys: they start first.
     i_m = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -49,8 +49,8 @@ def query_program(p_tiles, seq_q, H: tl.constexpr, GROUP: tl.constexpr, PACKED: 
 def key_program(i_n, p_tiles, seq_q, PACKED: tl.constexpr):
     """What program i_n over keys computes: (i_n, doc, seq_q, offset).
 
-    In a packed batch, a row of p_tiles holds first token and length of the program's document, its tile in
-    it, and the first token of the document's shard among the parts of the gradients.
+    In a packed batch, a row of p_tiles holds the first token and the length of the program's document, the
+    tile's index in it, and the first token of the document's shard among the parts of the gradients.
     """
     doc = tl.zeros((), dtype=tl.int64)
     offset = tl.zeros((), dtype=tl.int64)

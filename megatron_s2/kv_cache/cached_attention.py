@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_s2.kernels import s2_attention
-from megatron_s2.kernels.backends import choose_backend, sequence_slice
+from megatron_s2.kernels.backends import choose_backend, slice_class
 from megatron_s2.kernels.numerics import compute_dtype
 from megatron_s2.kernels.triton_support import require_supported
 from megatron_s2.kv_cache.cache import HeadStorage, KVCache
@@ -182,7 +182,7 @@ def _key_share(lse: Tensor, sink_logits: Tensor) -> Tensor:
 def _attend_from_cache(q, window, row: int, cache: KVCache, scale, sink_logits, backend: str) -> Tensor:
     q_start = cache.lengths[row]
     shards, bounds = _shards(window, row, cache, q.shape[1])
-    queries = sequence_slice("torch" if backend == "reference" else backend)(
+    queries = slice_class("torch" if backend == "reference" else backend)(
         cache.pattern, scale, q_start, q_start + q.shape[1], cache.window_start(row), bounds
     )
     dtype = compute_dtype(q.dtype)

@@ -19,8 +19,9 @@ import torch
 
 from megatron_s2.offload.run import Offload
 from megatron_s2.parallel.exchange import Traffic
+from megatron_s2.pattern import S2Settings
 from megatron_s2.pattern.annealing import Annealing
-from megatron_s2.pattern.settings import S2Settings
+from megatron_s2.training.wrap import wrap_once
 
 
 class EmptySplitError(ValueError):
@@ -47,23 +48,32 @@ def quiet_known_warnings() -> None:
     Megatron says about ten times at import that Transformer Engine and Apex are not installed (which
     implementation runs is decided by flags, and this package says it once), that it assumes rank 0 where
     there is one process, that parts this package doesn't use are experimental, that its distributed optimizer
-    looks at the `.grad` of views, that its checkpoints call older functions of torch, and that one process
-    reads or writes a checkpoint. Touches the filters of `warnings` and one logger of torch. Call it before
-    importing Megatron.
+    looks at the `.grad` of views, that its checkpoints and collectives call older functions of torch, and
+    that one process reads or writes a checkpoint. The same words from a user's own module still show, but for
+    two kinds: torch attributes those about collectives to itself, and the CPU runtime stands between torch
+    and every caller. Touches the filters of `warnings` and one logger of torch. Call it before importing
+    Megatron.
     """
-    for message in (
-        "Transformer Engine and Apex are not installed",
-        "Apex is not installed",
-        "Only transformer-engine>=.* supports MoE experts",
-        ".*'pin_memory' argument is set as true but no accelerator is found",
-        "Could not determine rank from torch.distributed",
-        "MimoModelConfig is experimental",
-        r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed",
-        ".*assuming the intent is to (load|save) in a single process",
-        "The argument order of load has been changed",
-        "Please use DTensor instead and we are deprecating ShardedTensor",
+    for origin, message in (
+        (r"megatron\.", "Transformer Engine and Apex are not installed"),
+        (r"megatron\.", "Apex is not installed"),
+        (r"megatron\.", "Only transformer-engine>=.* supports MoE experts"),
+        (r"megatron\.", "Could not determine rank from torch.distributed"),
+        (r"megatron\.", "MimoModelConfig is experimental"),
+        (
+            r"megatron\.|megatron_s2\.training\.cpu_runtime",
+            r"The \.grad attribute of a Tensor that is not a leaf Tensor",
+        ),
+        (
+            r"(torch|megatron)\.|megatron_s2\.training\.cpu_runtime",
+            "Please use DTensor instead and we are deprecating",
+        ),
+        (r"torch\.", ".*'pin_memory' argument is set as true but no accelerator is found"),
+        (r"torch\.", ".*assuming the intent is to (load|save) in a single process"),
+        (r"torch\.", "The argument order of load has been changed"),
+        (r"torch\.", r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated"),
     ):
-        warnings.filterwarnings("ignore", message=message)
+        warnings.filterwarnings("ignore", message, module=origin)
     logging.getLogger("torch.utils.cpp_extension").addFilter(
         lambda record: "No CUDA runtime is found" not in record.getMessage()
     )
@@ -92,11 +102,10 @@ def let_distributed_optimizer_resume_with_torch_adam() -> None:
     """
     from megatron.core.optimizer import distrib_optimizer
 
-    original = distrib_optimizer.DistributedOptimizer.state_dict
-    if distrib_optimizer.HAVE_APEX_OR_TE or hasattr(original, "before_megatron_s2"):
+    if distrib_optimizer.HAVE_APEX_OR_TE:
         return
 
-    def state_dict(self):
+    def state_dict(original, self):
         if self.optimizer.state:
             return original(self)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -107,8 +116,7 @@ def let_distributed_optimizer_resume_with_torch_adam() -> None:
         finally:
             self.optimizer.state.clear()
 
-    state_dict.before_megatron_s2 = original
-    distrib_optimizer.DistributedOptimizer.state_dict = state_dict
+    wrap_once(distrib_optimizer.DistributedOptimizer, "state_dict", state_dict)
 
 
 def keep_adam_step_when_distributed_optimizer_resumes() -> None:
@@ -123,11 +131,7 @@ def keep_adam_step_when_distributed_optimizer_resumes() -> None:
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    original = DistributedOptimizer._set_main_param_and_optimizer_states
-    if hasattr(original, "before_megatron_s2"):
-        return
-
-    def set_states(self, model_param, tensors):
+    def set_states(original, self, model_param, tensors):
         group, order = self.model_param_group_index_map[model_param]
         state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
         tensors = {name: tensor for name, tensor in tensors.items() if name != "step"}
@@ -136,8 +140,7 @@ def keep_adam_step_when_distributed_optimizer_resumes() -> None:
         with torch.no_grad():
             original(self, model_param, tensors)
 
-    set_states.before_megatron_s2 = original
-    DistributedOptimizer._set_main_param_and_optimizer_states = set_states
+    wrap_once(DistributedOptimizer, "_set_main_param_and_optimizer_states", set_states)
 
 
 def refuse_empty_splits() -> None:
@@ -149,11 +152,7 @@ def refuse_empty_splits() -> None:
     """
     from megatron.core.datasets.gpt_dataset import GPTDataset
 
-    original = GPTDataset._get_num_epochs
-    if hasattr(original, "before_megatron_s2"):
-        return
-
-    def num_epochs(self, num_tokens_per_epoch):
+    def num_epochs(original, self, num_tokens_per_epoch):
         if num_tokens_per_epoch == 0:
             split = f"--split {self.config.split}: " if self.config.split else ""
             raise EmptySplitError(
@@ -162,8 +161,7 @@ def refuse_empty_splits() -> None:
             )
         return original(self, num_tokens_per_epoch)
 
-    num_epochs.before_megatron_s2 = original
-    GPTDataset._get_num_epochs = num_epochs
+    wrap_once(GPTDataset, "_get_num_epochs", num_epochs)
 
 
 def keep_padding_to_its_own_sample() -> None:
@@ -176,20 +174,14 @@ def keep_padding_to_its_own_sample() -> None:
     """
     from megatron.core.datasets.gpt_dataset import GPTDataset
 
-    original = GPTDataset.__getitem__
-    if hasattr(original, "before_megatron_s2"):
-        return
-
-    @wraps(original)
-    def get_item(self, index):
+    def get_item(original, self, index):
         was_cached = self.masks_and_position_ids_are_cached
         sample = original(self, index)
         if self.masks_and_position_ids_are_cached and not was_cached:
             self.cached_loss_mask = torch.ones_like(self.cached_loss_mask)
         return sample
 
-    get_item.before_megatron_s2 = original
-    GPTDataset.__getitem__ = get_item
+    wrap_once(GPTDataset, "__getitem__", get_item)
 
 
 def let_eval_interval_be_unset(args: Namespace) -> None:
@@ -208,12 +200,12 @@ def let_pretrain_start_without_cuda() -> None:
 
     So the call asserts that CUDA is available. Touches `megatron.training.training.initialize_megatron`.
     """
-    from functools import partial
-
     from megatron.training import training
 
-    if not isinstance(training.initialize_megatron, partial):
-        training.initialize_megatron = partial(training.initialize_megatron, allow_no_cuda=True)
+    def initialize_megatron(original, *args, **kwargs):
+        return original(*args, **kwargs | {"allow_no_cuda": True})
+
+    wrap_once(training, "initialize_megatron", initialize_megatron)
 
 
 def skip_jit_warmup() -> None:
@@ -272,11 +264,7 @@ def rotate_packed_tokens_of_a_row() -> None:
 
     from megatron_s2.parallel.layout import Zigzag
 
-    original = rope_utils._apply_rotary_pos_emb_thd
-    if hasattr(original, "before_megatron_s2"):
-        return
-
-    def rotate(t, cu_seqlens, freqs, *args, cp_group=None, **kwargs):
+    def rotate(original, t, cu_seqlens, freqs, *args, cp_group=None, **kwargs):
         if cp_group is None or cp_group.size() == 1:
             return original(t, cu_seqlens, freqs, *args, cp_group=cp_group, **kwargs)
         zigzag = Zigzag(cp_group.size(), t.shape[0] * cp_group.size())
@@ -286,8 +274,7 @@ def rotate_packed_tokens_of_a_row() -> None:
         rotated = rope_utils._apply_rotary_pos_emb_bshd(t[:, None], freqs[rows - starts], *args, **kwargs)
         return rotated[:, 0]
 
-    rotate.before_megatron_s2 = original
-    rope_utils._apply_rotary_pos_emb_thd = rotate
+    wrap_once(rope_utils, "_apply_rotary_pos_emb_thd", rotate)
 
 
 def pass_rope_scaling_factor_on() -> None:
@@ -298,18 +285,12 @@ def pass_rope_scaling_factor_on() -> None:
     """
     from megatron.training import argument_utils
 
-    original = argument_utils.gpt_config_from_args
-    if hasattr(original, "before_megatron_s2"):
-        return
-
-    @wraps(original)
-    def gpt_config_from_args(args, *others, **named):
+    def gpt_config_from_args(original, args, *others, **named):
         config = original(args, *others, **named)
         config.rope_scaling_factor = args.rope_scaling_factor
         return config
 
-    gpt_config_from_args.before_megatron_s2 = original
-    argument_utils.gpt_config_from_args = gpt_config_from_args
+    wrap_once(argument_utils, "gpt_config_from_args", gpt_config_from_args)
 
 
 def log_context_parallel_traffic(traffic: Traffic) -> None:

@@ -5,14 +5,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import RUNNER
+from conftest import RUNNER, rows_in
+from waiting import PATIENCE, wait_until
 
 TOY = ["context-parallel", "--seq-length", "2048", "--threads", "1", "--device", "cpu"]
 KEYS = {
@@ -29,11 +29,6 @@ def benchmark(bench):
     from benchmarks import context_parallel
 
     return context_parallel
-
-
-def rows_in(directory: Path) -> list[dict]:
-    files = sorted(directory.glob("*/*.jsonl"))
-    return [json.loads(line) for path in files for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +86,7 @@ def test_what_is_stored_is_not_measured_again_unless_the_code_is_another(run, be
     monkeypatch.setattr(benchmark, "LocalRanks", no_ranks)
     assert bench.main([*TOY, *options]) == 0
     assert len(rows_in(out)) == 2
-    monkeypatch.setattr(benchmark, "parallel_code", lambda: "another")
+    monkeypatch.setattr(benchmark, "code_hash", lambda patterns: "another")
     with pytest.raises(AssertionError, match="ranks were started"):
         bench.main([*TOY, *options])
 
@@ -153,11 +148,19 @@ def case(benchmark):
 
 @pytest.fixture(scope="module")
 def reference(benchmark, case):
-    return benchmark.Reference.of(case)
+    return benchmark.reference_of(case)
 
 
-@pytest.mark.parametrize("schedule", ["gather", "a2a"])
-@pytest.mark.parametrize("field", ["forward_received", "forward_sent", "backward_received", "backward_sent"])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    ("schedule", "field"),
+    [
+        ("gather", "forward_received"),
+        ("a2a", "forward_sent"),
+        ("gather", "backward_sent"),
+        ("a2a", "backward_received"),
+    ],
+)
 def test_bytes_that_were_not_predicted_are_an_error(
     benchmark, ranks, case, reference, monkeypatch, field, schedule
 ):
@@ -173,6 +176,7 @@ def test_bytes_that_were_not_predicted_are_an_error(
         next(benchmark.measure(ranks, case, reference, [schedule], repeats=1))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["out", "dq", "dk", "dv"])
 def test_wrong_results_are_never_timed(benchmark, ranks, case, reference, name):
     exact, plain = ({**x, name: x[name] + 1e-2} for x in (reference.exact, reference.plain))
@@ -181,6 +185,7 @@ def test_wrong_results_are_never_timed(benchmark, ranks, case, reference, name):
         next(benchmark.measure(ranks, case, wrong, ["gather"], repeats=1))
 
 
+@pytest.mark.exhaustive
 def test_a_rank_that_dies_is_named(benchmark):
     with (
         benchmark.LocalRanks(1, "cpu", threads=1) as ranks,
@@ -203,29 +208,26 @@ def runs(pid: int) -> bool:
     return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 def test_an_interrupted_run_keeps_its_rows_and_leaves_no_process(tmp_path):
     options = ["--ranks", "2", "--repeats", "2", "--out", str(tmp_path)]
     long = [sys.executable, str(RUNNER), *TOY, *options, "--schedules", "gather"]
     process = subprocess.Popen(long, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
-        deadline = time.monotonic() + 120
-        while not rows_in(tmp_path):  # those of s2; dense comes next
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.02)
+        # Those of s2; dense comes next.
+        wait_until(lambda: rows_in(tmp_path) or process.poll() is not None)
+        assert process.poll() is None
         children = children_of(process.pid)
         assert len(children) >= 2
         os.killpg(process.pid, signal.SIGINT)
-        error = process.communicate(timeout=60)[1]
+        error = process.communicate(timeout=PATIENCE)[1]
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130 and "interrupted: what was measured is stored" in error
     assert [row["case"] for row in rows_in(tmp_path)] == ["s2"]
-    deadline = time.monotonic() + 20  # multiprocessing's own helper ends a moment later
-    while alive := [pid for pid in children if runs(pid)]:
-        assert time.monotonic() < deadline, alive
-        time.sleep(0.1)
+    wait_until(lambda: not any(map(runs, children)))  # multiprocessing's own helper ends a moment later
 
 
 # What is stored.

@@ -1,6 +1,5 @@
 """The offload benchmark: what fails or has other losses has no row, each gain comes from its own rows."""
 
-import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RUNNER
+from conftest import RUNNER, rows_in
 
 ROOT = RUNNER.parents[1]
 TOY = ["offload", "--device", "cpu", "--threads", "1", "--repeats", "2", "--accumulation", "1"]
@@ -62,11 +61,6 @@ class Trainings:
         return self.benchmark.Training(**(left | self.left.get(case.name, {})))
 
 
-def rows_in(directory: Path) -> list[dict]:
-    files = sorted(directory.glob("*/*.jsonl"))
-    return [json.loads(line) for path in files for line in path.read_text().splitlines()]
-
-
 # Trainings.
 
 
@@ -92,9 +86,9 @@ def test_a_training_says_what_it_took(benchmark, trained):
     assert all(0 < seconds < 10 for seconds in training.step_seconds + training.optimizer_seconds)
     assert training.gpu_peak_bytes is None and 2**27 < training.host_peak_bytes < 2**32
     assert "gradients leave during backward" in training.output
-    row = benchmark._results(training)
+    row = benchmark.results(training)
     assert row["parameters"] == 2 * 256 * 64 + 4 * 64 * 64 + 3 * 128 * 64 + 3 * 64
-    assert benchmark._printed(benchmark.SHARE, training) == pytest.approx(50, abs=5)
+    assert benchmark.printed(benchmark.SHARE, training) == pytest.approx(50, abs=5)
 
 
 def test_a_training_ends_with_what_began_it(trained):
@@ -102,7 +96,7 @@ def test_a_training_ends_with_what_began_it(trained):
 
 
 def test_megatrons_offload_says_why_it_does_not_run_without_a_gpu(benchmark, trained):
-    row = benchmark._results(trained["hybrid"])
+    row = benchmark.results(trained["hybrid"])
     assert trained["hybrid"].status == 2
     assert row["not_measured"] == (
         "error: --optimizer-cpu-offload: needs a GPU, and there is none here; remove it"

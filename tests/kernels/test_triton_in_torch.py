@@ -8,14 +8,15 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
 from attention_cases import packed, random_mask, s2
+from selection import exhaustive, thinned
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
-from triton_cases import DEVICE, case, cut, on_device
+from triton_cases import DEVICE, INTERPRETED, case, cut, on_device
 
 from megatron_s2 import BlockMaskPattern, S2Pattern, s2_attention
 from megatron_s2.kernels.autotune import Autotuner
@@ -31,7 +32,7 @@ SMALL_MASK = case(random_mask(2, 3), "mask", cut(32, 32), queries=40, sink_logit
 @on_device
 @pytest.mark.parametrize(
     ("pattern", "layout"),
-    [(s2(), "sequence first"), (random_mask(2, 3), "batch first")],
+    [(s2(), "sequence first"), *exhaustive((random_mask(2, 3), "batch first"))],
     ids=["s2 sequence first", "mask batch first"],
 )
 def test_operators_pass_the_checks_of_torch_library(pattern, layout):
@@ -60,7 +61,7 @@ def through(attend, one) -> Results:
 
 
 @on_device
-@pytest.mark.parametrize("one", [SMALL, SMALL_MASK], ids=lambda one: one.special)
+@pytest.mark.parametrize("one", [SMALL, *exhaustive(SMALL_MASK)], ids=lambda one: one.special)
 def test_torch_compile_captures_a_full_graph_and_changes_no_bit(one):
     attend = one.attention("triton")
     eager = through(attend, one)
@@ -69,8 +70,11 @@ def test_torch_compile_captures_a_full_graph_and_changes_no_bit(one):
 
 
 @on_device
-@pytest.mark.parametrize("use_reentrant", [False, True], ids=["saved tensors", "reentrant"])
-@pytest.mark.parametrize("one", [SMALL, SMALL_MASK], ids=lambda one: one.special)
+@pytest.mark.parametrize(
+    ("one", "use_reentrant"),
+    [(SMALL, False), (SMALL_MASK, True), *exhaustive((SMALL, True), (SMALL_MASK, False))],
+    ids=lambda value: value.special if hasattr(value, "special") else f"reentrant {value}",
+)
 def test_activation_checkpointing_changes_no_bit(one, use_reentrant):
     attend = one.attention("triton")
 
@@ -90,6 +94,7 @@ def backward(attend, one) -> Results:
 
 
 @on_device
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("pattern", [s2(1, sink_blocks=1), random_mask(1, 4)], ids=["s2", "mask"])
 def test_the_numerical_gradient_agrees(pattern):
     """float32 limits it: differences of 1e-2 leave an error of about 1e-3."""
@@ -105,19 +110,25 @@ def test_the_numerical_gradient_agrees(pattern):
 # FLOPs.
 
 
+COUNTED = {
+    "q_start": {"queries": 50, "q_start": 37},
+    "packed": packed(0, 40, 33),
+    "batch": {"batch": 2, "queries": 50, "v_dim": 24},
+}
+SHORT_COUNTS = {("q_start", "s2"), ("packed", "mask"), ("batch", "s2")}
+
+
 @on_device
-@pytest.mark.parametrize("pattern", ["s2", "mask"])
 @pytest.mark.parametrize(
-    "options",
-    [{"queries": 50, "q_start": 37}, packed(0, 40, 33), {"batch": 2, "queries": 50, "v_dim": 24}],
-    ids=["q_start", "packed", "batch"],
+    ("options", "pattern"),
+    thinned(product(COUNTED, ("s2", "mask")), lambda count: not INTERPRETED or count in SHORT_COUNTS),
 )
 def test_the_flop_counter_counts_visible_pairs(options, pattern):
     patterns = {
         "s2": s2(3, sink_blocks=2, vert_stride=(1, 3, 5), phases=(0, 1, 3)),
         "mask": random_mask(3, 6),
     }
-    one = case(patterns[pattern], "", cut(128, 128), **options)
+    one = case(patterns[pattern], "", cut(128, 128), **COUNTED[options])
     with FlopCounterMode(display=False) as counter:
         one.results("triton", torch.float32)
     forward = torch.ops.megatron_s2.attention_forward
@@ -146,6 +157,7 @@ assert counter.get_total_flops() == pattern.flops(20, 2, 16).forward, counter.ge
 
 
 @on_device
+@pytest.mark.exhaustive
 def test_the_flops_of_the_first_call_of_a_process_are_counted():
     subprocess.run([sys.executable, "-c", FIRST_CALL], env=os.environ, check=True)
 
@@ -177,7 +189,7 @@ def tuned(monkeypatch, tmp_path):
 
 
 @on_device
-@pytest.mark.parametrize("pattern", [s2(1), random_mask(1, 3)], ids=["s2", "mask"])
+@pytest.mark.parametrize("pattern", [s2(1), *exhaustive(random_mask(1, 3))], ids=["s2", "mask"])
 def test_autotuning_launches_all_candidates_and_uses_the_fastest(pattern, tuned):
     one = case(pattern, "", "autotune", queries=40)
     results = one.results("triton", torch.float16)

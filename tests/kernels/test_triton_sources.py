@@ -7,9 +7,9 @@ compact shard, less than all of K and V.
 import pytest
 import torch
 from attention_cases import s2
+from selection import exhaustive
 from triton_cases import case, cut, on_device
 
-TILES = [cut(32, 16, 64), cut(64, 32, 50)]
 PATTERN = s2(2, sink_blocks=1, phases=(0, 1))
 B, L = PATTERN.block_size, PATTERN.local_blocks
 
@@ -36,8 +36,11 @@ def shard_tokens(x: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 @on_device
-@pytest.mark.parametrize("tiles", TILES, ids=lambda tiles: f"{tiles.forward.rows}x{tiles.forward.keys}")
-@pytest.mark.parametrize("q_start", [128, 137], ids=["aligned", "unaligned"])
+@pytest.mark.parametrize(
+    ("q_start", "tiles"),
+    [(137, cut(64, 32, 50)), *exhaustive((128, cut(64, 32, 50)), (137, cut(32, 16, 64)))],
+    ids=["unaligned", "aligned", "unaligned, small tiles"],
+)
 def test_a_window_and_a_compact_shard_equal_the_whole(q_start, tiles):
     from megatron_s2.kernels.triton_args import KernelArgs
     from megatron_s2.kernels.triton_dkv import launch_dkv, launch_dkv_shard, launch_dkv_window

@@ -1,31 +1,22 @@
 """scripts/plan_offload.py: rates in, table or JSON or picture out, one line where something does not fit."""
 
-import importlib.util
 import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from script_main import SCRIPTS, load_main
+from waiting import PATIENCE
 
 from megatron_s2.offload.simulator import SCHEDULES
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "plan_offload.py"
+SCRIPT = SCRIPTS / "plan_offload.py"
 FLAGS = [
     *("--params", "7e9", "--h2d-gbps", "50", "--d2h-gbps", "50"),
     *("--cpu-gparams", "2", "--gpu-gparams", "80"),
 ]
-
-
-def load_main():
-    spec = importlib.util.spec_from_file_location("plan_offload", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
-main = load_main()
+main = load_main("plan_offload")
 
 
 def as_json(capsys, *more) -> dict:
@@ -124,7 +115,7 @@ def test_it_needs_no_torch_no_megatron_and_no_matplotlib():
         "except SystemExit as ended: assert not ended.code\n"
         "print([name for name in ('torch', 'megatron', 'matplotlib', 'triton') if name in sys.modules])\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
 

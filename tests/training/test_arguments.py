@@ -11,8 +11,8 @@ from megatron_arguments import parse
 
 from megatron_s2.layers.arguments import _BYPASSES, settings_from_args
 from megatron_s2.layers.config import S2TransformerConfig, s2_settings
-from megatron_s2.parallel.planner import Cluster
-from megatron_s2.pattern.settings import S2Settings
+from megatron_s2.parallel.time_model import Cluster
+from megatron_s2.pattern import S2Settings
 from megatron_s2.training.arguments import (
     add_s2_args,
     take_from_checkpoint,

@@ -20,7 +20,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.training import argument_utils, training
 from megatron_arguments import parse
 
-from megatron_s2.pattern.settings import S2Settings
+from megatron_s2.pattern import S2Settings
 from megatron_s2.training.patches import (
     EmptySplitError,
     apply_patches,
@@ -70,9 +70,8 @@ def test_all_patches_together_touch_what_they_name(unpatched, cpu):
     assert changed == set(unpatched) - BY_SETTINGS - (set() if cpu else ONLY_ON_CPU)
 
 
-def test_a_second_time_wraps_nothing_again():
+def test_a_second_time_wraps_nothing_again(unpatched):
     apply_patches(cpu=True)
-    once = names()
     apply_patches(cpu=True)
     for name in (
         "state_dict",
@@ -80,7 +79,7 @@ def test_a_second_time_wraps_nothing_again():
         "initialize_megatron",
         "gpt_config_from_args",
     ):
-        assert names()[name] is once[name]
+        assert names()[name].__wrapped__ is unpatched[name]
 
 
 def test_the_dataset_helpers_of_the_wheel_are_not_compiled(monkeypatch):
@@ -108,13 +107,15 @@ def test_the_optimizers_of_nvidia_are_left_alone(unpatched, monkeypatch):
     assert DistributedOptimizer.state_dict is unpatched["state_dict"]
 
 
-def test_only_known_warnings_are_silenced():
+def test_only_known_warnings_are_silenced_and_only_where_they_come_from():
+    known = "Transformer Engine and Apex are not installed. Falling back."
+    said = [(known, "megatron.core"), ("it matters", "megatron.core"), (known, "a_users_module")]
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
         quiet_known_warnings()
-        warnings.warn("Transformer Engine and Apex are not installed. Falling back.", stacklevel=1)
-        warnings.warn("something that matters", stacklevel=1)
-    assert [str(warning.message) for warning in shown] == ["something that matters"]
+        for message, module in said:
+            warnings.warn_explicit(message, UserWarning, "file.py", 1, module)
+    assert [str(warning.message) for warning in shown] == ["it matters", known]
 
 
 def test_a_split_without_tokens_is_refused_instead_of_repeated_for_ever():
