@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_s2.kernels import s2_attention
 from megatron_s2.kernels.backends import choose_backend, slice_class
-from megatron_s2.kernels.numerics import compute_dtype, sink_gradient
+from megatron_s2.kernels.numerics import compute_dtype, merge_sink, sink_gradient
 from megatron_s2.kernels.slice import SequenceSlice
 from megatron_s2.parallel.cost import AttentionCall, ExchangeBytes, exchange_bytes, plan_heads
 from megatron_s2.parallel.exchange import Exchange
@@ -127,9 +127,7 @@ class _GatherAttention(torch.autograd.Function):
             sequence_slice.forward("shard", q[:, a:b], *shard_kv, out[:, a:b], lse[:, :, a:b])
 
         if sink_logits is not None:
-            total = torch.logaddexp(lse, sink_logits.to(compute)[None, :, None])
-            out *= torch.exp(lse - total).transpose(1, 2)[..., None]
-            lse = total
+            lse = merge_sink(out, lse, sink_logits)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, sink_logits, out, lse, halo, shard)
         ctx.rest = make_slice, shards
