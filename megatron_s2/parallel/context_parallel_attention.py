@@ -119,12 +119,12 @@ class _GatherAttention(torch.autograd.Function):
 
         halo = shards.unpack_halo(halo.wait())
         windows = shards.windows(k, v, halo)
-        for sequence_slice, (a, b), kv in _slices(plan, make_slice, windows):
-            sequence_slice.forward("window", q[:, a:b], *kv, out[:, a:b], lse[:, :, a:b])
+        for part, (a, b), kv in _slices(plan, make_slice, windows):
+            part.forward("window", q[:, a:b], *kv, out[:, a:b], lse[:, :, a:b])
         shard = shards.unpack_shard(gathered.wait())
         shard_kv = shard.split([k.shape[-1], v.shape[-1]], -1)
-        for sequence_slice, (a, b), _ in _slices(plan, make_slice, windows):
-            sequence_slice.forward("shard", q[:, a:b], *shard_kv, out[:, a:b], lse[:, :, a:b])
+        for part, (a, b), _ in _slices(plan, make_slice, windows):
+            part.forward("shard", q[:, a:b], *shard_kv, out[:, a:b], lse[:, :, a:b])
 
         if sink_logits is not None:
             lse = merge_sink(out, lse, sink_logits)
@@ -146,15 +146,15 @@ class _GatherAttention(torch.autograd.Function):
         dshard = torch.zeros_like(shard, dtype=compute)
         shard_kv, dshard_kv = shard.split(dims, -1), dshard.split(dims, -1)
         slices = list(_slices(plan, make_slice, windows))
-        for sequence_slice, (a, b), _ in slices:
+        for part, (a, b), _ in slices:
             inputs = dout[:, a:b], q[:, a:b], *shard_kv, out[:, a:b], lse[:, :, a:b]
-            sequence_slice.backward("shard", *inputs, dq[:, a:b], *dshard_kv)
+            part.backward("shard", *inputs, dq[:, a:b], *dshard_kv)
         shard_grads = shards.start_shard_return(dshard.to(k.dtype))
 
         dwindows = [[torch.zeros_like(x, dtype=compute) for x in kv] for kv in windows]
-        for (sequence_slice, (a, b), kv), (_, _, dkv) in zip(slices, _slices(plan, make_slice, dwindows)):
+        for (part, (a, b), kv), (_, _, dkv) in zip(slices, _slices(plan, make_slice, dwindows)):
             inputs = dout[:, a:b], q[:, a:b], *kv, out[:, a:b], lse[:, :, a:b]
-            sequence_slice.backward("window", *inputs, dq[:, a:b], *dkv)
+            part.backward("window", *inputs, dq[:, a:b], *dkv)
         halo_grads = shards.start_halo_return(dwindows, k.dtype)
 
         dk, dv = (torch.cat(chunks, 1) for chunks in zip(*shards.without_halos(dwindows)))
