@@ -22,67 +22,48 @@ from benchmarks.cases import (
     shape_name,
 )
 from benchmarks.implementations import DENSE, IMPLEMENTATIONS, names_on
-from benchmarks.options import add_names, integers, require_positive
+from benchmarks.options import add_integers, add_names, require_positive
 
-_SHAPE_OPTIONS = ("batch", "heads", "head_dim", "dtype")
-_PATTERN_OPTIONS = {
-    "kv_heads": "num_kv_heads",
-    "block_size": "block_size",
-    "local_blocks": "local_blocks",
-    "vert_stride": "vert_stride",
-    "sink_blocks": "sink_blocks",
+# Options that replace fields of a case's shape and of its pattern.
+_SHAPE = ("batch", "heads", "head_dim", "dtype")
+_PATTERN = {"kv_heads": "num_kv_heads"} | {
+    name: name for name in ("block_size", "local_blocks", "vert_stride", "sink_blocks")
 }
-
-# ---------------------------------------------------------------------------------------------------------
-# options
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     add_names(parser, "--cases", SHAPES, "shapes and patterns (default: cpu; on cuda grouped and dkernel)")
-    parser.add_argument(
-        "--seq-lengths",
-        type=integers("numbers of tokens, such as 4096,16384"),
-        metavar="N,N,…",
-        help="tokens (default: 4096,16384; on cuda every power of two from 4096 to 262144)",
-    )
+    text = "tokens (default: 4096,16384; on cuda every power of two from 4096 to 262144)"
+    add_integers(parser, "--seq-lengths", "numbers of tokens, such as 4096,16384", text)
     add_names(parser, "--implementations", IMPLEMENTATIONS, "default: all that run on the device")
-    parser.add_argument(
-        "--dense-up-to",
-        type=int,
-        metavar="TOKENS",
-        help="do not measure dense attention beyond this length",
-    )
+    text = "do not measure dense attention beyond this length"
+    parser.add_argument("--dense-up-to", type=int, metavar="TOKENS", help=text)
     parser.add_argument("--repeats", type=int, default=7, help="timed runs, at least (default: %(default)s)")
-    shape = parser.add_argument_group("shape and pattern, in place of the case's")
-    for name in (*_SHAPE_OPTIONS, *_PATTERN_OPTIONS):
+    group = parser.add_argument_group("shape and pattern, in place of the case's")
+    for name in (*_SHAPE, *_PATTERN):
         kind = {"choices": DTYPES} if name == "dtype" else {"type": int, "metavar": "N"}
-        shape.add_argument(f"--{name.replace('_', '-')}", **kind)
+        group.add_argument(f"--{name.replace('_', '-')}", **kind)
 
 
 def cases(args: Namespace) -> list[Case]:
-    """Returns the cases to measure, in order.
-
-    Raises:
-        ValueError: an option is out of range; the message names its flag.
-    """
+    """Returns the cases to measure, in order, or raises ValueError if an option is out of range."""
     lengths = args.seq_lengths or DEFAULT_LENGTHS[args.device]
-    counts = {name: getattr(args, name) for name in ("batch", "heads", "head_dim", "kv_heads", "repeats")}
-    counts = {name: value for name, value in counts.items() if value is not None}
-    require_positive(**counts, seq_lengths=min(lengths))
+    counts = ("batch", "heads", "head_dim", "kv_heads", "repeats")
+    require_positive(**_given(args, {name: name for name in counts}), seq_lengths=min(lengths))
     shapes = [_shape(args, SHAPES[name]) for name in args.cases or DEFAULT_SHAPES[args.device]]
     return [Case(shape, length, args.device) for shape in dict.fromkeys(shapes) for length in lengths]
 
 
+def _given(args: Namespace, names: dict[str, str]) -> dict:
+    """Returns the values of the given options, under other names."""
+    return {other: x for name, other in names.items() if (x := getattr(args, name)) is not None}
+
+
 def _shape(args: Namespace, shape: Shape) -> Shape:
-    """Returns a case's shape with the given options in place of its values."""
-    pattern = {field: getattr(args, name) for name, field in _PATTERN_OPTIONS.items()}
-    pattern = {field: value for field, value in pattern.items() if value is not None}
-    given = {name: getattr(args, name) for name in _SHAPE_OPTIONS if getattr(args, name) is not None}
-    shape = replace(shape, pattern=replace(shape.pattern, **pattern), **given)
-    if shape.heads % shape.pattern.num_kv_heads:
-        raise ValueError(
-            f"--heads {shape.heads}: must be a multiple of --kv-heads {shape.pattern.num_kv_heads}"
-        )
+    pattern = replace(shape.pattern, **_given(args, _PATTERN))
+    shape = replace(shape, pattern=pattern, **_given(args, {name: name for name in _SHAPE}))
+    if shape.heads % pattern.num_kv_heads:
+        raise ValueError(f"--heads {shape.heads}: must be a multiple of --kv-heads {pattern.num_kv_heads}")
     return shape
 
 
@@ -97,19 +78,12 @@ def _implementations(args: Namespace) -> list[str]:
     return [name for name in available if name in names]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# measurement
-
-
 def run(args: Namespace, stored: list[Row]) -> Iterator[Row]:
     """Yields the rows of one case after another; on CUDA each pass of an implementation as soon as it ends.
 
-    On the CPU, whose speed drifts, all implementations of a case are timed in turns, and all again if the
-    rows of one are not stored. Failures and wrong results are stored and not repeated by the same code.
-
-    Raises:
-        WrongResultError: after everything else is measured, if ours was wrong or failed; at once if this
-            process lost the GPU.
+    On the CPU, whose speed drifts, all implementations of a case are timed in turns, all of them if a row of
+    one is missing. Failures and wrong results are stored and not repeated by the same code. A process that
+    lost the GPU ends at once.
     """
     names, rows = _implementations(args), []
     for case in cases(args):
@@ -128,12 +102,11 @@ def run(args: Namespace, stored: list[Row]) -> Iterator[Row]:
                 rows.append(row)
                 yield row
             if any(trial.lost_gpu for trial in trials):
-                raise WrongResultError(f"{trials[0].failure}; the same command goes on behind it")
+                raise WrongResultError(f"{trials[0].failure}; the same command continues after it")
     require_none_wrong(rows)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# tables and pictures
+# Tables and pictures.
 
 _SETTING = ("batch", "heads", "kv_heads", "head_dim", "dtype", "pattern")
 _KEY = ("pass", "seq_length", "implementation")
@@ -155,31 +128,30 @@ def table(rows: list[Row]) -> str:
     for newest in display.newest_rows(rows, _SETTING, _KEY):
         row, names = display.any_row(newest), _names(newest)
         baselines = [name for name in names if name in DENSE]
-        columns = (
+        columns = [
             *_COLUMNS,
             *((f"over {name}", ">15") for name in baselines),
             ("bound", ">6"),
             ("peak", ">10"),
-        )
+        ]
         keys = [(*key, name) for key in sorted({key[:2] for key in newest}) for name in names]
         cells = [[*key, *_cells(newest, key, baselines)] for key in keys]
         name = shape_name(row)
-        lines += [
-            f"{name}: {_describe(row)}" if name else _describe(row),
-            *display.format_table(columns, cells),
-        ]
+        lines += [f"{name}: {_describe(row)}" if name else _describe(row)]
+        lines += display.format_table(columns, cells)
     lines += display.load_notes(rows, lambda row: f"{row['seq_length']} tokens, {row['date']}")
     return "\n".join(lines)
 
 
 def _cells(newest: display.Newest, key: tuple[str, int, str], baselines: list[str]) -> list[str]:
     row = newest.get(key)
-    if display.median(row) is None:
+    seconds = display.median(row)
+    if seconds is None:
         return [display.reason(row)]
     peak = row["peak_bytes_above_inputs"]
     return [
         *display.milliseconds(row["seconds"], 2),
-        f"{row['flops'] / display.median(row) / 1e9:.1f}",
+        f"{row['flops'] / seconds / 1e9:.1f}",
         *(display.cell(display.speedup(row, newest.get((*key[:2], name))), "{:.2f}") for name in baselines),
         f"{row['speedup_bound']:.2f}",
         display.mebibytes(None if peak is None else row["input_bytes"] + peak),
@@ -197,8 +169,7 @@ def plot(rows: list[Row], directory: Path) -> list[Path]:
             continue
         row = display.any_row(newest)
         name = shape_name(row)
-        if name is None:
-            unnamed += 1
+        unnamed += name is None
         paths.append(directory / f"attention-{name or f'other-{unnamed}'}.png")
         title = f"{directory.name}: {_describe(row)}"
         with display.picture(paths[-1], (11, 8), (2, 2), title, fontsize=10) as axes:
@@ -217,16 +188,15 @@ def _draw_pass(newest: display.Newest, pass_name: str, time, ratio) -> None:
         return
     dense = {n: row for (n, name), row in rows.items() if name == baseline}
     for name in names:
-        color = f"C{list(IMPLEMENTATIONS).index(name)}"
-        curve = sorted((tokens, row) for (tokens, n), row in rows.items() if n == name)
+        style = {"color": f"C{list(IMPLEMENTATIONS).index(name)}", "marker": "o", "label": name}
+        curve = sorted((n, row) for (n, other), row in rows.items() if other == name)
         if not curve:
-            time.plot([], [], color=color, label=f"{name}: not measured")
+            time.plot([], [], color=style["color"], label=f"{name}: not measured")
             continue
-        look = {"color": color, "label": name, "marker": "o"}
-        display.plot_times(time, [n for n, _ in curve], [row["seconds"] for _, row in curve], **look)
+        display.plot_times(time, [n for n, _ in curve], [row["seconds"] for _, row in curve], **style)
         ratios = display.speedup_curve(curve, dense)
         if ratios and name != baseline:
-            ratio.plot(*zip(*ratios), **look)
+            ratio.plot(*zip(*ratios), **style)
     bounds = {n: row["speedup_bound"] for (n, name), row in rows.items() if IMPLEMENTATIONS[name].sparse}
     dotted = {"color": "gray", "linestyle": ":", "marker": "."}
     best = [(n, display.median(dense[n]) / bounds[n]) for n in sorted(bounds.keys() & dense.keys())]

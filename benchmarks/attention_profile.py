@@ -43,12 +43,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace, stored: list[Row]) -> Iterator[Row]:
-    """Yields the rows of one implementation after another.
-
-    Raises:
-        WrongResultError: after everything else is profiled, if ours was wrong or failed; at once if this
-            process lost the GPU.
-    """
+    """Yields the rows of one implementation after another. A process that lost the GPU ends at once."""
     lengths = args.seq_lengths or DEFAULT_LENGTHS[args.device]
     require_positive(seq_lengths=min(lengths))
     names = [name for name in names_on(args.device) if name in (args.implementations or IMPLEMENTATIONS)]
@@ -63,7 +58,7 @@ def run(args: Namespace, stored: list[Row]) -> Iterator[Row]:
             rows = [setting | row for row in profile(shape, trial)]
             yield from rows
             if trial.lost_gpu:
-                raise WrongResultError(f"{trial.failure}; the same command goes on behind it")
+                raise WrongResultError(f"{trial.failure}; the same command continues after it")
         found += rows
     require_none_wrong(found)
 
@@ -89,19 +84,11 @@ def profile(shape: str, trial: Trial) -> list[Row]:
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------
-# hardware counters
-
-
 def counters(
     shape: str, case: Case, implementation: str, pass_name: str
 ) -> tuple[list[dict] | None, str | None]:
-    """Profiles a pass in a process of its own under ncu.
-
-    Returns:
-        Seconds, and use of tensor cores and DRAM in percent of their peaks, of each kernel; None if they
-        cannot be read. And the reason why not, or None.
-    """
+    """Profiles a pass under ncu. Returns the seconds of each kernel and its use of tensor cores and DRAM in
+    percent of their peaks, or None and the reason why they cannot be read."""
     if case.device != "cuda":
         return None, "not on cuda"
     ncu = shutil.which("ncu")
@@ -162,10 +149,6 @@ def _main(shape: str, length: str, implementation: str, pass_name: str) -> None:
     run_pass()
     torch.cuda.synchronize()
     torch.cuda.profiler.stop()
-
-
-# ---------------------------------------------------------------------------------------------------------
-# tables
 
 
 def table(rows: list[Row]) -> str:

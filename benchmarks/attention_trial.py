@@ -6,7 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -28,7 +28,7 @@ from benchmarks.measure import (
 OUT_OF_MEMORY = "out of memory"
 _FAILED = "failed: "
 _GPU_LOST = "CUDA error"  # after it this process can do nothing more on the GPU
-# Raised by kernels that were written for another PyTorch, Triton or GPU.
+# Kernels written for another PyTorch, Triton or GPU raise any of these.
 _ERRORS = (
     AssertionError,
     AttributeError,
@@ -40,7 +40,6 @@ _ERRORS = (
 )
 
 
-@dataclass
 class Trial:
     """The measurement of one implementation at one case.
 
@@ -50,28 +49,24 @@ class Trial:
 
     Attributes:
         reasons: why a pass is not measured, by pass.
-        failure: last failure, as `reasons` has it.
-        lost_gpu: whether the failure leaves this process without a GPU.
+        failure: the last failure, as in `reasons`.
+        lost_gpu: whether that failure leaves this process without a GPU.
     """
 
-    implementation: Implementation
-    case: Case
-    dense_up_to: int | None = None
-    reasons: dict[str, str] = field(init=False)
-    seconds: dict[str, dict] = field(init=False, default_factory=dict)
-    peaks: dict[str, int | None] = field(init=False, default_factory=dict)
-    setup_seconds: float | None = field(init=False, default=None)
-    checked_at: int | None = field(init=False, default=None)
-    other_cpus: float | None = field(init=False, default=None)
-    failure: str | None = field(init=False, default=None)
-    lost_gpu: bool = field(init=False, default=False)
-
-    def __post_init__(self) -> None:
-        limit = self.dense_up_to
-        if limit is not None and self.case.seq_length > limit and not self.implementation.sparse:
-            self.reasons = dict.fromkeys(PASSES, f"longer than --dense-up-to {limit}")
+    def __init__(self, implementation: Implementation, case: Case, dense_up_to: int | None = None):
+        self.implementation = implementation
+        self.case = case
+        self.seconds: dict[str, dict] = {}
+        self.peaks: dict[str, int | None] = {}
+        self.setup_seconds: float | None = None
+        self.checked_at: int | None = None
+        self.other_cpus: float | None = None
+        self.failure: str | None = None
+        self.lost_gpu = False
+        if dense_up_to is not None and case.seq_length > dense_up_to and not implementation.sparse:
+            self.reasons = dict.fromkeys(PASSES, f"longer than --dense-up-to {dense_up_to}")
         else:
-            reasons = {name: self.implementation.unavailable(self.case, name) for name in PASSES}
+            reasons = {name: implementation.unavailable(case, name) for name in PASSES}
             self.reasons = {name: reason for name, reason in reasons.items() if reason}
 
     @property
@@ -82,11 +77,8 @@ class Trial:
     def stored(self, rows: Sequence[Row]) -> list[Row]:
         """Returns the newest row of each pass, of those that a new run would only repeat."""
         setting = {"implementation": self.implementation.name, **self.case.row()}
-        return list(
-            {
-                row["pass"]: row for row in rows if setting.items() <= row.items() and self._is_final(row)
-            }.values()
-        )
+        matching = [row for row in rows if setting.items() <= row.items() and self._is_final(row)]
+        return list({row["pass"]: row for row in matching}.values())
 
     def _is_final(self, row: Row) -> bool:
         reason = row["not_measured"]
@@ -95,8 +87,7 @@ class Trial:
 
     @contextmanager
     def attempt(self, passes: Sequence[str]) -> Iterator[None]:
-        """Turns a failure of the implementation, or a lack of memory, into the reason why passes are not
-        measured."""
+        """Makes a failure of the block, or lack of memory, the reason why passes are not measured."""
         try:
             yield
         except _ERRORS as error:
@@ -110,13 +101,13 @@ class Trial:
             self.reasons |= dict.fromkeys(passes, OUT_OF_MEMORY if is_full else self.failure)
 
     def check(self) -> None:
-        """Checks results before anything is timed; what is wrong is not measured."""
+        """Checks the results, before anything is timed."""
         if self.passes:
             with self.attempt(self.passes):
                 self.checked_at = check(self.implementation, self.case)
 
     def prepare(self) -> Attention:
-        """Prepares the attention and keeps how long that takes."""
+        """Prepares the attention and measures how long that takes."""
         start = time.perf_counter()
         attention = self.implementation.prepare(self.case)
         if self.case.device == "cuda":
@@ -148,7 +139,7 @@ class Trial:
 
 
 def passes_of(attention: Attention, case: Case) -> dict[str, Callable[[], object]]:
-    """Returns a function that runs each pass once; their inputs are allocated here."""
+    """Returns a function that runs each pass once, on inputs that are allocated here."""
     *inputs, dout = case.inputs()
     return {
         PASSES[0]: lambda: attention(*inputs),
@@ -184,7 +175,7 @@ def measure_on_cpu(trials: Sequence[Trial], case: Case, repeats: int) -> Iterato
 
 
 def prepare_for_memory(arguments: tuple[str, Case, int]) -> Callable[[], object]:
-    """Returns forward and backward of an implementation whose code is loaded and inputs are allocated.
+    """Returns forward and backward of an implementation, with its code loaded and its inputs allocated.
 
     Args:
         arguments: name of the implementation, case, number of threads.
@@ -199,7 +190,7 @@ def prepare_for_memory(arguments: tuple[str, Case, int]) -> Callable[[], object]
 
 
 def measure_on_cuda(trial: Trial, passes: Sequence[str], repeats: int) -> Iterator[Row]:
-    """Checks a trial, then times some passes, and yields the row of each before the next one is timed."""
+    """Checks a trial, then times some passes, and yields the row of each before it times the next."""
     trial.check()
     runs = None
     for name in passes:

@@ -18,11 +18,7 @@ def is_wrong(row: Row) -> bool:
 
 
 def require_none_wrong(rows: Iterable[Row]) -> None:
-    """Checks the rows of a run after all of them are stored.
-
-    Raises:
-        WrongResultError: some rows are wrong; the message lists their reasons.
-    """
+    """Raises WrongResultError, with all reasons, if some rows of a run are wrong."""
     if reasons := [row["not_measured"] for row in rows if is_wrong(row)]:
         raise WrongResultError("; ".join(dict.fromkeys(reasons)))
 

@@ -20,7 +20,7 @@ from benchmarks.environment import code_hash
 from benchmarks.exactness import Reference, compared_rows
 from benchmarks.local_ranks import LocalRanks
 from benchmarks.measure import OtherLoad, interleaved_times, summary
-from benchmarks.options import add_names, integers, require_positive
+from benchmarks.options import add_integers, add_names, require_positive
 from benchmarks.results import newest_match
 from megatron_s2 import S2Pattern
 from megatron_s2.kernels.compare import Results
@@ -36,38 +36,21 @@ SHAPES = {
 SCHEDULES = ("gather", "a2a")
 MEGATRON = ("ring", "all_gather")
 NOTE = (
-    "Ranks of one machine share its cores and its memory: the times say what a schedule costs there and "
-    "measure no network. Bytes are exact and the same on any network."
+    "Ranks of one machine share its cores and its memory: the times say what a schedule costs there, and "
+    "measure no network. The bytes are exact, and the same on any network."
 )
 _QUERIES = 256
 _CODE = ("megatron_s2/parallel/*.py", "benchmarks/context_parallel.py", "benchmarks/local_ranks.py")
 
-# ---------------------------------------------------------------------------------------------------------
-# options
-
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--ranks",
-        type=integers("numbers of ranks, such as 2,4"),
-        default=[2, 4],
-        metavar="P,P,…",
-        help="context-parallel ranks, a process each (on cuda a GPU each); default 2,4",
-    )
-    parser.add_argument(
-        "--seq-length",
-        type=int,
-        default=8192,
-        metavar="N",
-        help="tokens over all ranks (default %(default)s)",
-    )
-    parser.add_argument(
-        "--schedules",
-        type=_schedules,
-        default=list(SCHEDULES),
-        metavar="NAME,NAME",
-        help=f"any of {', '.join(SCHEDULES)} (default: both)",
-    )
+    text = "context-parallel ranks, a process each, on cuda a GPU each (default: 2,4)"
+    add_integers(parser, "--ranks", "numbers of ranks, such as 2,4", text, [2, 4])
+    text = "tokens over all ranks (default: %(default)s)"
+    parser.add_argument("--seq-length", type=int, default=8192, metavar="N", help=text)
+    text = f"any of {', '.join(SCHEDULES)} (default: both)"
+    schedules = list(SCHEDULES)
+    parser.add_argument("--schedules", type=_schedules, default=schedules, metavar="NAME,NAME", help=text)
     add_names(parser, "--cases", SHAPES, "shapes and patterns (default: all)", list(SHAPES))
     parser.add_argument("--repeats", type=int, default=5, help="timed runs (default: %(default)s)")
 
@@ -80,11 +63,7 @@ def _schedules(text: str) -> list[str]:
 
 
 def require_options(args: Namespace) -> None:
-    """Checks the options before any rank starts.
-
-    Raises:
-        ValueError: an option is out of range; the message names its flag.
-    """
+    """Raises ValueError if an option is out of range, before any rank starts."""
     require_positive(repeats=args.repeats, seq_length=args.seq_length)
     heads = min(SHAPES[name].heads for name in args.cases)
     for ranks in args.ranks:
@@ -103,10 +82,6 @@ def require_options(args: Namespace) -> None:
                 f"--ranks {ranks}: must be at most {gpus} with --device cuda, a GPU for each rank; "
                 "--device cpu needs none"
             )
-
-
-# ---------------------------------------------------------------------------------------------------------
-# measurement
 
 
 def run(args: Namespace, stored: list[Row]) -> Iterator[Row]:
@@ -146,12 +121,7 @@ def run(args: Namespace, stored: list[Row]) -> Iterator[Row]:
 def measure(
     ranks: LocalRanks, case: Case, reference: Reference, schedules: list[str], repeats: int
 ) -> Iterator[Row]:
-    """Checks results and bytes of every schedule, then times all of them, and yields their rows.
-
-    Raises:
-        WrongResultError: a schedule computes something else than one rank does, or moves other bytes than
-            predicted.
-    """
+    """Checks results and bytes of every schedule, then times all of them, and yields their rows."""
     counted = {schedule: checked_bytes(ranks, case, reference, schedule) for schedule in schedules}
     with OtherLoad() as load:
         timed = ranks.call(timed_runs, case, schedules, repeats)
@@ -196,13 +166,10 @@ def reference_of(case: Case) -> Reference:
 
 
 def checked_bytes(ranks: LocalRanks, case: Case, reference: Reference, schedule: str) -> list[ExchangeBytes]:
-    """Runs a schedule forward and backward once and checks its results and bytes.
-
-    Returns:
-        Bytes that each rank counted.
+    """Runs a schedule once, forward and backward, and returns the bytes that each rank counted.
 
     Raises:
-        WrongResultError: results or bytes are wrong; the message says which, and by how much.
+        WrongResultError: results are not those of one rank, or bytes are not those that were predicted.
     """
     parts = ranks.call(run_once, case, schedule, reference.rows)
     where = f"{schedule} on {ranks.count} ranks at {case.seq_length} tokens"
@@ -280,8 +247,7 @@ def timed_runs(case: Case, schedules: list[str], repeats: int) -> tuple[dict[str
     return {schedule: seconds[:, 1] - seconds[:, 0] for schedule, seconds in times.items()}, cpu_seconds
 
 
-# ---------------------------------------------------------------------------------------------------------
-# tables and pictures
+# Tables and pictures.
 
 _SETTING = ("case", "seq_length", "batch", "heads", "kv_heads", "head_dim", "dtype", "device", "pattern")
 _COLUMNS = display.columns(
@@ -289,24 +255,14 @@ _COLUMNS = display.columns(
     ">5 <10 >9 >9 >14 >11 >11 >11",
 )
 _DIRECTIONS = ("forward", "backward")
-_LINES = {
-    "gather": {"color": "#12355b", "marker": "o", "label": "gather, counted"},
-    "a2a": {"color": "#f28c28", "marker": "s", "label": "a2a, counted"},
-    "ring": {
-        "color": "#3c9d6b",
-        "marker": "^",
-        "markersize": 11,
-        "linewidth": 6,
-        "alpha": 0.4,
-        "label": "Megatron's ring, by formula",
-    },
-    "all_gather": {
-        "color": "#333333",
-        "marker": "x",
-        "linestyle": ":",
-        "label": "Megatron's all-gather, by formula",
-    },
+_STYLES = {
+    "gather": {"label": "gather, counted", "color": "#12355b", "marker": "o"},
+    "a2a": {"label": "a2a, counted", "color": "#f28c28", "marker": "s"},
+    "ring": {"label": "Megatron's ring, by formula", "color": "#3c9d6b", "marker": "^"},
+    "all_gather": {"label": "Megatron's all-gather, by formula", "color": "#333333", "marker": "x"},
 }
+_STYLES["ring"] |= {"markersize": 11, "linewidth": 6, "alpha": 0.4}  # seen behind the all-gather
+_STYLES["all_gather"] |= {"linestyle": ":"}
 
 
 def _describe(row: Row) -> str:
@@ -321,7 +277,7 @@ def _received(row: Row, schedule: str) -> list[float]:
 
 
 def table(rows: list[Row]) -> str:
-    lines = ["MiB that the rank receives which receives most; time of the slowest rank, forward and backward"]
+    lines = ["MiB that the busiest rank receives; time of forward and backward on the slowest rank"]
     for newest in display.newest_rows(rows, _SETTING, ("ranks", "schedule")):
         cells = []
         for ranks in dict.fromkeys(ranks for ranks, _ in newest):
@@ -354,7 +310,7 @@ def plot(rows: list[Row], directory: Path) -> list[Path]:
                     if schedule in (name, *MEGATRON)
                 }
                 if points:
-                    axis.plot(*zip(*points.items()), **_LINES[schedule])
+                    axis.plot(*zip(*points.items()), **_STYLES[schedule])
             ranks = sorted({ranks for ranks, _ in newest})
             axis.set_xticks(ranks, map(str, ranks))
             axis.set(xlabel="ranks", ylabel="MiB received, forward and backward")

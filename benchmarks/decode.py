@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from functools import partial
@@ -18,7 +17,7 @@ from benchmarks.cases import DTYPES, SHAPES, Case, describe_shape
 from benchmarks.environment import code_hash
 from benchmarks.exactness import visible_keys
 from benchmarks.measure import OtherLoad, interleaved_times, kernel_times, summary
-from benchmarks.options import integers, require_positive
+from benchmarks.options import add_integers, require_positive
 from benchmarks.results import newest_match
 from megatron_s2.kernels.compare import require_as_exact_as_plain, require_equal
 from megatron_s2.kernels.reference import masked_attention
@@ -28,51 +27,32 @@ from megatron_s2.kv_cache.cached_attention import cached_attention
 DEFAULT_SHAPES = {"cpu": SHAPES["cpu"], "cuda": SHAPES["grouped"]}
 DEFAULT_CONTEXTS = {"cpu": [32768], "cuda": [2**n for n in range(13, 18)]}
 _CODE = ("megatron_s2/kv_cache/*.py", "benchmarks/decode.py")
+# Fields of a row that a wrong implementation does not have.
+_MEASURED = (
+    *("checked_tokens", "tokens_per_run", "caches", "other_cpus", "seconds_per_token"),
+    *("kernel_seconds_per_token", "cache_bytes", "closed_form_bytes"),
+)
 # Largest error of PyTorch's own kernels: over so many keys they are less exact than plain float32.
 _PYTORCH_ERROR = 1e-5
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--context",
-        type=integers("numbers of tokens, such as 8192,32768"),
-        metavar="N,N,…",
-        help="tokens in the cache before the first decoded one (default: 32768; on cuda every power of two "
-        "from 8192 to 131072)",
+    text = (
+        "tokens in the cache before the first decoded one (default: 32768; on cuda every power of two from "
     )
+    text += "8192 to 131072)"
+    add_integers(parser, "--context", "numbers of tokens, such as 8192,32768", text)
     parser.add_argument("--repeats", type=int, default=15, help="timed runs (default: %(default)s)")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# implementations
+# Attention of one token after another, behind a context. An implementation is made from case, keys and
+# values of the context `[1, context, kv_heads, head_dim]`, and the number of tokens to decode. `step` adds
+# key and value of the next token to the cache, `[1, 1, kv_heads, head_dim]`, and returns its output `[1, 1,
+# heads, head_dim]`. `bytes` has the size of the cache: bytes that are `kept`, and bytes of memory that are
+# `set_aside`.
 
 
-class Decoding(ABC):
-    """Attention of one token after another, behind a context.
-
-    Args:
-        case: shape, device, and length of the context.
-        k, v: keys and values of the context, `[1, tokens, kv_heads, head_dim]`.
-        tokens: number of tokens to be decoded.
-    """
-
-    sparse = False
-
-    @abstractmethod
-    def __init__(self, case: Case, k: Tensor, v: Tensor, tokens: int): ...
-
-    @abstractmethod
-    def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Adds the next token's key and value to the cache, `[1, 1, kv_heads, head_dim]`, and returns its
-        output, `[1, 1, heads, head_dim]`."""
-
-    @property
-    @abstractmethod
-    def bytes(self) -> dict[str, int]:
-        """Size of the cache: bytes that are `kept`, and bytes of memory that are `set_aside`."""
-
-
-class SmallCache(Decoding):
+class SmallCache:
     """S2: a cache of each head's shard and window."""
 
     sparse = True
@@ -90,8 +70,10 @@ class SmallCache(Decoding):
         return {"kept": self._cache.bytes, "set_aside": self._cache.capacity_bytes}
 
 
-class FullCache(Decoding):
+class FullCache:
     """Dense, by PyTorch's own grouped-query attention."""
+
+    sparse = False
 
     def __init__(self, case: Case, k: Tensor, v: Tensor, tokens: int):
         self._length = k.shape[1]
@@ -121,23 +103,11 @@ class GroupedFullCache(FullCache):
         return F.scaled_dot_product_attention(rows, k, v).flatten(1, 2)[:, :, None]
 
 
-IMPLEMENTATIONS: dict[str, type[Decoding]] = {
-    "s2-cache": SmallCache,
-    "sdpa": FullCache,
-    "sdpa-grouped": GroupedFullCache,
-}
-
-
-# ---------------------------------------------------------------------------------------------------------
-# measurement
+IMPLEMENTATIONS = {"s2-cache": SmallCache, "sdpa": FullCache, "sdpa-grouped": GroupedFullCache}
 
 
 def run(args: Namespace, stored: list[Row]) -> Iterator[Row]:
-    """Yields the rows of one context after another; all of a context unless all of them are stored.
-
-    Raises:
-        WrongResultError: after everything else is measured, if an implementation was wrong.
-    """
+    """Yields the rows of one context after another: all of a context unless all of them are stored."""
     contexts = args.context or DEFAULT_CONTEXTS[args.device]
     require_positive(context=min(contexts), repeats=args.repeats)
     rows = []
@@ -212,9 +182,7 @@ def measure(case: Case, repeats: int) -> Iterator[Row]:
             "closed_form_bytes": closed_form_bytes(case, decodings[0].sparse, case.seq_length + tokens),
         }
     for name, reason in wrong.items():
-        unknown = ("checked_tokens", "tokens_per_run", "caches", "other_cpus", "seconds_per_token")
-        unknown += ("kernel_seconds_per_token", "cache_bytes", "closed_form_bytes")
-        yield {"implementation": name, "not_measured": reason, **dict.fromkeys(unknown)}
+        yield {"implementation": name, "not_measured": reason, **dict.fromkeys(_MEASURED)}
 
 
 def caches_beyond_l2(cache_bytes: int, device: str) -> int:
@@ -239,17 +207,14 @@ def _inputs(case: Case, tokens: int) -> tuple[Tensor, ...]:
     return q.detach(), k.detach(), v.detach()
 
 
-def _start(name: str, case: Case, inputs: tuple[Tensor, ...], tokens: int) -> Decoding:
+def _start(name: str, case: Case, inputs: tuple[Tensor, ...], tokens: int) -> SmallCache | FullCache:
     _, k, v = inputs
     context = case.seq_length
     return IMPLEMENTATIONS[name](case, k[:, :context], v[:, :context], tokens)
 
 
 def check(name: str, case: Case) -> int:
-    """Compares a block of decoded tokens with plain masked attention in float64.
-
-    Returns:
-        Number of compared tokens.
+    """Compares a block of decoded tokens with plain masked attention in float64 and returns their number.
 
     Raises:
         WrongResultError: an error is larger than `require_as_exact_as_plain` allows, or, of PyTorch in
@@ -281,8 +246,7 @@ def check(name: str, case: Case) -> int:
     return len(rows)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# tables and pictures
+# Tables and pictures.
 
 _SETTING = ("device", "batch", "heads", "kv_heads", "head_dim", "dtype", "pattern")
 _KEY = ("seq_length", "implementation")
@@ -290,7 +254,7 @@ _COLUMNS = display.columns(
     ("context", "", "us/token", "p20", "p80", "in kernels", "cache bytes", "of sdpa"),
     ">8 <13 >10 >10 >10 >10 >12 >8",
 )
-_LOOKS = {
+_STYLES = {
     "s2-cache": {"color": "#12355b", "marker": "o"},
     "sdpa": {"color": "#f28c28", "marker": "s"},
     "sdpa-grouped": {"color": "#3c9d6b", "marker": "^"},
@@ -308,7 +272,7 @@ def table(rows: list[Row]) -> str:
         lines += [_describe(display.any_row(newest)), *display.format_table(_COLUMNS, cells)]
         if any((row.get("caches") or 1) > 1 for row in newest.values()):
             lines.append(
-                "tokens are decoded with several caches in turn, which the GPU's L2 cache cannot hold"
+                "each token is decoded with several caches in turn, more than the GPU's L2 cache holds"
             )
     return "\n".join(lines)
 
@@ -339,14 +303,16 @@ def plot(rows: list[Row], directory: Path) -> list[Path]:
         paths.append(display.picture_path(directory, "decode", len(paths)))
         title = f"{directory.name}\n{_describe(measured[0])}"
         with display.picture(paths[-1], (11, 4.2), (1, 2), title) as ((time, memory),):
-            for name, look in _LOOKS.items():
+            for name, style in _STYLES.items():
                 curve = [row for row in measured if row["implementation"] == name]
                 if not curve:
                     continue
                 tokens = [row["seq_length"] for row in curve]
                 seconds = [row["seconds_per_token"] for row in curve]
-                display.plot_times(time, tokens, seconds, unit=1e-6, label=name, **look)
-                memory.plot(tokens, [row["cache_bytes"]["kept"] / 2**20 for row in curve], label=name, **look)
+                display.plot_times(time, tokens, seconds, unit=1e-6, label=name, **style)
+                memory.plot(
+                    tokens, [row["cache_bytes"]["kept"] / 2**20 for row in curve], label=name, **style
+                )
             time.set(ylabel="microseconds per token", yscale="log")
             memory.set(ylabel="MiB of keys and values", yscale="log")
             for axis in (time, memory):

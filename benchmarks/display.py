@@ -1,7 +1,4 @@
-"""Tables and pictures of stored rows: what all benchmarks share.
-
-Pictures need matplotlib, which is imported when the first one is drawn.
-"""
+"""Tables and pictures of stored rows: the parts that all benchmarks share."""
 
 from __future__ import annotations
 
@@ -18,12 +15,9 @@ if TYPE_CHECKING:
     from numpy import ndarray
 
 Newest = dict[tuple, Row]
-"""Newest row of each measurement of one setting, by the fields that differ."""
+"""The newest row of each measurement of one setting, by the fields that differ."""
 
 PERCENTILES = ("median", "p20", "p80")
-
-# ---------------------------------------------------------------------------------------------------------
-# rows
 
 
 def newest_rows(
@@ -34,13 +28,10 @@ def newest_rows(
     A measurement is replaced by a later measurement or a wrong result, but not by a later failure to measure.
 
     Args:
-        rows: oldest first.
-        setting: fields that rows of one group have in common.
-        key: fields that tell the measurements of a group apart.
+        rows: rows, oldest first.
+        setting: fields that the rows of a group have in common.
+        key: fields that tell the measurements of a group apart; a group is sorted by the first.
         seconds: field that is None in a row without a measurement.
-
-    Returns:
-        The groups in order of their first rows, each sorted by the first field of its keys.
     """
     groups: dict[str, Newest] = {}
     for row in rows:
@@ -52,7 +43,6 @@ def newest_rows(
 
 
 def any_row(newest: Newest) -> Row:
-    """Returns one row of a group, for what all of them have in common."""
     return next(iter(newest.values()))
 
 
@@ -62,43 +52,28 @@ def median(row: Row | None, seconds: str = "seconds") -> float | None:
 
 
 def speedup(row: Row | None, baseline: Row | None, seconds: str = "seconds") -> float | None:
-    """Returns how many times faster `row` is than `baseline`; None unless both are measured."""
+    """Returns how many times faster a row is than another; None unless both are measured."""
     ours, other = median(row, seconds), median(baseline, seconds)
     return other / ours if ours and other else None
 
 
 def speedup_curve(curve: Iterable[tuple[int, Row]], baselines: Mapping[int, Row]) -> list[tuple[int, float]]:
-    """Returns length and speed-up of the rows that have a measured baseline.
-
-    Args:
-        curve: length and row of each measurement.
-        baselines: row of the baseline at each length.
-    """
+    """Returns (length, speed-up) for each (length, row) that has a measured baseline at its length."""
     ratios = ((length, speedup(row, baselines.get(length))) for length, row in curve)
     return [(length, ratio) for length, ratio in ratios if ratio is not None]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# tables
+# Tables.
 
 
 def columns(titles: Sequence[str], forms: str) -> list[tuple[str, str]]:
-    """Returns the columns of a table.
-
-    Args:
-        forms: formats of the columns, separated by spaces: `<12 >10`.
-    """
+    """Returns titles with their formats, which are separated by spaces: `<12 >10`."""
     return list(zip(titles, forms.split(), strict=True))
 
 
 def format_table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[object]]) -> list[str]:
-    """Formats titles and rows as lines.
-
-    Args:
-        columns: title and format of each column.
-        rows: cells of each row. The last cell of a row with fewer cells than columns is free text: the
-            reason why something is not measured.
-    """
+    """Formats titles and rows as lines. The last cell of a row with fewer cells than columns is free text:
+    the reason why something is not measured."""
     lines = [" ".join(f"{title:{form}}" for title, form in columns)]
     for cells in rows:
         forms = [form for _, form in columns[: len(cells)]]
@@ -114,28 +89,27 @@ def cell(value: float | None, form: str) -> str:
 
 
 def mebibytes(size: int | None) -> str:
-    return "-" if size is None else f"{size / 2**20:.0f} MiB"
+    return cell(None if size is None else size / 2**20, "{:.0f} MiB")
 
 
 def milliseconds(seconds: dict, digits: int = 1) -> list[str]:
-    """Formats median, p20 and p80 of a row's seconds."""
+    """Formats median, p20 and p80."""
     return [f"{1e3 * seconds[name]:.{digits}f} ms" for name in PERCENTILES]
 
 
 def reason(row: Row | None) -> str:
-    """Returns the cell of a row that is not measured."""
+    """Returns the text of a row that is not measured."""
     return "not measured" if row is None else f"not measured: {row['not_measured']}"
 
 
 def load_notes(rows: Iterable[Row], describe: Callable[[Row], str]) -> list[str]:
-    """Returns a line for each row during whose measurement other processes kept the machine busy."""
+    """Returns a line for each row that was measured while other processes kept the machine busy."""
     busy = [row for row in rows if (row.get("other_cpus") or 0) > 0.1]
-    notes = (f"{describe(row)}: others kept {row['other_cpus']} cores busy" for row in busy)
+    notes = (f"{describe(row)}: other processes kept {row['other_cpus']} cores busy" for row in busy)
     return list(dict.fromkeys(notes))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# pictures
+# Pictures.
 
 
 @contextmanager
@@ -146,7 +120,7 @@ def picture(
     title: str | None = None,
     fontsize: int = 8,
 ) -> Iterator[ndarray]:
-    """Yields axes `[rows, columns]` and writes their figure to a PNG at the end of the block.
+    """Yields axes `[rows, columns]`, and writes their figure to a PNG at the end of the block.
 
     Args:
         size: width and height in inches.
@@ -167,23 +141,17 @@ def picture(
 
 
 def picture_path(directory: Path, name: str, index: int) -> Path:
-    """Returns the path of a benchmark's picture: `name.png`, `name-2.png` and so on for index 0, 1, ..."""
+    """Returns `name.png`, `name-2.png` and so on for index 0, 1, ..."""
     return directory / (f"{name}-{index + 1}.png" if index else f"{name}.png")
 
 
 def plot_times(
-    axis: Axes, lengths: Sequence[int], seconds: Sequence[dict], unit: float = 1.0, **look
+    axis: Axes, lengths: Sequence[int], seconds: Sequence[dict], unit: float = 1.0, **style
 ) -> None:
-    """Plots medians over lengths, with a band from p20 to p80.
-
-    Args:
-        seconds: median and spread at each length.
-        unit: seconds of the axis' unit.
-        look: keyword arguments of `Axes.plot`, `color` among them.
-    """
+    """Plots medians over lengths, with a band from p20 to p80; `unit` is that of the axis in seconds."""
     medians, p20, p80 = ([times[name] / unit for times in seconds] for name in PERCENTILES)
-    axis.plot(lengths, medians, **look)
-    axis.fill_between(lengths, p20, p80, color=look["color"], alpha=0.2)
+    axis.plot(lengths, medians, **style)
+    axis.fill_between(lengths, p20, p80, color=style["color"], alpha=0.2)
 
 
 def scale_by_length(axis: Axes, lengths: Iterable[int], label: str = "tokens") -> None:

@@ -116,11 +116,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def same_setting(row: dict, now: dict) -> bool:
-    """Whether a row was measured by the same code, versions and threads on the same machine as `now`.
-
-    Args:
-        now: `facts` of this run.
-    """
+    """Whether a row was measured by the same code, versions and threads on the same machine as `now`."""
     return _setting(row) == _setting(now)
 
 

@@ -13,14 +13,9 @@ import torch.multiprocessing as mp
 
 
 class LocalRanks:
-    """Context manager of processes that form a process group: gloo on the CPU, NCCL on CUDA, one GPU each.
+    """Context manager of `count` processes that form a process group: gloo, on CUDA NCCL with a GPU each.
 
-    The processes are killed at the end of the block, and end by themselves if this process is killed.
-
-    Args:
-        count: number of ranks.
-        device: `cpu` or `cuda`.
-        threads: CPU threads of each rank.
+    They are killed at the end of the block, and end by themselves if this process is killed.
     """
 
     def __init__(self, count: int, device: str, threads: int) -> None:

@@ -21,11 +21,10 @@ def interleaved_times[Name](
 ) -> dict[Name, np.ndarray]:
     """Measures several functions in turns, so that a drift of the machine affects all of them alike.
 
-    Args:
-        runs: generator functions that yield at the end of each of their stages. Each runs once untimed first.
+    Each is a generator that yields at the end of each of its stages, and runs once untimed first.
 
     Returns:
-        Seconds from a function's start to the end of each stage, `[repeats, stages]`, by name.
+        Seconds from the start to the end of each stage, `[repeats, stages]`, by name.
     """
     for run in runs.values():
         _stage_times(run)
@@ -60,12 +59,8 @@ class OtherLoad:
             self._busy = _other_cpu_seconds() - self._busy
 
     def cpus(self, own_seconds: float = 0.0) -> float | None:
-        """Returns the number of cores that other processes kept busy on average, or None where the system
-        does not say (Linux does, in /proc).
-
-        Args:
-            own_seconds: CPU time of own child processes that still run; that of others is known.
-        """
+        """Returns the number of cores that other processes kept busy on average; None where the system does
+        not say (Linux does, in /proc). `own_seconds` is the CPU time of children that still run."""
         return None if self._busy is None else round(max(0.0, (self._busy - own_seconds) / self._seconds), 2)
 
 
@@ -82,13 +77,9 @@ def _other_cpu_seconds() -> float | None:
 def peak_memory[Arguments](
     prepare: Callable[[Arguments], Callable[[], object]], arguments: Arguments
 ) -> int | None:
-    """Returns the bytes of resident memory that a function adds at its peak, or None where the system does
-    not say (Linux does, in /proc).
-
-    Args:
-        prepare: `prepare(arguments)` allocates the inputs and returns the function. It is called in a fresh
-            process, so it must be importable by name.
-    """
+    """Returns the bytes of resident memory that a function adds at its peak; None where the system does not
+    say (Linux does, in /proc). `prepare(arguments)` allocates its inputs and returns it, in a fresh process,
+    so `prepare` must be importable by name."""
     if not _CLEAR_PEAK.exists():
         return None
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
@@ -112,14 +103,11 @@ def status_bytes(field: str) -> int | None:
 
 
 def cuda_times(run: Callable[[], object], repeats: int) -> np.ndarray:
-    """Measures about `repeats` runs, more of short ones, by CUDA events (`triton.testing.do_bench`).
+    """Returns the seconds of about `repeats` runs, of more short ones; `run` must have run before.
 
-    The L2 cache is cleared before each. `run` must have run before. Runs of more than a second are too long
-    for the estimates of `do_bench`, and the cache matters less to them: three at most are measured, by the
-    wall clock.
-
-    Returns:
-        Seconds of each run.
+    They are measured with CUDA events by `triton.testing.do_bench`, which clears the L2 cache before each.
+    Runs of more than a second are too long for its estimates, and the cache matters less to them: three at
+    most are measured, by the wall clock.
     """
     from triton.testing import do_bench
 
@@ -148,11 +136,8 @@ def cuda_peak_memory(run: Callable[[], object]) -> int:
 
 
 def kernel_times(run: Callable[[], object], device: str) -> list[dict]:
-    """Profiles a run with torch.profiler: name, calls and seconds of each kernel, longest first.
-
-    On the CPU, operations take the place of kernels, without the time of those that they call. `run` must
-    have run before.
-    """
+    """Returns name, calls and seconds of each kernel of a run by torch.profiler, longest first; `run` must
+    have run before. On the CPU, operations take the place of kernels, without those that they call."""
     from torch.profiler import ProfilerActivity, profile
 
     on_gpu = device == "cuda"

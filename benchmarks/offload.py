@@ -15,21 +15,21 @@ from benchmarks.benchmark import WRONG, Benchmark, Row, WrongResultError, requir
 from benchmarks.environment import code_hash, package_version
 from benchmarks.measure import summary
 from benchmarks.offload_cases import CASES, NONE, Case, Model, add_model_arguments, flags, model_of
-from benchmarks.options import add_names, integers, require_positive
+from benchmarks.options import add_integers, add_names, require_positive
 from benchmarks.results import newest_match
 from benchmarks.training_process import Training, train
 from megatron_s2.offload.plan import GB
 
 WARM_UP = 3
-LOSS_TOLERANCE = 1e-4  # of a mean over so many tokens; roundings of 16-bit logits average out with their root
-TOLERANCE_TOKENS = 1024
+# Relative difference that mean losses of so many tokens may have: the rounding of 16-bit logits averages out.
+LOSS_TOLERANCE, TOLERANCE_TOKENS = 1e-4, 1024
 NOTES = {
     "cpu": "Without a GPU a thread plays its part, on the same cores and in the same memory: the times say "
-    "what a schedule costs there; what a GPU would gain they cannot say.",
-    "cuda": "One rank of one GPU, which has all cores and the links to itself.",
+    "what a schedule costs there, not what a GPU would gain.",
+    "cuda": "One rank on one GPU, which has all cores and the links to itself.",
 }
 SHARE = r"the GPU updates ([\d.]+)% of"  # in the plan that a run prints
-_CODE = (
+OFFLOAD_CODE = (
     "megatron_s2/pretrain.py",
     "megatron_s2/training/*.py",
     "megatron_s2/offload/*.py",
@@ -39,9 +39,6 @@ _CODE = (
 )
 _PACKAGES = ("megatron-core", "transformer-engine")
 
-# ---------------------------------------------------------------------------------------------------------
-# options
-
 
 def add_arguments(parser: ArgumentParser) -> None:
     text = (
@@ -49,40 +46,23 @@ def add_arguments(parser: ArgumentParser) -> None:
         f"{NONE.name} always runs: the losses of the others are compared with its losses (default: all)"
     )
     add_names(parser, "--cases", CASES, text, list(CASES))
-    parser.add_argument(
-        "--accumulation",
-        type=integers("numbers of micro-batches, such as 1,4"),
-        default=[1, 4, 16],
-        metavar="N,N,…",
-        help="micro-batches of a step, default 1,4,16",
+    text = "micro-batches of a step (default: 1,4,16)"
+    add_integers(parser, "--accumulation", "numbers of micro-batches, such as 1,4", text, [1, 4, 16])
+    text = (
+        f"GB (10**9 bytes) that PyTorch may take of the GPU (default: no limit); {NONE.name} may take all, "
+        "and its peak says whether it would fit"
     )
-    parser.add_argument(
-        "--gpu-memory-gb",
-        type=float,
-        metavar="X",
-        help=f"GB (10**9 bytes) that PyTorch may take of the GPU; {NONE.name} may take all of it, and its "
-        "peak says whether it would fit (default: no limit)",
-    )
-    parser.add_argument(
-        "--repeats",
-        type=int,
-        default=5,
-        help="timed steps, and as many again for the optimizer's part (default: %(default)s)",
-    )
+    parser.add_argument("--gpu-memory-gb", type=float, metavar="X", help=text)
+    text = "timed steps, and as many again for the optimizer's part (default: %(default)s)"
+    parser.add_argument("--repeats", type=int, default=5, help=text)
     add_model_arguments(parser)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# measurement
-
-
 def run(args: Namespace, stored: list[Row]) -> Iterator[Row]:
-    """Yields the rows of one accumulation after another, each case in a fresh process. The case without
-    offload is first, because the losses of the others are compared with its losses. If they are wrong, the
-    times are stored as `unproven_seconds`, which no table shows.
+    """Yields the rows of one accumulation after another, each case in a fresh process.
 
-    Raises:
-        WrongResultError: after everything else is measured, if a training failed or had wrong losses.
+    The case without offload is first: the losses of the others are compared with its losses. Times of a case
+    with wrong losses are stored as `unproven_seconds`, which no table shows.
     """
     model, rows = model_of(args), []
     require_positive(repeats=args.repeats, accumulation=min(args.accumulation))
@@ -128,13 +108,8 @@ def _setting(case: Case, model: Model, accumulation: int, args: Namespace) -> Ro
         "warm_up": WARM_UP,
         "repeats": args.repeats,
         "packages": {name: package_version(name) for name in _PACKAGES},
-        "offload_code": offload_code(),
+        "offload_code": code_hash(OFFLOAD_CODE),
     }
-
-
-def offload_code() -> str:
-    """Returns a hash of the code of offload in training."""
-    return code_hash(_CODE)
 
 
 def measure(case: Case, model: Model, accumulation: int, args: Namespace) -> Row:
@@ -206,27 +181,21 @@ def require_same_losses(row: Row, control: Row | None, first_of_ours: Row | None
                 )
 
 
-# ---------------------------------------------------------------------------------------------------------
-# tables and pictures
+# Tables and pictures.
 
-_COLUMNS = display.columns(
-    (
-        *("accumulation", "", "step", "p20", "p80", "optimizer"),
-        *("flush gain", "GPU share", "host peak", "GPU peak"),
-    ),
-    ">12 <16 >11 >11 >11 >11 >11 >11 >11 >11",
-)
+_TITLES = ("step", "p20", "p80", "optimizer", "flush gain", "GPU share", "host peak", "GPU peak")
+_COLUMNS = display.columns(("accumulation", "", *_TITLES), ">12 <16" + " >11" * len(_TITLES))
 _LEGEND = (
-    "step: a whole iteration. optimizer: Megatron's timer of that name in iterations of their own, gradients "
-    "being where they are needed when it starts. flush gain: the step with gradients flushed after backward "
-    "over that with them flushed during it, at the same fraction."
+    "step: a whole iteration. optimizer: Megatron's timer of that name, in separate iterations; gradients "
+    "are where they are needed when it starts. flush gain: the step with gradients flushed after backward "
+    "over the step with gradients flushed during it, at the same fraction."
 )
-_PEER_LINES = {
+_PEER_STYLES = {
     "none": {"label": "no offload", "color": "#333333", "linestyle": ":"},
     "hybrid": {"label": "HybridDeviceOptimizer", "color": "#3c9d6b", "linestyle": "--"},
     "hybrid-overlap": {"label": "HybridDeviceOptimizer, overlap", "color": "#3c9d6b", "linestyle": "-."},
 }
-_OUR_LINES = {
+_OUR_STYLES = {
     True: {"label": "ours, flush in backward", "color": "#12355b", "marker": "o"},
     False: {"label": "ours, flush after backward", "color": "#f28c28", "marker": "s"},
 }
@@ -337,19 +306,19 @@ def plot(rows: list[Row], directory: Path) -> list[Path]:
 
 
 def _draw(axis, newest: display.Newest, accumulation: int) -> None:
-    for name, look in _PEER_LINES.items():
+    for name, style in _PEER_STYLES.items():
         if seconds := display.median(newest.get((accumulation, name))):
-            axis.axhline(1e3 * seconds, **look)
-    for flush, look in _OUR_LINES.items():
+            axis.axhline(1e3 * seconds, **style)
+    for flush, style in _OUR_STYLES.items():
         ours = _by_fraction(newest, accumulation, flush)
         if auto := ours.pop("auto", None):
-            star = {**look, "marker": "*", "label": f"{look['label']}, auto"}
+            star = {**style, "marker": "*", "label": f"{style['label']}, auto"}
             time = 1e3 * display.median(auto)
             axis.plot(auto["gpu_share"], time, markersize=12, linestyle="none", zorder=3, **star)
         if ours:
             points = sorted((row["gpu_share"], *_milliseconds(row["seconds"])) for row in ours.values())
             shares, medians, below, above = zip(*points)
-            axis.errorbar(shares, medians, yerr=(below, above), capsize=3, **look)
+            axis.errorbar(shares, medians, yerr=(below, above), capsize=3, **style)
     axis.set(
         xlabel="share of updates on the GPU",
         ylabel="ms a step",

@@ -106,11 +106,7 @@ def add_model_arguments(parser: ArgumentParser) -> None:
 
 
 def model_of(args: Namespace) -> Model:
-    """Returns the model that the options describe.
-
-    Raises:
-        ValueError: an option is out of range; the message names its flag.
-    """
+    """Returns the model that the options describe, or raises ValueError if one is out of range."""
     model = chosen_sizes(args, MODELS)
     if model.hidden_size < 1 or model.hidden_size % HEAD_DIM:
         raise ValueError(f"--hidden-size {model.hidden_size}: must be a positive multiple of {HEAD_DIM}")

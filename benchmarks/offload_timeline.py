@@ -10,8 +10,8 @@ from pathlib import Path
 
 from benchmarks.benchmark import Benchmark, Row, WrongResultError
 from benchmarks.display import picture_path
-from benchmarks.environment import package_version
-from benchmarks.offload import offload_code
+from benchmarks.environment import code_hash, package_version
+from benchmarks.offload import OFFLOAD_CODE
 from benchmarks.offload_cases import CASES, add_model_arguments, flags, model_of
 from benchmarks.results import newest_match
 from benchmarks.training_process import train
@@ -22,11 +22,7 @@ STEPS = 4  # a step is traced if its number is a power of two
 
 
 def run(args: Namespace, stored: list[Row]) -> Iterator[Row]:
-    """Yields one row, unless it is stored.
-
-    Raises:
-        WrongResultError: the training failed.
-    """
+    """Yields one row, unless it is stored, or raises WrongResultError if the training failed."""
     model = model_of(args)
     command = flags(CASE, model, 1, args.threads)
     setting = {
@@ -34,7 +30,7 @@ def run(args: Namespace, stored: list[Row]) -> Iterator[Row]:
         "model": vars(model),
         "flags": command,
         "packages": {"megatron-core": package_version("megatron-core")},
-        "offload_code": offload_code(),
+        "offload_code": code_hash(OFFLOAD_CODE),
     }
     if newest_match(stored, setting):
         return

@@ -1,7 +1,7 @@
 """Command-line options that several benchmarks share."""
 
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 
 
@@ -13,20 +13,19 @@ def add_names(
     parser.add_argument(flag, nargs="+", choices=names, default=default, metavar="NAME", help=text)
 
 
-def integers(expected: str) -> Callable[[str], list[int]]:
-    """Returns an argparse type that parses integers separated by commas.
+def add_integers(
+    parser: ArgumentParser, flag: str, expected: str, text: str, default: list[int] | None = None
+) -> None:
+    """Adds an option that takes integers separated by commas; `expected` says of what, for its error message:
+    "numbers of ranks, such as 2,4"."""
 
-    Args:
-        expected: what the option takes, for the error message: "numbers of ranks, such as 2,4".
-    """
-
-    def parse(text: str) -> list[int]:
+    def integers(value: str) -> list[int]:
         try:
-            return [int(word) for word in text.split(",")]
+            return [int(word) for word in value.split(",")]
         except ValueError:
-            raise ArgumentTypeError(f"{text}: must be {expected}") from None
+            raise ArgumentTypeError(f"{value}: must be {expected}") from None
 
-    return parse
+    parser.add_argument(flag, type=integers, default=default, metavar="N,N,…", help=text)
 
 
 def require_positive(**values: int) -> None:
@@ -48,8 +47,7 @@ def add_size_arguments[Sizes](
     group = parser.add_argument_group("the model, by default of a size for the device")
     for name in (field.name for field in fields(next(iter(defaults.values())))):
         values = ", ".join(f"{getattr(sizes, name)} on {device}" for device, sizes in defaults.items())
-        meaning = (meanings or {}).get(name)
-        text = f"{meaning}; {values}" if meaning else values
+        text = "; ".join(filter(None, ((meanings or {}).get(name), values)))
         group.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=text)
 
 

@@ -9,13 +9,8 @@ from benchmarks.benchmark import Row
 
 
 class ResultFile:
-    """The file of one run; it is created with the first row, and each row is on disk once `append` returns.
-
-    Args:
-        directory: directory of all results.
-        benchmark: name of the benchmark.
-        facts: `environment.facts`, stored in every row.
-    """
+    """The file of one run; `facts` go into every row. It is created with the first row, and each row is on
+    disk once `append` returns."""
 
     def __init__(self, directory: Path, benchmark: str, facts: dict):
         self.facts = {"benchmark": benchmark, **facts}

@@ -20,14 +20,13 @@ RECORD = "record.tsv"  # written by scripts/gpu_record.sh into a machine's direc
 _INTRO = """\
 # Measured results
 
-Written by `python -m benchmarks.results_page` from the rows in [benchmarks/results]({results}); no
-measurement here is an estimate. `bash scripts/gpu_record.sh` measures on a GPU and writes this page anew.
+Written by `python -m benchmarks.results_page` from the rows in [benchmarks/results]({results}); nothing here
+is an estimate. `bash scripts/gpu_record.sh` measures on a GPU and rewrites this page.
 
 ## Targets on one GPU (H200 class)
 
-Each ratio stands beside its bound, by formula: of attention and of a step the ratio of exact FLOPs (dense
-over ours; of a step with all products and recomputation), of decoding the ratio of the bytes of both caches.
-It is what leaving work out gives at equal efficiency.
+The bound is what the ratio would be at equal efficiency, by formula: the exact FLOPs of dense over ours (of a
+step with all products and recomputation), for decoding the bytes of the full cache over those of ours.
 """
 _NO_GPU = "**No GPU has been measured yet**: there are no rows of one.\n"
 
@@ -66,7 +65,7 @@ def _machine(directory: Path, rows: Rows) -> list[str]:
     """Returns the section of a machine: versions, and the tables of its rows."""
     name, machine = directory.name, next(iter(rows.values()))[0]["machine"]
     kind = _gpu(rows) or (
-        f"{machine['cpu']}, {machine['cores']} cores. No GPU: nothing below says anything about one."
+        f"{machine['cpu']}, {machine['cores']} cores. No GPU: these rows say nothing about one."
     )
     tables = {
         benchmark: BENCHMARKS[benchmark].table(of_benchmark) for benchmark, of_benchmark in rows.items()

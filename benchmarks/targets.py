@@ -20,19 +20,14 @@ Rows = dict[str, list[Row]]
 
 @dataclass(frozen=True)
 class Point:
-    """A ratio at one place.
-
-    Args:
-        where: length, case.
-        ratio: measured ratio; None if it is not measured.
-        bound: ratio that leaving work out gives at equal efficiency; None if no formula gives it.
-        least: ratio that must be reached.
-    """
+    """A ratio at one place."""
 
     where: str
-    ratio: float | None
-    bound: float | None
-    least: float
+    ratio: float | None  # None if it is not measured
+    bound: (
+        float | None
+    )  # ratio at equal efficiency, by the work that is left out; None if there is no formula
+    least: float  # required ratio
 
 
 @dataclass(frozen=True)
@@ -48,7 +43,7 @@ class Target:
         measured = [point for point in points if point.ratio is not None]
         if not measured:
             beyond = all(point.bound and point.bound < point.least for point in points)
-            note = "; more is asked than leaving work out gives" if beyond else ""
+            note = "; the target exceeds the bound" if beyond else ""
             return f"| {self.name} | not measured | {_bounds(points)} | not measured{note} |"
         weakest = min(measured, key=lambda point: point.ratio / point.least)
         ratio = f"{weakest.ratio:.2f}x at {weakest.where}"
@@ -63,20 +58,15 @@ def _bounds(points: Sequence[Point]) -> str:
 
 
 def _verdict(points: Sequence[Point], weakest: Point) -> str:
-    """Says whether the target is met where it is measured; if not, by how much it is missed and what the
-    bound is; and where it is not measured."""
+    """Says whether a target is met, by how much it is missed, and where it is not measured."""
     absent = [point.where for point in points if point.ratio is None]
     text = f"met where measured ({len(points) - len(absent)} of {len(points)})" if absent else "met"
     if weakest.ratio < weakest.least:
         share = 1 - weakest.ratio / weakest.least
-        text = f"missed by {share:.1%} at {weakest.where}, where {weakest.least:.2f}x was to be reached"
+        text = f"missed by {share:.1%} at {weakest.where}, where {weakest.least:.2f}x is required"
         if weakest.bound and weakest.bound < weakest.least:
-            text += f"; leaving work out gives {weakest.bound:.2f}x at equal efficiency"
+            text += f"; the bound is {weakest.bound:.2f}x"
     return text + (f"; not measured at {', '.join(absent)}" if absent else "")
-
-
-# ---------------------------------------------------------------------------------------------------------
-# points
 
 
 def _attention(

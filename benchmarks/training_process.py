@@ -76,7 +76,7 @@ def train(
     time_optimizer: bool = True,
     gpu_memory: int | None = None,
 ) -> Training:
-    """Trains in a process of its own and waits for its end. It ends with this process, however that ends.
+    """Trains in a process of its own, which ends with this one, however that ends.
 
     Dense attention is SDPA's flash kernel or an error, never another kernel.
 
@@ -84,10 +84,8 @@ def train(
         flags: Megatron's command line, without the number of iterations and where to log.
         warm_up: number of iterations that are not timed.
         repeats: number of iterations that are timed as a whole.
-        device: `cpu` or `cuda`.
-        threads: CPU threads.
-        time_optimizer: whether to run `repeats` more iterations in which the optimizer is timed. They come
-            last because that synchronizes the GPU.
+        time_optimizer: whether the optimizer is timed, in `repeats` more iterations, because that
+            synchronizes the GPU.
         gpu_memory: bytes that PyTorch may take of the GPU; None for all.
     """
     environment = {name: x for name, x in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
@@ -97,35 +95,26 @@ def train(
     else:
         environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # the same sums however many streams there are
     untimed = warm_up + repeats
-    with tempfile.TemporaryDirectory() as directory, OtherLoad() as load:
+    with tempfile.TemporaryDirectory() as directory:
         report, log = Path(directory) / "report.json", Path(directory) / "tensorboard"
         command = [sys.executable, "-m", "benchmarks.training_process"]
         command += [str(report), str(untimed), str(gpu_memory or 0), *flags]
         command += ["--train-iters", str(untimed + (repeats if time_optimizer else 0)), "--log-interval", "1"]
         command += ["--log-timers-to-tensorboard", "--tensorboard-dir", str(log)]
-        stdin, open_end = os.pipe()
-        try:
-            done = subprocess.run(
-                command,
-                cwd=ROOT,
-                env=environment,
-                stdin=stdin,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                check=False,
-            )
-        finally:
-            os.close(open_end)
-            os.close(stdin)
-        if done.returncode == 0:
-            losses, seconds = read_scalars(log, TRAIN_LOSS), read_scalars(log, "iteration-time")
-            measured = json.loads(report.read_text())
-    if done.returncode:
-        return Training(done.returncode, done.stdout, other_cpus=load.cpus())
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        # Its stdin is closed at the end of the block, or with this process, and that ends it.
+        with (
+            OtherLoad() as load,
+            subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, **output) as process,
+        ):
+            text = process.stdout.read()
+        if process.returncode:
+            return Training(process.returncode, text, other_cpus=load.cpus())
+        losses, seconds = read_scalars(log, TRAIN_LOSS), read_scalars(log, "iteration-time")
+        measured = json.loads(report.read_text())
     return Training(
         status=0,
-        output=done.stdout,
+        output=text,
         losses=tuple(losses[step] for step in sorted(losses)),
         step_seconds=tuple(seconds[step] for step in range(warm_up + 1, untimed + 1)),
         optimizer_seconds=tuple(measured["optimizer_seconds"]),
@@ -133,10 +122,6 @@ def train(
         gpu_peak_bytes=measured["gpu_peak_bytes"],
         other_cpus=load.cpus(),
     )
-
-
-# ---------------------------------------------------------------------------------------------------------
-# the process
 
 
 def _main(report: Path, untimed: int, gpu_memory: int, flags: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ from benchmarks import display
 from benchmarks.benchmark import WRONG, Benchmark, Row, WrongResultError, is_wrong, require_none_wrong
 from benchmarks.environment import code_hash, package_version
 from benchmarks.measure import summary
-from benchmarks.options import add_names, add_size_arguments, chosen_sizes, integers, require_positive
+from benchmarks.options import add_integers, add_names, add_size_arguments, chosen_sizes, require_positive
 from benchmarks.results import newest_match
 from benchmarks.training_process import MODEL_FLAGS, Training, train
 from megatron_s2.pattern.block_pattern import attention_flops
@@ -120,30 +120,18 @@ def step_flops(model: Model, case: str, seq_length: int) -> dict[str, int]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------
-# options
-
-
 def add_arguments(parser: ArgumentParser) -> None:
     add_names(parser, "--cases", CASES, "in the order to measure them (default: all)", list(CASES))
     lengths = "; on cuda ".join(",".join(map(str, LENGTHS[device])) for device in ("cpu", "cuda"))
-    parser.add_argument(
-        "--seq-lengths",
-        type=integers("numbers of tokens, such as 8192,32768"),
-        metavar="N,N,…",
-        help=f"tokens of a step (default: {lengths})",
-    )
+    text = f"tokens of a step (default: {lengths})"
+    add_integers(parser, "--seq-lengths", "numbers of tokens, such as 8192,32768", text)
     parser.add_argument("--warm-up", type=int, default=3, help="untimed steps (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps (default: %(default)s)")
     add_size_arguments(parser, MODELS)
 
 
 def model_of(args: Namespace) -> Model:
-    """Returns the model that the options describe.
-
-    Raises:
-        ValueError: an option is out of range; the message names its flag.
-    """
+    """Returns the model that the options describe, or raises ValueError if one is out of range."""
     model = chosen_sizes(args, MODELS)
     require_positive(**vars(model), seq_lengths=min(args.seq_lengths), repeats=args.repeats)
     if args.warm_up < 1:
@@ -157,18 +145,10 @@ def model_of(args: Namespace) -> Model:
     return model
 
 
-# ---------------------------------------------------------------------------------------------------------
-# measurement
-
-
 def run(args: Namespace, stored: list[Row]) -> Iterator[Row]:
-    """Yields the rows of one length after another, each case in a fresh process; before the first of them
-    the row of `checked_losses`. If that check fails, the times of S2 are stored as `unproven_seconds`, which
-    no table shows.
+    """Yields the row of `checked_losses`, then those of one length after another, a fresh process for each.
 
-    Raises:
-        WrongResultError: after everything else is measured, if a training failed, except for lack of memory,
-            or had wrong losses.
+    If the check fails, times of S2 are stored as `unproven_seconds`, which no table shows.
     """
     args.seq_lengths = args.seq_lengths or LENGTHS[args.device]
     model, rows = model_of(args), []
@@ -221,12 +201,11 @@ def _setting(case: str, model: Model, seq_length: int, args: Namespace) -> Row:
 
 
 def checked_losses(model: Model, args: Namespace) -> Row:
-    """Trains dense and S2 on sequences as long as the window, where both see all tokens, so that their losses
-    must agree. How far losses move if attention is wrong is known from a third training, which sees little
-    but its own blocks.
+    """Trains dense and S2 on sequences as long as the window: both see all tokens, and losses must agree.
 
-    Beyond the window dense and S2 compute different things, and comparing them at the timed lengths would
-    prove nothing: there losses are checked to be finite; the attention benchmark checks the kernels.
+    How far losses move if attention is wrong is known from a third training, which sees little but its own
+    blocks. At the timed lengths dense and S2 compute different things: there losses are checked to be finite,
+    and the attention benchmark checks the kernels.
 
     Raises:
         WrongResultError: a training failed, or the losses of S2 differ too much.
@@ -292,21 +271,20 @@ def not_measured(case: str, seq_length: int, training: Training) -> str | None:
     return None
 
 
-# ---------------------------------------------------------------------------------------------------------
-# tables and pictures
+# Tables and pictures.
 
 _COLUMNS = display.columns(
     ("tokens", "", "step", "p20", "p80", "tokens/s", "TFLOP/s", "over dense", "bound", "peak"),
     ">8 <19 >12 >12 >12 >10 >9 >10 >7 >11",
 )
-_LOOKS = {
+_STYLES = {
     "dense": {"color": "#333333", "marker": "s", "linestyle": "--"},
     "s2-first-two-dense": {"color": "#5b9bd5", "marker": "^"},
     "s2": {"color": "#12355b", "marker": "o"},
 }
 _LEGEND = (
-    "TFLOP/s: of the FLOPs really done, recomputation included. bound: the FLOPs of dense over those of the "
-    "case. dense: every layer through SDPA's flash kernel."
+    "TFLOP/s: of all FLOPs done, recomputation included. bound: the FLOPs of dense over those of the case. "
+    "dense: every layer uses SDPA's flash kernel."
 )
 
 
@@ -360,18 +338,18 @@ def plot(rows: list[Row], directory: Path) -> list[Path]:
         title = f"{directory.name}\n{_describe(measured[0])}"
         dense = {n: row for (n, case), row in newest.items() if case == "dense"}
         with display.picture(paths[-1], (11, 4.2), (1, 2), title) as ((rate, ratio),):
-            for case, look in _LOOKS.items():
+            for case, style in _STYLES.items():
                 curve = [row for row in measured if row["case"] == case]
                 if not curve:
                     continue
                 tokens = [row["seq_length"] for row in curve]
                 rates = [row["seq_length"] / display.median(row) for row in curve]
-                rate.plot(tokens, rates, label=case, **look)
+                rate.plot(tokens, rates, label=case, **style)
                 ratios = display.speedup_curve(zip(tokens, curve), dense)
                 if case != "dense" and ratios:
-                    ratio.plot(*zip(*ratios), label=case, **look)
+                    ratio.plot(*zip(*ratios), label=case, **style)
                     bounds = [row["speedup_bound"] for row in curve]
-                    dotted = {**look, "linestyle": ":", "marker": "."}
+                    dotted = {**style, "linestyle": ":", "marker": "."}
                     ratio.plot(tokens, bounds, label=f"{case}: ratio of FLOPs", **dotted)
             rate.set(ylabel="tokens per second")
             ratio.set(ylabel="speed-up over dense")

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, WrongResultError) else 2
     except KeyboardInterrupt:
-        print("interrupted: what was measured is stored, the same command goes on", file=sys.stderr)
+        print("interrupted: what was measured is stored; the same command continues", file=sys.stderr)
         return 130
     return 0
 

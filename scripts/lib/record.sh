@@ -105,9 +105,9 @@ run_stages() {
         [[ $RESULT == done ]] || failed+=("$name")
         say "$name: $RESULT${REASON:+: $REASON}"
     done
-    if ((${#unfinished[@]})); then say "not finished: ${unfinished[*]}; the same command goes on"; fi
+    if ((${#unfinished[@]})); then say "not finished: ${unfinished[*]}; the same command continues"; fi
     if ((${#failed[@]})); then
-        printf 'error: failed: %s; why is said above and in %s\n' "${failed[*]}" "$LOG" >&2
+        printf 'error: failed: %s; see above and %s\n' "${failed[*]}" "$LOG" >&2
         return 1
     fi
 }
@@ -174,6 +174,6 @@ interrupted() {
         RESULT=interrupted REASON=''
         log_stage 0
     fi
-    printf 'interrupted: what was measured is stored, the same command goes on\n' >&2
+    printf 'interrupted: what was measured is stored; the same command continues\n' >&2
     exit 130
 }

@@ -105,9 +105,9 @@ def test_the_table_shows_speed_ups_and_what_was_not_measured(run, attention):
 
 def test_the_table_says_when_others_were_at_work(run, attention):
     rows = [{**row, "other_cpus": 0.0} for row in rows_in(run)]
-    assert "others" not in attention.BENCHMARK.table(rows)
+    assert "other processes" not in attention.BENCHMARK.table(rows)
     rows[0]["other_cpus"] = 0.75
-    assert attention.BENCHMARK.table(rows).endswith("others kept 0.75 cores busy")
+    assert attention.BENCHMARK.table(rows).endswith("other processes kept 0.75 cores busy")
 
 
 def test_pictures_come_from_the_stored_rows(run, bench, capsys):
@@ -366,7 +366,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(toy, trials, monkeypatch, t
     first = rows_in(tmp_path)
     assert {row["seq_length"] for row in first} == {100} and len(first) == 4
     assert capsys.readouterr().err.endswith(
-        "interrupted: what was measured is stored, the same command goes on\n"
+        "interrupted: what was measured is stored; the same command continues\n"
     )
     assert toy(*lengths) == 0
     assert rows_in(tmp_path)[:4] == first

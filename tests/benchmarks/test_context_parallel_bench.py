@@ -68,7 +68,7 @@ def test_the_table_shows_what_the_rows_say(run, benchmark):
         assert f" {most:.2f} " in line and f" {1e3 * row['seconds']['median']:.1f} ms" in line
     assert table.endswith(benchmark.NOTE) and "cores busy" not in table
     busy = benchmark.BENCHMARK.table([{**row, "other_cpus": 0.7} for row in rows])
-    assert busy.count("2 ranks") == 1 and "others kept 0.7 cores busy" in busy
+    assert busy.count("2 ranks") == 1 and "other processes kept 0.7 cores busy" in busy
 
 
 def test_the_picture_comes_from_the_stored_rows(run, bench, capsys):

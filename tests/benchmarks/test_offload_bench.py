@@ -168,7 +168,7 @@ def test_what_is_stored_is_not_measured_again_unless_the_code_is_another(
     assert trainings.ran == ["none", "s2-0.5"]
     assert bench.main([*options, "s2-0.5", "s2-1"]) == 0
     assert trainings.ran == ["none", "s2-0.5", "s2-1"]
-    monkeypatch.setattr(trainings.benchmark, "offload_code", lambda: "another")
+    monkeypatch.setattr(trainings.benchmark, "code_hash", lambda patterns: "another")
     assert bench.main([*options, "s2-1"]) == 0
     assert trainings.ran[3:] == ["none", "s2-1"]
 
@@ -288,7 +288,7 @@ def test_without_its_rows_a_gain_is_not_told(benchmark, rows):
         "1.50x over 1", ""
     )
     busy = table([row | {"other_cpus": 0.7} for row in rows])
-    assert busy.count("others kept 0.7 cores busy") == len(rows)
+    assert busy.count("other processes kept 0.7 cores busy") == len(rows)
 
 
 def test_pictures_come_from_the_stored_rows(bench, rows, trainings, tmp_path, capsys):

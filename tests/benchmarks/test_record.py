@@ -55,7 +55,7 @@ def test_a_failed_stage_is_named_and_stops_no_other(tmp_path):
     command = record_of(tmp_path, stages)
     done = run(command)
     assert done.returncode == 1 and done.stderr.endswith(
-        f"error: failed: second; why is said above and in {tmp_path}/a-machine/record.tsv\n"
+        f"error: failed: second; see above and {tmp_path}/a-machine/record.tsv\n"
     )
     assert done.stdout == "   one\n   broken\n     pipe\n   three\n   drawn\n"
     assert results(tmp_path) == [("first", "done"), ("second", "failed"), ("third", "done")]
@@ -83,7 +83,7 @@ def test_a_stage_takes_what_is_left_up_to_its_most_or_is_not_begun(tmp_path):
         assert limit == "none" if most is None else most - 60 <= int(limit) <= most
     done = run([*command[:2], command[2].replace("run_stages", "DEADLINE=0; run_stages")])
     assert done.returncode == 0 and done.stdout == "   drawn\n"
-    assert "not finished: first; the same command goes on" in done.stderr
+    assert "not finished: first; the same command continues" in done.stderr
     assert [(row["result"], row["reason"]) for row in logged(tmp_path)] == [("not measured", "no time left")]
 
 
@@ -135,7 +135,7 @@ def test_an_interrupted_record_keeps_what_is_done_and_goes_on(tmp_path, number):
     process.send_signal(number)
     out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130 and "   stopped\n" in out
-    assert err.endswith("interrupted: what was measured is stored, the same command goes on\n")
+    assert err.endswith("interrupted: what was measured is stored; the same command continues\n")
     wait_until(lambda: has_ended(int(pid.read_text())))
     assert results(tmp_path) == [("first", "done"), ("second", "interrupted")]
     assert run(record_of(tmp_path, {"first": "echo one", "second": "echo two"})).stdout == "   two\n"
