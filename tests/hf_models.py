@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import torch
-from commands import exit_status
 from convert_checkpoint import main
 from safetensors.torch import load_file, save_file
+from script_main import exit_status
 from transformers import AutoConfig, AutoModelForCausalLM
 
 # Four query heads on two KV heads; a vocabulary that Megatron pads to 256.

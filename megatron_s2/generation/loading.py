@@ -170,7 +170,7 @@ def _build(argv: list[str], stop: frozenset[int]) -> LoadedGPT:
     except AssertionError as error:
         raise ValueError(f"--load: Megatron refuses the checkpoint's arguments: {error}") from error
     initialize_megatron(allow_no_cuda=not machine.gpu, store=torch.distributed.HashStore())
-    atexit.register(_leave_process_group)
+    atexit.register(_destroy_process_group)
     builder = container.model.get_builder_cls()(container.model)
     models = builder.build_distributed_models(
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
@@ -192,8 +192,8 @@ def _build(argv: list[str], stop: frozenset[int]) -> LoadedGPT:
     )
 
 
-def _leave_process_group() -> None:
-    """Runs while the interpreter is whole: later NCCL's threads end in any order, with a warning."""
+def _destroy_process_group() -> None:
+    """Destroys the process group before the interpreter shuts down; later, NCCL would print a warning."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

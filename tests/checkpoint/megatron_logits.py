@@ -16,8 +16,8 @@ _ONE_STEP = """
 
 
 def logits(checkpoints: dict[str, Path], tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Logits `[batch, seq, padded vocabulary]` of each converted checkpoint, by name, loaded with `--load`
-    and the flags in its `resume.args`.
+    """Returns the logits `[batch, seq, padded vocabulary]` of each converted checkpoint by name, loaded with
+    `--load` and the flags in its `resume.args`.
 
     Args:
         tokens: int64 `[batch, seq]`.
@@ -38,7 +38,7 @@ class _ComputedError(Exception):
 
 @torch.no_grad()
 def run_all(flags: dict[str, list[str]], tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-    """In this process, whose forward step is another from then on."""
+    """Returns the logits of each list of flags, and replaces the forward step of this process."""
     from megatron.training import training
 
     length = tokens.shape[1]

@@ -34,6 +34,7 @@ EVALUATED = {
     "mistral": ("mistral", S2, 256),
     "padded": ("qwen2", (), 250),
 }
+# Models and the layouts in which their first loss is compared.
 EVALUATED_IN = [
     ("tied", "PP2"),
     ("mistral", "DP2"),
@@ -200,7 +201,7 @@ def test_training_uses_the_tokenizer_of_the_model(one_rank):
     assert run.losses[1] == pytest.approx(one_rank["qwen2"].losses[1], rel=0.1)
 
 
-@pytest.mark.parametrize("run", ["from its arguments", *exhaustive("finetune")])
+@pytest.mark.parametrize("run", ["checkpoint args", *exhaustive("finetune")])
 def test_other_ways_to_load_give_the_same_losses(one_rank, run):
     assert one_rank[run].losses == one_rank["llama"].losses
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy
 import pytest
-from commands import exit_status
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from preprocess_data import main
+from script_main import exit_status
 from waiting import PATIENCE, wait_until
 
 from megatron_s2.data.command import run_command

@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from commands import exit_status
+from script_main import exit_status
 from train_tokenizer import main
 from waiting import PATIENCE
 

@@ -13,7 +13,7 @@ import torch
 
 
 def generated(directory: Path, prompts: list[list[int]], tokens: int) -> dict:
-    """The continuations by each of them, of `tokens` tokens, and what else was loaded."""
+    """Returns the continuations of `tokens` tokens in each way, and properties of the loaded model."""
     from gpt_models import greedy
 
     from megatron_s2.generation.decoding import GenerationRequest, generate
@@ -36,7 +36,7 @@ def generated(directory: Path, prompts: list[list[int]], tokens: int) -> dict:
         "text": loaded.codec.decode(loaded.codec.encode("1 2 3")),
         "stop": sorted(loaded.codec.stop),
     }
-    atexit._run_exitfuncs()  # a fork does not
+    atexit._run_exitfuncs()  # a forked process does not run them
     return found | {"has process group": torch.distributed.is_initialized()}
 
 

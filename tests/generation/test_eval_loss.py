@@ -35,7 +35,7 @@ def write_documents(prefix: Path, documents: list[list[int]]) -> Path:
 
 
 def run_in_process(*words: object) -> tuple[str, str]:
-    """The last line and stderr of the command; a checkpoint's model leaves Megatron's global state behind."""
+    """Returns the last line and stderr of the command, run in a fork because of Megatron's global state."""
     done = call_in_fork("eval_loss", "main", [*map(str, words)])
     return done.out.splitlines(keepends=True)[-1], done.err
 
@@ -82,14 +82,14 @@ def test_a_conversion_and_the_first_training_step_agree(model, data, tmp_path, c
     assert loss_of(capsys.readouterr().out) == pytest.approx(loss, rel=1e-5)
     flags = f"--load {checkpoint} {(checkpoint / 'resume.args').read_text()} --tokenizer-type NullTokenizer"
     flags += f" --train-iters 1 --micro-batch-size 2 --global-batch-size {WINDOWS} --eval-iters 0"
-    of_data = f"--data-path {data} --split 100,0,0"
-    assert train_all(tmp_path, {"run": flags}, model="", data=of_data)["run"].losses == {
+    split = f"--data-path {data} --split 100,0,0"
+    assert train_all(tmp_path, {"run": flags}, model="", data=split)["run"].losses == {
         1: pytest.approx(loss, rel=1e-4)
     }
 
 
 @pytest.mark.exhaustive
-def test_the_command_says_the_loss_of_a_checkpoint_and_no_more(directory, data):
+def test_the_command_prints_only_the_loss(directory, data):
     source = make_model(directory / "alone-hf", "qwen3", max_position_embeddings=LENGTH, vocab_size=256)
     convert("hf-to-megatron", source, directory / "alone")
     words = ["--load", directory / "alone", "--data-path", data, "--seq-length", str(LENGTH)]

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import exit_status
 from generate import main
 from generation_models import VOCAB, greedy, prompts, save_model
 from megatron_run import call_in_fork, train_all
+from script_main import exit_status
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import ByteLevel, Metaspace, WhitespaceSplit
