@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 
+import pytest
 import torch
 from megatron_run import ROOT
 from waiting import PATIENCE
@@ -57,6 +58,7 @@ print(there, back)
 """
 
 
+@pytest.mark.exhaustive
 def test_no_more_than_a_file_of_weights_is_held(tmp_path):
     source = tmp_path / "hf"
     source.mkdir()

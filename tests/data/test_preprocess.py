@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from selection import exhaustive
 from waiting import PATIENCE, wait_until
 
 from megatron_s2.data.command import run_command
@@ -228,8 +229,14 @@ def processes_in_session(session):
     return members
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("workers", "number", "status"),
+    [
+        (1, signal.SIGTERM, 143),
+        (3, signal.SIGINT, 130),
+        *exhaustive((1, signal.SIGINT, 130), (3, signal.SIGTERM, 143)),
+    ],
+)
 def test_an_interrupted_run_leaves_nothing_and_ends_quietly(start, tmp_path, workers, number, status):
     process = start(workers)
     os.killpg(process.pid, number)  # as a terminal does: to the workers as well
