@@ -78,6 +78,7 @@ def trained(benchmark):
         return {name: run.result() for name, run in zip(names, runs)} | {"alone": left.returncode}
 
 
+@pytest.mark.exhaustive
 def test_a_training_says_what_it_took(benchmark, trained):
     training = trained["s2-0.5-flush"]
     assert training.status == 0, training.output
@@ -91,10 +92,12 @@ def test_a_training_says_what_it_took(benchmark, trained):
     assert benchmark.printed(benchmark.SHARE, training) == pytest.approx(50, abs=5)
 
 
+@pytest.mark.exhaustive
 def test_a_training_ends_with_what_began_it(trained):
     assert trained["alone"] == 1 and not (ROOT / "report.json").exists()
 
 
+@pytest.mark.exhaustive
 def test_megatrons_offload_says_why_it_does_not_run_without_a_gpu(benchmark, trained):
     row = benchmark.results(trained["hybrid"])
     assert trained["hybrid"].status == 2

@@ -1,8 +1,6 @@
 """The --s2-… flags on Megatron's own parser: defaults, what is settled, what is refused, and their help."""
 
 import re
-import subprocess
-import sys
 from argparse import ArgumentParser
 from dataclasses import fields
 
