@@ -17,7 +17,7 @@ from benchmarks.cases import PASSES, Case
 from benchmarks.implementations import Attention, Implementation
 from megatron_s2.kernels.compare import Results, require_as_exact_as_plain
 from megatron_s2.kernels.reference import masked_attention
-from megatron_s2.pattern.s2_pattern import S2Pattern
+from megatron_s2.pattern import S2Pattern
 
 _QUERIES = 32
 

@@ -22,8 +22,8 @@ from benchmarks.measure import summary
 from benchmarks.options import add_integers, add_names, add_size_arguments, chosen_sizes, require_positive
 from benchmarks.results import newest_match
 from benchmarks.training_process import MODEL_FLAGS, Training, train
+from megatron_s2.pattern import S2Settings
 from megatron_s2.pattern.block_pattern import attention_flops
-from megatron_s2.pattern.settings import S2Settings
 
 OUT_OF_MEMORY = "out of memory"
 CASES = {
