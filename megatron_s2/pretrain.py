@@ -36,10 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         try:
-            train(words)
-            # Together: where no launcher does, rank 0 keeps the store that NCCL's watchdogs read to the end.
-            torch.distributed.barrier()
-            torch.distributed.destroy_process_group()
+            _train_to_the_end(words)
         except BaseException:
             # A Ctrl-C that arrived while a collective was waiting shows first as the peer's lost connection;
             # the sleep lets Python deliver the signal itself.
@@ -55,6 +52,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     except Exception as error:
         sys.excepthook(type(error), error, error.__traceback__)
         _leave(1)
+
+
+def _train_to_the_end(argv: Sequence[str]) -> None:
+    """Trains, and destroys the process group on all ranks together."""
+    try:
+        train(argv)
+    except SystemExit as ended:
+        if ended.code:
+            raise
+        # Status 0: Megatron ends itself between two steps, as with --exit-interval.
+    if torch.distributed.is_initialized():
+        # The barrier is for runs without a launcher: rank 0 keeps the store that NCCL's watchdogs read.
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def train(argv: Sequence[str]) -> None:
