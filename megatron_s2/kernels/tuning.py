@@ -76,8 +76,8 @@ class Tuning:
 _COLUMN_PROGRAMS = 2048
 _SHORTEST_SPAN = 1024
 
-# Tables by largest head_dim, for kernels in 16 bits. None of these spills registers at head_dim 64 and 128 with
-# the Triton of docs/kernel-resources.md.
+# Tables by largest head_dim, for kernels in 16 bits. None of these spills registers at head_dim 64 and 128
+# with the Triton of docs/kernel-resources.md.
 _HOPPER = {
     64: Tuning(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2)),
     128: Tuning(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2)),
