@@ -33,8 +33,8 @@ from transformers.masking_utils import causal_mask_function, create_causal_mask
 from megatron_s2.kernels import s2_attention
 from megatron_s2.kv_cache.cache import KVCache
 from megatron_s2.kv_cache.cached_attention import cached_attention
-from megatron_s2.pattern.s2_pattern import S2Pattern
-from megatron_s2.pattern.settings import PATTERN_FIELDS, S2Settings
+from megatron_s2.pattern import S2Pattern, S2Settings
+from megatron_s2.pattern.settings import PATTERN_FIELDS
 
 NAME = "s2"
 CACHE_ARGUMENT = "cache" if "cache" in signature(create_causal_mask).parameters else "past_key_values"

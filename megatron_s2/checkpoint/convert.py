@@ -26,7 +26,7 @@ from megatron_s2.checkpoint.tensors import ModelTensor
 from megatron_s2.checkpoint.torch_dist import CheckpointReader, write_release
 from megatron_s2.data.tokenizer import has_tokenizer
 from megatron_s2.errors import InputError, flag_name
-from megatron_s2.pattern.settings import S2Settings
+from megatron_s2.pattern import S2Settings
 
 RESUME = "resume.args"
 # Directory in a Megatron checkpoint that keeps what a Hugging Face directory has besides weights.

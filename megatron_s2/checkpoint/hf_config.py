@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from megatron_s2.checkpoint.families import FAMILIES, SIZES, Family
 from megatron_s2.checkpoint.model_config import ModelConfig
 from megatron_s2.errors import InputError
-from megatron_s2.pattern.settings import PATTERN_FIELDS, S2Settings
+from megatron_s2.pattern import S2Settings
+from megatron_s2.pattern.settings import PATTERN_FIELDS
 
 # `megatron_s2.hf` registers this attention function; without it transformers refuses to load the model.
 _ATTENTION = "s2"

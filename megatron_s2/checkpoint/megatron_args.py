@@ -6,7 +6,8 @@ from megatron_s2.checkpoint.families import FAMILIES, SIZES
 from megatron_s2.checkpoint.model_config import ModelConfig
 from megatron_s2.errors import InputError, flag_name
 from megatron_s2.layers.arguments import settings_from_args
-from megatron_s2.pattern.settings import PATTERN_FIELDS, S2Settings
+from megatron_s2.pattern import S2Settings
+from megatron_s2.pattern.settings import PATTERN_FIELDS
 
 _FLAG_OF_FALSE = {"add_bias_linear": "--disable-bias-linear"}
 # What the families have in common, apart from sizes.

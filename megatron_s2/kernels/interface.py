@@ -12,8 +12,7 @@ from torch import Tensor
 
 from megatron_s2.kernels.backends import attention_function, choose_backend
 from megatron_s2.kernels.tuning import Tuning
-from megatron_s2.pattern.block_pattern import BlockPattern
-from megatron_s2.pattern.mask_pattern import BlockMaskPattern
+from megatron_s2.pattern import BlockMaskPattern, BlockPattern
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_s2.kernels.numerics import compute_dtype
-from megatron_s2.pattern.block_pattern import BlockPattern
+from megatron_s2.pattern import BlockPattern
 
 
 def reference_attention(

@@ -26,8 +26,7 @@ from torch.autograd.function import once_differentiable
 from megatron_s2.kernels.numerics import compute_dtype, merge_sink, sink_gradient
 from megatron_s2.kernels.torch_flash import expand_heads, flash_backward, flash_forward, sum_heads
 from megatron_s2.kernels.torch_plan import Band, Call, Causal, Gathered, Past, equal_heads, plan_head
-from megatron_s2.pattern.block_pattern import BlockPattern
-from megatron_s2.pattern.s2_pattern import S2Pattern
+from megatron_s2.pattern import BlockPattern, S2Pattern
 
 # ---------------------------------------------------------------------------------------------------------
 # The calls of one plan over the two sources, for KV heads of equal pattern. Query-side tensors are

@@ -16,8 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 
-from megatron_s2.pattern.block_pattern import BlockPattern
-from megatron_s2.pattern.s2_pattern import S2Pattern
+from megatron_s2.pattern import BlockPattern, S2Pattern
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ import megatron_s2.kernels.triton_ops  # noqa: F401  (registers torch.ops.megatr
 from megatron_s2.kernels.triton_pattern import KernelPattern, mask_pairs, mask_tables
 from megatron_s2.kernels.triton_support import capability_of, require_supported
 from megatron_s2.kernels.tuning import Tuning, tuning_for
-from megatron_s2.pattern.block_pattern import BlockPattern
-from megatron_s2.pattern.s2_pattern import S2Pattern
+from megatron_s2.pattern import BlockPattern, S2Pattern
 
 
 def triton_attention(

@@ -84,7 +84,7 @@ def s2_bwd_kernel_dq(
     WINDOW: tl.constexpr, RESUME: tl.constexpr, COMPACT: tl.constexpr, CSR: tl.constexpr,
     PACKED: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """dQ `[batch, seq_q, H, D]`."""
+    """dQ `[batch, seq_q, H, D]`. With RESUME p_prev is p_dq."""
     i_m, i_b, i_h, i_g, doc, seq_q = query_program(p_tiles, seq_q, H, GROUP, PACKED)
     first, stride = tl.load(p_heads + 4 * i_g), tl.load(p_heads + 4 * i_g + 1)
     o_b = i_b.to(tl.int64)

@@ -63,7 +63,7 @@ def s2_fwd_kernel(
     SHARD: tl.constexpr, WINDOW: tl.constexpr, RESUME: tl.constexpr, COMPACT: tl.constexpr,
     CSR: tl.constexpr, PACKED: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """out `[batch, seq_q, H, DV]` and lse `[batch, H, seq_q]`."""
+    """out `[batch, seq_q, H, DV]` and lse `[batch, H, seq_q]`. With RESUME p_prev is p_o."""
     i_m, i_b, i_h, i_g, doc, seq_q = query_program(p_tiles, seq_q, H, GROUP, PACKED)
     first, stride = tl.load(p_heads + 4 * i_g), tl.load(p_heads + 4 * i_g + 1)
     o_b = i_b.to(tl.int64)

@@ -8,9 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from megatron_s2.pattern.block_pattern import BlockPattern
-from megatron_s2.pattern.mask_pattern import BlockMaskPattern
-from megatron_s2.pattern.s2_pattern import S2Pattern
+from megatron_s2.pattern import BlockMaskPattern, BlockPattern, S2Pattern
 
 
 @dataclass(frozen=True)

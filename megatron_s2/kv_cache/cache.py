@@ -22,7 +22,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from megatron_s2.pattern.s2_pattern import S2Pattern
+from megatron_s2.pattern import S2Pattern
 
 _SPARE = 4  # storage grows to what is needed plus 1 / _SPARE of it, in whole blocks
 

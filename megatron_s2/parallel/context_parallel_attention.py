@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_s2.kernels import s2_attention
 from megatron_s2.kernels.backends import choose_backend, slice_class
-from megatron_s2.kernels.numerics import compute_dtype, sink_gradient
+from megatron_s2.kernels.numerics import compute_dtype, merge_sink, sink_gradient
 from megatron_s2.kernels.slice import SequenceSlice
 from megatron_s2.parallel.cost import AttentionCall, ExchangeBytes, exchange_bytes, plan_heads
 from megatron_s2.parallel.exchange import Exchange
@@ -119,17 +119,15 @@ class _GatherAttention(torch.autograd.Function):
 
         halo = shards.unpack_halo(halo.wait())
         windows = shards.windows(k, v, halo)
-        for sequence_slice, (a, b), kv in _slices(plan, make_slice, windows):
-            sequence_slice.forward("window", q[:, a:b], *kv, out[:, a:b], lse[:, :, a:b])
+        for part, (a, b), kv in _slices(plan, make_slice, windows):
+            part.forward("window", q[:, a:b], *kv, out[:, a:b], lse[:, :, a:b])
         shard = shards.unpack_shard(gathered.wait())
         shard_kv = shard.split([k.shape[-1], v.shape[-1]], -1)
-        for sequence_slice, (a, b), _ in _slices(plan, make_slice, windows):
-            sequence_slice.forward("shard", q[:, a:b], *shard_kv, out[:, a:b], lse[:, :, a:b])
+        for part, (a, b), _ in _slices(plan, make_slice, windows):
+            part.forward("shard", q[:, a:b], *shard_kv, out[:, a:b], lse[:, :, a:b])
 
         if sink_logits is not None:
-            total = torch.logaddexp(lse, sink_logits.to(compute)[None, :, None])
-            out *= torch.exp(lse - total).transpose(1, 2)[..., None]
-            lse = total
+            lse = merge_sink(out, lse, sink_logits)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, sink_logits, out, lse, halo, shard)
         ctx.rest = make_slice, shards
@@ -148,15 +146,15 @@ class _GatherAttention(torch.autograd.Function):
         dshard = torch.zeros_like(shard, dtype=compute)
         shard_kv, dshard_kv = shard.split(dims, -1), dshard.split(dims, -1)
         slices = list(_slices(plan, make_slice, windows))
-        for sequence_slice, (a, b), _ in slices:
+        for part, (a, b), _ in slices:
             inputs = dout[:, a:b], q[:, a:b], *shard_kv, out[:, a:b], lse[:, :, a:b]
-            sequence_slice.backward("shard", *inputs, dq[:, a:b], *dshard_kv)
+            part.backward("shard", *inputs, dq[:, a:b], *dshard_kv)
         shard_grads = shards.start_shard_return(dshard.to(k.dtype))
 
         dwindows = [[torch.zeros_like(x, dtype=compute) for x in kv] for kv in windows]
-        for (sequence_slice, (a, b), kv), (_, _, dkv) in zip(slices, _slices(plan, make_slice, dwindows)):
+        for (part, (a, b), kv), (_, _, dkv) in zip(slices, _slices(plan, make_slice, dwindows)):
             inputs = dout[:, a:b], q[:, a:b], *kv, out[:, a:b], lse[:, :, a:b]
-            sequence_slice.backward("window", *inputs, dq[:, a:b], *dkv)
+            part.backward("window", *inputs, dq[:, a:b], *dkv)
         halo_grads = shards.start_halo_return(dwindows, k.dtype)
 
         dk, dv = (torch.cat(chunks, 1) for chunks in zip(*shards.without_halos(dwindows)))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RUNNER
+from conftest import RUNNER, rows_in
 from waiting import PATIENCE, wait_until
 
 TOY = ["context-parallel", "--seq-length", "2048", "--threads", "1", "--device", "cpu"]
@@ -29,11 +29,6 @@ def benchmark(bench):
     from benchmarks import context_parallel
 
     return context_parallel
-
-
-def rows_in(directory: Path) -> list[dict]:
-    files = sorted(directory.glob("*/*.jsonl"))
-    return [json.loads(line) for path in files for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +68,7 @@ def test_the_table_shows_what_the_rows_say(run, benchmark):
         assert f" {most:.2f} " in line and f" {1e3 * row['seconds']['median']:.1f} ms" in line
     assert table.endswith(benchmark.NOTE) and "cores busy" not in table
     busy = benchmark.BENCHMARK.table([{**row, "other_cpus": 0.7} for row in rows])
-    assert busy.count("2 ranks") == 1 and "others kept 0.7 cores busy" in busy
+    assert busy.count("2 ranks") == 1 and "other processes kept 0.7 cores busy" in busy
 
 
 def test_the_picture_comes_from_the_stored_rows(run, bench, capsys):
@@ -91,7 +86,7 @@ def test_what_is_stored_is_not_measured_again_unless_the_code_is_another(run, be
     monkeypatch.setattr(benchmark, "LocalRanks", no_ranks)
     assert bench.main([*TOY, *options]) == 0
     assert len(rows_in(out)) == 2
-    monkeypatch.setattr(benchmark, "parallel_code", lambda: "another")
+    monkeypatch.setattr(benchmark, "code_hash", lambda patterns: "another")
     with pytest.raises(AssertionError, match="ranks were started"):
         bench.main([*TOY, *options])
 
@@ -153,7 +148,7 @@ def case(benchmark):
 
 @pytest.fixture(scope="module")
 def reference(benchmark, case):
-    return benchmark.Reference.of(case)
+    return benchmark.reference_of(case)
 
 
 @pytest.mark.exhaustive

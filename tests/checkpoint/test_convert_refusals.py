@@ -4,20 +4,16 @@ import os
 import pickle
 import resource
 import signal
-import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 from hf_models import assert_refused, convert, edit_config, make_model, run_conversion, store
-from waiting import PATIENCE
 
 from megatron_s2.checkpoint import atomic_directory, torch_dist
 from megatron_s2.checkpoint import convert as conversion
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "convert_checkpoint.py"
 S2 = ("--s2-attention", "--s2-block-size", "16", "--s2-local-blocks", "2", "--s2-vert-stride", "4")
 
 
@@ -299,18 +295,16 @@ def test_a_disk_that_is_too_small(source, trained, monkeypatch, direction):
 def test_a_disk_that_fills_up(source, trained, tmp_path, direction):
     """A limit on file sizes stands in for a full disk: the kernel stops a write half-way."""
     given = source if direction == "hf-to-megatron" else trained
-    before = sorted(tmp_path.iterdir())
-    done = subprocess.run(
-        [sys.executable, SCRIPT, direction, "--input", given, "--output", tmp_path / "output"],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)),
-    )
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    assert "File too large" in done.stderr and str(tmp_path / ".output.") in done.stderr
+    before, limit = sorted(tmp_path.iterdir()), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limit[1]))
+    try:
+        status, printed, errors = run_conversion(direction, given, tmp_path / "output")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert (status, printed) == (2, ""), errors
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    assert "File too large" in errors and str(tmp_path / ".output.") in errors
     assert sorted(tmp_path.iterdir()) == before
 
 

@@ -11,7 +11,7 @@ from megatron_s2.kernels.compare import require_as_exact_as_plain, require_equal
 from megatron_s2.kernels.reference import masked_attention, visible_tokens
 from megatron_s2.kv_cache.cache import KVCache, cache_bytes
 from megatron_s2.kv_cache.cached_attention import cached_attention
-from megatron_s2.pattern.s2_pattern import S2Pattern
+from megatron_s2.pattern import S2Pattern
 
 
 @dataclass(frozen=True)
