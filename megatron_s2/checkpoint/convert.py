@@ -80,10 +80,8 @@ def to_megatron(source: Path, output: Path, s2_flags: Namespace) -> list[str]:
         InputError: the model cannot be converted, or `output` exists.
         OSError: a file cannot be read or written.
     """
-    check_new(output)
+    _check_paths(source, output)
     _check_no_shell_characters(output)
-    if not source.is_dir():
-        raise InputError(f"--input {source}: there is no such directory")
     config = read_json(source / _CONFIG)
     model = hf_config.model_from_config(config)
     settings = _choose_settings(config, model, s2_flags)
@@ -143,9 +141,7 @@ def to_hugging_face(
         InputError: no family has the model in the checkpoint, or `output` exists.
         OSError: a file cannot be read or written.
     """
-    check_new(output)
-    if not source.is_dir():
-        raise InputError(f"--input {source}: there is no such directory")
+    _check_paths(source, output)
     reader = CheckpointReader(source)
     hf_files = _hf_files(source, reader.args)
     base = read_json(hf_files / _CONFIG) if (hf_files / _CONFIG).is_file() else {}
@@ -169,6 +165,12 @@ def to_hugging_face(
         _copy(hf_files, directory, _COPIED_FILES)
         (directory / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     return ExportSummary(model, settings, family_source, hf_files if has_tokenizer(hf_files) else None)
+
+
+def _check_paths(source: Path, output: Path) -> None:
+    check_new(output)
+    if not source.is_dir():
+        raise InputError(f"--input {source}: there is no such directory")
 
 
 def _check_no_shell_characters(output: Path) -> None:
@@ -225,7 +227,7 @@ def _choose_family(
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
-    return next(name for name, named in DTYPES.items() if named == dtype)
+    return str(dtype).removeprefix("torch.")
 
 
 def _check_weights(reader: SafetensorsReader, tensors: Iterable[ModelTensor], model: ModelConfig) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from megatron_s2.checkpoint.model_config import ModelConfig
-from megatron_s2.checkpoint.tensors import GATE_UP, QKV, ModelTensor, TensorMapping, model_tensor
+from megatron_s2.checkpoint.tensors import GATE_UP, LAYERS, QKV, ModelTensor, TensorMapping, model_tensor
 
 # Sizes: the field of `ModelConfig`, the entry of config.json and the argument of Megatron.
 SIZES = (
@@ -22,7 +22,6 @@ SIZES = (
     ("max_position_embeddings", "max_position_embeddings", "max_position_embeddings"),
 )
 
-LAYERS = "decoder.layers."
 EMBEDDING = TensorMapping("embedding.word_embeddings.weight", {"model.embed_tokens.weight": "vocab hidden"})
 FINAL_NORM = TensorMapping("decoder.final_layernorm.weight", {"model.norm.weight": "hidden"})
 OUTPUT = TensorMapping("output_layer.weight", {"lm_head.weight": "vocab hidden"})
@@ -107,7 +106,7 @@ def model_tensors(model: ModelConfig) -> Iterator[ModelTensor]:
     yield model_tensor(EMBEDDING, model)
     for layer in range(model.num_layers):
         for mapping in FAMILIES[model.family].layer_tensors:
-            yield model_tensor(mapping, model, layer, LAYERS, f"model.layers.{layer}.")
+            yield model_tensor(mapping, model, layer)
     yield model_tensor(FINAL_NORM, model)
     if not model.tied:
         yield model_tensor(OUTPUT, model)

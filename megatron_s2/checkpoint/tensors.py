@@ -11,6 +11,8 @@ import torch
 
 from megatron_s2.checkpoint.model_config import ModelConfig
 
+LAYERS = "decoder.layers."
+
 Tensors = Sequence[torch.Tensor]
 
 
@@ -53,7 +55,7 @@ class TensorMapping:
     """A Megatron tensor and the Hugging Face tensors it is made of.
 
     Args:
-        key: key in a Megatron checkpoint; that of a tensor in a layer without the prefix of layers.
+        key: key in a Megatron checkpoint, without the prefix `LAYERS`.
         hf_dims: names of the Hugging Face tensors, without the prefix of a layer, each with its dimensions in
             the words of `_dim_sizes`, such as "vocab hidden".
     """
@@ -94,14 +96,9 @@ class ModelTensor:
         return zeros if self.layer is None else (self.layer, *zeros)
 
 
-def model_tensor(
-    mapping: TensorMapping,
-    model: ModelConfig,
-    layer: int | None = None,
-    key_prefix: str = "",
-    hf_prefix: str = "",
-) -> ModelTensor:
-    """Returns the tensor of `model` that a mapping describes, in layer `layer`."""
+def model_tensor(mapping: TensorMapping, model: ModelConfig, layer: int | None = None) -> ModelTensor:
+    """Returns the tensor of `model` that a mapping describes, in layer `layer` or outside of layers."""
+    key_prefix, hf_prefix = ("", "") if layer is None else (LAYERS, f"model.layers.{layer}.")
     sizes = _dim_sizes(model)
     hf_shapes = {
         hf_prefix + name: tuple(sizes[dim] for dim in dims.split()) for name, dims in mapping.hf_dims.items()

@@ -41,6 +41,7 @@ from megatron_s2.errors import InputError
 _TRACKER = "latest_checkpointed_iteration.txt"
 _RELEASE = "release"
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+# Key, and file of older versions, of what is not a tensor: arguments and iteration.
 _COMMON = "common_state/shard_0_1"
 _COMMON_FILE = "common.pt"
 _DCP = "torch.distributed.checkpoint"
@@ -196,7 +197,7 @@ class CheckpointReader:
     """
 
     def __init__(self, directory: Path):
-        self.path = directory / _iteration(directory)
+        self.path = directory / _iteration_name(directory)
         if not (self.path / "metadata.json").is_file() or not (self.path / ".metadata").is_file():
             raise InputError(f"--input {directory}: {self.path.name} is not a torch_dist checkpoint")
         self._metadata = _read_metadata(self.path / ".metadata")
@@ -284,7 +285,8 @@ def _index(begin: Sequence[int], end: Sequence[int], origin: Sequence[int]) -> t
     return tuple(slice(a - start, b - start) for a, b, start in zip(begin, end, origin))
 
 
-def _iteration(directory: Path) -> str:
+def _iteration_name(directory: Path) -> str:
+    """Returns the name of the directory to read, such as `iter_0000010`."""
     tracker = directory / _TRACKER
     if not tracker.is_file():
         raise InputError(f"--input {directory}: is not a checkpoint: it has no {_TRACKER}")
@@ -384,9 +386,8 @@ class _FileRange(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = (
-            offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
-        )
+        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
+        self._position = origin + offset
         return self._position
 
     def tell(self) -> int:

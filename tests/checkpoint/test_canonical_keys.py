@@ -9,8 +9,9 @@ from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from megatron_s2.checkpoint.families import LAYERS, model_tensors
+from megatron_s2.checkpoint.families import model_tensors
 from megatron_s2.checkpoint.model_config import ModelConfig
+from megatron_s2.checkpoint.tensors import LAYERS
 
 QWEN3 = ModelConfig("qwen3", 1, 64, 96, 4, 2, 32, 250, 128, 1e-6, 10000, None, None, True)
 LLAMA = replace(QWEN3, family="llama")

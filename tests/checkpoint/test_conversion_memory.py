@@ -59,7 +59,7 @@ print(to_megatron, to_hugging_face)
 """
 
 
-def test_no_more_than_a_file_of_weights_is_held(tmp_path):
+def test_at_most_one_file_of_weights_is_in_memory(tmp_path):
     source = tmp_path / "hf"
     source.mkdir()
     shapes = {

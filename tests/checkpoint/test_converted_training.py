@@ -96,9 +96,9 @@ def loss_in_transformers(model: Path, data: Path) -> float:
 
 
 def loss_of_checkpoint(checkpoint: Path, data: Path) -> float:
-    """Runs in a separate process, because Megatron's global state cannot be reset."""
+    """Runs in a fork, because Megatron's global state cannot be reset."""
     words = ["--load", str(checkpoint), "--data-path", str(data), "--seq-length", str(LENGTH)]
-    return float(re.match(r"loss (\S+),", call_in_fork("eval_loss", "main", words).out)[1])
+    return float(re.search(r"^loss (\S+),", call_in_fork("eval_loss", "main", words).out, re.M)[1])
 
 
 @pytest.fixture(scope="module")

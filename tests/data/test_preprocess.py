@@ -225,7 +225,7 @@ def processes_in_session(session):
 
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_run_leaves_nothing_and_ends_quietly(start, tmp_path, workers, number, status):
+def test_an_interrupted_run_ends_quietly_and_leaves_nothing(start, tmp_path, workers, number, status):
     process = start(workers)
     os.killpg(process.pid, number)  # to the workers, too, as a terminal does
     process.join(PATIENCE)

@@ -15,6 +15,7 @@ from megatron_run import ROOT, call_in_fork, train_all
 from safetensors.torch import load_file, save_file
 from selection import exhaustive
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from waiting import PATIENCE
 
 from megatron_s2.data.command import run_command
 from megatron_s2.generation import evaluation
@@ -34,7 +35,7 @@ def write_documents(prefix: Path, documents: list[list[int]]) -> Path:
     return prefix
 
 
-def run_in_process(*words: object) -> tuple[str, str]:
+def run_in_fork(*words: object) -> tuple[str, str]:
     """Returns the last line and stderr of the command, run in a fork because of Megatron's global state."""
     done = call_in_fork("eval_loss", "main", [*map(str, words)])
     return done.out.splitlines(keepends=True)[-1], done.err
@@ -75,7 +76,7 @@ def model(request, directory) -> tuple[Path, Path]:
 def test_a_conversion_and_the_first_training_step_agree(model, data, tmp_path, capsys):
     source, checkpoint = model
     data_flags = ("--data-path", str(data), "--seq-length", str(LENGTH), "--micro-batch-size", "3")
-    out, err = run_in_process("--load", checkpoint, *data_flags)
+    out, err = run_in_fork("--load", checkpoint, *data_flags)
     assert err == ""
     loss = loss_of(out)
     main(["--hf", str(source), *data_flags])
@@ -94,7 +95,7 @@ def test_the_command_prints_only_the_loss(directory, data):
     convert("hf-to-megatron", source, directory / "alone")
     words = ["--load", directory / "alone", "--data-path", data, "--seq-length", str(LENGTH)]
     command = [sys.executable, ROOT / "scripts" / "eval_loss.py", *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stderr) == (0, "")
     assert loss_of(done.stdout) > 0
 
@@ -102,7 +103,7 @@ def test_the_command_prints_only_the_loss(directory, data):
 def test_notes_about_annealing_and_padding(directory, data):
     source = make_model(directory / "odd-hf", "qwen3", num_hidden_layers=2, vocab_size=250)
     convert("hf-to-megatron", source, directory / "odd", *S2, "--s2-anneal-steps", "10")
-    _, err = run_in_process("--load", directory / "odd", "--data-path", data, "--seq-length", LENGTH)
+    _, err = run_in_fork("--load", directory / "odd", "--data-path", data, "--seq-length", LENGTH)
     assert err.splitlines() == [
         "note: step 0 of --s2-anneal-steps 10: attention has stride 1 and window 8, not yet 3 and 2",
         "note: the loss counts 6 rows of vocabulary padding, as its training does and --hf does not",
