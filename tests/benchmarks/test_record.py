@@ -334,6 +334,23 @@ def test_tests_that_passed_are_stored_one_by_one_and_not_run_again(tmp_path):
     assert len(rows_in(tmp_path / "rows", "tests")) == 5
 
 
+TERMINATED = """
+import os, runpy, signal, sys
+from dataclasses import replace
+from benchmarks import registry
+
+end = lambda args, stored: os.kill(os.getpid(), signal.SIGTERM)
+registry.BENCHMARKS["device"] = replace(registry.BENCHMARKS["device"], run=end)
+sys.argv = ["bench.py", "device"]
+runpy.run_path("scripts/bench.py", run_name="__main__")
+"""
+
+
+def test_a_benchmark_ends_at_sigterm_as_at_ctrl_c(tmp_path):
+    done = run([sys.executable, "-c", TERMINATED])
+    assert done.returncode == 130 and done.stderr.startswith("interrupted: what was measured is stored")
+
+
 # All of it.
 
 
