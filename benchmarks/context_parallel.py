@@ -162,7 +162,9 @@ def predicted_bytes(schedule: str, case: Case, ranks: int) -> list[ExchangeBytes
 
 
 def reference_of(case: Case) -> Reference:
-    return Reference.of(case, case.pattern, compared_rows(case.seq_length, _QUERIES))
+    *inputs, dout = case.inputs()
+    rows = compared_rows(case.seq_length, _QUERIES)
+    return Reference.of(inputs, dout[:, rows], case.pattern, rows)
 
 
 def checked_bytes(ranks: LocalRanks, case: Case, reference: Reference, schedule: str) -> list[ExchangeBytes]:
@@ -174,14 +176,15 @@ def checked_bytes(ranks: LocalRanks, case: Case, reference: Reference, schedule:
     parts = ranks.call(run_once, case, schedule, reference.rows)
     where = f"{schedule} on {ranks.count} ranks at {case.seq_length} tokens"
     got = joined([results for results, _ in parts], case.seq_length)
+    got["out"] = got["out"][:, reference.rows]
     try:
-        reference.require(got | {"out": got["out"][:, reference.rows]})
+        reference.require({name: x.to(case.device) for name, x in got.items()})
     except AssertionError as error:
         raise WrongResultError(f"{where}: {error}") from error
     counted = [rank_bytes for _, rank_bytes in parts]
-    for rank, (got, predicted) in enumerate(zip(counted, predicted_bytes(schedule, case, ranks.count))):
-        if got != predicted:
-            raise WrongResultError(f"{where}: rank {rank} counted {got}, predicted are {predicted}")
+    for rank, (count, predicted) in enumerate(zip(counted, predicted_bytes(schedule, case, ranks.count))):
+        if count != predicted:
+            raise WrongResultError(f"{where}: rank {rank} counted {count}, predicted are {predicted}")
     return counted
 
 

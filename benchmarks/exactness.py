@@ -39,16 +39,18 @@ class Reference:
 
     @classmethod
     def of(
-        cls, case: Case, pattern: S2Pattern, rows: Tensor, element: int = 0, backward: bool = True
+        cls, inputs: list[Tensor], dout: Tensor, pattern: S2Pattern, rows: Tensor, backward: bool = True
     ) -> Reference:
-        visible = visible_keys(pattern, rows, case.seq_length).to(case.device)
-        *inputs, dout = (x[element : element + 1] for x in case.inputs())
+        """Computes the reference from q, k and v `[1, seq, heads, head_dim]`, and the output's gradient at
+        `rows`."""
+        seq_length, head_dim = inputs[0].shape[1], inputs[0].shape[3]
+        visible = visible_keys(pattern, rows, seq_length).to(dout.device)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return masked_attention(q[:, rows], k, v, visible, case.shape.head_dim**-0.5, None)[0]
+            return masked_attention(q[:, rows], k, v, visible, head_dim**-0.5, None)[0]
 
         plain, exact = (
-            attention_results(attend, [x.to(dtype) for x in inputs], dout[:, rows], backward)
+            attention_results(attend, [x.to(dtype) for x in inputs], dout, backward)
             for dtype in (dout.dtype, torch.float64)
         )
         return cls(rows, plain, exact)
@@ -85,7 +87,8 @@ def check(implementation: Implementation, case: Case) -> int:
     got = attention_results(lambda q, k, v: attention(q, k, v)[:, rows], inputs, dout[:, rows], backward)
     try:
         for b in range(case.shape.batch):
-            reference = Reference.of(case, pattern, rows, b, backward)
+            element = [x[b : b + 1] for x in inputs], dout[b : b + 1, rows]
+            reference = Reference.of(*element, pattern, rows, backward)
             reference.require({name: x[b : b + 1] for name, x in got.items()})
     except AssertionError as error:
         raise WrongResultError(f"{implementation.name} at {case.seq_length} tokens: {error}") from error

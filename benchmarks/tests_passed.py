@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,7 @@ class TestsPassed:
         if (worker := getattr(config, "workerinput", None)) is not None:
             self._passed = set(worker["tests_passed"])
             return
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # tests end what they started, as at Ctrl-C
         now = {**facts("cuda" if torch.cuda.is_available() else "cpu"), "record_code": code_hash(ALL_CODE)}
         self._results = ResultFile(config.rootpath / config.getoption("tests_passed"), "tests", now)
         machine = self._results.path.parent

@@ -1,6 +1,7 @@
 """Runs benchmarks and draws their results: `scripts/bench.py attention`, `scripts/bench.py plot`."""
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -92,4 +93,7 @@ def plot(directory: Path) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # as Ctrl-C: what is measured stays, nothing runs on
     sys.exit(main())

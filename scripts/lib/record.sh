@@ -8,7 +8,7 @@
 #   SETTING      hash of code, versions and machine: a stage that is done under it is not run again
 #   DEADLINE     value of SECONDS at which the last stage has to end
 
-GRACE=20          # seconds between the request to end and the kill
+GRACE=20          # seconds between SIGTERM and SIGKILL
 DRAWING_LIMIT=300 # seconds
 
 CHOSEN=() DRAWINGS=()
@@ -74,6 +74,7 @@ print_plan() {
 # Runs all chosen stages that are not done, then the drawings. Returns 1 if one failed.
 run_stages() {
     local name limit failed=() unfinished=()
+    setpriv --pdeathsig TERM true 2>/dev/null || die "setpriv of util-linux >= 2.33 is needed to end stages with this"
     OUTPUT=$(mktemp)
     trap 'rm -f "$OUTPUT"' EXIT
     trap interrupted INT TERM HUP
@@ -131,14 +132,13 @@ run_stage() {
 }
 
 # run_limited LIMIT WORD …: runs INTERPRETER with the words and shows its output, which stays in OUTPUT.
-# Its process group gets SIGINT after LIMIT seconds and SIGKILL GRACE seconds later; if this shell is killed, it
-# gets SIGTERM at once. Returns its exit status: when its time was up 124, or 137 if it had to be killed.
+# Its process group gets SIGTERM after LIMIT seconds, or when this shell ends, however that ends, and SIGKILL GRACE
+# seconds later. Returns its exit status; when its time was up 124, or 137 if it had to be killed.
 run_limited() {
     local status=0 reader
     : >"$OUTPUT"
-    # A job in the background ignores SIGINT, and so would the stage.
-    setpriv --pdeathsig TERM timeout --signal INT --kill-after "$GRACE" "$1" \
-        env --default-signal=INT PYTHONUNBUFFERED=1 "$INTERPRETER" "${@:2}" </dev/null >>"$OUTPUT" 2>&1 &
+    PYTHONUNBUFFERED=1 setpriv --pdeathsig TERM timeout --kill-after "$GRACE" "$1" \
+        "$INTERPRETER" "${@:2}" </dev/null >>"$OUTPUT" 2>&1 &
     RUNNING=$!
     tail --pid "$RUNNING" --sleep-interval 0.2 --lines +1 --follow "$OUTPUT" | sed --unbuffered 's/^/   /' &
     reader=$!
@@ -166,7 +166,7 @@ log_stage() {
 interrupted() {
     trap '' INT TERM HUP
     if [[ -n $RUNNING ]]; then
-        kill -INT "$RUNNING" 2>/dev/null || true
+        kill "$RUNNING" 2>/dev/null || true
         wait "$RUNNING" || true
         kill -KILL -- "-$RUNNING" 2>/dev/null || true
     fi

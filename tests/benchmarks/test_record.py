@@ -95,7 +95,7 @@ def has_ended(pid: int) -> bool:
 
 def test_a_stage_whose_time_is_up_ends_with_all_that_it_started(tmp_path):
     pid = tmp_path / "pid"
-    deaf = f"trap '' INT; sleep 100000 & echo $! >{pid}; wait"
+    deaf = f"trap '' TERM; sleep 100000 & echo $! >{pid}; wait"
     for most in (2**n for n in range(10)):  # on a busy machine the time may be up before the stage begins
         done = run(record_of(tmp_path, {"deaf": deaf, "next": "echo next"}, most))
         if pid.exists():
@@ -105,7 +105,7 @@ def test_a_stage_whose_time_is_up_ends_with_all_that_it_started(tmp_path):
     assert results(tmp_path)[-1] == ("next", "done") and ("deaf", "out of time") in results(tmp_path)
 
 
-WAITING = "trap 'echo stopped; exit 1' INT; sleep 100000 & echo $! >{pid}; wait"
+WAITING = "trap 'echo stopped; exit 1' TERM; sleep 100000 & echo $! >{pid}; wait"
 
 
 def start(command: list[str], pid: Path) -> subprocess.Popen:
@@ -129,8 +129,6 @@ def test_a_stage_does_not_outlive_a_record_that_is_killed(tmp_path):
 def test_an_interrupted_record_keeps_what_is_done_and_goes_on(tmp_path, number):
     pid = tmp_path / "pid"
     command = record_of(tmp_path, {"first": "echo one", "second": WAITING.format(pid=pid)})
-    if number == signal.SIGTERM:  # a background job of a script ignores SIGINT; its stages must not
-        command = ["bash", "-c", "trap '' INT; exec \"$@\"", "-", *command]
     process = start(command, pid)
     process.send_signal(number)
     out, err = process.communicate(timeout=PATIENCE)
@@ -334,6 +332,23 @@ def test_tests_that_passed_are_stored_one_by_one_and_not_run_again(tmp_path):
     third = run([sys.executable, *words])
     assert third.returncode == 0, third.stdout + third.stderr
     assert len(rows_in(tmp_path / "rows", "tests")) == 5
+
+
+TERMINATED = """
+import os, runpy, signal, sys
+from dataclasses import replace
+from benchmarks import registry
+
+end = lambda args, stored: os.kill(os.getpid(), signal.SIGTERM)
+registry.BENCHMARKS["device"] = replace(registry.BENCHMARKS["device"], run=end)
+sys.argv = ["bench.py", "device"]
+runpy.run_path("scripts/bench.py", run_name="__main__")
+"""
+
+
+def test_a_benchmark_ends_at_sigterm_as_at_ctrl_c(tmp_path):
+    done = run([sys.executable, "-c", TERMINATED])
+    assert done.returncode == 130 and done.stderr.startswith("interrupted: what was measured is stored")
 
 
 # All of it.
