@@ -225,7 +225,7 @@ class Executor:
             p.weights.copy_(self.read("master", p.start, p.stop))
 
     def close(self) -> None:
-        """End the queues, let go of all memory and remove the files on NVMe."""
+        """End the queues, let go of all memory and of the files on NVMe."""
         self._queues.close()
         self._places.close()
         self._flushed.clear()
@@ -234,10 +234,6 @@ class Executor:
         """Those that hold elements `start` to `stop`."""
         first, last = start // self._plan.subgroup_size, (stop - 1) // self._plan.subgroup_size
         return self._plan.subgroups[first : last + 1]
-
-    def remove_files(self) -> None:
-        """Remove the names of the files on NVMe, of a state that is of no use any more."""
-        self._places.remove_files()
 
     # Gradients
 

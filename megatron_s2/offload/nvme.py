@@ -5,19 +5,19 @@ seal with its subgroup and generation; records begin at multiples of 4096 bytes.
 of slots in host memory. Subgroup j of the tier always uses slot j modulo their number, so that any so many
 neighbours fit at once, up or down, and a step that goes the other way finds what the one before it left.
 
-The files are scratch: only checkpoints hold state that outlives a run. What a run finds from one that crashed
-is thrown away, and what is not such a file is refused. (The idea of NVMe as a tier beside an active CPU and
-GPU: Fuyou, arXiv 2403.06504.)
+The files are scratch: only checkpoints hold state that outlives a run. They have no names, so that their
+space is free again however the process ends. (The idea of NVMe as a tier beside an active CPU and GPU: Fuyou,
+arXiv 2403.06504.)
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import struct
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -31,7 +31,6 @@ from megatron_s2.offload.arena import HostMemory, HostSlice
 from megatron_s2.offload.plan import ALIGNMENT, GB, STATE_BYTES
 
 MAGIC = b"megatron-s2 state"
-VERSION = 1
 PAGE = 4096
 PIECE = 2**23  # of one read or write: several under way keep a drive busy
 THREADS = 4  # per directory
@@ -61,12 +60,11 @@ class NvmeTier:
         directories: one file in each.
         sizes: elements of each subgroup of the tier, multiples of `ALIGNMENT`.
         slots: of the ring.
-        owner: names the files, such as job and rank; two runs at a time must differ.
         shares: how much each directory takes, relative to the others; its measured bandwidth.
         pinned: the ring, as for `HostMemory`.
 
     Raises:
-        ValueError: an argument is out of range, a file is in use or foreign, or a directory is not there.
+        ValueError: an argument is out of range, or a directory is not there or takes no files.
         TierError: a directory has no room.
     """
 
@@ -75,7 +73,6 @@ class NvmeTier:
         directories: Sequence[str | Path],
         sizes: Sequence[int],
         slots: int,
-        owner: str,
         shares: Sequence[float] | None = None,
         pinned: bool = False,
     ) -> None:
@@ -90,7 +87,7 @@ class NvmeTier:
         self.sizes = tuple(sizes)
         self.slots = min(slots, len(sizes))
         self.placement = distribute(sizes, shares)
-        self._offsets, ends = [], [PAGE] * len(directories)
+        self._offsets, ends = [], [0] * len(directories)
         for size, where in zip(sizes, self.placement):
             self._offsets.append(ends[where])
             ends[where] += _record_bytes(size)
@@ -99,7 +96,7 @@ class NvmeTier:
         self._threads = ThreadPoolExecutor(THREADS * len(directories), thread_name_prefix="offload-nvme")
         try:
             for directory, end in zip(directories, ends):
-                self._files.append(_File(Path(directory), owner, end, len(sizes)))
+                self._files.append(_File(Path(directory), end))
             largest = max(sizes)
             self._gradients = _record_bytes(largest)  # where they begin in a slot
             self._slot_bytes = self._gradients + _whole_pages(4 * largest)
@@ -135,11 +132,11 @@ class NvmeTier:
             return
         file = self._files[self.placement[j]]
         if generation == _HALF:
-            raise TierError(f"{file.path}: the record at {self._offsets[j]} was written half")
+            raise TierError(f"{file}: the record at {self._offsets[j]} was written half")
         self._at_once(file.read, slot, self._offsets[j])
         if bytes(slot[-_SEAL.size :]) != _SEAL.pack(MAGIC, j, generation):
             raise TierError(
-                f"{file.path}: the record at {self._offsets[j]} is not the one that was written "
+                f"{file}: the record at {self._offsets[j]} is not the one that was written "
                 "there; another program changed the file. Resume from the last checkpoint"
             )
 
@@ -157,14 +154,9 @@ class NvmeTier:
         self._generations[j] = generation
 
     def close(self) -> None:
-        """Remove the files and let go of the ring."""
+        """Give the files' space back and let go of the ring."""
         self._close_files()
         self._ring.close()
-
-    def remove_files(self) -> None:
-        """Remove the files' names; their space is free when the process ends."""
-        for file in self._files:
-            file.path.unlink(missing_ok=True)
 
     def _close_files(self) -> None:
         self._threads.shutdown()
@@ -192,31 +184,26 @@ class NvmeTier:
 
 
 class _File:
-    """A file of records: opened, locked, and of its full size at once."""
+    """A file of records in a directory, without a name, and of its full size at once."""
 
-    def __init__(self, directory: Path, owner: str, size: int, records: int) -> None:
-        self.path = directory / f"megatron-s2-{owner}.state"
+    def __init__(self, directory: Path, size: int) -> None:
+        self._directory = directory
         if not directory.is_dir():
             raise ValueError(f"{_FLAG} {directory}: must be a directory")
-        self._descriptor = _opened(self.path)
         try:
-            _lock(self._descriptor, self.path)
-            _refuse_or_discard(self._descriptor, self.path, owner)
-        except BaseException as error:  # whoever has it, it is not ours
-            os.close(self._descriptor)
-            if not isinstance(error, OSError):
-                raise
-            raise ValueError(f"{_FLAG} {directory}: {self.path.name} cannot be used: {error}") from error
+            self._file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115 (closed by `close`)
+        except OSError as error:
+            raise ValueError(f"{self} cannot be made: {error}") from error
+        self._descriptor = self._file.fileno()
         try:
-            header = json.dumps({"version": VERSION, "owner": owner, "bytes": size, "records": records})
-            page = MAGIC + b"\n" + header.encode()
-            memory = HostMemory(PAGE)
-            memory.view()[: len(page)] = page
-            self.write(memory.view(), 0)
+            self._bypass_page_cache()
             self._take_room(size)
         except BaseException:
             self.close()
             raise
+
+    def __str__(self) -> str:
+        return f"{_FLAG} {self._directory}: the state file"
 
     def read(self, memory: memoryview, offset: int) -> None:
         """Fill memory from an offset; both are whole pages.
@@ -231,7 +218,7 @@ class _File:
                 raise self._failed("cannot be read", len(memory), error) from error
             if done == 0 or done % PAGE:
                 raise TierError(
-                    f"{self.path}: ends at {os.fstat(self._descriptor).st_size} bytes, within a record; "
+                    f"{self} ends at {os.fstat(self._descriptor).st_size} bytes, within a record; "
                     "another program truncated it. Resume from the last checkpoint"
                 )
             memory, offset = memory[done:], offset + done
@@ -252,8 +239,21 @@ class _File:
             memory, offset = memory[done:], offset + done
 
     def close(self) -> None:
-        self.path.unlink(missing_ok=True)
-        os.close(self._descriptor)
+        self._file.close()
+
+    def _bypass_page_cache(self) -> None:
+        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+        try:
+            fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags | os.O_DIRECT)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            print(
+                f"{_FLAG} {self._directory}: its file system refuses O_DIRECT; state goes through the page "
+                "cache, which is slower and takes memory beside the budget",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _take_room(self, size: int) -> None:
         try:
@@ -267,11 +267,11 @@ class _File:
 
     def _failed(self, what: str, size: int, error: OSError) -> TierError:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            disk = os.statvfs(self.path.parent)
+            disk = os.statvfs(self._directory)
             what += f", the disk is full ({disk.f_bavail * disk.f_frsize / GB:.3f} GB free)"
         return TierError(
-            f"{_FLAG} {self.path.parent}: {self.path.name} {what} ({size} bytes): {error}. Make room or name "
-            "another directory, and resume from the last checkpoint"
+            f"{self} {what} ({size} bytes): {error}. Make room or name another directory, and resume from "
+            "the last checkpoint"
         )
 
 
@@ -306,14 +306,14 @@ def measure_bandwidth(directory: str | Path, size: int = 2**28) -> Bandwidth:
         raise ValueError(f"{_FLAG} {directory}: must be a directory")
     memory = HostMemory(min(size, PIECE))
     memory.bytes.fill_(1)
-    file = _File(Path(directory), f"measure-{os.getpid()}", PAGE + size, 0)
+    file = _File(Path(directory), size)
     pieces = range(0, size, PIECE)
     seconds = []
     try:
         with ThreadPoolExecutor(THREADS) as threads:
             for move in (file.write, file.read):
                 begin = time.perf_counter()
-                list(threads.map(lambda a, move=move: move(memory.view()[: size - a], PAGE + a), pieces))
+                list(threads.map(lambda a, move=move: move(memory.view()[: size - a], a), pieces))
                 seconds.append(time.perf_counter() - begin)
     finally:
         file.close()
@@ -326,62 +326,3 @@ def _record_bytes(size: int) -> int:
 
 def _whole_pages(size: int) -> int:
     return -(-size // PAGE) * PAGE
-
-
-def _opened(path: Path) -> int:
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-    try:
-        return os.open(path, flags | os.O_DIRECT, 0o600)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise ValueError(f"{_FLAG} {path.parent}: {path.name} cannot be opened: {error}") from error
-    print(
-        f"{_FLAG} {path.parent}: its file system refuses O_DIRECT; state goes through the page cache, which "
-        "is slower and takes memory beside the budget",
-        file=sys.stderr,
-        flush=True,
-    )
-    return os.open(path, flags, 0o600)
-
-
-def _lock(descriptor: int, path: Path) -> None:
-    """For as long as the descriptor is open, however the process ends.
-
-    Raises:
-        ValueError: another process has it, or is just removing the file.
-    """
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        there = path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino
-    except BlockingIOError:
-        there = False
-    if not there:
-        raise ValueError(f"{path}: is in use by another run; name another directory with {_FLAG}")
-
-
-def _refuse_or_discard(descriptor: int, path: Path, owner: str) -> None:
-    """Empty the file, if it is new or what a run of the same owner left behind.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    size = os.fstat(descriptor).st_size
-    if not size:
-        return
-    memory = HostMemory(PAGE)
-    os.preadv(descriptor, [memory.view()], 0)
-    page = bytes(memory.view()).rstrip(b"\0")
-    try:
-        magic, header = page.split(b"\n", 1)
-        found = json.loads(header)["owner"] if magic == MAGIC else None
-    except (ValueError, KeyError, TypeError):
-        found = None
-    if found != owner:
-        what = "not a state file" if found is None else f"the state file of {found}"
-        raise ValueError(f"{path}: is {what}; move it away, or name another directory with {_FLAG}")
-    print(
-        f"{path}: {size / GB:.3f} GB of a run that did not end are thrown away; checkpoints hold its state",
-        file=sys.stderr,
-        flush=True,
-    )
-    os.ftruncate(descriptor, 0)

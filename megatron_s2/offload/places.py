@@ -144,11 +144,6 @@ class Places:
         self._resident.clear()
         self.sets.clear()
 
-    def remove_files(self) -> None:
-        """Those on NVMe; what is open stays so."""
-        if self.tier:
-            self.tier.remove_files()
-
     def _hold(self, subgroup: Subgroup) -> None:
         """Have it in its slot, and on NVMe what was there."""
         slot, wanted = self.slots[self.slot(subgroup)], (subgroup.index, self.version)

@@ -203,13 +203,13 @@ class Offload:
         return optimizer in self._built
 
     def read(self, optimizer: OffloadedAdamW, name: str, start: int, stop: int) -> torch.Tensor:
-        """A copy of state, see `Executor.read`. With an NVMe tier it lies in a file there that has no name
-        any more, since the copies of all state, which a checkpoint takes, may not fit into memory."""
+        """A copy of state, see `Executor.read`. With an NVMe tier it lies in a file there that has no name,
+        since the copies of all state, which a checkpoint takes, may not fit into memory."""
         executor = self.executor_of(optimizer)
         out = None
         if executor.plan.tiers.nvme and stop > start:
             directory = self._settings.nvme_dirs[0]
-            with tempfile.NamedTemporaryFile(dir=directory) as file:
+            with tempfile.TemporaryFile(dir=directory) as file:
                 try:  # writing to a hole that cannot be filled would end the process
                     os.posix_fallocate(file.fileno(), 0, 4 * (stop - start))
                 except OSError as error:
@@ -217,7 +217,7 @@ class Offload:
                         f"--s2-offload-nvme-dir {directory}: has no room for the copy of the state that a "
                         f"checkpoint takes: {error.strerror}"
                     ) from error
-                out = torch.from_file(file.name, shared=True, size=stop - start)
+                out = torch.from_file(f"/proc/self/fd/{file.fileno()}", shared=True, size=stop - start)
         return executor.read(name, start, stop, out)
 
     def take_step(self, optimizer: OffloadedAdamW, settings: Sequence[AdamW], scale: float) -> None:
@@ -241,22 +241,17 @@ class Offload:
             built.seconds.clear()
 
     def close(self) -> None:
-        """End what works, and remove the files on NVMe."""
+        """End what works, and let go of all memory and of the files on NVMe."""
         for built in self._built.values():
             built.executor.close()
         self._built.clear()
         self._optimizers.clear()
         self._early.clear()
 
-    def abandon(self) -> None:
-        """Remove the files on NVMe, without waiting for what may never end."""
-        for built in self._built.values():
-            built.executor.remove_files()
-
     # Building
 
     def _build(self, optimizer: OffloadedAdamW) -> _Built:
-        settings, number = self._settings, self._optimizers.index(optimizer)
+        settings = self._settings
         share = self._share(optimizer)
         plan = make_plan(
             optimizer.elements,
@@ -284,7 +279,6 @@ class Offload:
                 settings.nvme_dirs,
                 on_nvme,
                 plan.ring_slots,
-                f"rank-{self._rank}-{number}",
                 [min(b.read, b.write) for b in bandwidths] or None,
                 pinned=cuda,
             )

@@ -1,24 +1,27 @@
-"""The collectives of context parallelism: started early, awaited late, bytes counted, lost peers named."""
+"""The collectives of context parallelism: started early, awaited late, bytes counted, lost peers reported."""
 
 from __future__ import annotations
 
-import time
+import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
-from threading import Thread
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_SECONDS_TO_ANSWER = 5.0
-_SECONDS_BETWEEN_LOOKS = 0.5
+# Since torch 2.14 the older name warns.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+# A peer that is gone or late, in the words of gloo, which has no type for it: the place in its transport that
+# noticed, or, of what else was under way when the timeout was over, this sentence.
+_LOST_BY_GLOO = re.compile(r"\[[^] ]*\bgloo/transport/|Application timeout caused pair closure")
+# Results of NCCL that blame this process, its device or its arguments, and no peer.
+_OWN_FAULT_BY_NCCL = re.compile("nccl(UnhandledCudaError|InternalError|InvalidArgument|InvalidUsage)")
 
 
 class PeerLostError(RuntimeError):
-    """A rank of the group did not take part in an exchange; the message names it."""
+    """A rank of the group died, or did not come within the group's timeout; the message names layer and
+    group."""
 
 
 @dataclass
@@ -81,8 +84,8 @@ class Exchange:
         result = part.new_empty(self.ranks * part.shape[0], *part.shape[1:])
         others = (self.ranks - 1) * _bytes(part)
         self.traffic.add(self.layer, received=others, sent=others)
-        with _naming_lost_peers(self):
-            work = dist.all_gather_into_tensor(result, part, group=self.group, async_op=True)
+        with _reporting_lost_peers(self):
+            work = _all_gather_single(result, part, group=self.group, async_op=True)
         return Pending(self, work, result, part)
 
     def all_to_all(self, parts: Tensor, send: Sequence[int], receive: Sequence[int]) -> Pending:
@@ -95,7 +98,7 @@ class Exchange:
         self.traffic.add(
             self.layer, received=(sum(receive) - receive[mine]) * row, sent=(sum(send) - send[mine]) * row
         )
-        with _naming_lost_peers(self):
+        with _reporting_lost_peers(self):
             work = dist.all_to_all_single(
                 result, parts, list(receive), list(send), group=self.group, async_op=True
             )
@@ -115,9 +118,9 @@ class Pending:
         """The result. On a GPU the current stream waits, not the process.
 
         Raises:
-            PeerLostError: a rank did not take part within the group's timeout.
+            PeerLostError: a rank of the group died, or did not take part within its timeout.
         """
-        with _naming_lost_peers(self._exchange):
+        with _reporting_lost_peers(self._exchange):
             self._work.wait()
         return self._result
 
@@ -127,80 +130,25 @@ def _bytes(x: Tensor) -> int:
 
 
 @contextmanager
-def _naming_lost_peers(exchange: Exchange) -> Iterator[None]:
-    """Turns a failed collective into an error that names the ranks at fault.
+def _reporting_lost_peers(exchange: Exchange) -> Iterator[None]:
+    """Adds layer and group to the error of a collective that a peer has failed; other errors pass unchanged.
 
-    gloo says only that some address hung up, or that time ran out. NCCL fails elsewhere: its watchdog ends
-    the process, with a message of its own, and the launcher says which rank ended first.
+    With NCCL a peer's death or delay shows elsewhere: its watchdog ends the process, with a message of its
+    own.
     """
-    attendance = _attendance()
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
-        group = exchange.group
+        if not _is_lost_peer(error):
+            raise
         raise PeerLostError(
-            f"{attendance.blame(dist.get_process_group_ranks(group))} the context-parallel exchange of layer "
-            f"{exchange.layer} (group {dist.get_process_group_ranks(group)}): {str(error).splitlines()[0]}"
+            f"context-parallel exchange of layer {exchange.layer}, group "
+            f"{dist.get_process_group_ranks(exchange.group)}: a rank died or did not answer in time: "
+            f"{str(error).partition('\n')[0]}"
         ) from error
-    attendance.exchanges += 1
 
 
-class _Attendance:
-    """Answers for this process when a rank asks who is still there, from a thread of its own.
-
-    So a rank that waits in a collective, or comes late to it, is told from one that died or hangs. The first
-    rank whose exchange fails finds the culprit; the others, which may fail only because that one has ended,
-    repeat its verdict.
-    """
-
-    _KEY = "megatron_s2/attendance"
-
-    def __init__(self, store: dist.Store, rank: int) -> None:
-        self.exchanges = 0  # completed
-        self._store = store
-        self._rank = rank
-        Thread(target=self._answer, daemon=True).start()
-
-    def _answer(self) -> None:
-        with suppress(RuntimeError):  # the store ends with the rank that keeps it
-            while not self._store.check([f"{self._KEY}/asked"]):
-                time.sleep(_SECONDS_BETWEEN_LOOKS)
-            self._store.set(f"{self._KEY}/{self._rank}", str(self.exchanges))
-
-    def blame(self, ranks: Sequence[int]) -> str:
-        """`rank 3 did not complete`: who does not answer; if all do, who has completed fewest exchanges."""
-        with suppress(RuntimeError):
-            verdict = f"{self._KEY}/verdict/{'-'.join(map(str, ranks))}"
-            self._store.set(f"{self._KEY}/asked", "")
-            if self._store.add(f"{verdict}/judges", 1) == 1:
-                self._store.set(verdict, self._judge(ranks))
-            # Not a waiting `get`: it would keep the store from the thread that answers.
-            deadline = time.monotonic() + 2 * _SECONDS_TO_ANSWER
-            while not self._store.check([verdict]) and time.monotonic() < deadline:
-                time.sleep(_SECONDS_BETWEEN_LOOKS)
-            if self._store.check([verdict]):
-                return self._store.get(verdict).decode()
-        return "a rank that cannot be named any more did not complete"
-
-    def _judge(self, ranks: Sequence[int]) -> str:
-        silent = list(ranks)
-        deadline = time.monotonic() + _SECONDS_TO_ANSWER
-        while silent and time.monotonic() < deadline:
-            silent = [rank for rank in silent if not self._store.check([f"{self._KEY}/{rank}"])]
-            time.sleep(0.05)
-        if silent:
-            return f"{_named(silent)} did not complete"
-        done = {rank: int(self._store.get(f"{self._KEY}/{rank}")) for rank in ranks}
-        last = [rank for rank in ranks if done[rank] == min(done.values())]
-        return f"{_named(last)} answered but did not come in time to complete"
-
-
-def _named(ranks: Sequence[int]) -> str:
-    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
-
-
-@lru_cache(maxsize=1)
-def _attendance() -> _Attendance:
-    return _Attendance(dist.distributed_c10d._get_default_store(), dist.get_rank())
+def _is_lost_peer(error: RuntimeError) -> bool:
+    if isinstance(error, dist.DistError):
+        return not _OWN_FAULT_BY_NCCL.search(str(error))
+    return type(error) is RuntimeError and _LOST_BY_GLOO.match(str(error)) is not None

@@ -91,7 +91,7 @@ def executor(tmp_path=None, *, delay=None, directories=1, gpu=False, **plan) -> 
         folders = [tmp_path / str(n) for n in range(directories)]
         for folder in folders:
             folder.mkdir(exist_ok=True)
-        tier = NvmeTier(folders, sizes, plan.ring_slots, "test", pinned=gpu)
+        tier = NvmeTier(folders, sizes, plan.ring_slots, pinned=gpu)
     one = Executor(plan, parameters, backend, Arena(plan, pinned=gpu), tier)
     one.parameters = parameters
     one.set_masters()

@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import json
 import os
 import signal
 import subprocess
@@ -14,17 +13,21 @@ import pytest
 from steps import ELEMENTS, MIXED, ON_NVME, executor, plain_solution, require_same, state_of, take_steps
 
 from megatron_s2.offload import nvme
-from megatron_s2.offload.nvme import MAGIC, PAGE, NvmeTier, TierError, distribute, measure_bandwidth
+from megatron_s2.offload.nvme import PAGE, NvmeTier, TierError, distribute, measure_bandwidth
 
 SIZES = [128] * 5 + [64]
-NAME = "megatron-s2-run.state"
 
 
 @pytest.fixture
 def tier(tmp_path):
-    one = NvmeTier([tmp_path], SIZES, slots=2, owner="run")
+    one = NvmeTier([tmp_path], SIZES, slots=2)
     yield one
     one.close()
+
+
+def opened(tier: NvmeTier) -> str:
+    """A path by which others can reach its only file, which has no name."""
+    return f"/proc/self/fd/{tier._files[0]._descriptor}"
 
 
 def fill(tier: NvmeTier, j: int, value: float) -> None:
@@ -54,17 +57,17 @@ def test_what_was_stored_is_loaded(tmp_path, slots, directories):
     folders = [tmp_path / str(n) for n in range(directories)]
     for folder in folders:
         folder.mkdir()
-    one = NvmeTier(folders, SIZES, slots, "run", shares=range(1, directories + 1))
+    one = NvmeTier(folders, SIZES, slots, shares=range(1, directories + 1))
     for add in (0, 100):
         store_all(one, add)
         require_stored(one, add)
-    one.close()
     assert not any(list(folder.iterdir()) for folder in folders)
+    one.close()
 
 
 def test_records_longer_than_a_piece(tmp_path, monkeypatch):
     monkeypatch.setattr(nvme, "PIECE", 2 * PAGE)
-    one = NvmeTier([tmp_path], [64 * 100] * 3, 1, "run")
+    one = NvmeTier([tmp_path], [64 * 100] * 3, 1)
     store_all(one)
     require_stored(one)
     one.close()
@@ -76,18 +79,12 @@ def test_new_state_is_zero_whatever_lay_in_the_slot(tier):
     assert tier.slot_of(0) == tier.slot_of(2) and not any(x.any() for x in tier.slice_of(2).state)
 
 
-def test_slots_and_records_are_aligned_pages(tier, tmp_path):
+def test_slots_and_records_are_aligned_pages(tier):
     for j in range(len(SIZES)):
         assert tier.slice_of(j).state.master.data_ptr() % PAGE == 0
         assert tier.slice_of(j).gradient.data_ptr() % PAGE == 0
-    # A header; records of 12 x 128 bytes and their seals take a page each.
-    assert (tmp_path / NAME).stat().st_size == PAGE * (1 + 6)
-
-
-def test_the_header_says_what_the_file_is(tier, tmp_path):
-    magic, header = (tmp_path / NAME).read_bytes()[:PAGE].rstrip(b"\0").split(b"\n")
-    assert magic == MAGIC
-    assert json.loads(header) == {"version": 1, "owner": "run", "bytes": 7 * PAGE, "records": 6}
+    # Records of 12 x 128 bytes and their seals take a page each.
+    assert os.stat(opened(tier)).st_size == PAGE * 6
 
 
 def test_direct_io_is_used_where_there_is_some(tier):
@@ -96,15 +93,15 @@ def test_direct_io_is_used_where_there_is_some(tier):
 
 
 def test_buffered_io_is_a_notice_not_a_secret(tmp_path, monkeypatch, capsys):
-    opened = os.open
+    real = fcntl.fcntl
 
-    def refuse(path, flags, *others, **named):
+    def refuse(descriptor, command, flags=0):
         if flags & os.O_DIRECT:
             raise OSError(errno.EINVAL, "Invalid argument")
-        return opened(path, flags, *others, **named)
+        return real(descriptor, command, flags)
 
-    monkeypatch.setattr(os, "open", refuse)
-    one = NvmeTier([tmp_path], SIZES, 2, "run")
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
+    one = NvmeTier([tmp_path], SIZES, 2)
     assert f"{tmp_path}: its file system refuses O_DIRECT" in capsys.readouterr().err
     store_all(one)
     require_stored(one)
@@ -140,93 +137,64 @@ def test_bandwidth_is_measured_and_nothing_stays(tmp_path):
     ({"slots": 0}, "slots 0: must be >= 1"),
     ({"sizes": [65]}, r"sizes \[65\]: must be multiples of 64"),
     ({"sizes": []}, r"sizes \[\]: must be"),
-    ({"owner": "x" * 300}, "x.state cannot be opened: .*File name too long"),
     ({"directories": ["/nowhere"]}, "--s2-offload-nvme-dir /nowhere: must be a directory"),
 ])  # fmt: skip
 def test_arguments_out_of_range_are_refused(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
-        NvmeTier(**{"directories": [tmp_path], "sizes": SIZES, "slots": 2, "owner": "run"} | arguments)
+        NvmeTier(**{"directories": [tmp_path], "sizes": SIZES, "slots": 2} | arguments)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("content", [b"someone's data", b"x" * 10000, MAGIC + b"\nnot json", MAGIC], ids=len)
-def test_a_foreign_file_is_refused_and_kept(tmp_path, content):
-    (tmp_path / NAME).write_bytes(content)
-    with pytest.raises(ValueError, match=rf"{NAME}: is not a state file; move it away, or name another"):
-        NvmeTier([tmp_path], SIZES, 2, "run")
-    assert (tmp_path / NAME).read_bytes() == content
+def test_a_directory_that_takes_no_files_is_refused(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(ValueError, match=f"--s2-offload-nvme-dir {tmp_path}: .* cannot be made: .*Read-only"):
+        NvmeTier([tmp_path], SIZES, 2)
 
 
-def test_the_file_of_another_owner_is_refused_and_kept(tmp_path):
-    content = MAGIC + b'\n{"version": 1, "owner": "other"}'
-    (tmp_path / NAME).write_bytes(content)
-    with pytest.raises(ValueError, match="is the state file of other; move it away"):
-        NvmeTier([tmp_path], SIZES, 2, "run")
-    assert (tmp_path / NAME).read_bytes() == content
-
-
-@pytest.mark.parametrize("module, call", [(fcntl, "flock"), (os, "preadv")])
-def test_a_file_that_cannot_be_looked_at_is_kept(tmp_path, monkeypatch, module, call):
-    """As where a network file system has no locks: whose the file is, is not known yet."""
-    (tmp_path / NAME).write_bytes(b"someone's data")
-
-    def fail(*_):
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr(module, call, fail)
-    with pytest.raises(ValueError, match=rf"{NAME} cannot be used: .*Function not implemented"):
-        NvmeTier([tmp_path], SIZES, 2, "run")
-    assert (tmp_path / NAME).read_bytes() == b"someone's data"
-
-
-def test_a_file_in_use_is_refused(tier, tmp_path):
+def test_two_runs_share_a_directory(tier, tmp_path):
+    other = NvmeTier([tmp_path], SIZES, 2)
     store_all(tier)
-    with pytest.raises(ValueError, match=rf"{NAME}: is in use by another run"):
-        NvmeTier([tmp_path], SIZES, 2, "run")
+    store_all(other, 100)
     require_stored(tier)
+    require_stored(other, 100)
+    other.close()
 
 
-@pytest.mark.parametrize("cut", [None, 0, PAGE, 3 * PAGE + 17])
-def test_what_a_killed_run_left_is_never_trusted(tmp_path, capsys, cut):
+def test_a_killed_run_leaves_nothing(tmp_path):
     code = (
         "import os, sys; from megatron_s2.offload.nvme import NvmeTier\n"
-        f"tier = NvmeTier([sys.argv[1]], {SIZES}, 2, 'run')\n"
+        f"tier = NvmeTier([sys.argv[1]], {SIZES}, 2)\n"
         "for j in range(6): tier.slice_of(j).state.master.fill_(9); tier.store(j)\n"
         "os.kill(os.getpid(), 9)"
     )
     killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
-    assert killed.returncode == -9 and (tmp_path / NAME).stat().st_size == 7 * PAGE
-    if cut is not None:
-        os.truncate(tmp_path / NAME, cut)
-    one = NvmeTier([tmp_path], SIZES, 2, "run")
-    assert ("of a run that did not end are thrown away" in capsys.readouterr().err) == (cut != 0)
-    for j in range(6):
-        one.load(j)
-        assert not one.slice_of(j).state.master.any()
-    one.close()
+    assert killed.returncode == -9 and not list(tmp_path.iterdir())
 
 
 # What happens to it
 
 
-@pytest.mark.parametrize("size", [0, PAGE, 3 * PAGE, 3 * PAGE + 100])
-def test_a_truncated_file_is_one_clear_error(tier, tmp_path, size):
+@pytest.mark.parametrize("size", [0, 2 * PAGE, 2 * PAGE + 100])
+def test_a_truncated_file_is_one_clear_error(tier, size):
     store_all(tier)
-    os.truncate(tmp_path / NAME, size)
-    with pytest.raises(TierError, match=rf"{NAME}: ends at {size} bytes, .* Resume from the last checkpoint"):
+    os.truncate(opened(tier), size)
+    with pytest.raises(TierError, match=rf"file ends at {size} bytes, .* Resume from the last checkpoint"):
         tier.load(4)
 
 
 @pytest.mark.parametrize("with_what", [b"\1" * PAGE, "the record before"], ids=["bytes", "older"])
-def test_a_record_changed_by_others_is_one_clear_error(tier, tmp_path, with_what):
+def test_a_record_changed_by_others_is_one_clear_error(tier, with_what):
     store_all(tier)
-    older = (tmp_path / NAME).read_bytes()[2 * PAGE : 3 * PAGE]
+    older = Path(opened(tier)).read_bytes()[PAGE : 2 * PAGE]
     store_all(tier, 100)
-    with open(tmp_path / NAME, "r+b") as file:
-        file.seek(2 * PAGE)
+    with open(opened(tier), "r+b") as file:
+        file.seek(PAGE)
         file.write(with_what if isinstance(with_what, bytes) else older)
     tier.load(0)
-    with pytest.raises(TierError, match=rf"the record at {2 * PAGE} is not the one that was written there"):
+    with pytest.raises(TierError, match=rf"the record at {PAGE} is not the one that was written there"):
         tier.load(1)
 
 
@@ -268,7 +236,7 @@ def test_a_record_written_half_is_not_loaded(tier, monkeypatch):
 
 @pytest.mark.parametrize("name", ["preadv", "pwritev"])
 def test_short_transfers_are_continued(tmp_path, monkeypatch, name):
-    one = NvmeTier([tmp_path], [64 * 100] * 3, 2, "run")
+    one = NvmeTier([tmp_path], [64 * 100] * 3, 2)
     real = getattr(os, name)
 
     def short(descriptor, buffers, offset):
@@ -283,7 +251,7 @@ def test_short_transfers_are_continued(tmp_path, monkeypatch, name):
 def test_reads_that_fail_are_one_clear_error(tier, monkeypatch):
     store_all(tier)
     refuse_after(monkeypatch, "preadv", 0, OSError(errno.EIO, "Input/output error"))
-    with pytest.raises(TierError, match=rf"{NAME} cannot be read \(4096 bytes\): .*Input/output error"):
+    with pytest.raises(TierError, match=r"file cannot be read \(4096 bytes\): .*Input/output error"):
         tier.load(0)
 
 
@@ -293,8 +261,8 @@ def test_file_systems_that_cannot_reserve_room_will_do(tmp_path, monkeypatch, co
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "posix_fallocate", refuse)
-    one = NvmeTier([tmp_path], SIZES, 2, "run")
-    assert (tmp_path / NAME).stat().st_size == 7 * PAGE
+    one = NvmeTier([tmp_path], SIZES, 2)
+    assert os.stat(opened(one)).st_size == 6 * PAGE
     store_all(one)
     require_stored(one)
     one.close()
@@ -302,7 +270,7 @@ def test_file_systems_that_cannot_reserve_room_will_do(tmp_path, monkeypatch, co
 
 def test_an_interruption_leaves_nothing_on_its_way(tmp_path, monkeypatch):
     """As by Ctrl-C while a checkpoint is read: what comes late would end in the state of another subgroup."""
-    one = NvmeTier([tmp_path], SIZES, 1, "run")
+    one = NvmeTier([tmp_path], SIZES, 1)
     store_all(one)
     real = os.preadv
 
@@ -332,13 +300,13 @@ def test_a_directory_without_room_is_refused_at_once(tmp_path):
     code = (
         "import resource, sys; from megatron_s2.offload.nvme import NvmeTier, TierError\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({3 * PAGE}, {3 * PAGE}))\n"
-        f"try: NvmeTier([sys.argv[1]], {SIZES}, 2, 'run')\n"
+        f"try: NvmeTier([sys.argv[1]], {SIZES}, 2)\n"
         "except TierError as error: print(error)"
     )
     run = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False
     )
-    assert f"{NAME} cannot be made, the disk is full" in run.stdout, run.stderr
+    assert "the state file cannot be made, the disk is full" in run.stdout, run.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -409,7 +377,7 @@ def build(n, budget, folder):
     parameters, elements = lay_out([torch.zeros(n // 8, dtype=torch.bfloat16) for _ in range(8)], [0] * 8)
     plan = make_plan(elements, FRACTION, subgroup_size=2**17, host_budget=budget, nvme=True)
     sizes = [s.size for s in plan.subgroups if s.tier == "nvme"]
-    tier = NvmeTier([folder], sizes, plan.ring_slots, f"n{n}") if sizes else None
+    tier = NvmeTier([folder], sizes, plan.ring_slots) if sizes else None
     return Executor(plan, parameters, ThreadBackend(), Arena(plan), tier), parameters, plan
 
 def steps(executor, parameters, gradients, count):
