@@ -1,9 +1,12 @@
 """What all tests share: one thread, the scripts as modules; tests marked `gpu` are left out where there is no
-CUDA device; long files go first."""
+CUDA device; long files go first; Ctrl-C works in what tests start, however they were started themselves."""
 
 import os
+import signal
 import sys
 from pathlib import Path
+
+from hypothesis import HealthCheck, settings
 
 # Before torch is imported: at the sizes of tests threads cost more than they bring, in commands started by
 # tests, too.
@@ -35,6 +38,21 @@ LONG = (
     "test_s2_checkpoints",
     "test_preprocess",
 )
+
+# No limit on the time of an example: the first one imports torch, and other programs use the machine too.
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
+
+
+def pytest_configure():
+    """Restores the default handlers of signals that this process was started to ignore.
+
+    A background job of a script, nohup and many CI agents ignore SIGINT, and child processes inherit that:
+    no test could interrupt what it started. SIGHUP stays ignored, so that nohup keeps its meaning.
+    """
+    for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, default)
 
 
 def pytest_collection_modifyitems(config, items):

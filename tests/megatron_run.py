@@ -26,6 +26,8 @@ from importlib import import_module
 from multiprocessing.connection import wait
 from pathlib import Path
 
+from waiting import PATIENCE, wait_until
+
 ROOT = Path(__file__).parent.parent
 PRETRAIN = ROOT / "scripts" / "pretrain_gpt.py"
 
@@ -95,22 +97,20 @@ class Launched:
                 start_new_session=True,
             )
 
-    def wait_for(self, text: str, timeout: float = 300.0) -> None:
-        """Waits until the output contains `text`; raises TimeoutError, with the output, if it never does."""
-        deadline = time.monotonic() + timeout
-        while text not in self._output.read_text():
-            if time.monotonic() > deadline or self._process.poll() is not None:
-                raise TimeoutError(f"no {text!r} in the output:\n{self._output.read_text()}")
-            time.sleep(0.01)
+    def wait_for(self, text: str) -> None:
+        """Waits until the output contains `text`; RuntimeError, with the output, if the run ends first."""
+        wait_until(lambda: text in self._output.read_text() or self._process.poll() is not None)
+        if text not in self._output.read_text():
+            raise RuntimeError(f"no {text!r} in the output:\n{self._output.read_text()}")
 
     def send(self, number: signal.Signals) -> None:
         """Sends a signal to every process of the run, as a terminal does."""
         os.killpg(self._process.pid, number)
 
-    def wait(self, timeout: float = 300.0) -> Run:
+    def wait(self) -> Run:
         """Waits for the end; a run that takes longer is killed and raises subprocess.TimeoutExpired."""
         try:
-            status = self._process.wait(timeout)
+            status = self._process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             self.send(signal.SIGKILL)
             raise
@@ -255,9 +255,9 @@ def _free_port() -> int:
         return free.getsockname()[1]
 
 
-def _end_together(group: list[multiprocessing.Process], timeout: float = 600.0) -> None:
+def _end_together(group: list[multiprocessing.Process]) -> None:
     """Waits for all; kills those that are left when one fails or the time is over."""
-    deadline, failed = time.monotonic() + timeout, False
+    deadline, failed = time.monotonic() + PATIENCE, False
     running = list(group)
     while running and not failed:
         wait([process.sentinel for process in running], max(0.0, deadline - time.monotonic()))

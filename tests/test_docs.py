@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE
 
 from megatron_s2.training.arguments import add_s2_args
 
@@ -35,7 +36,7 @@ def test_each_python_block_prints_what_the_page_says(page, block, tmp_path):
         pytest.importorskip("matplotlib")
     (tmp_path / "docs" / "images").mkdir(parents=True)
     done = subprocess.run(
-        [sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout in page.read_text(), f"{page.name} should say:\n{done.stdout}"

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from megatron_arguments import parse, validate_on_gpus
 from megatron_run import ROOT
+from waiting import PATIENCE
 
 from megatron_s2.layers.arguments import settings_from_args
 from megatron_s2.training.arguments import validate_s2_args
@@ -59,7 +60,7 @@ def launched(tmp_path):
             env=environment(first_on_path=tmp_path),
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PATIENCE,
         )
 
     return launch
@@ -170,7 +171,7 @@ def test_the_laptop_recipe_trains(tmp_path):
         env={**environment(), "PYTHONUNBUFFERED": "1"},
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "S2 in 3 of 4 layers" in done.stdout
@@ -189,7 +190,7 @@ def made_sparse(directory: Path, model: Path, prefix: Path, words: str) -> subpr
         env=environment() | {"PATTERN": pattern, "SAMPLES": "4", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=PATIENCE,
     )
 
 
@@ -247,5 +248,5 @@ def tiny_data(directory: Path) -> Path:
     words = f"--input {directory / 'text'} --output-prefix {directory / 'data'} --append-eod --workers 1 "
     words += f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {directory / 'model'}"
     command = [sys.executable, str(ROOT / "scripts" / "preprocess_data.py"), *words.split()]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE)
     return directory / "data_text_document"

@@ -3,11 +3,13 @@
 import subprocess
 import sys
 
+from waiting import PATIENCE
+
 HEAVY = ("torch", "numpy", "megatron", "triton", "transformers")
 
 
 def run_python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import RUNNER
+from waiting import PATIENCE, wait_until
 
 TOY = ["context-parallel", "--seq-length", "2048", "--threads", "1", "--device", "cpu"]
 KEYS = {
@@ -209,23 +209,19 @@ def test_an_interrupted_run_keeps_its_rows_and_leaves_no_process(tmp_path):
     long = [sys.executable, str(RUNNER), *TOY, *options, "--schedules", "gather"]
     process = subprocess.Popen(long, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
-        deadline = time.monotonic() + 120
-        while not rows_in(tmp_path):  # those of s2; dense comes next
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.02)
+        # Those of s2; dense comes next.
+        wait_until(lambda: rows_in(tmp_path) or process.poll() is not None)
+        assert process.poll() is None
         children = children_of(process.pid)
         assert len(children) >= 2
         os.killpg(process.pid, signal.SIGINT)
-        error = process.communicate(timeout=60)[1]
+        error = process.communicate(timeout=PATIENCE)[1]
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130 and "interrupted: what was measured is stored" in error
     assert [row["case"] for row in rows_in(tmp_path)] == ["s2"]
-    deadline = time.monotonic() + 20  # multiprocessing's own helper ends a moment later
-    while alive := [pid for pid in children if runs(pid)]:
-        assert time.monotonic() < deadline, alive
-        time.sleep(0.1)
+    wait_until(lambda: not any(map(runs, children)))  # multiprocessing's own helper ends a moment later
 
 
 # What is stored.

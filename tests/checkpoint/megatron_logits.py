@@ -34,7 +34,7 @@ def logits(directory: Path, checkpoints: dict[str, Path], tokens: torch.Tensor) 
         for name, path in checkpoints.items()
     }
     (directory / "jobs.json").write_text(json.dumps(jobs))
-    done = subprocess.run([sys.executable, __file__, directory], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, __file__, directory], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stdout[-4000:] + done.stderr[-4000:])
     return torch.load(directory / "logits.pt")

@@ -10,6 +10,7 @@ import sys
 
 import torch
 from megatron_run import ROOT
+from waiting import PATIENCE
 
 from megatron_s2.checkpoint import hf_config
 from megatron_s2.checkpoint.safetensors_files import write_weights
@@ -79,7 +80,7 @@ def test_no_more_than_a_file_of_weights_is_held(tmp_path):
         ],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr

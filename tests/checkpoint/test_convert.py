@@ -9,6 +9,7 @@ import pytest
 import torch
 from hf_models import FAMILIES, assert_bit_equal, convert, edit_config, make_model, store, weights
 from transformers import AutoModelForCausalLM
+from waiting import PATIENCE
 
 S2 = ("--s2-attention", "--s2-block-size", "16", "--s2-local-blocks", "2", "--s2-vert-stride", "3", "4")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -195,7 +196,7 @@ def test_transformers_refuses_a_sparse_model_where_s2_is_not_registered(tmp_path
         "A.from_pretrained(sys.argv[1])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "sparse"], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code, tmp_path / "sparse"], capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.stdout == "sdpa\n"
     assert done.returncode != 0

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from hf_models import assert_refused, convert, convert_in_vain, edit_config, make_model, store
+from waiting import PATIENCE
 
 from megatron_s2.checkpoint import convert as conversion
 from megatron_s2.checkpoint import torch_dist, whole
@@ -303,7 +304,7 @@ def test_a_disk_that_fills_up_half_way(source, trained, tmp_path, direction):
         [sys.executable, SCRIPT, direction, "--input", given, "--output", tmp_path / "output"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)),
     )
     assert done.returncode == 2, done.stderr

@@ -15,6 +15,7 @@ import torch
 from hf_models import convert, make_model, store, weights
 from megatron_run import MOCK_DATA, ROOT, Run, assert_same_losses, train_all
 from transformers import AutoTokenizer
+from waiting import PATIENCE
 
 from megatron_s2.data.documents import Corpus
 from megatron_s2.data.tokenizer import train_tokenizer
@@ -89,7 +90,7 @@ def loss_of_checkpoint(checkpoint: Path, data: Path) -> float:
     """In a process of its own: Megatron's global state is left behind there."""
     words = ["--load", checkpoint, "--data-path", data, "--seq-length", str(LENGTH)]
     command = [sys.executable, ROOT / "scripts" / "eval_loss.py", *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     return float(re.match(r"loss (\S+),", done.stdout)[1])
 

@@ -6,12 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from waiting import PATIENCE, wait_until
 
 from megatron_s2.data.command import run_command
 from megatron_s2.data.documents import Corpus
@@ -196,7 +196,11 @@ def start(tmp_path, corpus, tokenizer_dir, script_main):
         process = multiprocessing.get_context("fork").Process(target=command)
         process.start()
         started.append(process)
-        wait_until(lambda: any(path.stat().st_size for path in (tmp_path / "out").glob("*.partial.bin")))
+        partial = "*.partial.bin"
+        wait_until(
+            lambda: not process.is_alive() or any(f.stat().st_size for f in (tmp_path / "out").glob(partial))
+        )
+        assert process.is_alive(), (tmp_path / "stderr").read_text()
         return process
 
     yield begin
@@ -210,13 +214,6 @@ def _without_end(tally):
         tally.documents += 1
         tally.bytes += 50_000
         yield "x = 1\n" * 8_000
-
-
-def wait_until(condition, seconds=20.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def processes_in_session(session):
@@ -236,7 +233,7 @@ def processes_in_session(session):
 def test_an_interrupted_run_leaves_nothing_and_ends_quietly(start, tmp_path, workers, number, status):
     process = start(workers)
     os.killpg(process.pid, number)  # as a terminal does: to the workers as well
-    process.join(60)
+    process.join(PATIENCE)
     assert process.exitcode == status
     assert os.listdir(tmp_path / "out") == []
     assert "Traceback" not in (tmp_path / "stderr").read_text()
@@ -247,7 +244,7 @@ def test_workers_end_with_a_parent_that_was_killed(start, tmp_path):
     process = start(workers=3)
     assert len(processes_in_session(process.pid)) == 4
     process.kill()
-    process.join(20)
+    process.join(PATIENCE)
     wait_until(lambda: not processes_in_session(process.pid))
     assert all(".partial." in name for name in os.listdir(tmp_path / "out"))
 
@@ -256,7 +253,7 @@ def test_a_worker_that_was_killed_is_reported(start, tmp_path):
     process = start(workers=3)
     worker = next(pid for pid in processes_in_session(process.pid) if int(pid) != process.pid)
     os.kill(int(worker), signal.SIGKILL)
-    process.join(20)
+    process.join(PATIENCE)
     assert process.exitcode == 2
     assert (
         (tmp_path / "stderr")

@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE
 
 from megatron_s2.data.command import run_command
 from megatron_s2.data.documents import Corpus
@@ -147,6 +148,6 @@ def test_training_stops_at_once_and_leaves_nothing(tmp_path, corpus, script_main
     process.start()
     reading.recv()
     os.kill(process.pid, number)
-    process.join(10)
+    process.join(PATIENCE)
     assert process.exitcode == -number
     assert os.listdir(tmp_path) == []

@@ -14,6 +14,7 @@ from hf_models import convert, make_model
 from megatron_run import ROOT, train_all
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from waiting import PATIENCE
 
 from megatron_s2.data.command import run_command
 from megatron_s2.generation import evaluation
@@ -42,7 +43,7 @@ def write_documents(prefix: Path, documents: list[list[int]]) -> Path:
 def in_a_process(*words: object) -> tuple[str, str]:
     """stdout and stderr of the command; a checkpoint's model leaves Megatron's global state behind."""
     command = [sys.executable, str(ROOT / "scripts" / "eval_loss.py"), *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     return done.stdout, done.stderr
 

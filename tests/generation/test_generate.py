@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import ByteLevel, Metaspace, WhitespaceSplit
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from waiting import PATIENCE
 
 import megatron_s2.hf
 from megatron_s2.data.command import run_command
@@ -191,7 +192,7 @@ def test_a_seed_draws_the_same_again(capsys, hugging_face):
 
 
 def test_a_megatron_checkpoint_gives_what_its_hugging_face_model_does(from_converted, model):
-    out, err = from_converted.communicate(timeout=120)
+    out, err = from_converted.communicate(timeout=PATIENCE)
     assert from_converted.returncode == 0, err
     rows = [greedy(model, text, 12) for text in prompts(*LENGTHS)]
     assert out.splitlines() == [f"[{n + 1}] {spelled(row)}" for n, row in enumerate(rows)]
@@ -201,7 +202,7 @@ def test_a_megatron_checkpoint_gives_what_its_hugging_face_model_does(from_conve
 def test_a_trained_checkpoint_gives_the_same_tokens_with_any_cache(trained):
     request = {"prompts": prompts(*LENGTHS), "tokens": 16}
     running = process(Path(__file__).with_name("checkpoint_generation.py"), trained, json.dumps(request))
-    out, err = running.communicate(timeout=120)
+    out, err = running.communicate(timeout=PATIENCE)
     assert running.returncode == 0, err
     found = json.loads(out)
     assert found["cache"] == found["recomputed"] == found["static"] == found["cache again"]
@@ -213,7 +214,7 @@ def test_ctrl_c_ends_quietly(hugging_face):
     running = process(SCRIPT, "--hf", hugging_face, *flags("--prompt", "1 2", "--max-new-tokens", 10**6))
     assert running.stdout.read(1)
     running.send_signal(signal.SIGINT)
-    _, err = running.communicate(timeout=60)
+    _, err = running.communicate(timeout=PATIENCE)
     assert running.returncode == 130
     assert [line for line in err.splitlines() if not line.startswith("note: ")] == ["interrupted"]
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_s2 import BlockMaskPattern, S2Pattern
@@ -57,7 +57,6 @@ def pairs_of(call, pattern) -> list[tuple[range, np.ndarray]]:
     return [(range(call.start, call.stop), keys)]
 
 
-@settings(deadline=None)
 @given(pattern=s2_patterns() | mask_patterns(), queries=query_ranges())
 def test_every_visible_pair_is_in_exactly_one_call(pattern, queries):
     q_start, q_stop = queries
@@ -72,7 +71,6 @@ def test_every_visible_pair_is_in_exactly_one_call(pattern, queries):
     assert (times[q_start:] == visible[0].numpy()).all() and not times[:q_start].any()
 
 
-@settings(deadline=None)
 @given(pattern=s2_patterns() | mask_patterns(), queries=query_ranges())
 def test_the_first_call_of_every_query_holds_its_own_key(pattern, queries):
     reached = set()
@@ -86,7 +84,6 @@ def test_the_first_call_of_every_query_holds_its_own_key(pattern, queries):
     assert reached == set(range(*queries))
 
 
-@settings(deadline=None)
 @given(pattern=s2_patterns(), queries=query_ranges())
 def test_band_rows_are_full_and_so_are_their_windows(pattern, queries):
     for call in plan_head(pattern, 0, *queries):

@@ -37,7 +37,7 @@ def seen_later(pattern: S2Pattern, head: int, tokens: int) -> list[int]:
 
 
 @given(pattern=patterns, chunks=st.lists(st.integers(1, 70), max_size=6), decoded=st.integers(0, 40))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_holds_exactly_what_later_tokens_see(pattern, chunks, decoded):
     heads, tokens = pattern.num_kv_heads, 0
     cache = KVCache(pattern, batch=1, head_dim=2)
@@ -58,7 +58,7 @@ def test_holds_exactly_what_later_tokens_see(pattern, chunks, decoded):
 
 
 @given(pattern=patterns, lengths=st.lists(st.integers(0, 150), min_size=1, max_size=4))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_bytes_of_a_batch_are_the_sum_over_its_sequences(pattern, lengths):
     keys = torch.zeros(len(lengths), max(lengths), pattern.num_kv_heads, 4, dtype=torch.bfloat16)
     cache = KVCache(pattern, len(lengths), 4, torch.bfloat16)
@@ -68,7 +68,7 @@ def test_bytes_of_a_batch_are_the_sum_over_its_sequences(pattern, lengths):
 
 
 @given(pattern=patterns, tokens=st.integers(1, 300))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_known_maximum_is_set_aside_exactly(pattern, tokens):
     cache = KVCache(pattern, 1, 2, max_tokens=tokens)
     capacity = cache.capacity_bytes

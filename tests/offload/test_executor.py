@@ -26,6 +26,7 @@ from steps import (
     state_of,
     take_steps,
 )
+from waiting import PATIENCE, wait_until
 
 from megatron_s2.offload.arena import Arena
 from megatron_s2.offload.executor import Executor
@@ -191,7 +192,7 @@ def test_a_step_waits_for_each_flush_on_its_own(tmp_path):
 
     def delay(task):
         if (task.queue, task.name) == ("d2h", "gradients 11"):
-            assert first_updated.wait(20)
+            assert first_updated.wait(PATIENCE)
         if (task.queue, task.name) == ("h2d", "weights 0"):
             first_updated.set()
 
@@ -228,7 +229,7 @@ def test_no_schedule_meets_a_hazard(tmp_path, truth, first):
             directories=rng.choice((1, 2, 3)),
         )
         steps = ThreadPoolExecutor(1).submit(take_steps, one, seed=seed)
-        steps.result(timeout=60)
+        steps.result(PATIENCE)
         require_same(state_of(one), truth)
         one.close()
 
@@ -326,15 +327,23 @@ def test_a_failing_tier_ends_the_step(build, tier):
 
 def test_an_interruption_ends_the_step_with_all_queues_at_rest(build):
     """As by Ctrl-C, or a signal handler that raises."""
-    one = build(delay=lambda task: time.sleep(0.2))
-    flush_all(one, 1)
+    interrupted = threading.Event()
+
+    def delay(task):
+        if task.name.startswith("update") and not interrupted.is_set():
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)
+            assert interrupted.wait(PATIENCE)
+        time.sleep(0.1)
 
     def interrupt(*_):
-        raise KeyboardInterrupt
+        if not interrupted.is_set():
+            interrupted.set()
+            raise KeyboardInterrupt
 
+    one = build(delay=delay)
+    flush_all(one, 1)
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.3)
         with pytest.raises(KeyboardInterrupt) as interruption:
             one.step(settings_of(1))
     finally:
@@ -373,7 +382,7 @@ def test_a_step_that_is_closed_under_way_does_not_look_done(build):
     def delay(task):
         if task.queue == "cpu":
             updating.set()
-            time.sleep(0.1)
+            wait_until(lambda: one._queues._closed)
 
     one = build(delay=delay)
     flush_all(one, 1)
@@ -385,9 +394,9 @@ def test_a_step_that_is_closed_under_way_does_not_look_done(build):
 
     stepping = threading.Thread(target=step)
     stepping.start()
-    assert updating.wait(20)
+    assert updating.wait(PATIENCE)
     one.close()
-    stepping.join(20)
+    stepping.join(PATIENCE)
     assert failures and not stepping.is_alive()
 
 

@@ -3,14 +3,16 @@
 import errno
 import fcntl
 import os
-import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 from steps import ELEMENTS, MIXED, ON_NVME, executor, plain_solution, require_same, state_of, take_steps
+from waiting import PATIENCE
 
 from megatron_s2.offload import nvme
 from megatron_s2.offload.nvme import PAGE, NvmeTier, TierError, distribute, measure_bandwidth
@@ -272,23 +274,23 @@ def test_an_interruption_leaves_nothing_on_its_way(tmp_path, monkeypatch):
     """As by Ctrl-C while a checkpoint is read: what comes late would end in the state of another subgroup."""
     one = NvmeTier([tmp_path], SIZES, 1)
     store_all(one)
-    real = os.preadv
+    real, reading, interrupted = os.preadv, threading.Event(), threading.Event()
 
     def slow(*args):
+        reading.set()
+        assert interrupted.wait(PATIENCE)
         time.sleep(0.3)
         return real(*args)
 
-    def interrupt(*_):
+    def interrupt(piece):
+        assert reading.wait(PATIENCE)
+        interrupted.set()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "preadv", slow)
-    before = signal.signal(signal.SIGALRM, interrupt)
-    try:
-        signal.setitimer(signal.ITIMER_REAL, 0.1)
-        with pytest.raises(KeyboardInterrupt):
-            one.load(1)
-    finally:
-        signal.signal(signal.SIGALRM, before)
+    monkeypatch.setattr(Future, "exception", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        one.load(1)
     fill(one, 2, 77)
     time.sleep(0.4)
     assert (one.slice_of(2).state.master == 77).all()

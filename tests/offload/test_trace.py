@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE
 
 from megatron_s2.offload.trace import Event, bottleneck, busy_shares, read_trace, shifted, span, write_trace
 
@@ -178,7 +179,7 @@ def test_plan_model_simulator_and_trace_import_nothing_heavy():
         "import megatron_s2.offload.rates\n"
         "print([name for name in ('torch', 'numpy', 'matplotlib', 'megatron') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE)
     assert done.stdout == "[]\n", done.stderr
 
 

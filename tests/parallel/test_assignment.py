@@ -61,7 +61,7 @@ def played(draw) -> Played:
 
 
 @given(played())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_every_query_is_in_one_piece_of_its_owner(played):
     for rank, plan in enumerate(played.plans):
         held = played.zigzag.positions(rank)
@@ -76,7 +76,7 @@ def test_every_query_is_in_one_piece_of_its_owner(played):
 
 
 @given(played())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_the_gathered_shards_are_the_shards_of_the_pattern(played):
     for document, (start, stop) in enumerate(played.documents):
         last = played.pattern.num_blocks(stop - start) - 1
@@ -91,7 +91,7 @@ def test_the_gathered_shards_are_the_shards_of_the_pattern(played):
 
 
 @given(played())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_the_windows_of_all_queries_are_there_after_the_halo(played):
     for rank, plan in enumerate(played.plans):
         windows = played.windows(rank)
@@ -103,7 +103,7 @@ def test_the_windows_of_all_queries_are_there_after_the_halo(played):
 
 
 @given(played())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_what_is_sent_is_what_is_expected_and_no_rank_adds_more_than_the_fullest(played):
     for rank, plan in enumerate(played.plans):
         assert list(plan.recv_counts) == [other.send_counts[rank] for other in played.plans]

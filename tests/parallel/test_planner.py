@@ -56,7 +56,7 @@ def without(values, rank: int) -> int:
 
 
 @given(calls())
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_gather_moves_what_its_index_plans_move(case):
     pattern, call = case
     for rank, plan in enumerate(gather_plans(pattern, call)):
@@ -83,7 +83,6 @@ def a2a_from_to(pattern: S2Pattern, call: AttentionCall) -> tuple[np.ndarray, np
 
 
 @given(calls().filter(lambda case: case[1].query_heads >= case[1].ranks))
-@settings(deadline=None)
 def test_a2a_moves_queries_keys_values_and_outputs_of_each_ranks_heads(case):
     pattern, call = case
     there, back = a2a_from_to(pattern, call)
@@ -104,7 +103,6 @@ def test_ring_and_all_gather_move_all_keys_and_values_and_gradients_besides_in_t
 
 
 @given(calls(), st.integers(1, 5))
-@settings(deadline=None)
 def test_bytes_within_and_between_nodes_are_those_of_the_peers(case, node_ranks):
     pattern, call = case
     node = np.arange(call.ranks) // node_ranks
@@ -148,7 +146,6 @@ def test_a_call_has_positive_sizes(field):
 
 
 @given(calls())
-@settings(deadline=None)
 def test_work_is_the_visible_pairs_of_each_ranks_queries(case):
     pattern, call = case
     no_shard = {"vert_stride": 10**6, "phases": (1,) * pattern.num_kv_heads}
@@ -163,7 +160,6 @@ def test_work_is_the_visible_pairs_of_each_ranks_queries(case):
 
 
 @given(calls().filter(lambda case: case[1].query_heads >= case[1].ranks))
-@settings(deadline=None)
 def test_every_schedule_computes_the_same_pairs(case):
     pattern, call = case
     totals = {int(work(schedule, pattern, call).pairs.sum()) for schedule in SCHEDULES}
@@ -172,7 +168,6 @@ def test_every_schedule_computes_the_same_pairs(case):
 
 
 @given(calls())
-@settings(deadline=None)
 def test_gather_holds_its_own_keys_the_shards_and_the_halos(case):
     pattern, call = case
     held = key_value_tokens("gather", pattern, call)

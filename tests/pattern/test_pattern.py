@@ -9,14 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_s2 import BlockMaskPattern, S2Pattern
 from megatron_s2.pattern.block_pattern import attention_flops, dense_pairs
-
-settings.register_profile("spec", deadline=None)
-settings.load_profile("spec")
 
 DKERNEL_MASKS = json.loads((Path(__file__).parents[1] / "golden" / "dkernel_block_masks.json").read_text())
 DKERNEL_ARGUMENTS = (

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from megatron_run import ROOT
 from torch.utils.tensorboard import SummaryWriter
+from waiting import PATIENCE
 
 from megatron_s2.pattern.s2_pattern import S2Pattern
 from megatron_s2.report.losses import Losses, draw_losses, read_scalars
@@ -39,7 +40,7 @@ def script(name: str, *words, **others) -> subprocess.CompletedProcess:
         [sys.executable, str(ROOT / "scripts" / name), *map(str, words)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         **others,
     )
 

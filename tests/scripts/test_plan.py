@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE
 
 from megatron_s2.parallel.planner import SCHEDULES
 
@@ -135,7 +136,7 @@ def test_it_needs_no_torch_no_megatron_and_no_matplotlib():
         "except SystemExit as ended: assert not ended.code\n"
         "print([name for name in ('torch', 'megatron', 'matplotlib', 'triton') if name in sys.modules])\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
 

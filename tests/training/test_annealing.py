@@ -3,7 +3,7 @@
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from megatron_run import Run, train_all
 from test_s2_training import FOUR_LAYERS, FROM, FULL_RECOMPUTE, RICH
@@ -38,7 +38,6 @@ def test_heads_stop_at_their_own_stride():
     assert [p.strides for p in stages(target)] == [(1, 1, 1), (2, 2, 1), (2, 4, 1), (2, 6, 1)]
 
 
-@settings(deadline=None)  # the first example imports torch
 @given(st.sampled_from([2, 4, 8]), st.integers(1, 3), st.integers(1, 4), st.integers(0, 2), st.integers(0, 5))
 def test_each_stage_sees_a_part_of_what_the_one_before_saw(stride, window, heads, sinks, layer):
     target = S2Pattern(heads, 16, window, stride, sink_blocks=sinks, layer=layer)
