@@ -25,7 +25,8 @@ import torch
 
 from megatron_s2.errors import flag_name
 from megatron_s2.layers.arguments import refuse_bypasses
-from megatron_s2.offload.run import Offload, OffloadError
+from megatron_s2.offload.manager import OffloadManager
+from megatron_s2.offload.session import OffloadError
 from megatron_s2.parallel.exchange import PeerLostError, Traffic
 from megatron_s2.parallel.planner import plan_model
 from megatron_s2.pattern.annealing import Annealing
@@ -39,17 +40,15 @@ from megatron_s2.training.arguments import (
     validate_s2_args,
 )
 from megatron_s2.training.checks import check_model, check_paths, check_splits
+from megatron_s2.training.hooks import count_s2_flops, log_context_parallel_traffic, use_offload
 from megatron_s2.training.machine import Machine, describe, runnable_arguments
 from megatron_s2.training.offload_arguments import offload_settings, validate_offload_args
 from megatron_s2.training.patches import (
     EmptySplitError,
     apply_patches,
-    count_s2_flops,
     escape_help_texts,
     let_eval_interval_be_unset,
-    log_context_parallel_traffic,
     quiet_known_warnings,
-    use_offload,
 )
 
 if TYPE_CHECKING:
@@ -130,7 +129,7 @@ def train(argv: Sequence[str]) -> None:
 
     offload = None
     if args.s2_offload:
-        offload = Offload(offload_settings(args), _rank(), _local_world_size())
+        offload = OffloadManager(offload_settings(args), _rank(), _local_world_size())
     use_offload(offload)
     try:
         pretrain(
@@ -335,7 +334,7 @@ def _steps_taken(args: Namespace) -> int:
     return getattr(args, "curr_iteration", None) or args.iteration
 
 
-def _end(offload: Offload | None) -> None:
+def _end(offload: OffloadManager | None) -> None:
     if offload is not None:
         offload.close()
 
