@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 import signal
@@ -14,7 +15,6 @@ import time
 import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -75,12 +75,16 @@ _SECONDS_RANK_0_HAS_TO_SPEAK = 10.0
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains as the command line says.
 
-    Bad input ends the process with status 2 and one line on stderr; Ctrl-C with status 130.
+    Every end but that of a complete run ends the process: bad input with status 2 and one line on stderr,
+    Ctrl-C with status 130, a lost peer with status 1 and one line, any other error with status 1 and its
+    traceback.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         try:
             train(words)
+            # Together: where no launcher does, rank 0 keeps the store that NCCL's watchdogs read to the end.
+            torch.distributed.barrier()
             torch.distributed.destroy_process_group()
         except BaseException:
             # A Ctrl-C that arrived while a collective was waiting shows first as the peer's lost connection;
@@ -88,17 +92,22 @@ def main(argv: Sequence[str] | None = None) -> None:
             time.sleep(0)
             raise
     except KeyboardInterrupt:
-        _leave_quietly()
+        if _rank() == 0:
+            print("megatron-s2: interrupted", file=sys.stderr)
+        _leave(130)
     except PeerLostError as error:
-        # What is left of the process groups may wait for that peer for ever.
-        print(f"error: {error} (on rank {_rank()})", file=sys.stderr, flush=True)
-        os._exit(1)
+        print(f"error: {error} (on rank {_rank()})", file=sys.stderr)
+        _leave(1)
+    except Exception as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        _leave(1)
 
 
 def train(argv: Sequence[str]) -> None:
     """Prepares this process and runs `megatron.training.pretrain` on the command line `argv`.
 
-    The process group and Megatron's own global state are left as they are then.
+    The process group and Megatron's own global state are left as they are then; after an error, so are the
+    offload's threads, which may wait for peers that are gone.
     """
     quiet_known_warnings()
     machine = Machine.detect()
@@ -142,16 +151,13 @@ def train(argv: Sequence[str]) -> None:
     except (EmptySplitError, OffloadError) as error:
         _end(offload)
         _refuse(str(error))
-    except SystemExit:
+    except SystemExit:  # Megatron's, between two steps
         _end(offload)
         raise
-    except BaseException:
-        if offload is not None:
-            offload.abandon()  # queues may wait for peers that are gone
-        raise
+    finally:
+        if (writer := get_tensorboard_writer()) is not None:
+            writer.close()
     _end(offload)
-    if (writer := get_tensorboard_writer()) is not None:
-        writer.close()
 
 
 def configure(argv: Sequence[str]) -> tuple[Namespace, PretrainConfigContainer]:
@@ -387,14 +393,20 @@ def _refuse(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def _leave_quietly() -> None:
-    """Ends after Ctrl-C as a shell expects it, without waiting for peers that may be gone."""
-    if _rank() == 0:
-        print("megatron-s2: interrupted", file=sys.stderr, flush=True)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        with suppress(RuntimeError):
-            torch.distributed.destroy_process_group()
-    sys.exit(130)
+def _leave(status: int) -> NoReturn:
+    """Ends the process at once, whatever its threads do.
+
+    An interpreter that ends in order waits for process groups, and these for peers that may be gone; and it
+    aborts when a thread comes back from C++ code. All else that it would do is done here.
+    """
+    try:
+        if (wandb := sys.modules.get("wandb")) is not None:
+            wandb.finish(exit_code=status)  # by itself it knows of `sys.exit` and of tracebacks only
+        atexit._run_exitfuncs()  # ends child processes and removes temporary files; has no public name
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(status)
 
 
 if __name__ == "__main__":

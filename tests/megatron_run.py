@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -293,9 +294,17 @@ def _run_jobs(job_file: Path, rank: int, ranks: int, port: int) -> None:
             except SystemExit as ended:
                 status = ended.code or 0
             sys.stdout.flush()
+        if not status:
+            _require_no_threads()
         _forget_run()
         if rank == 0:
             (log_dir / "status.txt").write_text(str(status))
+
+
+def _require_no_threads() -> None:
+    """One that outlives its training may be in C++ code when the interpreter ends, which aborts then."""
+    if left := [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]:
+        raise RuntimeError(f"threads left by the training: {left}")
 
 
 def _forget_run() -> None:

@@ -184,12 +184,13 @@ def test_several_ranks_refuse_with_one_voice(tmp_path):
 
 
 def test_ctrl_c_ends_a_run_quietly(tmp_path):
-    run = Launched(tmp_path, "--train-iters 100000")
+    run = Launched(tmp_path, "--train-iters 100000 --num-workers 1")
     run.wait_for("iteration        3/")
     run.send(signal.SIGINT)
     ended = run.wait()
     assert ended.status == 130
     assert "Traceback" not in ended.output
+    assert {1, 2, 3} <= ended.losses.keys()  # what was logged is in its file
 
 
 def test_megatrons_exit_signal_handler_still_saves(tmp_path):

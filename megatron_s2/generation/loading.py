@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from argparse import Namespace
 from contextlib import redirect_stdout
@@ -77,7 +78,7 @@ def load_gpt(
     """Loads a `torch_dist` checkpoint onto this machine's GPU, or its CPU, as one rank.
 
     Megatron's own loader reads it, which trusts the file as `--load` of a training does. Megatron's global
-    state and a process group are left behind: once per process.
+    state and a process group are there until the process ends: once per process.
 
     Args:
         directory: what was given to the training as `--save`.
@@ -178,6 +179,7 @@ def _build(argv: list[str], stop: frozenset[int]) -> LoadedGPT:
     except AssertionError as error:
         raise ValueError(f"--load: Megatron refuses the checkpoint's arguments: {error}") from error
     initialize_megatron(allow_no_cuda=not machine.gpu, store=torch.distributed.HashStore())
+    atexit.register(_leave_process_group)
     builder = container.model.get_builder_cls()(container.model)
     models = builder.build_distributed_models(
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
@@ -197,6 +199,12 @@ def _build(argv: list[str], stop: frozenset[int]) -> LoadedGPT:
         args.max_position_embeddings,
         _note(model),
     )
+
+
+def _leave_process_group() -> None:
+    """While the interpreter is whole: later NCCL's threads are ended in any order, with a warning."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _note(model: GPTModel) -> str | None:

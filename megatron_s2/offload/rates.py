@@ -156,8 +156,12 @@ def _measure_together(work: dict[str, tuple[Callable[[], object], int]], seconds
         return calls * amount / max(passed, seconds)
 
     with ThreadPoolExecutor(len(work)) as threads:
-        running = {name: threads.submit(rate, *what) for name, what in work.items()}
-        return {name: future.result() for name, future in running.items()}
+        try:
+            running = {name: threads.submit(rate, *what) for name, what in work.items()}
+            return {name: future.result() for name, future in running.items()}
+        except BaseException:
+            start.abort()  # or those that have begun wait for ever for those that an interruption left out
+            raise
 
 
 def _updates(device: torch.device, elements: int) -> Callable[[], object]:

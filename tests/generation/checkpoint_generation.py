@@ -3,7 +3,9 @@
 A script, because a process can load one Megatron checkpoint: `checkpoint_generation.py CHECKPOINT REQUEST`.
 """
 
+import atexit
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,6 +43,12 @@ def main(directory: Path, request: dict) -> dict:
     }
 
 
+def _require_no_process_group() -> None:
+    sys.stdout.flush()
+    if torch.distributed.is_initialized():
+        os._exit(1)
+
+
 def _by_megatron(model, prompts: list[list[int]], tokens: int) -> list[list[int]]:
     from megatron.core.inference.contexts import StaticInferenceContext
     from megatron.core.inference.engines import StaticInferenceEngine
@@ -76,4 +84,5 @@ def _again(model, todo) -> list[list[int]]:
 
 
 if __name__ == "__main__":
+    atexit.register(_require_no_process_group)  # what is registered first is called last
     print(json.dumps(main(Path(sys.argv[1]), json.loads(sys.argv[2]))))

@@ -2,7 +2,9 @@
 
 import json
 import math
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 
 import pytest
@@ -36,6 +38,33 @@ def test_rates_are_positive_and_take_the_time_they_are_given():
     assert rates.dram is None  # the others, measured at once, contain it
     assert passed >= 0.1
     assert torch.get_num_threads() == before
+
+
+def test_an_interrupted_measurement_leaves_no_thread_that_waits(monkeypatch):
+    """As by Ctrl-C when some queues have begun: they wait for the others."""
+    submit, submitted, raised = ThreadPoolExecutor.submit, [], []
+    together = threading.Barrier(4)
+
+    def interrupted(pool, *call):
+        if len(submitted) == 2:
+            raise KeyboardInterrupt
+        submitted.append(submit(pool, *call))
+        return submitted[-1]
+
+    def measure():
+        try:
+            measure_rates(threads=1, seconds=0.01, elements=64)
+        except KeyboardInterrupt as error:
+            raised.append(error)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", interrupted)
+    monkeypatch.setattr(threading, "Barrier", lambda parties: together)
+    measuring = threading.Thread(target=measure)
+    measuring.start()
+    measuring.join(30)
+    ended = not measuring.is_alive()
+    together.abort()  # where it has not: the tests go on
+    assert ended and raised and all(future.done() for future in submitted)
 
 
 @pytest.mark.gpu
