@@ -2,7 +2,7 @@
 
     import megatron_s2.hf
     model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="s2")
-    model.generate(**inputs, past_key_values=megatron_s2.hf.S2Cache(model.config))
+    model.generate(**inputs, cache=megatron_s2.hf.S2Cache(model.config))
 
 The settings are those of `s2_attention` in the model's config.json: fields of `S2Settings` but `num_layers`
 and `num_kv_heads`, which the configuration has anyway. Its `"attn_implementation": "s2"` makes transformers
@@ -12,20 +12,23 @@ transformers for its attention function: Llama, Mistral, Qwen2 and Qwen3 are tes
 A padded token takes no part: the position of a token, from which its block follows, is its index among the
 real tokens of its row, wherever the padding lies. No mask of tokens x tokens is built.
 
-Without `S2Cache`, transformers' own dynamic cache gives the same results and keeps everything.
+Before transformers 5.24 the argument `cache` is called `past_key_values`; `CACHE_ARGUMENT` is its name in the
+installed version. Without `S2Cache`, transformers' own dynamic cache gives the same results and keeps
+everything.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from inspect import signature
 from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
-from transformers.masking_utils import causal_mask_function
+from transformers.masking_utils import causal_mask_function, create_causal_mask
 
 from megatron_s2.kernels import s2_attention
 from megatron_s2.kv_cache.cache import KVCache
@@ -34,6 +37,7 @@ from megatron_s2.pattern.s2_pattern import S2Pattern
 from megatron_s2.pattern.settings import S2Settings
 
 NAME = "s2"
+CACHE_ARGUMENT = "cache" if "cache" in signature(create_causal_mask).parameters else "past_key_values"
 _FROM_THE_MODEL = ("num_layers", "num_kv_heads")
 
 
@@ -131,7 +135,7 @@ def s2_mask(
         )
     if kv_offset or int(q_offset) + q_length != kv_length:
         raise ValueError(
-            'past_key_values: must be an S2Cache or a DynamicCache with attn_implementation="s2"'
+            f'{CACHE_ARGUMENT}: must be an S2Cache or a DynamicCache with attn_implementation="s2"'
         )
     if attention_mask is None or attention_mask.all():
         return None
@@ -295,14 +299,16 @@ class S2CacheLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    get_max_cache_shape = get_max_length  # its name before transformers 5.16
+
     def reset(self) -> None:
         self.cache, self.columns, self.is_initialized = None, 0, False
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
             raise ValueError(
-                "past_key_values: must not be an S2Cache where tokens are taken back (assisted generation): "
-                "what they made it forget is gone"
+                f"{CACHE_ARGUMENT}: must not be an S2Cache where tokens are taken back (assisted "
+                "generation): what they made it forget is gone"
             )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -318,7 +324,7 @@ class S2CacheLayer(CacheLayerMixin):
 
 
 class S2Cache(Cache):
-    """A transformers cache that keeps per KV head only what later tokens see: pass it as `past_key_values`.
+    """A transformers cache that keeps per KV head only what later tokens see: pass it as `cache`.
 
     Args:
         config: the model's configuration.

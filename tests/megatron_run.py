@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -235,6 +236,8 @@ def _serve() -> None:
     """
     from megatron_s2.training.patches import quiet_known_warnings
 
+    for category in (DeprecationWarning, FutureWarning):
+        warnings.filterwarnings("error", category=category, module="megatron_s2")
     quiet_known_warnings()
     for module in IMPORTED_BY_A_TRAINING:
         import_module(module)

@@ -11,7 +11,7 @@ from generation_models import FAMILIES, PAD, SETTINGS, SHAPE, Batch, greedy, log
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import megatron_s2.hf
-from megatron_s2.hf import S2Cache, settings_of
+from megatron_s2.hf import CACHE_ARGUMENT, S2Cache, settings_of
 from megatron_s2.kv_cache.cache import cache_bytes
 
 TOLERANCE = 1e-5
@@ -65,7 +65,7 @@ def test_padding_changes_nothing(model, side):
 def test_generates_what_a_full_recompute_does(model, cache):
     texts = prompts(*LENGTHS)
     batch = Batch.of(texts, "left")
-    kept = {"past_key_values": S2Cache(model.config)} if cache == "s2" else {}
+    kept = {CACHE_ARGUMENT: S2Cache(model.config)} if cache == "s2" else {}
     got = model.generate(**vars(batch), **kept, max_new_tokens=24, do_sample=False)
     expected = [greedy(model, text, 24) for text in texts]
     assert got[:, batch.input_ids.shape[1] :].tolist() == expected
@@ -78,7 +78,7 @@ def test_logits_of_every_step_are_those_of_a_full_recompute(model, chunks):
     for chunk in chunks:
         with torch.no_grad():
             ids = torch.tensor([tokens[done : done + chunk]])
-            logits = model(ids, past_key_values=cache, use_cache=True).logits[0]
+            logits = model(ids, use_cache=True, **{CACHE_ARGUMENT: cache}).logits[0]
         assert_close(logits, expected[done : done + chunk])
         done += chunk
         patterns = [settings_of(model.config).pattern(number) for number in (1, 2, 3)]
@@ -93,8 +93,10 @@ def test_right_padded_prompts_are_continued(llama):
     mask = torch.cat([batch.attention_mask, torch.ones(2, 3, dtype=torch.long)], 1)
     positions = torch.tensor([[20, 21, 22], [90, 91, 92]])
     with torch.no_grad():
-        llama(**vars(batch), past_key_values=cache, use_cache=True)
-        got = llama(torch.tensor([more, more]), mask, positions, past_key_values=cache, use_cache=True).logits
+        llama(**vars(batch), use_cache=True, **{CACHE_ARGUMENT: cache})
+        got = llama(
+            torch.tensor([more, more]), mask, positions, use_cache=True, **{CACHE_ARGUMENT: cache}
+        ).logits
     for row, text in enumerate(texts):
         assert_close(got[row], logits_of(llama, text + more)[-3:])
 
@@ -103,15 +105,17 @@ def test_beams_share_and_reorder_the_cache(llama):
     batch = Batch.of(prompts(40, 60), "left")
     how = {"max_new_tokens": 20, "num_beams": 3, "do_sample": False}
     expected = llama.generate(**vars(batch), **how)
-    assert torch.equal(llama.generate(**vars(batch), **how, past_key_values=S2Cache(llama.config)), expected)
+    assert torch.equal(
+        llama.generate(**vars(batch), **how, **{CACHE_ARGUMENT: S2Cache(llama.config)}), expected
+    )
 
 
 def test_a_known_maximum_is_set_aside_once(llama):
     batch, cache = Batch.of(prompts(40), "left"), S2Cache(llama.config, max_tokens=59)
-    llama.generate(**vars(batch), past_key_values=cache, max_new_tokens=20, do_sample=False)
+    llama.generate(**vars(batch), max_new_tokens=20, do_sample=False, **{CACHE_ARGUMENT: cache})
     assert sum(layer.capacity_bytes for layer in cache.caches) < 59 * 2 * 2 * 16 * 4 * 3
     with pytest.raises(ValueError, match="max_tokens 59: must be at least the 60 tokens"):
-        llama(torch.ones(1, 1, dtype=torch.long), past_key_values=cache)
+        llama(torch.ones(1, 1, dtype=torch.long), **{CACHE_ARGUMENT: cache})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -199,16 +203,16 @@ def test_refuses_what_would_be_wrong(llama):
         llama,
         r"^attention_mask \(1, 39\): must be \[batch, tokens\] = \(1, 40\)",
         attention_mask=torch.zeros(1, 39),
-        past_key_values=cache,
+        **{CACHE_ARGUMENT: cache},
     )
-    with pytest.raises(ValueError, match=r"^past_key_values: must be an S2Cache or a DynamicCache"):
+    with pytest.raises(ValueError, match=rf"^{CACHE_ARGUMENT}: must be an S2Cache or a DynamicCache"):
         llama.generate(torch.ones(1, 40, dtype=torch.long), max_new_tokens=2, cache_implementation="static")
 
 
 def test_refuses_a_mask_that_forgets_padding(llama):
     batch, cache = Batch.of(prompts(20, 50), "left"), S2Cache(llama.config)
     with torch.no_grad():
-        llama(**vars(batch), past_key_values=cache)
+        llama(**vars(batch), **{CACHE_ARGUMENT: cache})
     mask = torch.ones(2, 51)
     mask[0, 0] = 0
     refused(
@@ -216,7 +220,7 @@ def test_refuses_a_mask_that_forgets_padding(llama):
         "^attention_mask: must have the columns of cached tokens",
         torch.ones(2, 1, dtype=torch.long),
         attention_mask=mask,
-        past_key_values=cache,
+        **{CACHE_ARGUMENT: cache},
     )
 
 
@@ -237,7 +241,7 @@ def test_refuses_the_small_cache_with_another_attention(directories):
 def test_refuses_to_take_tokens_back(llama):
     cache = S2Cache(llama.config)
     with torch.no_grad():
-        llama(torch.full((1, 40), PAD + 1), past_key_values=cache)
-    with pytest.raises(ValueError, match="assisted generation"):
+        llama(torch.full((1, 40), PAD + 1), **{CACHE_ARGUMENT: cache})
+    with pytest.raises(ValueError, match=f"^{CACHE_ARGUMENT}: must not be an S2Cache .*assisted generation"):
         cache.crop(-1)
     assert megatron_s2.hf.NAME == "s2"

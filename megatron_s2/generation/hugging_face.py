@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from megatron_s2.hf import NAME, S2Cache, settings_of
+from megatron_s2.hf import CACHE_ARGUMENT, NAME, S2Cache, settings_of
 from megatron_s2.kv_cache.cache import KVCache
 
 
@@ -84,9 +84,9 @@ class HuggingFaceDecoder:
             tokens,
             attention_mask=self._mask,
             position_ids=(starts[:, None] + columns).clamp(min=0),
-            past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
+            **{CACHE_ARGUMENT: self._cache},
         ).logits
         self._lengths = [length + len(row) for length, row in zip(self._lengths, rows)]
         return logits[:, -1]

@@ -70,7 +70,7 @@ _COLUMN_PROGRAMS = 2048
 _SHORTEST_SPAN = 1024
 
 # By largest head_dim: forward, dQ, dK/dV, each (rows, keys, warps, stages). None spills registers at head_dim
-# 64 and 128 in 16 bits: docs/kernel-resources.md.
+# 64 and 128 in 16 bits with the Triton of docs/kernel-resources.md.
 _HOPPER_ON = {
     64: Tuning(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2)),
     128: Tuning(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2)),

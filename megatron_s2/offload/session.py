@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from megatron_s2.offload.adam import AdamW, fused_update, same_bits, update_on_gpu
+from megatron_s2.offload.adam import AdamW, fused_update, rounding_note, update_on_gpu
 from megatron_s2.offload.executor import Executor
 from megatron_s2.offload.host_memory import check_available
 from megatron_s2.offload.model import Rates
@@ -183,10 +183,8 @@ class Session:
             )
         self._context.log("\n".join(lines))
         on_gpu = torch.cuda.is_available() and self._settings.gpu_adam == "triton"
-        if on_gpu and not same_bits(torch.device("cuda", torch.cuda.current_device())):
-            self._context.log(
-                "megatron-s2: CPU and GPU round differently here; results depend on the fraction"
-            )
+        if on_gpu and (note := rounding_note(torch.device("cuda", torch.cuda.current_device()))):
+            self._context.log(note)
 
     def _write_trace(self, path: str) -> None:
         measured, predicted = self.executor.events, self._predicted.events

@@ -40,23 +40,32 @@ def quiet_known_warnings() -> None:
     Megatron says about ten times at import that Transformer Engine and Apex are not installed (which
     implementation runs is decided by flags, and this package says it once), that it assumes rank 0 where
     there is one process, that parts this package doesn't use are experimental, that its distributed optimizer
-    looks at the `.grad` of views, that its checkpoints call older functions of torch, and that one process
-    reads or writes a checkpoint. Touches the filters of `warnings` and one logger of torch. Call it before
-    importing Megatron.
+    looks at the `.grad` of views, that its checkpoints and collectives call older functions of torch, and
+    that one process reads or writes a checkpoint. The same words from a user's own module still show, but for
+    two kinds: torch attributes those about collectives to itself, and the CPU runtime stands between torch
+    and every caller. Touches the filters of `warnings` and one logger of torch. Call it before importing
+    Megatron.
     """
-    for message in (
-        "Transformer Engine and Apex are not installed",
-        "Apex is not installed",
-        "Only transformer-engine>=.* supports MoE experts",
-        ".*'pin_memory' argument is set as true but no accelerator is found",
-        "Could not determine rank from torch.distributed",
-        "MimoModelConfig is experimental",
-        r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed",
-        ".*assuming the intent is to (load|save) in a single process",
-        "The argument order of load has been changed",
-        "Please use DTensor instead and we are deprecating ShardedTensor",
+    for origin, message in (
+        (r"megatron\.", "Transformer Engine and Apex are not installed"),
+        (r"megatron\.", "Apex is not installed"),
+        (r"megatron\.", "Only transformer-engine>=.* supports MoE experts"),
+        (r"megatron\.", "Could not determine rank from torch.distributed"),
+        (r"megatron\.", "MimoModelConfig is experimental"),
+        (
+            r"megatron\.|megatron_s2\.training\.cpu_runtime",
+            r"The \.grad attribute of a Tensor that is not a leaf Tensor",
+        ),
+        (
+            r"(torch|megatron)\.|megatron_s2\.training\.cpu_runtime",
+            "Please use DTensor instead and we are deprecating",
+        ),
+        (r"torch\.", ".*'pin_memory' argument is set as true but no accelerator is found"),
+        (r"torch\.", ".*assuming the intent is to (load|save) in a single process"),
+        (r"torch\.", "The argument order of load has been changed"),
+        (r"torch\.", r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated"),
     ):
-        warnings.filterwarnings("ignore", message=message)
+        warnings.filterwarnings("ignore", message, module=origin)
     logging.getLogger("torch.utils.cpp_extension").addFilter(
         lambda record: "No CUDA runtime is found" not in record.getMessage()
     )

@@ -1,11 +1,12 @@
-"""The Triton kernels compile for every chip, spill nothing and fit; docs/kernel-resources.md says the same.
+"""With any Triton the kernels compile for every chip and fit; the committed table is theirs, without spills.
 
-No GPU is needed: the kernels are compiled ahead of time, in processes of their own.
+No GPU is needed: the kernels are compiled ahead of time.
 """
 
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,9 @@ def kernel_resources(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=compiler, capture_output=True, text=True, check=False)
 
 
-def test_the_table_is_current_and_nothing_spills():
-    """What ships for head_dim 128 is compiled, to be quick; that the rest is current a fingerprint tells."""
-    check = kernel_resources("--check", "--head-dims", "128", "--shipped")
+@pytest.mark.exhaustive
+def test_every_kernel_fits_its_chip_and_the_table_is_current():
+    check = kernel_resources("--check")
     assert check.returncode == 0, check.stderr
 
 
@@ -38,18 +39,35 @@ def resources(monkeypatch):
     return kernel_resources
 
 
+@pytest.mark.parametrize(
+    ("chip", "kernel"),
+    [("sm_80", "dkv window"), ("sm_90", "dkv shard"), ("sm_90", "forward"), ("sm_100", "dq")],
+)
+def test_a_kernel_fits_its_chip(resources, tmp_path, monkeypatch, chip, kernel):
+    """Each of them once, each chip once, as shipped for head_dim 128; all of them: the exhaustive test."""
+    monkeypatch.setattr(resources.triton.knobs.cache, "dir", str(tmp_path))
+    (case,) = [case for case in resources.cases([chip], [128], shipped=True) if case.kernel == kernel]
+    found = resources.compiled(case)
+    assert found.problems() == []
+    assert resources.stale(resources.TABLE.read_text(), [found]) == []
+
+
 def test_spills_size_and_missing_tensor_cores_are_problems(resources):
     tiles = resources.Tiles(128, 64, 8, 3)
     case = resources.Case("sm_90", "dq", 128, tiles)
-    bad = resources.Resources(case, 255, 16, 1 << 20, tensor_core=False)
+    bad = resources.Resources(case, 255, 80, 1 << 20, tensor_core=False)
     where = "sm_90 dq head_dim 128: "
     assert bad.problems() == [
-        where + "spills 16 bytes per thread to local memory",
+        where + "spills 80 bytes per thread to local memory, at most 64",
         where + "shared memory 1048576, at most 232448",
         where + "no wgmma in its PTX",
     ]
     good = resources.Resources(case, 200, 0, 1 << 17, tensor_core=True)
     assert good.problems() == []
+    many = resources.Resources(
+        replace(case, tiles=replace(tiles, warps=16)), 200, 0, 1 << 17, tensor_core=True
+    )
+    assert many.problems() == [where + "102400 registers, at most 65536"]
     decode = resources.Case("sm_90", resources.DECODE, 128, tiles)
     (problem,) = resources.Resources(decode, 80, 0, 1 << 16, tensor_core=False).problems()
     assert problem == "sm_90 decode split head_dim 128: no mma.sync in its PTX"
@@ -64,6 +82,23 @@ def test_the_table_has_every_candidate_of_every_chip_and_head_dim(resources):
     for case, row in zip(cases, rows):
         tiles = f"{case.tiles.rows} x {case.tiles.keys} | {case.tiles.warps} | {case.tiles.stages}"
         assert row.startswith(f"| {case.chip} | {case.kernel} | {case.head_dim} | {case.what()} | {tiles} |")
+        local = row.split(" | ")[8]
+        assert local == "0", row
+
+
+def test_numbers_are_compared_only_with_those_of_the_same_triton(resources, monkeypatch):
+    case = resources.cases(["sm_90"], [128])[0]
+    made, other = (resources.Resources(case, n, 0, 1 << 16, tensor_core=True) for n in (200, 201))
+    monkeypatch.setattr(resources, "cases", lambda *args: [case])
+    text = resources.page([made])
+    assert resources.stale(text, [made]) == []
+    (problem,) = resources.stale(text, [other])
+    assert problem == f"kernel-resources.md is stale, now: {other.row()}"
+    monkeypatch.setattr(resources.triton, "__version__", "3.0.0")
+    assert resources.stale(text, [other]) == []
+    monkeypatch.setattr(resources, "cases", lambda *args: [])
+    (problem,) = resources.stale(text, [other])
+    assert problem.startswith("kernel-resources.md is of other kernels or tiles: fingerprint ")
 
 
 def test_the_fingerprint_is_of_code_not_of_comments(resources, tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from steps import (
     flush_all,
     gradients_of,
     plain_solution,
+    require_close,
     require_same,
     scale_of,
     settings_of,
@@ -28,6 +29,7 @@ from steps import (
 )
 from waiting import PATIENCE, wait_until
 
+from megatron_s2.offload.adam import same_bits
 from megatron_s2.offload.executor import Executor
 from megatron_s2.offload.plan import make_plan
 from megatron_s2.offload.queues import Access, Buffer, CudaBackend, HazardError, Queues, ThreadBackend
@@ -83,10 +85,11 @@ def test_tiers_and_buffers_change_no_bit(build, truth, tiers, fraction, buffer_s
 @pytest.mark.gpu
 @pytest.mark.parametrize("tiers", TIERS.values(), ids=TIERS)
 @pytest.mark.parametrize("fraction", FRACTIONS[::2])
-def test_a_gpu_changes_no_bit(build, truth, tiers, fraction):
+def test_a_gpu_changes_no_bit_where_it_rounds_as_the_cpu(build, truth, tiers, fraction):
     one = build(**tiers, fraction=fraction, gpu=True)
     take_steps(one)
-    require_same(state_of(one), truth)
+    require = require_same if same_bits(torch.device("cuda")) else require_close
+    require(state_of(one), truth)
 
 
 def test_the_fraction_may_change_between_steps(build, truth):

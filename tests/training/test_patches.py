@@ -102,13 +102,15 @@ def test_the_optimizers_of_nvidia_are_left_alone(unpatched, monkeypatch):
     assert DistributedOptimizer.state_dict is unpatched["state_dict"]
 
 
-def test_only_known_warnings_are_silenced():
+def test_only_known_warnings_are_silenced_and_only_where_they_come_from():
+    known = "Transformer Engine and Apex are not installed. Falling back."
+    said = [(known, "megatron.core"), ("it matters", "megatron.core"), (known, "a_users_module")]
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
         quiet_known_warnings()
-        warnings.warn("Transformer Engine and Apex are not installed. Falling back.", stacklevel=1)
-        warnings.warn("something that matters", stacklevel=1)
-    assert [str(warning.message) for warning in shown] == ["something that matters"]
+        for message, module in said:
+            warnings.warn_explicit(message, UserWarning, "file.py", 1, module)
+    assert [str(warning.message) for warning in shown] == ["it matters", known]
 
 
 def test_a_split_without_tokens_is_refused_instead_of_repeated_for_ever():
