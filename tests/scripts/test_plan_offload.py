@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 from waiting import PATIENCE
 
-from megatron_s2.offload.simulator import SCHEDULES
-
 SCRIPT = Path(__file__).parents[2] / "scripts" / "plan_offload.py"
 FLAGS = [
     *("--params", "7e9", "--h2d-gbps", "50", "--d2h-gbps", "50"),
@@ -27,6 +25,8 @@ def load_main():
 
 
 main = load_main()
+
+from benchmarks.offload_schedules import SCHEDULES  # noqa: E402  (the script makes it importable)
 
 
 def as_json(capsys, *more) -> dict:
