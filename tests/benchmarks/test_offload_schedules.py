@@ -1,4 +1,4 @@
-"""Other schedules of optimizer offload are what they are said to be, and compared with ours on equal terms."""
+"""Other schedules of optimizer offload are what they are said to be, and compared on equal terms."""
 
 import sys
 from pathlib import Path
