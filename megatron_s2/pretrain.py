@@ -16,12 +16,14 @@ from typing import NoReturn
 
 import torch
 
-from megatron_s2.offload.run import Offload, OffloadError
+from megatron_s2.offload.manager import OffloadManager
+from megatron_s2.offload.session import OffloadError
 from megatron_s2.parallel.exchange import PeerLostError
 from megatron_s2.training.configure import configure, failed_assertion
+from megatron_s2.training.hooks import use_offload
 from megatron_s2.training.machine import Machine, describe, runnable_arguments
 from megatron_s2.training.offload_arguments import offload_settings
-from megatron_s2.training.patches import EmptySplitError, apply_patches, quiet_known_warnings, use_offload
+from megatron_s2.training.patches import EmptySplitError, apply_patches, quiet_known_warnings
 
 _SECONDS_RANK_0_HAS_TO_SPEAK = 10.0
 
@@ -103,7 +105,7 @@ def train(argv: Sequence[str]) -> None:
 
     offload = None
     if args.s2_offload:
-        offload = Offload(offload_settings(args), _rank(), _local_world_size())
+        offload = OffloadManager(offload_settings(args), _rank(), _local_world_size())
     use_offload(offload)
     try:
         pretrain(
@@ -125,7 +127,7 @@ def train(argv: Sequence[str]) -> None:
     _end(offload)
 
 
-def _end(offload: Offload | None) -> None:
+def _end(offload: OffloadManager | None) -> None:
     if offload is not None:
         offload.close()
 

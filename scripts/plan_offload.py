@@ -1,6 +1,6 @@
-"""Plan optimizer offload: the step time of our schedule and of others at given rates, and what limits it.
+"""Plans optimizer offload: the step time of our schedule and of others at given rates, and what limits it.
 
-Needs no GPU. Rates are per rank, and those that its ranks reach while all of them work. GB are 10**9 bytes.
+Needs no GPU. Rates are per rank, those that the ranks reach while all of them work. GB are 10**9 bytes.
 """
 
 import argparse
@@ -9,12 +9,14 @@ import math
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks are part of the checkout only
+
+from benchmarks.offload_schedules import as_json, compare, table
 from megatron_s2.data.command import CommandParser
 from megatron_s2.offload.model import Rates
 from megatron_s2.offload.plan import GB, SUBGROUP_SIZE
-from megatron_s2.offload.simulator import Simulation, compare
+from megatron_s2.offload.simulator import Simulation
 from megatron_s2.report.figure import check_suffix
-from megatron_s2.report.offload_plan import as_json, table
 
 SUFFIX_FACTORS = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 

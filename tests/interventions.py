@@ -34,32 +34,32 @@ def hybrid_device_optimizer_on_cpu() -> None:
     configure.validate_offload_args = choose
 
 
-def say_when_gradients_leave() -> None:
+def report_when_gradients_leave() -> None:
     """Print at the end how many gradients left for the host during backward, and how many later."""
     import torch
 
+    from megatron_s2.offload.manager import OffloadManager
     from megatron_s2.offload.optimizer import OffloadedAdamW
-    from megatron_s2.offload.run import Offload
 
-    flush, close, counts = OffloadedAdamW.flush, Offload.close, {"in backward": 0, "later": 0}
+    flush, close, counts = OffloadedAdamW.flush, OffloadManager.close, {"in backward": 0, "later": 0}
 
     def count(self, *args):
         counts["later" if torch._C._current_graph_task_id() == -1 else "in backward"] += 1
         flush(self, *args)
 
-    def close_and_say(self):
+    def close_and_report(self):
         print(f"gradients left: {counts}")
         close(self)
 
-    OffloadedAdamW.flush, Offload.close = count, close_and_say
+    OffloadedAdamW.flush, OffloadManager.close = count, close_and_report
 
 
-def say_how_much_memory_offload_takes() -> None:
+def report_memory_of_offload() -> None:
     """Print at the end how much the process has grown at most, in steps, since before state was allocated."""
     from megatron_s2.offload.executor import Executor
-    from megatron_s2.offload.run import Offload
+    from megatron_s2.offload.manager import OffloadManager
 
-    build, step, close = Offload._build, Executor.step, Offload.close
+    build, step, close = OffloadManager.open_session, Executor.step, OffloadManager.close
     bytes_ = {"before": 0, "most": 0}
 
     def resident(name: str) -> int:
@@ -75,11 +75,15 @@ def say_how_much_memory_offload_takes() -> None:
         step(self, *args)
         bytes_["most"] = max(bytes_["most"], resident("VmHWM"))
 
-    def close_and_say(self):
+    def close_and_report(self):
         print(f"offload took: {bytes_['most'] - bytes_['before']} bytes")
         close(self)
 
-    Offload._build, Executor.step, Offload.close = build_and_note, step_and_note, close_and_say
+    OffloadManager.open_session, Executor.step, OffloadManager.close = (
+        build_and_note,
+        step_and_note,
+        close_and_report,
+    )
 
 
 def signal_iteration(nth: int, number: int) -> None:

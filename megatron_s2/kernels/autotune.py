@@ -1,32 +1,21 @@
 """Autotuning: the fastest of a few tiles is measured once and then read from a file.
 
-It is off by default (`tuning="autotune"` turns it on), because the bits of a result depend on the tiles. Each
-choice is a JSON file, written under another name and then renamed, so that several ranks may tune at once.
-The first to finish decides for all ranks that share its file system; other ranks may choose differently.
+Off unless asked for (`tuning="autotune"`), since the bits of a result depend on the tiles. Each choice is a
+cache file of its own. Several ranks may tune at once: the first to finish decides for those of its file
+system, and ranks that cannot see its file may choose otherwise.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
-import tempfile
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
+from megatron_s2.cache_file import cache_file_name, cache_folder, read_cache_file, write_cache_file
 from megatron_s2.kernels.tuning import Tiles
 
-FOLDER_VARIABLE = "MEGATRON_S2_CACHE"
-
-
-def cache_folder() -> Path:
-    """Returns the folder of the files: $MEGATRON_S2_CACHE, or megatron_s2 in $XDG_CACHE_HOME or ~/.cache."""
-    if given := os.environ.get(FOLDER_VARIABLE):
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_s2"
+_WHAT = "autotuning"
 
 
 @dataclass(frozen=True)
@@ -54,9 +43,8 @@ class Key:
 
     @property
     def file_name(self) -> str:
-        """Name of the file, different for each key."""
-        text = json.dumps(asdict(self), sort_keys=True)
-        return f"{self.kernel}-{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
+        """Differs where the key does."""
+        return cache_file_name(self.kernel, asdict(self))
 
 
 class Autotuner:
@@ -79,42 +67,24 @@ class Autotuner:
             return key.candidates[0]
         if key not in self._chosen:
             path = (self._folder or cache_folder()) / key.file_name
-            self._chosen[key] = _read(path, key.candidates) or self._measured(path, key, launch)
+            self._chosen[key] = _read(path, key) or self._measured(path, key, launch)
         return self._chosen[key]
 
     def _measured(self, path: Path, key: Key, launch: Callable[[Tiles], None]) -> Tiles:
         seconds = [self._measure(lambda tiles=tiles: launch(tiles)) for tiles in key.candidates]
         best = key.candidates[seconds.index(min(seconds))]
-        if path.exists() and (chosen_by_other := _read(path, key.candidates, warn=False)):
-            return chosen_by_other
+        if of_another_rank := _read(path, key, warn=False):
+            return of_another_rank
         finite = [x if math.isfinite(x) else None for x in seconds]
-        _write(path, {"key": asdict(key), "seconds": finite, "tiles": astuple(best)})
+        write_cache_file(path, {"key": asdict(key), "seconds": finite, "tiles": astuple(best)}, _WHAT)
         return best
 
 
-def _read(path: Path, candidates: Sequence[Tiles], warn: bool = True) -> Tiles | None:
-    """Returns the tiles in a file, or None if there is no file with one of the candidates."""
-    try:
-        tiles = Tiles(*json.loads(path.read_text(encoding="utf-8"))["tiles"])
-        if tiles in candidates:
-            return tiles
-        reason = f"{tiles} is not one of the candidates"
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = repr(error)
-    if warn:
-        warnings.warn(f"autotuning: {path} is not used, measuring again: {reason}", stacklevel=2)
-    return None
+def _read(path: Path, key: Key, warn: bool = True) -> Tiles | None:
+    def parse(content: dict) -> Tiles:
+        tiles = Tiles(*content["tiles"])
+        if tiles not in key.candidates:
+            raise ValueError(f"{tiles} is none of its candidates")
+        return tiles
 
-
-def _write(path: Path, choice: dict[str, object]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, suffix=".tmp", delete=False
-        ) as file:
-            json.dump(choice, file)
-        os.replace(file.name, path)
-    except OSError as error:
-        warnings.warn(f"autotuning: {path} cannot be written, the choice is not kept: {error}", stacklevel=2)
+    return read_cache_file(path, parse, _WHAT, warn)

@@ -1,19 +1,30 @@
-"""One optimizer step over a plan: gradients, state and weights on their ways, updates on both sides.
+"""The executor: one optimizer step over a plan, with gradients, state and weights moving while both sides
+update.
 
-During backward `flush` sends the gradients of the CPU's share to the host. `step` then lets the queues work
-off the plan's subgroups: the CPU updates its share in place and sends 16-bit weights to the GPU; the GPU's
-share travels up, is updated, and travels down through a few buffer sets; state on NVMe passes through the
-ring on either way. Residents on the GPU are updated there and move nowhere.
+During backward `flush` sends the gradients of the CPU's share to the host. `step` then submits, subgroup by
+subgroup in the plan's order, what happens to each on which queue:
 
-An update is elementwise and every path does the same operations (`adam.py`), so that neither plan, order nor
+    on the host, by the CPU    d2h gradients (in backward), cpu update, h2d weights
+    on the host, by the GPU    h2d state, gpu update, d2h state          through a buffer set on the GPU
+    resident on the GPU        gpu update
+    on NVMe                    nvme_read state, one of the first two with its ring slot for its place on the
+                               host (gradients come only now), nvme_write state
+
+Each task names the buffers it uses: a subgroup's state where it lies, its gradient on the host (where updated
+weights then wait for their transfer), a buffer set, a ring slot and its gradient. Order follows from that
+(`queues.py`). Model weights and gradients on the device need no buffer: each element of a weight belongs to
+one subgroup, which writes it once, and gradients are only read.
+
+An update is elementwise and every path does the same operations (`adam.py`), so neither plan, order nor
 subgroup size changes a bit.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -26,21 +37,18 @@ from megatron_s2.offload.adam import (
     update_on_cpu,
     update_on_gpu,
 )
-from megatron_s2.offload.arena import Arena
-from megatron_s2.offload.flat import Gradients, Parameter, Piece, Run, check_layout, runs_of
 from megatron_s2.offload.nvme import NvmeTier
-from megatron_s2.offload.places import Places
 from megatron_s2.offload.plan import OffloadPlan, Subgroup
-from megatron_s2.offload.queues import (
-    IN_TURN,
-    LAST,
-    ON_DEVICE,
-    Awaited,
-    Backend,
-    Buffer,
-    Queues,
-    Task,
-    Use,
+from megatron_s2.offload.queues import ON_DEVICE, Access, Awaitable, Queues, ThreadBackend
+from megatron_s2.offload.state import (
+    Gradients,
+    GradientSlice,
+    HostBuffer,
+    Parameter,
+    ParameterSlice,
+    StateStore,
+    check_layout,
+    slices_of,
 )
 from megatron_s2.offload.trace import Event
 
@@ -51,13 +59,13 @@ class Executor:
     Methods may be called from any thread; all but `flush` return when what they began is done.
 
     Args:
-        plan: what lies where and who updates it; as many elements as `lay_out` says.
+        plan: the tier and the device of each subgroup; as many elements as `lay_out` returns.
         parameters: in the order of their starts, without overlap.
         backend: where the queues work.
-        arena: for the plan's subgroups of tier `host`.
-        tier: for those of tier `nvme`, in order; None without.
-        cpu_threads: of one CPU update.
-        gpu_update: on a GPU; by default the Triton kernel, which rounds as the CPU does.
+        host: memory of the plan's subgroups of tier `host`.
+        tier: tier of the plan's subgroups of tier `nvme`, in order; None without.
+        cpu_threads: number of threads of one CPU update.
+        gpu_update: update on a GPU; by default the Triton kernel, which rounds as the CPU does.
 
     Raises:
         ValueError: plan, parameters and tier do not fit.
@@ -67,19 +75,19 @@ class Executor:
         self,
         plan: OffloadPlan,
         parameters: Sequence[Parameter],
-        backend: Backend,
-        arena: Arena,
+        backend: ThreadBackend,
+        host: HostBuffer,
         tier: NvmeTier | None = None,
         cpu_threads: int = 1,
         gpu_update: Callable[..., None] = update_on_gpu,
     ) -> None:
         check_layout(plan, parameters, backend.device)
         self._plan, self._backend, self._gpu_update = plan, backend, gpu_update
-        self._places = Places(plan, backend.device, arena, tier)
+        self._store = StateStore(plan, backend.device, host, tier)
         self._parameters = [replace(p, weights=p.weights.detach()) for p in parameters if p.weights.numel()]
-        self._runs = {s.index: runs_of(s, self._parameters) for s in plan.subgroups}
-        self._flushed = Gradients(self._parameters, backend.device, backend.wait)
-        self._flushes: dict[int, list[Task]] = {}  # of subgroups that the CPU updates
+        self._slices = {s.index: slices_of(s, self._parameters) for s in plan.subgroups}
+        self._gradients = Gradients(self._parameters, backend.device, backend.wait)
+        self._flushes: Counter[int] = Counter()  # of each subgroup that the CPU updates
         self._broken: str | None = None
         self._lock = threading.RLock()
         workers = dict.fromkeys(("h2d", "d2h", "cpu", "gpu"), 1)
@@ -89,8 +97,8 @@ class Executor:
 
     @property
     def plan(self) -> OffloadPlan:
-        """What the next step follows. May be replaced between steps by one that differs in its devices only;
-        otherwise, or with gradients flushed, that is a ValueError."""
+        """The plan of the next step. Between steps it may be replaced by one that differs in devices only;
+        another plan, or flushed gradients, raise ValueError."""
         return self._plan
 
     @plan.setter
@@ -98,7 +106,7 @@ class Executor:
         with self._lock:
             if _layout_of(plan) != _layout_of(self._plan):
                 raise ValueError("plan: must differ from the one before in devices only")
-            if self._flushed:
+            if self._gradients:
                 raise ValueError("plan: cannot change between a flush of gradients and its step")
             self._plan = plan
 
@@ -107,22 +115,22 @@ class Executor:
         """The timeline of the latest step, from its first flush."""
         return self._queues.events()
 
-    def flush(self, start: int, stop: int, source: torch.Tensor, after: Awaited | None = None) -> None:
-        """Take the final gradients of elements `start` to `stop`; they travel while the caller goes on.
+    def flush(self, start: int, stop: int, source: torch.Tensor, after: Awaitable | None = None) -> None:
+        """Takes the final gradients of elements `start` to `stop`, which move while the caller goes on.
 
-        Each element of every parameter once per step, in any order and pieces. Errors of the copy come out of
-        `step` or `skip`.
+        Each element of every parameter is flushed once per step, in any order and slices. `step` or `skip`
+        raises errors of the copy.
 
         Args:
-            start, stop: within one parameter.
+            start, stop: elements within one parameter.
             source: `[stop - start]` on the backend's device, of any float dtype, finished on the current
-                stream, or at the end of `after`. Must stay as it is from then until `step` or `skip` has
+                stream, or at the end of `after`. Must not change from then until `step` or `skip` has
                 returned.
             after: what finishes the source.
 
         Raises:
-            ValueError: elements outside of parameters, or flushed before, or another number of gradients, or
-                not contiguous ones with `after`.
+            ValueError: the elements are not within one parameter, have been flushed before, are not as many
+                as gradients, or the source is not contiguous with `after`.
             RuntimeError: an earlier step broke the state.
         """
         with self._lock:
@@ -131,27 +139,28 @@ class Executor:
                 raise ValueError(f"flush of elements {start} to {stop}: must be contiguous with `after`")
             source = source.detach().reshape(-1)
             mark = self._backend.mark(after)
-            first_of_step = not self._flushed
-            piece = self._flushed.add(start, stop, source, mark)
+            first_of_step = not self._gradients
+            flushed = self._gradients.add(start, stop, source, mark)
             if first_of_step:
                 self._queues.restart_clock()
-            for subgroup in self._subgroups(start, stop):
+            size = self._plan.subgroup_size
+            for subgroup in self._plan.subgroups[start // size : (stop - 1) // size + 1]:
                 if subgroup.tier == "host" and subgroup.device == "cpu":
-                    self._send(subgroup, piece)
+                    self._send_gradients(subgroup, flushed)
 
     def step(self, settings: Sequence[AdamW], gradient_scale: float = 1.0) -> None:
-        """Update everything from the flushed gradients.
+        """Updates everything from the flushed gradients.
 
         Args:
-            settings: of each group, with the number of this step.
+            settings: settings of each parameter group, with the number of this step.
             gradient_scale: what gradients are divided by: the loss scale over the clip coefficient.
 
         Raises:
             ValueError: settings are missing, the scale is out of range or gradients were not flushed; nothing
-                happened.
+                has changed.
             RuntimeError: an earlier step broke the state.
-            Exception: what failed in a queue, once all queues are at rest. A note says whether the state is
-                whole (the step did not happen) or in pieces; then nothing but `close` works any more.
+            Exception: the error of a queue, once all queues are at rest. A note says whether the state is
+                whole (the step did not happen) or torn; then nothing but `close` works any more.
         """
         with self._lock:
             self._check_whole()
@@ -159,23 +168,26 @@ class Executor:
             groups = 1 + max(p.group for p in self._parameters)
             if len(settings) < groups:
                 raise ValueError(f"settings of {len(settings)} groups: parameters have {groups}")
-            self._flushed.check_complete()
+            self._gradients.check_complete()
             try:
-                self._places.save_changes()
-                self._submit(_Step(tuple(settings), gradient_scale, self._backend.mark(), self._places))
+                self._store.save_changes()
+                self._submit(
+                    _Step(tuple(settings), gradient_scale, self._backend.mark(), self._store.version)
+                )
                 self._queues.join()
             except BaseException as error:
+                self._broken = "optimizer state: a step failed and its queues are not at rest"
                 self._queues.abandon(error)
                 self._after_failure(error)
                 raise
-            self._places.version += 1
+            self._store.version += 1
             self._forget_gradients()
 
     def skip(self) -> None:
-        """Forget the flushed gradients; the state stays as it is.
+        """Forgets the flushed gradients; the state does not change.
 
         Raises:
-            Exception: what failed in a flush.
+            Exception: the error of a flush.
         """
         with self._lock:
             try:
@@ -184,8 +196,8 @@ class Executor:
                 self._forget_gradients()
 
     def read(self, name: str, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
-        """A copy of `master`, `exp_avg` or `exp_avg_sq`, elements `start` to `stop`: float32 on the CPU, in
-        `out` where that is given.
+        """Returns a copy of elements `start` to `stop` of `master`, `exp_avg` or `exp_avg_sq`: float32 on the
+        CPU, in `out` where it is given.
 
         Raises:
             ValueError: no such name or elements.
@@ -194,12 +206,12 @@ class Executor:
         out = torch.empty(max(stop - start, 0)) if out is None else out
         with self._lock:
             self._check_whole()
-            for place, a, b in self._places.stretches(self._plan, name, start, stop):
-                out[a - start : b - start].copy_(place)
+            for view, a, b in self._store.views(self._plan, name, start, stop):
+                out[a - start : b - start].copy_(view)
         return out
 
     def write(self, name: str, start: int, values: torch.Tensor) -> None:
-        """Replace elements of `master`, `exp_avg` or `exp_avg_sq` from `start` on.
+        """Replaces elements of `master`, `exp_avg` or `exp_avg_sq` from `start` on.
 
         Args:
             values: `[n]` of any float dtype, on any device.
@@ -211,68 +223,68 @@ class Executor:
         with self._lock:
             self._check_whole()
             stop = start + values.numel()
-            for place, a, b in self._places.stretches(self._plan, name, start, stop, changes=True):
-                place.copy_(values[a - start : b - start])
+            for view, a, b in self._store.views(self._plan, name, start, stop, modify=True):
+                view.copy_(values[a - start : b - start])
 
     def set_masters(self) -> None:
-        """Masters from the model's weights, as at the beginning."""
+        """Sets the masters to the model's weights, as at the beginning."""
         for p in self._parameters:
             self.write("master", p.start, p.weights)
 
     def set_weights(self) -> None:
-        """The model's weights from the masters, as after loading."""
+        """Sets the model's weights to the masters, as after loading."""
         for p in self._parameters:
             p.weights.copy_(self.read("master", p.start, p.stop))
 
     def close(self) -> None:
-        """End the queues, let go of all memory and of the files on NVMe."""
+        """Ends the queues and drops all memory and the files on NVMe."""
         self._queues.close()
-        self._places.close()
-        self._flushed.clear()
-
-    def _subgroups(self, start: int, stop: int) -> tuple[Subgroup, ...]:
-        """Those that hold elements `start` to `stop`."""
-        first, last = start // self._plan.subgroup_size, (stop - 1) // self._plan.subgroup_size
-        return self._plan.subgroups[first : last + 1]
+        self._store.close()
+        self._gradients.clear()
 
     # Gradients
 
-    def _send(self, subgroup: Subgroup, piece: Piece) -> None:
-        """Gradients of one piece to the arena, after those that were sent there before."""
-        index = subgroup.index
-        sent = self._flushes.setdefault(index, [])
-        start, stop = max(piece.start, subgroup.start), min(piece.stop, subgroup.stop)
-        target = self._places.gradient(subgroup)[start - subgroup.start : stop - subgroup.start]
-        source = piece.source[start - piece.start : stop - piece.start]
-        task = self._queues.submit(
+    def _send_gradients(self, subgroup: Subgroup, flushed: GradientSlice) -> None:
+        """Submits the copy of what a flush holds of a subgroup to its gradient on the host."""
+        start, stop = max(flushed.start, subgroup.start), min(flushed.stop, subgroup.stop)
+        target = self._store.gradient(subgroup)[start - subgroup.start : stop - subgroup.start]
+        source = flushed.source[start - flushed.start : stop - flushed.start]
+        before = _flushed(self._flushes[subgroup.index])
+        self._flushes[subgroup.index] += 1
+        self._queues.submit(
             "d2h",
-            f"gradients {index}",
-            partial(self._after, piece.mark, partial(target.copy_, source, non_blocking=True)),
-            after=sent[-1:],
-            uses=[Use(self._places.gradients[index], _sent(len(sent)), _sent(len(sent) + 1))],
+            f"gradients {subgroup.index}",
+            partial(self._run_after, flushed.mark, partial(target.copy_, source, non_blocking=True)),
+            [Access(self._store.gradient_buffer(subgroup), before, _flushed(self._flushes[subgroup.index]))],
         )
-        sent.append(task)
 
     def _forget_gradients(self) -> None:
-        self._flushed.clear()
-        self._flushes = {}
-        self._places.forget_step()
+        self._gradients.clear()
+        self._flushes.clear()
+        self._store.forget_step()
 
     # The step
 
     def _submit(self, step: _Step) -> None:
-        """All tasks of a step, in the plan's order."""
+        """Submits all tasks of a step, in the plan's order."""
+        in_slot = [slot.content for slot in self._store.slots]
+        through_gpu = 0
         for subgroup in self._plan.order(step.version):
+            old, new = step.contents(subgroup)
             if subgroup.tier == "gpu":
-                update = partial(self._update_there, self._places.state(subgroup), subgroup, step)
-                uses = [Use(self._places.homes[subgroup.index], step.old(subgroup), step.new(subgroup))]
-                self._do(step, "gpu", "update", subgroup, update, uses=uses, urgency=LAST)
+                update = partial(self._update_on_device, self._store.state(subgroup), subgroup, step)
+                home = self._store.homes[subgroup.index]
+                self._do(step, "gpu", "update", subgroup, update, (home, old, new), in_gaps=True)
                 continue
-            there = self._bring(step, subgroup) if subgroup.tier == "nvme" else []
-            through = self._through_gpu if subgroup.device == "gpu" else self._through_cpu
-            done = through(step, subgroup, there)
             if subgroup.tier == "nvme":
-                self._put_back(step, subgroup, done)
+                self._read_record(step, subgroup, in_slot)
+            if subgroup.device == "gpu":
+                self._update_through_gpu(step, subgroup, through_gpu % len(self._store.sets))
+                through_gpu += 1
+            else:
+                self._update_on_host(step, subgroup)
+            if subgroup.tier == "nvme":
+                self._write_record(step, subgroup)
 
     def _do(
         self,
@@ -281,147 +293,104 @@ class Executor:
         what: str,
         subgroup: Subgroup,
         run: Callable[[], object],
-        *,
-        after: Sequence[Task] = (),
-        uses: Sequence[Use],
-        urgency: int = IN_TURN,
-    ) -> Task:
-        """Submit a task about a subgroup; on the device it comes after what the caller of `step` began."""
+        *accesses: tuple,
+        in_gaps: bool = False,
+    ) -> None:
+        """Submits a task of a subgroup; on the device it comes after what the caller of `step` began.
+
+        Args:
+            accesses: buffer, what the task expects in it, and what it leaves there.
+        """
         if queue in ON_DEVICE:
-            run = partial(self._after, step.mark, run)
-        name = f"{what} {subgroup.index}"
-        return self._queues.submit(queue, name, run, after=after, uses=uses, urgency=urgency)
+            run = partial(self._run_after, step.mark, run)
+        uses = [Access(*access) for access in accesses]
+        self._queues.submit(queue, f"{what} {subgroup.index}", run, uses, in_gaps)
 
-    def _home(self, subgroup: Subgroup) -> Buffer:
-        """From which updates take its state."""
-        if subgroup.tier == "nvme":
-            return self._places.slots[self._places.slot(subgroup)]
-        return self._places.homes[subgroup.index]
+    def _update_through_gpu(self, step: _Step, subgroup: Subgroup, index: int) -> None:
+        """Up, updated and down again, through buffer set `index`."""
+        old, new = step.contents(subgroup)
+        away = ("away", *old)
+        state, home = self._store.state(subgroup), self._store.state_buffer(subgroup)
+        whole_set, buffer = self._store.sets[index]
+        on_gpu = whole_set.cut(0, subgroup.size)
+        copy_up, copy_down = partial(_copy, on_gpu, state), partial(_copy, state, on_gpu)
+        update = partial(self._update_on_device, on_gpu, subgroup, step)
+        self._do(step, "h2d", "state", subgroup, copy_up, (home, old, away), (buffer, None, old))
+        self._do(step, "gpu", "update", subgroup, update, (buffer, old, new))
+        self._do(step, "d2h", "state", subgroup, copy_down, (buffer, new, None), (home, away, new))
 
-    def _through_gpu(self, step: _Step, subgroup: Subgroup, there: Sequence[Task]) -> Task:
-        """Up, updated and down again, by the buffer set whose turn it is."""
-        n = step.on_gpu % len(self._places.sets)
-        step.on_gpu += 1
-        old, new = step.old(subgroup), step.new(subgroup)
-        home, buffer = self._home(subgroup), self._places.set_buffers[n]
-        on_host, on_gpu = self._places.state(subgroup), self._places.sets[n].cut(0, subgroup.size)
-        up = self._do(
-            *(step, "h2d", "state", subgroup, partial(_copy, on_gpu, on_host)),
-            after=[*there, *step.set_given.get(n, [])],
-            uses=[Use(home, old, ("away", *old)), Use(buffer, None, old)],
-        )
-        updated = self._do(
-            *(step, "gpu", "update", subgroup, partial(self._update_there, on_gpu, subgroup, step)),
-            after=[up],
-            uses=[Use(buffer, old, new)],
-        )
-        down = self._do(
-            *(step, "d2h", "state", subgroup, partial(_copy, on_host, on_gpu)),
-            after=[updated],
-            uses=[Use(buffer, new, None), Use(home, ("away", *old), new)],
-        )
-        step.set_given[n] = [down]
-        return down
-
-    def _through_cpu(self, step: _Step, subgroup: Subgroup, there: Sequence[Task]) -> Task:
+    def _update_on_host(self, step: _Step, subgroup: Subgroup) -> None:
         """Updated where it is; its weights go up. Gradients of tier `nvme` come down only now."""
-        gradient, weights = self._places.gradient(subgroup), ("weights", subgroup.index)
+        old, new = step.contents(subgroup)
+        home, buffer = self._store.state_buffer(subgroup), self._store.gradient_buffer(subgroup)
+        gradient, weights = self._store.gradient(subgroup), ("weights", subgroup.index)
         if subgroup.tier == "nvme":
-            slot = self._places.slot(subgroup)
-            buffer, filled = self._places.slot_gradients[slot], ("gradients", subgroup.index)
-            gather = partial(self._flushed.gather, subgroup.start, subgroup.stop, gradient)
-            came = self._do(
-                *(step, "d2h", "gradients", subgroup, gather),
-                after=[*there, *step.slot_gradient_given.get(slot, [])],
-                uses=[Use(buffer, None, filled)],
-            )
-            there = [*there, came]
+            arrived = _flushed(1)
+            gather = partial(self._gradients.gather, subgroup.start, subgroup.stop, gradient)
+            self._do(step, "d2h", "gradients", subgroup, gather, (buffer, None, arrived))
         else:
-            sent = self._flushes.get(subgroup.index, [])
-            buffer, filled = self._places.gradients[subgroup.index], _sent(len(sent))
-            there = sent[-1:]
-        updated = self._do(
-            *(step, "cpu", "update", subgroup, partial(self._update_here, subgroup, gradient, step)),
-            after=there,
-            uses=[
-                Use(self._home(subgroup), step.old(subgroup), step.new(subgroup)),
-                Use(buffer, filled, weights),
-            ],
-        )
-        sent = self._do(
-            *(step, "h2d", "weights", subgroup, partial(self._send_weights, subgroup, gradient)),
-            after=[updated],
-            uses=[Use(buffer, weights, None)],
-        )
-        if subgroup.tier == "nvme":
-            step.slot_gradient_given[slot] = [sent]
-        return updated
+            arrived = _flushed(self._flushes[subgroup.index])
+        update = partial(self._update_in_place, subgroup, gradient, step)
+        send = partial(self._send_weights, subgroup, gradient)
+        self._do(step, "cpu", "update", subgroup, update, (home, old, new), (buffer, arrived, weights))
+        self._do(step, "h2d", "weights", subgroup, send, (buffer, weights, None))
 
-    def _bring(self, step: _Step, subgroup: Subgroup) -> list[Task]:
-        """From NVMe into its slot, if it is not there yet."""
-        slot, old = self._places.slot(subgroup), step.old(subgroup)
-        before, step.in_slot[slot] = step.in_slot[slot], old
-        if before == old:
-            return []
-        load = partial(self._places.tier.load, self._places.number(subgroup))
-        uses = [
-            Use(self._places.homes[subgroup.index], old, old),
-            Use(self._places.slots[slot], before, old),
-        ]
-        after = step.slot_given.get(slot, [])
-        return [self._do(step, "nvme_read", "state", subgroup, load, after=after, uses=uses)]
+    def _read_record(self, step: _Step, subgroup: Subgroup, in_slot: list) -> None:
+        """From NVMe into its slot, unless the slot has it still; `in_slot` is what the slots will hold."""
+        index, (old, new) = self._store.slot(subgroup), step.contents(subgroup)
+        before, in_slot[index] = in_slot[index], new
+        if before != old:
+            load = partial(self._store.tier.load, self._store.record(subgroup))
+            record, slot = self._store.homes[subgroup.index], self._store.slots[index]
+            self._do(step, "nvme_read", "state", subgroup, load, (record, old, old), (slot, before, old))
 
-    def _put_back(self, step: _Step, subgroup: Subgroup, done: Task) -> None:
-        """From its slot to NVMe; it stays there until another one comes."""
-        slot, old, new = self._places.slot(subgroup), step.old(subgroup), step.new(subgroup)
-        store = partial(self._places.tier.store, self._places.number(subgroup))
-        uses = [
-            Use(self._places.slots[slot], new, new),
-            Use(self._places.homes[subgroup.index], old, new),
-        ]
-        written = self._do(step, "nvme_write", "state", subgroup, store, after=[done], uses=uses)
-        step.slot_given[slot], step.in_slot[slot] = [written], new
+    def _write_record(self, step: _Step, subgroup: Subgroup) -> None:
+        """From its slot to NVMe; the slot keeps it until another subgroup comes."""
+        old, new = step.contents(subgroup)
+        store = partial(self._store.tier.store, self._store.record(subgroup))
+        record, slot = self._store.homes[subgroup.index], self._store.state_buffer(subgroup)
+        self._do(step, "nvme_write", "state", subgroup, store, (slot, new, new), (record, old, new))
 
     # What tasks do
 
-    def _after(self, mark: object, run: Callable[[], object]) -> None:
+    def _run_after(self, mark: object, run: Callable[[], object]) -> None:
         self._backend.wait(mark)
         run()
 
-    def _update_here(self, subgroup: Subgroup, gradient: torch.Tensor, step: _Step) -> None:
-        state = self._places.state(subgroup)
-        for run in self._runs[subgroup.index]:
-            a, b = run.start - subgroup.start, run.end - subgroup.start
-            gradient[run.stop - subgroup.start : b].zero_()
-            weights = run.in_place_of(gradient[a:b])
-            settings = step.settings[run.group]
+    def _update_in_place(self, subgroup: Subgroup, gradient: torch.Tensor, step: _Step) -> None:
+        state = self._store.state(subgroup)
+        for one in self._slices[subgroup.index]:
+            a, b = one.start - subgroup.start, one.end - subgroup.start
+            gradient[one.stop - subgroup.start : b].zero_()
+            weights = one.weights_in(gradient[a:b])
+            settings = step.settings[one.group]
             update_on_cpu(state.cut(a, b), gradient[a:b], weights, settings, step.gradient_scale)
 
     def _send_weights(self, subgroup: Subgroup, gradient: torch.Tensor) -> None:
-        for run in self._runs[subgroup.index]:
-            a, b = run.start - subgroup.start, run.end - subgroup.start
-            run.weights.copy_(run.in_place_of(gradient[a:b]), non_blocking=True)
+        for one in self._slices[subgroup.index]:
+            a, b = one.start - subgroup.start, one.end - subgroup.start
+            one.weights.copy_(one.weights_in(gradient[a:b]), non_blocking=True)
 
-    def _update_there(self, state: State, subgroup: Subgroup, step: _Step) -> None:
-        """On the backend's device, state there; gradients are where backward left them."""
-        for run in self._runs[subgroup.index]:
+    def _update_on_device(self, state: State, subgroup: Subgroup, step: _Step) -> None:
+        """On the backend's device, where the state is; gradients are where backward left them."""
+        for one in self._slices[subgroup.index]:
             if self._backend.device.type == "cpu":
-                self._update_copies(state, subgroup, run, step)
+                self._update_from_copies(state, subgroup, one, step)
                 continue
-            for a, b, source, _ in self._flushed.parts(run.start, run.stop):
+            for a, b, source, _ in self._gradients.between(one.start, one.stop):
                 part = state.cut(a - subgroup.start, b - subgroup.start)
-                weights = run.weights[a - run.start : b - run.start]
-                self._gpu_update(part, source, weights, step.settings[run.group], step.gradient_scale)
+                weights = one.weights[a - one.start : b - one.start]
+                self._gpu_update(part, source, weights, step.settings[one.group], step.gradient_scale)
 
-    def _update_copies(self, state: State, subgroup: Subgroup, run: Run, step: _Step) -> None:
-        """By the CPU's update, which overwrites gradients: so on copies of them."""
-        for start in range(run.start, run.end, CHUNK):
-            stop = min(start + CHUNK, run.end)
+    def _update_from_copies(self, state: State, subgroup: Subgroup, one: ParameterSlice, step: _Step) -> None:
+        """By the CPU's update, on copies of the gradients, which it overwrites."""
+        for start in range(one.start, one.end, CHUNK):
+            stop = min(start + CHUNK, one.end)
             gradient = torch.empty(stop - start)
-            self._flushed.gather(start, stop, gradient)
+            self._gradients.gather(start, stop, gradient)
             part = state.cut(start - subgroup.start, stop - subgroup.start)
-            weights = run.weights[start - run.start : stop - run.start]
-            update_on_cpu(part, gradient, weights, step.settings[run.group], step.gradient_scale)
+            weights = one.weights[start - one.start : stop - one.start]
+            update_on_cpu(part, gradient, weights, step.settings[one.group], step.gradient_scale)
 
     # Failure
 
@@ -430,43 +399,35 @@ class Executor:
             raise RuntimeError(self._broken)
 
     def _after_failure(self, error: BaseException) -> None:
-        """Find out whether the state is whole; where it is, forget the step."""
-        if torn := self._places.torn():
+        """Finds out whether the state is whole; if so, forgets the step."""
+        if torn := self._store.torn():
             self._broken = (
-                f"optimizer state: a step failed with {len(torn)} of {len(self._runs)} subgroups changed "
+                f"optimizer state: a step failed with {len(torn)} of {len(self._slices)} subgroups changed "
                 f"(first {torn[0]}); resume from the last checkpoint"
             )
             error.add_note(self._broken)
             return
+        self._broken = None
         error.add_note("optimizer state: is whole, as before this step")
         self._forget_gradients()
 
 
+@dataclass(frozen=True)
 class _Step:
-    """What the tasks of a step have in common; while they are submitted, who used shared places last."""
+    """What the tasks of a step have in common; `version` is the number of steps before it."""
 
-    def __init__(
-        self, settings: tuple[AdamW, ...], gradient_scale: float, mark: object, places: Places
-    ) -> None:
-        self.settings, self.gradient_scale, self.mark = settings, gradient_scale, mark
-        self.version = places.version
-        self.in_slot = [buffer.content for buffer in places.slots]
-        self.slot_given: dict[int, list[Task]] = {}
-        self.slot_gradient_given: dict[int, list[Task]] = {}
-        self.set_given: dict[int, list[Task]] = {}
-        self.on_gpu = 0
+    settings: tuple[AdamW, ...]
+    gradient_scale: float
+    mark: object
+    version: int
 
-    def old(self, subgroup: Subgroup) -> tuple[int, int]:
-        """Its state before the step."""
-        return subgroup.index, self.version
-
-    def new(self, subgroup: Subgroup) -> tuple[int, int]:
-        """Its state after the step."""
-        return subgroup.index, self.version + 1
+    def contents(self, subgroup: Subgroup) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Contents of a buffer with the subgroup's state before and after the step."""
+        return (subgroup.index, self.version), (subgroup.index, self.version + 1)
 
 
-def _sent(count: int) -> tuple[str, int] | None:
-    """What is in the gradients of a subgroup after so many pieces."""
+def _flushed(count: int) -> tuple[str, int] | None:
+    """Content of a gradient buffer after so many slices."""
     return ("gradients", count) if count else None
 
 
@@ -476,6 +437,6 @@ def _copy(target: State, source: State) -> None:
 
 
 def _layout_of(plan: OffloadPlan) -> tuple:
-    """What buffers follow from."""
-    where = tuple((s.start, s.stop, s.tier) for s in plan.subgroups)
-    return where, plan.gradient_bytes, plan.buffer_sets, plan.ring_slots
+    """What the buffers of a plan follow from."""
+    tiers = tuple((s.start, s.stop, s.tier) for s in plan.subgroups)
+    return tiers, plan.gradient_bytes, plan.buffer_sets, plan.ring_slots

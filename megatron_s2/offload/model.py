@@ -1,20 +1,20 @@
-"""The performance model of an optimizer step: rates in, best fraction, predicted times and bottleneck out.
+"""The performance model of an optimizer step: from rates to the best fraction, times and the bottleneck.
 
-With P parameters of which the GPU updates a fraction g, the CPU's share sends 2 bytes of weights per
-parameter to the GPU, and the GPU's share travels up and down with its 12 bytes of state. All of that
-overlaps, so that the update lasts as long as the slowest of
+Of P parameters the GPU updates a fraction g. The CPU's share sends 2 bytes of weights per parameter to the
+GPU; the GPU's share moves its 12 bytes of state up and down. All of that overlaps, so the update lasts as
+long as the slowest of
 
     CPU            P (1-g) / Uc
     host to GPU    P (2 (1-g) + 12 g) / Bh
     GPU to host    P 12 g / Bd
     GPU            P g / Ug
-    buffer sets    P g (12/Bh + 1/Ug + 12/Bd) / sets      a set is taken from upload to download
+    buffer sets    P g (12/Bh + 1/Ug + 12/Bd) / sets      a set is in use from upload to download
     host DRAM      P (32 (1-g) + 24 g) / D                every byte moved or updated passes through it
 
 Parameters resident on the GPU add to its line only. Those on NVMe are read and written once per step, with
-lines of their own, and pass DRAM twice more. Each line is linear in g, so that the best g lies where two
+lines of their own, and pass through DRAM twice more. Each line is linear in g, so the best g lies where two
 lines cross, or at 0 or 1, and is found exactly. Gradients of the CPU's share go to the host during backward:
-that time is a term apart.
+that time is a separate term.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ _TIE = 1e-9
 
 @dataclass(frozen=True)
 class Rates:
-    """How fast each queue works while the others work too.
+    """Rates that the queues of one rank reach while all of them work.
 
     Args:
         cpu, gpu: updates, parameters/s.
         h2d, d2h: transfers from host to GPU and back, bytes/s.
-        dram: what host memory moves in all, bytes/s, reads and writes together; None where the other rates
-            were measured at the same time and so contain its limit.
+        dram: reads and writes of host memory together, bytes/s; None where the other rates were measured at
+            the same time and so contain its limit.
         nvme_read, nvme_write: all directories together, bytes/s; None where there is no NVMe tier.
 
     Raises:
@@ -69,13 +69,13 @@ class Rates:
 
 @dataclass(frozen=True)
 class Load:
-    """What a step has to do, whatever the fraction.
+    """The work of a step, whatever the fraction.
 
     Args:
-        host, gpu, nvme: parameters whose state lies in each tier.
-        gradient_bytes: of one parameter's gradient on the host.
-        buffer_sets: subgroups whose state the GPU has room for while they are updated.
-        reused: parameters of tier `nvme` that are still in memory from the step before.
+        host, gpu, nvme: number of parameters whose state lies in each tier.
+        gradient_bytes: bytes of one parameter's gradient on the host.
+        buffer_sets: number of subgroups whose state fits on the GPU while they are updated.
+        reused: number of parameters of tier `nvme` that are still in memory from the previous step.
     """
 
     host: int
@@ -87,7 +87,7 @@ class Load:
 
     @classmethod
     def of(cls, plan: OffloadPlan) -> Load:
-        """That of a plan."""
+        """The load of a plan."""
         tiers = plan.tiers
         reused = min(plan.ring_slots * plan.slot_elements, tiers.nvme)
         return cls(tiers.host, tiers.gpu, tiers.nvme, plan.gradient_bytes, plan.buffer_sets, reused)
@@ -95,13 +95,13 @@ class Load:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A step as the model sees it; times in seconds.
+    """The predicted times of a step, in seconds.
 
     Args:
-        fraction: of the streamed parameters, updated on the GPU.
-        limits: what each queue, the buffer sets and DRAM need; the update lasts as long as the longest.
-        flush_seconds: to bring the gradients of the CPU's share to the host.
-        exposed_seconds: the part of that which backward does not hide.
+        fraction: share of the streamed parameters that the GPU updates.
+        limits: time that each queue, the buffer sets and DRAM need; the update lasts as long as the longest.
+        flush_seconds: time to copy the gradients of the CPU's share to the host.
+        exposed_seconds: the part of `flush_seconds` that backward does not hide.
     """
 
     fraction: float
@@ -111,7 +111,7 @@ class Prediction:
 
     @property
     def update_seconds(self) -> float:
-        """The interleaved update."""
+        """Duration of the interleaved update."""
         return max(self.limits.values())
 
     @property
@@ -121,7 +121,7 @@ class Prediction:
 
     @property
     def bottleneck(self) -> str:
-        """One line: what limits the update, and what comes next."""
+        """What limits the update and what comes next, in one line."""
         first, second = sorted(self.limits, key=self.limits.get, reverse=True)[:2]
         return (
             f"{LIMIT_NAMES[first]} limits the update to {self.limits[first]:.4g} s, "
@@ -130,13 +130,13 @@ class Prediction:
 
 
 def predict(rates: Rates, load: Load, fraction: float, backward_seconds: float | None = None) -> Prediction:
-    """The times of a step in which the GPU updates `fraction` of the streamed parameters of each tier.
+    """Predicts a step in which the GPU updates `fraction` of the streamed parameters of each tier.
 
-    Filling and draining the pipeline is not in it: it vanishes with many subgroups.
+    Filling and draining the pipeline is not included: its share vanishes with many subgroups.
 
     Args:
-        backward_seconds: of the last micro-batch, which hides the flush of gradients; None if it is long
-            enough.
+        backward_seconds: duration of the last micro-batch's backward, which hides the flush of gradients;
+            None where it is long enough.
 
     Raises:
         ValueError: the fraction is not between 0 and 1, the time is negative, or there are parameters on NVMe
@@ -148,7 +148,7 @@ def predict(rates: Rates, load: Load, fraction: float, backward_seconds: float |
 
 
 def limits(rates: Rates, load: Load, fraction: float) -> dict[str, float]:
-    """Seconds that each of `LIMIT_NAMES` needs for the update; those without a rate are left out.
+    """Returns the seconds that each of `LIMIT_NAMES` needs for the update; without a rate, no entry.
 
     Raises:
         ValueError: there are parameters on NVMe and no rates for it.
@@ -177,20 +177,20 @@ def limits(rates: Rates, load: Load, fraction: float) -> dict[str, float]:
 
 
 def cpu_update_traffic(gradient_bytes: int) -> int:
-    """Bytes of DRAM traffic of one parameter's update on the CPU: state and gradient are read, state and the
-    16-bit weight written."""
+    """Bytes of DRAM traffic of one parameter's update on the CPU, which reads state and gradient and writes
+    state and the 16-bit weight."""
     return 2 * STATE_BYTES + gradient_bytes + WEIGHT_BYTES
 
 
 def flush_seconds(rates: Rates, load: Load, fraction: float) -> float:
-    """Seconds to bring the gradients of the CPU's share of tier `host` to the host. Those of tier `nvme` have
-    no place there and come during the update."""
+    """Seconds to copy the gradients of the CPU's share of tier `host` to the host. Those of tier `nvme` have
+    no memory there before the update and are copied during it."""
     size = load.gradient_bytes * (1 - fraction) * load.host
     return size / min(rates.d2h, rates.dram or math.inf)
 
 
 def exposed(flush: float, backward_seconds: float | None) -> float:
-    """The seconds of a flush that a backward does not hide; None stands for one that is long enough.
+    """Seconds of a flush that a backward does not hide; None stands for one that is long enough.
 
     Raises:
         ValueError: the backward is negative.
@@ -203,10 +203,10 @@ def exposed(flush: float, backward_seconds: float | None) -> float:
 
 
 def best_fraction(rates: Rates, load: Load) -> float:
-    """The fraction whose update is shortest; the middle of them where a range is equally good.
+    """Returns the fraction whose update is shortest; the middle one where a range is equally good.
 
-    DRAM only decides between that and leaving all to one side. Its line holds where both sides work the whole
-    time or one does nothing; anywhere else one side is slowed by the other and then works on alone.
+    DRAM only decides between that fraction and leaving everything to one side. Its line holds where both
+    sides work the whole time or one does nothing; elsewhere one slows the other and then works on alone.
 
     Raises:
         ValueError: there are parameters on NVMe and no rates for it.

@@ -1,13 +1,13 @@
-"""The tier of state on NVMe: one file per directory, read and written past the page cache by several threads.
+"""The NVMe tier: one file per directory, read and written past the page cache by several threads.
 
-A record is what one subgroup has, one after another: master, exp_avg, exp_avg_sq (float32), padding, and a
-seal with its subgroup and generation; records begin at multiples of 4096 bytes. Records pass through a ring
-of slots in host memory. Subgroup j of the tier always uses slot j modulo their number, so that any so many
-neighbours fit at once, up or down, and a step that goes the other way finds what the one before it left.
+A record holds one subgroup: master, exp_avg and exp_avg_sq (float32), padding, and a seal with the index and
+the generation of the record. Records begin at multiples of 4096 bytes and pass through a ring of slots in
+host memory. Record j always uses slot j modulo the number of slots, so any so many neighbours fit at once, in
+either order, and a step in the other direction finds what the previous one left.
 
-The files are scratch: only checkpoints hold state that outlives a run. They have no names, so that their
-space is free again however the process ends. (The idea of NVMe as a tier beside an active CPU and GPU: Fuyou,
-arXiv 2403.06504.)
+The files are scratch: only checkpoints hold state that outlives a run. They have no names, so their space is
+free again however the process ends. (The idea of NVMe as a tier beside an active CPU and GPU: Fuyou, arXiv
+2403.06504.)
 """
 
 from __future__ import annotations
@@ -20,52 +20,52 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from megatron_s2.offload.adam import State
-from megatron_s2.offload.arena import HostMemory, HostSlice
+from megatron_s2.offload.host_memory import HostMemory, HostSlice
 from megatron_s2.offload.plan import ALIGNMENT, GB, STATE_BYTES
 
 MAGIC = b"megatron-s2 state"
 PAGE = 4096
-PIECE = 2**23  # of one read or write: several under way keep a drive busy
+TRANSFER_BYTES = 2**23  # of one system call: several at a time keep a drive busy
 THREADS = 4  # per directory
 _SEAL = struct.Struct("<17sQQ")
-_HALF = -1  # generation of a record that is neither old nor new
+_HALF = -1  # generation of a record that a failed write left neither old nor new
 _FLAG = "--s2-offload-nvme-dir"
 
 
 class TierError(RuntimeError):
-    """The tier cannot take or return state; checkpoints are not affected."""
+    """The tier cannot store or return state; checkpoints are not affected."""
 
 
 @dataclass(frozen=True)
 class Bandwidth:
-    """Of a directory, bytes/s."""
+    """Bandwidth of a directory, bytes/s."""
 
     read: float
     write: float
 
 
 class NvmeTier:
-    """Records on disk and the ring they pass through.
+    """Records on disk and the ring that they pass through.
 
-    `load` and `store` may be called from several threads for different subgroups.
+    Several threads may call `load` and `store` for different records.
 
     Args:
-        directories: one file in each.
+        directories: directories with one file each.
         sizes: elements of each subgroup of the tier, multiples of `ALIGNMENT`.
-        slots: of the ring.
-        shares: how much each directory takes, relative to the others; its measured bandwidth.
-        pinned: the ring, as for `HostMemory`.
+        slots: number of slots of the ring.
+        shares: how much each directory holds relative to the others, such as its measured bandwidth.
+        pinned: whether the ring is pinned, as for `HostMemory`.
 
     Raises:
-        ValueError: an argument is out of range, or a directory is not there or takes no files.
-        TierError: a directory has no room.
+        ValueError: an argument is out of range, or a directory does not exist or takes no files.
+        TierError: a directory has not enough space.
     """
 
     def __init__(
@@ -88,9 +88,9 @@ class NvmeTier:
         self.slots = min(slots, len(sizes))
         self.placement = distribute(sizes, shares)
         self._offsets, ends = [], [0] * len(directories)
-        for size, where in zip(sizes, self.placement):
-            self._offsets.append(ends[where])
-            ends[where] += _record_bytes(size)
+        for size, index in zip(sizes, self.placement):
+            self._offsets.append(ends[index])
+            ends[index] += _record_bytes(size)
         self._generations: list[int | None] = [None] * len(sizes)
         self._files: list[_File] = []
         self._threads = ThreadPoolExecutor(THREADS * len(directories), thread_name_prefix="offload-nvme")
@@ -98,7 +98,7 @@ class NvmeTier:
             for directory, end in zip(directories, ends):
                 self._files.append(_File(Path(directory), end))
             largest = max(sizes)
-            self._gradients = _record_bytes(largest)  # where they begin in a slot
+            self._gradients = _record_bytes(largest)  # offset in a slot
             self._slot_bytes = self._gradients + _whole_pages(4 * largest)
             self._ring = HostMemory(self.slots * self._slot_bytes, pinned)
         except BaseException:
@@ -107,12 +107,12 @@ class NvmeTier:
         self.host_bytes = self._ring.size
 
     def slot_of(self, j: int) -> int:
-        """Which slot subgroup j of the tier uses."""
+        """Index of the slot that record j uses."""
         return j % self.slots
 
     def slice_of(self, j: int) -> HostSlice:
-        """Views of its slot: state and gradient, float32 `[sizes[j]]` each; what is in them, the caller
-        knows."""
+        """Views of the slot of record j: state and gradient, float32 `[sizes[j]]` each, whatever they
+        hold."""
         size, base = self.sizes[j], self.slot_of(j) * self._slot_bytes
         floats = self._ring.bytes[base : base + self._slot_bytes].view(torch.float32)
         state = State(*floats[: 3 * size].view(3, size))
@@ -120,10 +120,10 @@ class NvmeTier:
         return HostSlice(state, floats[begin : begin + size])
 
     def load(self, j: int) -> None:
-        """Read its record into its slot; zeros where none was written yet.
+        """Reads record j into its slot; zeros where it has not been written yet.
 
         Raises:
-            TierError: the file was truncated or changed by others, or cannot be read.
+            TierError: the file cannot be read, or another program truncated or changed it.
         """
         slot = self._slot(j)
         generation = self._generations[j]
@@ -133,7 +133,7 @@ class NvmeTier:
         file = self._files[self.placement[j]]
         if generation == _HALF:
             raise TierError(f"{file}: the record at {self._offsets[j]} was written half")
-        self._at_once(file.read, slot, self._offsets[j])
+        self._transfer(file.read, slot, self._offsets[j])
         if bytes(slot[-_SEAL.size :]) != _SEAL.pack(MAGIC, j, generation):
             raise TierError(
                 f"{file}: the record at {self._offsets[j]} is not the one that was written "
@@ -141,7 +141,7 @@ class NvmeTier:
             )
 
     def store(self, j: int) -> None:
-        """Write its slot to its record.
+        """Writes the slot of record j to its record.
 
         Raises:
             TierError: the disk is full, or the file cannot be written.
@@ -150,11 +150,11 @@ class NvmeTier:
         generation = max(self._generations[j] or 0, 0) + 1
         slot[-_SEAL.size :] = _SEAL.pack(MAGIC, j, generation)
         self._generations[j] = _HALF
-        self._at_once(self._files[self.placement[j]].write, slot, self._offsets[j])
+        self._transfer(self._files[self.placement[j]].write, slot, self._offsets[j])
         self._generations[j] = generation
 
     def close(self) -> None:
-        """Give the files' space back and let go of the ring."""
+        """Drops the files and the ring."""
         self._close_files()
         self._ring.close()
 
@@ -165,26 +165,25 @@ class NvmeTier:
         self._files = []
 
     def _slot(self, j: int) -> memoryview:
-        """The bytes of its slot that go to its record."""
+        """The bytes of a slot that go to record j."""
         base = self.slot_of(j) * self._slot_bytes
         return self._ring.view()[base : base + _record_bytes(self.sizes[j])]
 
-    def _at_once(self, move: Callable[[memoryview, int], None], memory: memoryview, offset: int) -> None:
-        """In pieces, several under way; all have ended when it returns."""
-        pieces = [
-            self._threads.submit(move, memory[a : a + PIECE], offset + a)
-            for a in range(0, len(memory), PIECE)
-        ]
+    def _transfer(self, move: Callable[[memoryview, int], None], memory: memoryview, offset: int) -> None:
+        """Moves memory in several transfers at a time, all of which have ended when it returns."""
+        transfers: list[Future[None]] = []
         try:
-            errors = [error for piece in pieces if (error := piece.exception()) is not None]
+            for a in range(0, len(memory), TRANSFER_BYTES):
+                transfers.append(self._threads.submit(move, memory[a : a + TRANSFER_BYTES], offset + a))
+            errors = [error for one in transfers if (error := one.exception()) is not None]
         finally:
-            wait(pieces)  # an interruption leaves none on its way into a slot that others use next
+            wait(transfers)  # an interruption leaves none running into a slot that others use next
         if errors:
             raise errors[0]
 
 
 class _File:
-    """A file of records in a directory, without a name, and of its full size at once."""
+    """A nameless file of records in a directory, allocated in full when it is made."""
 
     def __init__(self, directory: Path, size: int) -> None:
         self._directory = directory
@@ -197,7 +196,7 @@ class _File:
         self._descriptor = self._file.fileno()
         try:
             self._bypass_page_cache()
-            self._take_room(size)
+            self._allocate(size)
         except BaseException:
             self.close()
             raise
@@ -206,10 +205,10 @@ class _File:
         return f"{_FLAG} {self._directory}: the state file"
 
     def read(self, memory: memoryview, offset: int) -> None:
-        """Fill memory from an offset; both are whole pages.
+        """Fills memory from an offset; both are whole pages.
 
         Raises:
-            TierError: the file ends before, or cannot be read.
+            TierError: the file is too short, or cannot be read.
         """
         while memory:
             try:
@@ -224,7 +223,7 @@ class _File:
             memory, offset = memory[done:], offset + done
 
     def write(self, memory: memoryview, offset: int) -> None:
-        """Write memory at an offset; both are whole pages.
+        """Writes memory at an offset; both are whole pages.
 
         Raises:
             TierError: the disk is full, or the file cannot be written.
@@ -255,14 +254,14 @@ class _File:
                 flush=True,
             )
 
-    def _take_room(self, size: int) -> None:
+    def _allocate(self, size: int) -> None:
         try:
             os.posix_fallocate(self._descriptor, 0, size)
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                 raise self._failed("cannot be made", size, error) from error
-            # The file system cannot, and the C library's way around it writes single bytes, which O_DIRECT
-            # refuses: room is then taken record by record.
+            # The file system cannot, and the C library's substitute writes single bytes, which O_DIRECT
+            # refuses: space is then allocated record by record.
             os.ftruncate(self._descriptor, size)
 
     def _failed(self, what: str, size: int, error: OSError) -> TierError:
@@ -276,7 +275,7 @@ class _File:
 
 
 def distribute(sizes: Sequence[int], shares: Sequence[float]) -> list[int]:
-    """A directory for each subgroup, so that each directory needs equally long for all of its own, and
+    """Returns the index of a directory for each subgroup, such that all directories need equally long and
     neighbours lie on different ones where shares allow.
 
     Raises:
@@ -287,27 +286,27 @@ def distribute(sizes: Sequence[int], shares: Sequence[float]) -> list[int]:
     taken = [0.0] * len(shares)
     placement = []
     for size in sizes:
-        where = min(range(len(shares)), key=lambda n: (taken[n] + size) / shares[n])
-        taken[where] += size
-        placement.append(where)
+        index = min(range(len(shares)), key=lambda n: (taken[n] + size) / shares[n])
+        taken[index] += size
+        placement.append(index)
     return placement
 
 
 def measure_bandwidth(directory: str | Path, size: int = 2**28) -> Bandwidth:
-    """Write and read a file of `size` bytes (whole pages) that is gone afterwards.
+    """Measures the bandwidth of a directory with a file of `size` bytes, which is gone afterwards.
 
     Raises:
         ValueError: there is no such directory, or the size is not a positive multiple of 4096.
-        TierError: it has no room.
+        TierError: the directory has not enough space.
     """
     if size < PAGE or size % PAGE:
         raise ValueError(f"size {size}: must be a positive multiple of {PAGE}")
     if not Path(directory).is_dir():
         raise ValueError(f"{_FLAG} {directory}: must be a directory")
-    memory = HostMemory(min(size, PIECE))
+    memory = HostMemory(min(size, TRANSFER_BYTES))
     memory.bytes.fill_(1)
     file = _File(Path(directory), size)
-    pieces = range(0, size, PIECE)
+    pieces = range(0, size, TRANSFER_BYTES)
     seconds = []
     try:
         with ThreadPoolExecutor(THREADS) as threads:

@@ -1,52 +1,51 @@
-"""AdamW whose state an executor holds: what takes the place of Megatron's `HybridDeviceOptimizer`.
+"""AdamW whose state an executor holds; it replaces Megatron's `HybridDeviceOptimizer`.
 
-Megatron's distributed optimizer gives it the parts of parameters that this rank updates, and asks its `state`
-for masters and averages when it saves and loads. Nothing is allocated before that, or before the first
-gradient: Megatron constructs it twice, first over whole parameters.
+Megatron's distributed optimizer passes it the parts of parameters that this rank updates, and asks its
+`state` for masters and averages when it saves and loads. Nothing is allocated before that or before the first
+gradient: Megatron constructs the optimizer twice, first over whole parameters.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, MutableMapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, MutableMapping
 
 import torch
 
 from megatron_s2.offload.adam import AdamW, check_gradient_scale
-from megatron_s2.offload.flat import Parameter, lay_out
-
-if TYPE_CHECKING:
-    from megatron_s2.offload.executor import Executor
-    from megatron_s2.offload.queues import Awaited
-    from megatron_s2.offload.run import Offload
+from megatron_s2.offload.executor import Executor
+from megatron_s2.offload.queues import Awaitable
+from megatron_s2.offload.session import Session
+from megatron_s2.offload.state import Parameter, lay_out
 
 # Names in Megatron's checkpoints, and the executor's.
 _NAMES = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "master_param": "master"}
 
 
 class OffloadedAdamW(torch.optim.AdamW):
-    """AdamW (decoupled weight decay, arXiv 1711.05101) over parameters that Megatron calls shards.
+    """AdamW (decoupled weight decay, arXiv 1711.05101) over the parameters that Megatron calls shards.
 
     A step takes the gradients given to `flush`; of other parameters, their `decoupled_grad`, where Megatron's
-    precision-aware optimizer puts it. It divides them by the run's gradient scale, and writes the shards.
+    precision-aware optimizer puts it. It divides them by the gradient scale and writes the shards.
 
     Args:
         params: parameter groups of flat, contiguous shards (or of whole parameters, for the first
             construction) on one device.
-        run: what all optimizers of this rank share; it builds the executor.
-        lr, betas, eps, weight_decay: of groups that do not say otherwise.
+        open_session: function that builds the session of this optimizer.
+        gradient_scale: function that returns what the current step divides gradients by.
+        lr, betas, eps, weight_decay: settings of groups without their own.
 
     Attributes:
-        step_count: of steps that were not skipped.
+        step_count: number of steps that were not skipped.
         parameters: the shards in the flat state.
-        elements: of the flat state, padding included.
+        elements: elements of the flat state, padding included.
     """
 
     def __init__(
         self,
         params: list[dict],
-        run: Offload,
+        open_session: Callable[[OffloadedAdamW], Session],
+        gradient_scale: Callable[[], float],
         *,
         lr: float,
         betas: tuple[float, float],
@@ -58,43 +57,50 @@ class OffloadedAdamW(torch.optim.AdamW):
                 if not shard.is_leaf:
                     shard.retain_grad()  # a view of a float32 weight, which torch takes no other way
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        self._run = run
+        self._open_session, self._gradient_scale = open_session, gradient_scale
+        self._session: Session | None = None
         self.step_count = 0
         shards = [(shard, n) for n, group in enumerate(self.param_groups) for shard in group["params"]]
         self._shards = [shard for shard, _ in shards]
         flat = [shard.detach().reshape(-1) for shard in self._shards]
         self.parameters, self.elements = lay_out(flat, [group for _, group in shards])
         self.state = {shard: _ShardState(self, p) for shard, p in zip(self._shards, self.parameters)}
-        self._places = {shard: n for n, shard in enumerate(self._shards)}
-        self._flushed: set[int] = set()  # of these places
+        self._index = {shard: n for n, shard in enumerate(self._shards)}
+        self._flushed: set[int] = set()  # indices of shards
 
     @property
     def executor(self) -> Executor | None:
-        """Built when it is first asked for; None where this rank updates nothing."""
-        return self._run.executor_of(self) if self.elements else None
+        """The executor, built when it is first needed; None where this rank updates nothing."""
+        return self.build().executor if self.elements else None
 
-    def place_of(self, shard: torch.Tensor) -> int:
-        """A shard's place among all."""
-        return self._places[shard]
+    def build(self) -> Session | None:
+        """Returns the session, built when it is first needed; None where this rank updates nothing."""
+        if self._session is None and self.elements:
+            self._session = self._open_session(self)
+        return self._session
 
-    def flush(self, place: int, gradient: torch.Tensor, after: Awaited | None = None) -> None:
-        """Take a shard's final gradient before the step: see `Executor.flush`. Once per step; later ones are
-        ignored."""
-        if place in self._flushed:
+    def shard_index(self, shard: torch.Tensor) -> int:
+        """Index of a shard among all shards."""
+        return self._index[shard]
+
+    def flush(self, index: int, gradient: torch.Tensor, after: Awaitable | None = None) -> None:
+        """Takes the final gradient of shard `index` before the step, see `Executor.flush`. The first call of
+        a step counts."""
+        if index in self._flushed:
             return
-        p = self.parameters[place]
+        p = self.parameters[index]
         self.executor.flush(p.start, p.stop, gradient, after)
-        self._flushed.add(place)
+        self._flushed.add(index)
 
     def forget_gradients(self) -> None:
-        """Drop the flushed gradients of a step that does not happen."""
+        """Drops the flushed gradients of a step that does not happen."""
         if self._flushed:
             self._flushed.clear()
             self.executor.skip()
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Update state and shards. With a gradient norm of infinity or NaN nothing happens but a message.
+        """Updates state and shards. Where the norm of the gradients is infinite or NaN it only prints a line.
 
         Raises:
             ValueError: there is a closure, or a shard without gradient.
@@ -105,7 +111,7 @@ class OffloadedAdamW(torch.optim.AdamW):
         if not self.elements:
             self.step_count += 1
             return
-        scale = self._run.gradient_scale
+        scale = self._gradient_scale()
         try:
             check_gradient_scale(scale)
         except ValueError:
@@ -117,32 +123,33 @@ class OffloadedAdamW(torch.optim.AdamW):
             )
             self.forget_gradients()
             return
-        for place, shard in enumerate(self._shards):
-            if place not in self._flushed:
-                self.flush(place, _gradient_of(shard))
+        for index, shard in enumerate(self._shards):
+            if index not in self._flushed:
+                self.flush(index, _gradient_of(shard))
+        step = self.step_count + 1
         settings = [
-            AdamW(
-                group["lr"],
-                tuple(group["betas"]),
-                group["eps"],
-                group["weight_decay"],
-                self.step_count + 1,
-            )
+            AdamW(group["lr"], tuple(group["betas"]), group["eps"], group["weight_decay"], step)
             for group in self.param_groups
         ]
-        self._run.take_step(self, settings, scale)
+        self.build().step(settings, scale)
         self._flushed.clear()
-        self.step_count += 1
+        self.step_count = step
 
     def read(self, name: str, p: Parameter) -> torch.Tensor:
-        """A copy of a parameter's `master`, `exp_avg` or `exp_avg_sq`."""
-        return self._run.read(self, name, p.start, p.stop)
+        """Returns a copy of a parameter's `master`, `exp_avg` or `exp_avg_sq`."""
+        return self.build().read(name, p.start, p.stop)
+
+    def close(self) -> None:
+        """Ends the session."""
+        if self._session is not None:
+            self._session.close()
+            self._session = None
 
     def state_dict(self) -> dict:
-        """Groups and step. Masters and averages are not in it: Megatron takes them from `state`."""
-        numbers = iter(range(len(self._shards)))
+        """Returns parameter groups and step. Masters and averages are not in it: Megatron reads `state`."""
+        indices = iter(range(len(self._shards)))
         groups = [
-            {**group, "params": [next(numbers) for _ in group["params"]]} for group in self.param_groups
+            {**group, "params": [next(indices) for _ in group["params"]]} for group in self.param_groups
         ]
         return {
             "state": {n: {"step": torch.tensor(float(self.step_count))} for n in range(len(self._shards))},
@@ -150,8 +157,8 @@ class OffloadedAdamW(torch.optim.AdamW):
         }
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Take what groups have in common with those of a checkpoint, whichever optimizer wrote it, and the
-        step."""
+        """Loads the step, and the settings that groups have in common with those of a checkpoint, whichever
+        optimizer wrote it."""
         for group, loaded in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({k: v for k, v in loaded.items() if k in group and k != "params"})
         steps = {int(group["step"]) for group in state_dict["param_groups"] if group.get("step") is not None}
@@ -160,30 +167,30 @@ class OffloadedAdamW(torch.optim.AdamW):
         if steps:
             self.step_count = steps.pop()
 
-    # What else Megatron asks of a HybridDeviceOptimizer.
+    # What else Megatron calls of a HybridDeviceOptimizer.
 
     @property
     def sub_optimizers(self) -> list[OffloadedAdamW]:
-        """Those whose state has the step."""
+        """Optimizers whose state has the step."""
         return [self]
 
     def dummy_step(self) -> None:
-        """State is there from the beginning."""
+        """Does nothing: state exists from the beginning."""
 
     def _sync_hdo_state_to_sub_optimizers(self) -> None:
-        """State is written when it is set."""
+        """Does nothing: state is written when it is set."""
 
     def update_fp32_param_by_new_param(self) -> None:
-        """Masters from the model's weights, after these were loaded without a state."""
-        if self.elements and self._run.has_executor(self):
+        """Sets masters to the model's weights, after these were loaded without a state."""
+        if self._session is not None:
             self.executor.set_masters()
 
 
 class _ShardState(MutableMapping):
-    """A shard's `step`, `exp_avg`, `exp_avg_sq` and `master_param`: float32 tensors, copies of what is there.
+    """A shard's `step`, `exp_avg`, `exp_avg_sq` and `master_param`: float32 tensors, copied from the state.
 
-    They must be copies, since what writes a checkpoint may be another process, and the state's memory is not
-    shared with those.
+    They must be copies, since the writer of a checkpoint may be another process, which does not inherit the
+    state's memory.
     """
 
     def __init__(self, optimizer: OffloadedAdamW, parameter: Parameter) -> None:
@@ -198,10 +205,9 @@ class _ShardState(MutableMapping):
         if key == "step":
             self._optimizer.step_count = int(value)
             return
-        if value.numel() != self._parameter.weights.numel():
-            raise ValueError(
-                f"{key}: must have {self._parameter.weights.numel()} elements, not {value.numel()}"
-            )
+        elements = self._parameter.weights.numel()
+        if value.numel() != elements:
+            raise ValueError(f"{key}: must have {elements} elements, not {value.numel()}")
         self._optimizer.executor.write(_NAMES[key], self._parameter.start, value)
 
     def __delitem__(self, key: str) -> None:

@@ -1,9 +1,9 @@
-"""Where each part of a rank's optimizer state lies, which device updates it, and in which order.
+"""The plan: where each part of a rank's optimizer state lies, which device updates it, and in which order.
 
-A rank's state is flat: three float32 values per parameter (master weight, exp_avg, exp_avg_sq). It is cut
-into equal subgroups. A subgroup's *tier* is where its state lies between steps; its *device* is what updates
-it. Tiers follow from memory budgets alone, so that memory is the same at every fraction; devices follow from
-the fraction. Both are spread evenly. Plain values: neither torch nor a GPU is needed.
+A rank's state is flat: three float32 values per parameter (master weight, exp_avg, exp_avg_sq), cut into
+equal subgroups. A subgroup's *tier* is where its state lies between steps; its *device* is what updates it.
+Tiers follow from memory budgets alone, so memory is the same at every fraction; devices follow from the
+fraction. Both are spread evenly. Plain values: neither torch nor a GPU is needed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ GRADIENT_BYTES = 4  # of a parameter's gradient, float32
 ALIGNMENT = 64  # elements; 256 bytes of float32, a multiple of what copies, AVX-512 and bfloat16 tiles want
 
 TIERS = ("gpu", "host", "nvme")
-DEVICES = ("cpu", "gpu")
 
 # 96 MiB of state, 2 ms at 50 GB/s: long against the start of a copy or a kernel (some 10 us) and of a Python
 # call, short against a step, so that filling and draining the pipeline cost little; two sets on the GPU take
@@ -31,7 +30,7 @@ GB = 10**9
 
 
 class TierSizes(NamedTuple):
-    """Parameters whose state lies in each tier."""
+    """Number of parameters whose state lies in each tier."""
 
     gpu: int
     host: int
@@ -39,7 +38,7 @@ class TierSizes(NamedTuple):
 
     @property
     def streamed(self) -> int:
-        """Parameters whose state does not stay on the GPU."""
+        """Number of parameters whose state does not stay on the GPU."""
         return self.host + self.nvme
 
 
@@ -48,7 +47,7 @@ class Subgroup:
     """Elements `start` to `stop` of the rank's flat state.
 
     Args:
-        index: its place among the subgroups.
+        index: index of the subgroup in the plan.
         start, stop: elements; start is a multiple of `ALIGNMENT`.
         tier: where the state lies between steps: `gpu`, `host` or `nvme`.
         device: what updates it: `cpu` or `gpu`. A subgroup of tier `gpu` is updated there.
@@ -62,20 +61,20 @@ class Subgroup:
 
     @property
     def size(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return self.stop - self.start
 
 
 @dataclass(frozen=True)
 class OffloadPlan:
-    """All subgroups of a rank, and the buffers that moving them takes. Made by `make_plan`.
+    """All subgroups of a rank and the buffers that they pass through. Made by `make_plan`.
 
     Args:
         subgroup_size: elements of each subgroup but the last.
         subgroups: in the order of their elements.
-        gradient_bytes: of one parameter's gradient on the host, 4 or 2.
-        buffer_sets: room on the GPU for the state of so many subgroups while they are updated.
-        ring_slots: room on the host for the state and gradients of so many subgroups of tier `nvme`.
+        gradient_bytes: bytes of one parameter's gradient on the host, 4 or 2.
+        buffer_sets: number of subgroups whose state fits on the GPU while they are updated.
+        ring_slots: number of subgroups of tier `nvme` whose state and gradients fit on the host.
     """
 
     subgroup_size: int
@@ -86,69 +85,78 @@ class OffloadPlan:
 
     @property
     def elements(self) -> int:
-        """Parameters of the rank."""
+        """Number of parameters of the rank."""
         return self.subgroups[-1].stop
 
     @property
+    def streamed(self) -> list[Subgroup]:
+        """Subgroups whose state does not stay on the GPU."""
+        return [s for s in self.subgroups if s.tier != "gpu"]
+
+    @property
     def slot_elements(self) -> int:
-        """Elements that one buffer set or ring slot has room for: the largest streamed subgroup."""
-        return max((s.size for s in self.subgroups if s.tier != "gpu"), default=0)
+        """Elements of one buffer set or ring slot: those of the largest streamed subgroup."""
+        return max((s.size for s in self.streamed), default=0)
 
     @property
     def tiers(self) -> TierSizes:
-        """Parameters in each tier."""
+        """Number of parameters in each tier."""
         return TierSizes(*(sum(s.size for s in self.subgroups if s.tier == tier) for tier in TIERS))
 
     @property
     def fraction(self) -> float:
         """Share of the streamed parameters (those not resident on the GPU) that the GPU updates."""
-        on_gpu = sum(s.size for s in self.subgroups if s.device == "gpu" and s.tier != "gpu")
+        on_gpu = sum(s.size for s in self.streamed if s.device == "gpu")
         return on_gpu / self.tiers.streamed if self.tiers.streamed else 0.0
 
     @property
     def gpu_bytes(self) -> int:
-        """GPU memory that state takes: resident subgroups and buffer sets, used or not. Gradients and weights
-        on the GPU are the model's own."""
+        """GPU memory of resident subgroups and buffer sets, used or not. Gradients and weights on the GPU are
+        the model's own."""
         return STATE_BYTES * (self.tiers.gpu + self.buffer_sets * self.slot_elements)
 
     @property
     def host_bytes(self) -> int:
-        """Host memory: state and gradients of tier `host`, and the ring of tier `nvme`.
+        """Host memory of tier `host`, state and gradients, and of the ring of tier `nvme`.
 
-        Gradients have room for every subgroup of tier `host`, so that a change of fraction needs no other
-        arenas. Those of tier `nvme` come down while the step runs, into the ring. The 16-bit weights that the
-        CPU has updated wait for their transfer where the gradient was, which is no longer needed.
+        Every subgroup of tier `host` has memory for its gradients, so a change of fraction changes no buffer.
+        Gradients of tier `nvme` come down to the ring while the step runs. The 16-bit weights that the CPU
+        has updated wait for their transfer in the memory of the gradient, which is no longer needed.
         """
         ring = self.ring_slots * self.slot_elements if self.tiers.nvme else 0
         return host_bytes_per_parameter(self.gradient_bytes) * (self.tiers.host + ring)
 
     @property
     def nvme_bytes(self) -> int:
-        """Bytes of the state on NVMe."""
+        """Bytes of state on NVMe."""
         return STATE_BYTES * self.tiers.nvme
 
     def order(self, step: int) -> tuple[Subgroup, ...]:
-        """The subgroups in the order of step `step`: up in even steps, down in odd ones, so that a step
-        begins with what the one before it left in the ring."""
+        """The subgroups in the order of step `step`: ascending in even steps, descending in odd ones, so a
+        step begins with what the previous one left in the ring."""
         return self.subgroups if step % 2 == 0 else self.subgroups[::-1]
 
     def with_fraction(self, fraction: float) -> OffloadPlan:
-        """The same tiers and buffers with the devices of another fraction, to the nearest subgroup.
+        """Returns a plan with the same tiers and buffers and the devices of another fraction, to the nearest
+        subgroup.
 
         Raises:
             ValueError: the fraction is not between 0 and 1.
         """
         check_fraction(fraction)
-        streamed = sum(s.tier != "gpu" for s in self.subgroups)
+        streamed = len(self.streamed)
         return self.with_devices(spread(streamed, math.floor(fraction * streamed + 0.5)))
 
     def with_devices(self, on_gpu: Sequence[bool]) -> OffloadPlan:
-        """The same tiers and buffers; `on_gpu` says of each streamed subgroup whether the GPU updates it.
+        """Returns a plan with the same tiers and buffers and other devices.
+
+        Args:
+            on_gpu: whether the GPU updates each streamed subgroup.
 
         Raises:
-            ValueError: not as many entries as streamed subgroups.
+            ValueError: `on_gpu` does not have one entry per streamed subgroup.
         """
-        streamed = [s for s in self.subgroups if s.tier != "gpu"]
+        streamed = self.streamed
         if len(on_gpu) != len(streamed):
             raise ValueError(f"on_gpu has {len(on_gpu)} entries: must have {len(streamed)}, one per subgroup")
         device = {s.index: "gpu" if gpu else "cpu" for s, gpu in zip(streamed, on_gpu)}
@@ -157,7 +165,7 @@ class OffloadPlan:
         )
 
     def __str__(self) -> str:
-        """What lies where, who updates it, and the memory it takes."""
+        """The tiers, the devices and the memory, in lines."""
         lines = [
             f"{self.elements} parameters in {_count(len(self.subgroups), 'subgroup')} of "
             f"{self.subgroup_size}; the GPU updates {self.fraction:.1%} of those not resident on it"
@@ -191,14 +199,14 @@ def make_plan(
     buffer_sets: int = BUFFER_SETS,
     ring_slots: int = RING_SLOTS,
 ) -> OffloadPlan:
-    """Cut a rank's state and place it: as much on the GPU as its budget holds, then on the host, then NVMe.
+    """Cuts a rank's state and places it: as much on the GPU as its budget holds, then on the host, then NVMe.
 
     Args:
-        elements: parameters of the rank.
+        elements: number of parameters of the rank.
         fraction: share of the streamed subgroups (those not resident on the GPU) that the GPU updates.
         subgroup_size: elements of a subgroup, a multiple of `ALIGNMENT`.
-        gpu_budget: bytes of state that may stay on the GPU, beside the buffer sets.
-        host_budget: bytes that `OffloadPlan.host_bytes` may reach; None for no limit.
+        gpu_budget: bytes of state that may stay on the GPU, in addition to the buffer sets.
+        host_budget: limit of `OffloadPlan.host_bytes`; None for no limit.
         nvme: whether there is an NVMe tier for what the host budget does not hold.
         gradient_bytes, buffer_sets, ring_slots: as in `OffloadPlan`.
 
@@ -237,31 +245,20 @@ def make_plan(
     return plan.with_fraction(fraction)
 
 
-def spread(places: int, count: int) -> list[bool]:
-    """`count` of `places` marked as evenly as integers allow, the first among them where any is (Bresenham):
-    any n neighbours hold floor or ceil of n * count / places.
+def spread(length: int, count: int) -> list[bool]:
+    """Returns `length` booleans of which `count` are True, as evenly as integers allow and beginning with a
+    True where there is one (Bresenham): any n neighbours hold floor or ceil of n * count / length.
 
     Raises:
-        ValueError: count is not between 0 and places.
+        ValueError: count is not between 0 and length.
     """
-    if not 0 <= count <= places:
-        raise ValueError(f"count {count}: must be between 0 and {places}")
-    return [i * count % places < count for i in range(places)]
-
-
-def every(places: int, stride: int) -> list[bool]:
-    """The last of every `stride` places marked: the placement of stride-k schedules.
-
-    Raises:
-        ValueError: the stride is not positive.
-    """
-    if stride < 1:
-        raise ValueError(f"stride {stride}: must be >= 1")
-    return [i % stride == stride - 1 for i in range(places)]
+    if not 0 <= count <= length:
+        raise ValueError(f"count {count}: must be between 0 and {length}")
+    return [i * count % length < count for i in range(length)]
 
 
 def check_fraction(fraction: float) -> None:
-    """Raise ValueError where `fraction` is not between 0 and 1."""
+    """Raises ValueError where `fraction` is not between 0 and 1."""
     if not 0 <= fraction <= 1:
         raise ValueError(f"--s2-offload-gpu-fraction {fraction}: must be between 0 and 1")
 
@@ -274,7 +271,7 @@ def host_bytes_per_parameter(gradient_bytes: int) -> int:
 def _subgroups_on_host(
     sizes: Sequence[int], budget: int | None, nvme: bool, gradient_bytes: int, ring_slots: int
 ) -> int:
-    """How many of the streamed subgroups, of `sizes` elements, have their state on the host."""
+    """Returns how many of the streamed subgroups, of `sizes` elements, have their state on the host."""
     if budget is None or not sizes:
         return len(sizes)
     largest, each = max(sizes), host_bytes_per_parameter(gradient_bytes)
@@ -296,5 +293,5 @@ def _subgroups_on_host(
     return min((budget - ring) // (each * largest), len(sizes) - 1)
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,15 +1,13 @@
-"""Queues that work side by side, the tasks on them, and the buffers that tasks use.
+"""Queues of tasks: a thread pool each, an order that follows from the buffers tasks use, and hazard checks.
 
-Each queue has worker threads. A task begins when all that it comes after has ended and its queue has a free
-worker; of those that could begin, the one submitted first, `LAST` ones after all others. A task can only come
-after tasks submitted before it, so that something can always go on until all is done.
+Every task names the buffers that it uses, with the content that it expects in each and the content that it
+leaves there. It begins when the tasks submitted before it that use one of its buffers have ended. So no
+dependency is written down that could be missing, and tasks cannot wait for each other in a circle. A task
+that nevertheless finds a buffer in use, or with other content, ends the step with a `HazardError`: a mistake
+in the schedule shows itself and cannot corrupt state unseen.
 
-Every task names the buffers it uses, with what it expects in them and what it leaves there. One that finds
-something else, or somebody else at work, ends the run with a `HazardError`: a missing dependency shows itself
-and cannot corrupt state unseen.
-
-What a queue's copies and kernels run on is the backend's: CUDA streams where there is a GPU, the worker
-threads themselves where there is none. The rest is the same code.
+A queue's copies and kernels run where its backend says: on CUDA streams, or in the pools' threads where there
+is no GPU. Everything else is the same code.
 """
 
 from __future__ import annotations
@@ -17,21 +15,22 @@ from __future__ import annotations
 import heapq
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import NamedTuple, Protocol
 
 import torch
 
 from megatron_s2.offload.trace import Event
 
-IN_TURN, LAST = range(2)
 ON_DEVICE = ("h2d", "d2h", "gpu")  # queues with a CUDA stream
 
 
 class HazardError(RuntimeError):
-    """A task found a buffer in use, or without what it expects there: a mistake of the schedule."""
+    """A task found a buffer in use or with unexpected content: a mistake in the schedule."""
 
 
 @dataclass(eq=False)
@@ -39,17 +38,20 @@ class Buffer:
     """Memory, or a record in a file, that one task at a time uses.
 
     Args:
-        name: for messages.
-        content: what is in it; None where nothing is that counts, `("half", what)` where a task failed that
-            would have left that.
+        name: name in messages.
+        content: what the buffer holds; None for nothing of use, `("half", content)` after a failure of the
+            task that would have left `content`.
+        user: the task that is using the buffer.
+        last_task: the latest task submitted that uses the buffer; None once it has ended.
     """
 
     name: str
     content: Hashable = None
     user: str | None = None
+    last_task: Task | None = None
 
 
-class Use(NamedTuple):
+class Access(NamedTuple):
     """What a task expects in a buffer, and what it leaves there."""
 
     buffer: Buffer
@@ -59,34 +61,38 @@ class Use(NamedTuple):
 
 @dataclass(eq=False)
 class Task:
-    """Something that a queue does; made by `Queues.submit`."""
+    """Work of a queue; made by `Queues.submit`."""
 
     queue: str
     name: str
     run: Callable[[], object]
-    uses: tuple[Use, ...]
-    urgency: int
-    number: int
-    missing: int = 0
+    accesses: tuple[Access, ...]
+    priority: tuple[bool, int]
     followers: list[Task] = field(default_factory=list)
-    begun: bool = False
-    ended: bool = False
+    predecessors: int = 0
+    running: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.queue} {self.name}"
+
+    def __lt__(self, other: Task) -> bool:
+        return self.priority < other.priority
 
 
-class Awaited(Protocol):
+class Awaitable(Protocol):
     """Something under way, such as an asynchronous collective of `torch.distributed`."""
 
     def wait(self) -> object:
-        """Let the current stream, or this thread, wait for its end. May be called from several threads."""
+        """Lets the current stream, or this thread, wait for the end. Several threads may call it."""
 
 
 class AwaitedOnce:
-    """Passes the first `wait` on; later ones return when that has. For collectives of gloo: each wait of them
-    copies the result to its place again, over what may have changed there.
+    """Passes on the first `wait` only; later ones return when the first has. For collectives of gloo, whose
+    every wait copies the result again, over what may have been written there since.
     """
 
-    def __init__(self, inner: Awaited) -> None:
-        self._inner: Awaited | None = inner
+    def __init__(self, inner: Awaitable) -> None:
+        self._inner: Awaitable | None = inner
         self._lock = threading.Lock()
 
     def wait(self) -> None:
@@ -96,57 +102,34 @@ class AwaitedOnce:
                 self._inner = None
 
 
-class Backend(Protocol):
-    """Where queues work.
+class ThreadBackend:
+    """Work in the queues' own threads, for machines without a GPU: host memory stands for the GPU's.
 
     Attributes:
-        device: of the gradients, the weights, and the state that the GPU updates.
-    """
-
-    device: torch.device
-
-    def at_work(self, task: Task) -> AbstractContextManager[None]:
-        """Around a task's function, in its worker; at its end everything that it began is done."""
-
-    def mark(self, after: Awaited | None = None) -> object:
-        """The point that the caller's work on the device has reached, or the end of `after`."""
-
-    def wait(self, mark: object) -> None:
-        """Let what a task begins from here on come after that point."""
-
-
-class ThreadBackend:
-    """The queues' own threads, for machines without a GPU: what would be its memory is the host's.
-
-    Args:
-        delay: called with the task before and after its function, while it holds its buffers. For tests.
+        device: device of the gradients, the weights, and the state that the GPU updates.
     """
 
     device = torch.device("cpu")
 
-    def __init__(self, delay: Callable[[Task], object] | None = None) -> None:
-        self._delay = delay
+    @contextmanager
+    def at_work(self, task: Task) -> Iterator[None]:
+        """Context of a task's function, at whose end everything that the function began is done."""
+        yield
 
-    def at_work(self, task: Task) -> AbstractContextManager[None]:
-        return nullcontext() if self._delay is None else self._delayed(task)
-
-    def mark(self, after: Awaited | None = None) -> Awaited | None:
+    def mark(self, after: Awaitable | None = None) -> Awaitable | None:
+        """Returns a mark of the point that the caller's work on the device has reached, or of the end of
+        `after`."""
         return after
 
-    def wait(self, mark: Awaited | None) -> None:
+    def wait(self, mark: Awaitable | None) -> None:
+        """Lets what a task begins from here on come after a mark."""
         if mark is not None:
             mark.wait()
 
-    @contextmanager
-    def _delayed(self, task: Task):
-        self._delay(task)
-        yield
-        self._delay(task)
 
-
-class CudaBackend:
-    """A CUDA stream for each of h2d, d2h and gpu. The worker waits for the end of what it began on it: 10 or
-    20 us against the milliseconds of a transfer, and order and hazards are those of the threads."""
+class CudaBackend(ThreadBackend):
+    """Work on a CUDA stream for each of h2d, d2h and gpu. The worker waits for the end of what it launched:
+    10 or 20 us against the milliseconds of a transfer, and order and hazards are those of the threads."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -154,12 +137,12 @@ class CudaBackend:
         self._waiting = torch.cuda.Stream(device)
 
     @contextmanager
-    def at_work(self, task: Task):
+    def at_work(self, task: Task) -> Iterator[None]:
         stream = self._streams.get(task.queue)
         if stream is None:
             yield
             return
-        # A worker begins on GPU 0, and going back there from a stream would begin a context on it.
+        # A worker starts on GPU 0, and going back there from a stream would create a context on it.
         with torch.cuda.device(self.device), torch.cuda.stream(stream):
             try:
                 yield
@@ -168,7 +151,7 @@ class CudaBackend:
                 done.record(stream)
                 done.synchronize()
 
-    def mark(self, after: Awaited | None = None) -> torch.cuda.Event:
+    def mark(self, after: Awaitable | None = None) -> torch.cuda.Event:
         point = torch.cuda.Event()
         if after is None:
             point.record(torch.cuda.current_stream(self.device))
@@ -183,43 +166,36 @@ class CudaBackend:
 
 
 class Queues:
-    """Runs tasks; every method may be called from any thread.
+    """Runs tasks; of those that may begin, a queue takes the one that was submitted first.
+
+    Methods may be called from any thread. The wait for tasks is one C call, so a signal handler that raises
+    there, as for Ctrl-C, leaves no lock behind.
 
     Args:
-        workers: how many threads each queue has.
-        backend: where they work.
-        threads: of PyTorch inside a task, by queue; 1 where not named.
+        workers: number of threads of each queue.
+        backend: where the queues work.
+        threads: number of PyTorch's threads inside a task, by queue; 1 by default.
     """
 
     def __init__(
-        self, workers: Mapping[str, int], backend: Backend, threads: Mapping[str, int] | None = None
+        self, workers: Mapping[str, int], backend: ThreadBackend, threads: Mapping[str, int] | None = None
     ) -> None:
         self._backend = backend
-        self._change = threading.Condition()
-        self._ready: dict[str, list[tuple[int, int, Task]]] = {queue: [] for queue in workers}
-        self._unfinished: set[Task] = set()
-        self._running = 0
+        self._lock = threading.Lock()
         self._submitted = 0
+        self._ready: dict[str, list[Task]] = {queue: [] for queue in workers}  # heaps
+        self._unfinished: set[Task] = set()
+        self._waiting: list[SimpleQueue[None]] = []  # one for each thread that waits for all tasks
         self._error: BaseException | None = None
         self._closed = False
         self._events: list[Event] = []
         self._begin = time.perf_counter()
-        started = threading.Barrier(sum(workers.values()) + 1)
         before = torch.get_num_threads()
-        self._workers = [
-            threading.Thread(
-                target=self._work,
-                args=(queue, (threads or {}).get(queue, 1), started),
-                name=f"offload-{queue}-{n}",
-                daemon=True,
-            )
+        self._pools = {
+            queue: _started_pool(f"offload-{queue}", count, (threads or {}).get(queue, 1))
             for queue, count in workers.items()
-            for n in range(count)
-        ]
-        for worker in self._workers:
-            worker.start()
-        started.wait()
-        # Each worker has set its own number, and with it the one that threads to come would begin with.
+        }
+        # Each worker has set its own number of threads, and with it that of threads started later.
         torch.set_num_threads(before)
 
     def submit(
@@ -227,172 +203,187 @@ class Queues:
         queue: str,
         name: str,
         run: Callable[[], object],
-        *,
-        after: Iterable[Task] = (),
-        uses: Sequence[Use] = (),
-        urgency: int = IN_TURN,
-    ) -> Task:
-        """Let a queue do something. After an error nothing new begins until `join` has raised it.
+        accesses: Sequence[Access] = (),
+        in_gaps: bool = False,
+    ) -> None:
+        """Lets a queue run a function. After an error nothing new begins until `join` has raised it.
 
         Args:
-            queue: which.
-            name: of the event.
-            run: what, called in a worker.
-            after: tasks that end before.
-            uses: of buffers, held while it runs.
-            urgency: `IN_TURN` or `LAST` among those that could begin.
+            queue: name of the queue.
+            name: name of the event.
+            run: function called in a worker.
+            accesses: the buffers that it uses, which no other task uses while it runs.
+            in_gaps: whether it lets all tasks of the queue that may begin go first.
 
         Raises:
             RuntimeError: the queues are closed.
         """
-        with self._change:
-            if self._closed:
-                raise RuntimeError(f"{queue} {name}: the queues are closed")
-            task = Task(queue, name, run, tuple(uses), urgency, self._submitted)
+        with self._lock:
+            task = Task(queue, name, run, tuple(accesses), (in_gaps, self._submitted))
             self._submitted += 1
+            if self._closed:
+                raise RuntimeError(f"{task}: the queues are closed")
             if self._error is not None:
-                task.ended = True
-                return task
+                return
             self._unfinished.add(task)
-            for earlier in after:
-                if not earlier.ended:
-                    earlier.followers.append(task)
-                    task.missing += 1
-            if not task.missing:
-                self._admit(task)
-            return task
+            for earlier in self._predecessors(task):
+                earlier.followers.append(task)
+                task.predecessors += 1
+            for access in task.accesses:
+                access.buffer.last_task = task
+            if not task.predecessors:
+                self._enqueue(task)
 
     def join(self) -> None:
-        """Wait until everything submitted has ended.
+        """Waits until everything submitted has ended.
 
         Raises:
-            BaseException: what the first task that failed raised, once those that ran beside it have ended;
-                what had not begun is dropped.
+            BaseException: the error of the first task that failed, once the tasks that ran beside it have
+                ended; those that had not begun are dropped.
         """
         try:
-            with self._change:
-                self._change.wait_for(lambda: not self._unfinished)
+            self._wait()
         except BaseException as interruption:
             self.abandon(interruption)
             raise
-        with self._change:
+        with self._lock:
             error, self._error = self._error, None
         if error is not None:
             raise error
 
     def abandon(self, reason: BaseException) -> None:
-        """Drop what has not begun, because of `reason`, and wait for what runs."""
-        with self._change:
-            self._fail(reason)
-            self._change.wait_for(lambda: not self._running)
+        """Drops the tasks that have not begun, because of `reason`, and waits for those that run."""
+        self._fail(reason)
+        self._wait()
+        with self._lock:
             self._error = None
 
     def restart_clock(self) -> None:
-        """Forget the events so far; those to come count from now."""
-        with self._change:
+        """Forgets the events so far; later ones count from now."""
+        with self._lock:
             self._events.clear()
             self._begin = time.perf_counter()
 
     def events(self) -> list[Event]:
-        """What tasks did since the clock was restarted, in the order of their starts."""
-        with self._change:
+        """Events since the clock was restarted, in the order of their starts."""
+        with self._lock:
             return sorted(self._events, key=lambda event: event.start)
 
     def close(self) -> None:
-        """Drop what has not begun, and end the workers. A `join` that waits for it raises a RuntimeError."""
-        with self._change:
+        """Drops the tasks that have not begun and ends the threads. A `join` that waits for those tasks
+        raises RuntimeError."""
+        with self._lock:
             self._closed = True
-            if self._unfinished:
-                self._fail(RuntimeError("the queues were closed before all was done"))
-            self._change.notify_all()
-        for worker in self._workers:
-            worker.join()
+            unfinished = bool(self._unfinished)
+        if unfinished:
+            self._fail(RuntimeError("the queues were closed before all was done"))
+        for pool in self._pools.values():
+            pool.shutdown()
 
-    def _admit(self, task: Task) -> None:
-        heapq.heappush(self._ready[task.queue], (task.urgency, task.number, task))
-        self._change.notify_all()
+    def _predecessors(self, task: Task) -> set[Task]:
+        """Tasks that a new one waits for."""
+        return {access.buffer.last_task for access in task.accesses} & self._unfinished
 
-    def _work(self, queue: str, threads: int, started: threading.Barrier) -> None:
-        torch.get_num_threads()  # takes the process's number over, which would undo what follows later
-        torch.set_num_threads(threads)
-        started.wait()
-        while True:
-            with self._change:
-                self._change.wait_for(lambda: self._closed or self._ready[queue])
-                if self._closed:
+    def _enqueue(self, task: Task) -> None:
+        heapq.heappush(self._ready[task.queue], task)
+        self._pools[task.queue].submit(self._perform_next, task.queue)
+
+    def _perform_next(self, queue: str) -> None:
+        """Runs a queue's next task in a worker, unless it was dropped, and lets its followers begin."""
+        try:
+            with self._lock:
+                task = heapq.heappop(self._ready[queue])
+                if task not in self._unfinished:
                     return
-                task = heapq.heappop(self._ready[queue])[2]
-                try:
-                    _take(task)
-                except HazardError as error:
-                    self._fail(error)
-                    continue
-                self._running += 1
-            start = time.perf_counter()
-            try:
-                with self._backend.at_work(task):
-                    task.run()
-            except BaseException as error:
-                self._end(task, start, error)
-            else:
-                self._end(task, start)
-
-    def _end(self, task: Task, start: float, error: BaseException | None = None) -> None:
-        with self._change:
-            self._running -= 1
+                _take(task)
+        except HazardError as hazard:
+            self._fail(hazard)
+            return
+        error, start = None, time.perf_counter()
+        try:
+            with self._backend.at_work(task):
+                task.run()
+        except BaseException as raised:
+            error = raised
+        end = time.perf_counter()
+        with self._lock:
             _give_back(task, failed=error is not None)
-            task.ended = True
-            self._events.append(
-                Event(
-                    task.queue,
-                    task.name,
-                    max(start - self._begin, 0.0),
-                    max(time.perf_counter() - self._begin, 0.0),
-                )
-            )
-            self._unfinished.discard(task)
+            times = (max(moment - self._begin, 0.0) for moment in (start, end))
+            self._events.append(Event(task.queue, task.name, *times))
             if error is not None:
-                self._fail(error)
-            elif self._error is None:
+                self._drop(error)
+            self._unfinished.discard(task)
+            try:
                 for follower in task.followers:
-                    follower.missing -= 1
-                    if not follower.missing:
-                        self._admit(follower)
-            self._change.notify_all()
+                    follower.predecessors -= 1
+                    if not follower.predecessors and follower in self._unfinished:
+                        self._enqueue(follower)
+            except RuntimeError as ending:  # the interpreter ends, and its pools take nothing any more
+                self._drop(ending)
+            self._wake()
 
     def _fail(self, error: BaseException) -> None:
-        """Drop what has not begun; what runs stays in the books until it ends."""
+        with self._lock:
+            self._drop(error)
+            self._wake()
+
+    def _drop(self, error: BaseException) -> None:
+        """Keeps the first error, and drops the tasks that have not begun."""
         if self._error is None:
             self._error = error
         elif error is not self._error:
             self._error.add_note(f"then: {error!r}")
-        self._ready = {queue: [] for queue in self._ready}
-        for task in self._unfinished:
-            task.ended = not task.begun
-        self._unfinished = {task for task in self._unfinished if not task.ended}
-        self._change.notify_all()
+        self._unfinished = {task for task in self._unfinished if task.running}
+
+    def _wait(self) -> None:
+        ended: SimpleQueue[None] = SimpleQueue()
+        with self._lock:
+            self._waiting.append(ended)
+            self._wake()
+        ended.get()
+
+    def _wake(self) -> None:
+        if not self._unfinished:
+            for ended in self._waiting:
+                ended.put(None)
+            self._waiting.clear()
+
+
+def _started_pool(name: str, workers: int, threads: int) -> ThreadPoolExecutor:
+    """Returns a pool whose threads run and have each set their number of PyTorch's threads."""
+
+    def set_threads() -> None:
+        torch.get_num_threads()  # takes over the process's number, which would undo a number set before
+        torch.set_num_threads(threads)
+
+    pool = ThreadPoolExecutor(workers, name, set_threads)
+    started = threading.Barrier(workers + 1)
+    for _ in range(workers):
+        pool.submit(started.wait)
+    started.wait()
+    return pool
 
 
 def _take(task: Task) -> None:
-    """Its buffers, all or none.
+    """Takes all buffers of a task, or none.
 
     Raises:
-        HazardError: one is in use, or holds something else.
+        HazardError: one is in use, or holds other content.
     """
-    for buffer, expects, _ in task.uses:
+    for buffer, expects, _ in task.accesses:
         if buffer.user is not None:
-            raise HazardError(f"{task.queue} {task.name}: {buffer.name} is in use by {buffer.user}")
+            raise HazardError(f"{task}: {buffer.name} is in use by {buffer.user}")
         if buffer.content != expects:
-            raise HazardError(
-                f"{task.queue} {task.name}: {buffer.name} holds {buffer.content}, not {expects} as expected"
-            )
-    for use in task.uses:
-        use.buffer.user = f"{task.queue} {task.name}"
-    task.begun = True
+            raise HazardError(f"{task}: {buffer.name} holds {buffer.content}, not {expects} as expected")
+    for access in task.accesses:
+        access.buffer.user = str(task)
+    task.running = True
 
 
 def _give_back(task: Task, failed: bool) -> None:
-    for buffer, expects, leaves in task.uses:
+    for buffer, expects, leaves in task.accesses:
         if leaves != expects:
             buffer.content = ("half", leaves) if failed else leaves
         buffer.user = None
+        if buffer.last_task is task:
+            buffer.last_task = None

@@ -1,27 +1,24 @@
-"""The rates of this machine, measured while everything works at once, and remembered in a file.
+"""The rates of this machine: measured with all queues at work, and kept in a cache file.
 
-Copies and CPU updates share host memory, so that rates measured one by one could not be had together. Each
-queue works in a thread of its own for a short, common time. Without a GPU its queues are threads as well,
-which copy and update in host memory: what the executor does there. NVMe directories are not measured here.
+Copies and CPU updates share host memory, so rates measured one by one could not be reached together. Each
+queue works in a thread of its own for the same short time. Without a GPU its queues are threads too, which
+copy and update in host memory, as the executor does there. NVMe directories are measured in `nvme.py`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import platform
 import statistics
-import tempfile
 import threading
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_s2.cache_file import cache_file_name, cache_folder, read_cache_file, write_cache_file
 from megatron_s2.offload.model import Rates
 
 if TYPE_CHECKING:
@@ -31,19 +28,20 @@ MEASURED_SECONDS = 0.5
 MEASURED_ELEMENTS = 2**22  # 64 MiB of state and gradient for each queue: far more than caches hold
 DRIFT = 0.25
 DRIFT_STEPS = 5
+_WHAT = "offload"
 
 
 @dataclass(frozen=True)
-class Machine:
+class Hardware:
     """What rates depend on.
 
     Args:
         cpu: name of the CPU.
-        cores: CPUs that this process may use.
+        cores: number of CPUs that this process may use.
         gpu: name of the GPU, None without one.
-        torch: its version.
-        threads: of one rank's CPU updates.
-        ranks: ranks of this node, which share its memory.
+        torch: version of PyTorch.
+        threads: number of threads of one rank's CPU updates.
+        local_world_size: number of ranks on this node, which share its memory.
     """
 
     cpu: str
@@ -51,72 +49,70 @@ class Machine:
     gpu: str | None
     torch: str
     threads: int
-    ranks: int
+    local_world_size: int
 
     @classmethod
-    def here(cls, threads: int, ranks: int = 1) -> Machine:
-        """This one."""
+    def detect(cls, threads: int, local_world_size: int = 1) -> Hardware:
+        """The hardware of this process."""
         import torch
 
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-        return cls(_cpu_name(), len(os.sched_getaffinity(0)), gpu, str(torch.__version__), threads, ranks)
+        cores = len(os.sched_getaffinity(0))
+        return cls(_cpu_name(), cores, gpu, str(torch.__version__), threads, local_world_size)
 
     @property
     def file_name(self) -> str:
-        """Differs where the machine does."""
-        text = json.dumps(asdict(self), sort_keys=True)
-        return f"offload-{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
+        """Name of the cache file, which differs where the hardware does."""
+        return cache_file_name(_WHAT, asdict(self))
 
 
-def rates_of(
-    machine: Machine,
+def cached_rates(
+    hardware: Hardware,
     folder: Path | None = None,
-    again: bool = False,
+    remeasure: bool = False,
     measure: Callable[[int], Rates] | None = None,
 ) -> Rates:
-    """The rates of this machine: those remembered in `folder`, else measured now and remembered.
-
-    A file that cannot be read or written is a warning, and the rates are measured, or not remembered.
+    """Returns the rates kept in the cache file of this hardware, or measures and keeps them.
 
     Args:
-        machine: `Machine.here(…)`.
-        folder: by default $MEGATRON_S2_CACHE, else megatron_s2 in $XDG_CACHE_HOME or ~/.cache.
-        again: measure whatever is remembered, such as after a drift.
-        measure: called with the number of threads; `measure_rates` by default.
+        hardware: `Hardware.detect(…)`.
+        folder: folder of the cache file; `cache_folder()` by default.
+        remeasure: measure whatever the file says, as after a drift.
+        measure: function called with the number of threads; `measure_rates` by default.
     """
-    path = (folder or _cache_folder()) / machine.file_name
-    remembered = None if again else _read(path)
-    if remembered is not None:
-        return remembered
-    rates = (measure or measure_rates)(machine.threads)
-    _write(path, machine, rates)
+    path = (folder or cache_folder()) / hardware.file_name
+    cached = None if remeasure else read_cache_file(path, lambda content: Rates(**content["rates"]), _WHAT)
+    if cached is not None:
+        return cached
+    rates = (measure or measure_rates)(hardware.threads)
+    write_cache_file(path, {"hardware": asdict(hardware), "rates": asdict(rates)}, _WHAT)
     return rates
 
 
-def drifted(predicted_seconds: float, measured_seconds: Sequence[float]) -> bool:
-    """Whether the latest steps say that rates should be measured again: the median of the last `DRIFT_STEPS`
-    is off by more than `DRIFT` of the prediction. Fewer steps say nothing.
+def drifted(usual_seconds: float, measured_seconds: Sequence[float]) -> bool:
+    """Returns whether the median of the last `DRIFT_STEPS` steps is off `usual_seconds` by more than `DRIFT`
+    of it; False where there are fewer steps.
 
     Raises:
-        ValueError: the prediction is not positive.
+        ValueError: `usual_seconds` is not positive.
     """
-    if not predicted_seconds > 0:
-        raise ValueError(f"predicted_seconds {predicted_seconds}: must be positive")
+    if not usual_seconds > 0:
+        raise ValueError(f"usual_seconds {usual_seconds}: must be positive")
     if len(measured_seconds) < DRIFT_STEPS:
         return False
     median = statistics.median(measured_seconds[-DRIFT_STEPS:])
-    return abs(median - predicted_seconds) > DRIFT * predicted_seconds
+    return abs(median - usual_seconds) > DRIFT * usual_seconds
 
 
 def measure_rates(
     threads: int, seconds: float = MEASURED_SECONDS, elements: int = MEASURED_ELEMENTS
 ) -> Rates:
-    """Let all queues work at once for some seconds, and count what each gets done.
+    """Measures what each queue gets done while all of them work.
 
     Args:
-        threads: of PyTorch, for CPU updates (and copies, where there is no GPU).
-        seconds: how long.
-        elements: parameters of one update; a copy moves as many float32.
+        threads: number of PyTorch's threads for CPU updates (and copies, where there is no GPU).
+        seconds: duration of the measurement.
+        elements: parameters of one update; a copy moves as many float32 values.
 
     Raises:
         ValueError: an argument is not positive.
@@ -136,16 +132,19 @@ def measure_rates(
             "h2d": (_copies(device, elements, up=True), 4 * elements),
             "d2h": (_copies(device, elements, up=False), 4 * elements),
         }
-        return Rates(**_at_once(work, seconds))
+        return Rates(**_measure_together(work, seconds))
     finally:
         torch.set_num_threads(before)
 
 
-def _at_once(work: dict[str, tuple[Callable[[], object], int]], seconds: float) -> dict[str, float]:
-    """Amounts per second of functions that are called over and over in threads of their own, with what one
-    call does."""
+def _measure_together(work: dict[str, tuple[Callable[[], object], int]], seconds: float) -> dict[str, float]:
+    """Returns amounts per second of functions that are called repeatedly, each in a thread of its own.
+
+    Args:
+        work: each function with the amount of one call.
+    """
     for once, _ in work.values():
-        once()
+        once()  # warm-up
     start = threading.Barrier(len(work))
 
     def rate(once: Callable[[], object], amount: int) -> float:
@@ -166,7 +165,7 @@ def _at_once(work: dict[str, tuple[Callable[[], object], int]], seconds: float) 
 
 
 def _updates(device: torch.device, elements: int) -> Callable[[], object]:
-    """An update of `elements` parameters and of their 16-bit weights."""
+    """Returns a function that updates `elements` parameters and their 16-bit weights."""
     import torch
 
     master, gradient, exp_avg, exp_avg_sq = (torch.full((elements,), 1e-3, device=device) for _ in range(4))
@@ -190,7 +189,7 @@ def _updates(device: torch.device, elements: int) -> Callable[[], object]:
 
 
 def _copies(device: torch.device, elements: int, up: bool) -> Callable[[], object]:
-    """A copy of `elements` float32 from pinned host memory to the device, or back."""
+    """Returns a function that copies `elements` float32 from pinned host memory to the device, or back."""
     import torch
 
     on_host = torch.zeros(elements, pin_memory=device.type == "cuda")
@@ -200,7 +199,7 @@ def _copies(device: torch.device, elements: int, up: bool) -> Callable[[], objec
 
 
 def _on_stream(once: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """`once` on a stream of its own, to its end."""
+    """Returns `once` on a stream of its own, with a wait for its end."""
     if device.type != "cuda":
         return once
     import torch
@@ -209,7 +208,7 @@ def _on_stream(once: Callable[[], object], device: torch.device) -> Callable[[],
     stream.wait_stream(torch.cuda.current_stream(device))
 
     def on_stream() -> None:
-        # A new thread is on GPU 0, and going back there from a stream would begin a context on it.
+        # A new thread is on GPU 0, and going back there from a stream would create a context on it.
         with torch.cuda.device(stream.device), torch.cuda.stream(stream):
             once()
         stream.synchronize()
@@ -224,32 +223,3 @@ def _cpu_name() -> str:
         lines = []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def _cache_folder() -> Path:
-    if given := os.environ.get("MEGATRON_S2_CACHE"):
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_s2"
-
-
-def _read(path: Path) -> Rates | None:
-    try:
-        return Rates(**json.loads(path.read_text(encoding="utf-8"))["rates"])
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        warnings.warn(f"offload: {path} is not used, rates are measured again: {error!r}", stacklevel=3)
-        return None
-
-
-def _write(path: Path, machine: Machine, rates: Rates) -> None:
-    """Whole or not at all: under another name, then renamed."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, suffix=".tmp", delete=False
-        ) as file:
-            json.dump({"machine": asdict(machine), "rates": asdict(rates)}, file)
-        os.replace(file.name, path)
-    except OSError as error:
-        warnings.warn(f"offload: {path} cannot be written, rates are not kept: {error}", stacklevel=3)

@@ -1,4 +1,4 @@
-"""What the user chose about optimizer offload."""
+"""The user's choices about optimizer offload."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from megatron_s2.offload.plan import SUBGROUP_SIZE
 
 @dataclass(frozen=True)
 class OffloadSettings:
-    """What the user chose about optimizer offload.
+    """The user's choices about optimizer offload.
 
     Args:
-        gpu_fraction: share of the streamed state that the GPU updates; None for what the model says.
+        gpu_fraction: share of the streamed state that the GPU updates; None for the model's best.
         subgroup_size: elements of a subgroup.
-        gpu_budget, host_budget: bytes of one rank; None for as much as the host has.
-        nvme_dirs: a file of state in each; none without an NVMe tier.
-        cpu_threads: of one rank's CPU updates; None for this rank's share of the cores.
-        gpu_adam: kernel of the GPU's updates.
+        gpu_budget, host_budget: bytes of one rank; None for no limit.
+        nvme_dirs: directories with a file of state each; none without an NVMe tier.
+        cpu_threads: number of threads of one rank's CPU updates; None for this rank's share of the cores.
+        gpu_adam: kernel of the GPU's updates: `triton`, `transformer_engine` or `apex`.
         trace: file for the timeline of a step.
     """
 
@@ -32,5 +32,5 @@ class OffloadSettings:
     trace: str | None = None
 
     def threads(self, local_world_size: int) -> int:
-        """Of one of `local_world_size` ranks on this machine."""
+        """Number of threads of one of `local_world_size` ranks on this node."""
         return self.cpu_threads or max(len(os.sched_getaffinity(0)) // local_world_size, 1)

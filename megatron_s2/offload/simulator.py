@@ -1,13 +1,14 @@
-"""An optimizer step played event by event, under our schedule and those of others.
+"""An optimizer step simulated event by event.
 
-- Each queue does one operation at a time: of those that are ready the first in the plan's order. Ready are
-  those whose predecessors are done and that hold what they need: a GPU buffer set (from upload to download),
-  a ring slot (from NVMe read to NVMe write). What is resident on the GPU is updated while the GPU has nothing
-  else to do.
-- Host DRAM is shared: while the operations under way ask for more than it moves, all those that touch it slow
+- Each queue does one operation at a time: of those that are ready, the first in the plan's order. An
+  operation is ready when its predecessors are done and it holds what it needs: a GPU buffer set (from upload
+      to
+  download), a ring slot (from NVMe read to NVMe write). Subgroups resident on the GPU are updated while the
+  GPU has nothing else to do.
+- Host DRAM is shared: while the running operations ask for more than its rate, all those that use it slow
   down by the same factor.
-- Gradients are flushed before the update begins, at the pace of backward where they go during backward.
-- Operations cost nothing to start, and the clip coefficient is known when backward ends.
+- Gradients are flushed before the update begins, at the pace of backward where they leave during backward.
+- Starting an operation costs nothing, and the clip coefficient is known when backward ends.
 """
 
 from __future__ import annotations
@@ -26,35 +27,21 @@ from megatron_s2.offload.model import (
     exposed,
     flush_seconds,
 )
-from megatron_s2.offload.plan import (
-    BUFFER_SETS,
-    GRADIENT_BYTES,
-    RING_SLOTS,
-    STATE_BYTES,
-    SUBGROUP_SIZE,
-    WEIGHT_BYTES,
-    OffloadPlan,
-    Subgroup,
-    every,
-    make_plan,
-)
+from megatron_s2.offload.plan import STATE_BYTES, WEIGHT_BYTES, OffloadPlan, Subgroup
 from megatron_s2.offload.trace import QUEUES, Event
-
-OURS = "interleaved"
-STRIDES = (2, 3, 4)
-SCHEDULES = (OURS, "zero_offload", "twinflow", *(f"dos_k{k}" for k in STRIDES), "streaming")
 
 
 @dataclass(frozen=True)
 class Simulation:
-    """One step, played; times in seconds.
+    """A simulated step; times in seconds.
 
     Args:
-        plan: what was played.
-        events: in the order of their starts. The timeline begins with backward where its time is known, else
-            with what follows it.
-        exposed_seconds: flushing gradients after backward.
-        update_seconds: what follows.
+        plan: the simulated plan.
+        events: in the order of their starts. The timeline begins with backward where its duration is known,
+            else with what follows it.
+        flush_seconds: time to copy the gradients of the CPU's share to the host.
+        exposed_seconds: the part of `flush_seconds` after backward.
+        update_seconds: duration of the update, which follows.
         busy: what each queue that was used, and DRAM where it has a rate, did in the update, as a share of
             what its rate allows.
     """
@@ -73,7 +60,7 @@ class Simulation:
 
     @property
     def bottleneck(self) -> str:
-        """What was busiest during the update, and its share."""
+        """The busiest queue of the update, or DRAM, and its share."""
         busiest = max(self.busy, key=self.busy.get)
         return f"{LIMIT_NAMES[busiest]}, busy {self.busy[busiest]:.0%}"
 
@@ -85,11 +72,12 @@ def simulate(
     flush_in_backward: bool = True,
     step: int = 0,
 ) -> Simulation:
-    """Play step number `step` of a plan.
+    """Simulates step number `step` of a plan.
 
     Args:
-        backward_seconds: of the last micro-batch; None if it is long enough to hide the flush of gradients.
-        flush_in_backward: whether gradients go to the host during backward or after it.
+        backward_seconds: duration of the last micro-batch's backward; None where it is long enough to hide
+            the flush of gradients.
+        flush_in_backward: whether gradients leave for the host during backward or after it.
 
     Raises:
         ValueError: the time is negative, or there are subgroups on NVMe and no rates for it.
@@ -103,25 +91,25 @@ def simulate(
     if late or backward:
         before += _flush_events(plan, backward, late, flush, flush_in_backward)
 
-    run = _Run(_operations(plan, rates, step), _pools(plan), rates.dram)
-    run.play()
+    update = _Update(_operations(plan, rates, step), _pools(plan), rates.dram)
+    update.run()
     begin = backward + late
-    events = [Event(op.queue, op.name, begin + op.start, begin + op.end) for op in run.operations]
-    busy = {queue: run.busy[queue] / run.now for queue in QUEUES if run.busy[queue]}
+    events = [Event(op.queue, op.name, begin + op.start, begin + op.end) for op in update.operations]
+    busy = {queue: update.busy[queue] / update.now for queue in QUEUES if update.busy[queue]}
     if rates.dram is not None:
-        busy["dram"] = run.dram_bytes / rates.dram / run.now
+        busy["dram"] = update.dram_bytes / rates.dram / update.now
     events = tuple(sorted(before + events, key=lambda event: event.start))
-    return Simulation(plan, events, flush, late, run.now, busy)
+    return Simulation(plan, events, flush, late, update.now, busy)
 
 
 def auto_plan(plan: OffloadPlan, rates: Rates) -> OffloadPlan:
-    """The plan with the fraction whose update is shortest: of the model's best, to the subgroup below and
-    above it, and of all on one side, the one that is fastest when played.
+    """Returns the plan with the fraction whose simulated update is shortest, among the model's best fraction,
+    to the subgroup below and above it, and everything on one side.
 
     Raises:
         ValueError: there are subgroups on NVMe and no rates for it.
     """
-    streamed = sum(s.tier != "gpu" for s in plan.subgroups)
+    streamed = len(plan.streamed)
     if not streamed:
         return plan
     best = best_fraction(rates, Load.of(plan)) * streamed
@@ -130,67 +118,17 @@ def auto_plan(plan: OffloadPlan, rates: Rates) -> OffloadPlan:
     return min(plans, key=lambda one: simulate(one, rates).update_seconds)
 
 
-def compare(
-    elements: int,
-    rates: Rates,
-    *,
-    fraction: float | None = None,
-    backward_seconds: float | None = None,
-    subgroup_size: int = SUBGROUP_SIZE,
-    gpu_budget: int = 0,
-    host_budget: int | None = None,
-    gradient_bytes: int = GRADIENT_BYTES,
-    buffer_sets: int = BUFFER_SETS,
-    ring_slots: int = RING_SLOTS,
-) -> dict[str, Simulation]:
-    """The same step under each of `SCHEDULES`.
-
-    interleaved: ours, the fraction given or the one that the model finds best.
-    zero_offload: all on the CPU; gradients are flushed after backward; weights return while the next subgroup
-        is updated. Nothing is resident on the GPU; without NVMe it is granted what host memory that takes.
-    twinflow: a static share resident on the GPU, as large as our budget and buffer sets together; the rest as
-        zero_offload.
-    dos_k2, ...: Deep Optimizer States with stride k: the GPU updates every k-th streamed subgroup. Otherwise
-        as ours, gradient flush, residents and buffers included, so that only the fraction differs.
-    streaming: every subgroup goes through the GPU.
-
-    Args:
-        elements: parameters of the rank.
-        fraction: of ours; None for the best.
-        backward_seconds: as in `simulate`. The rest: as in `make_plan`.
-
-    Raises:
-        ValueError: as `make_plan` and `simulate`.
-    """
-    settings = {
-        "subgroup_size": subgroup_size,
-        "host_budget": host_budget,
-        "nvme": rates.nvme_read is not None and rates.nvme_write is not None,
-        "gradient_bytes": gradient_bytes,
-        "buffer_sets": buffer_sets,
-        "ring_slots": ring_slots,
-    }
-    base = make_plan(elements, gpu_budget=gpu_budget, **settings)
-    ours = auto_plan(base, rates) if fraction is None else base.with_fraction(fraction)
-    streamed = sum(s.tier != "gpu" for s in base.subgroups)
-    same_memory = gpu_budget + STATE_BYTES * base.buffer_sets * base.slot_elements
-    plans = {
-        OURS: ours,
-        "zero_offload": make_plan(elements, **settings | ({} if settings["nvme"] else {"host_budget": None})),
-        "twinflow": make_plan(elements, gpu_budget=same_memory, **settings),
-        **{f"dos_k{k}": base.with_devices(every(streamed, k)) for k in STRIDES},
-        "streaming": base.with_fraction(1),
-    }
-    late = ("zero_offload", "twinflow")
-    return {
-        name: simulate(plans[name], rates, backward_seconds, flush_in_backward=name not in late)
-        for name in SCHEDULES
-    }
-
-
 @dataclass
 class _Operation:
-    """Something to do: `seconds` of a queue and `dram` bytes, after others, with a slot of a pool."""
+    """Work of a queue.
+
+    Args:
+        seconds: duration at full speed.
+        dram: bytes of DRAM traffic.
+        after: indices of the operations that come before.
+        takes, frees: pool of which a slot is taken at the start or freed at the end.
+        in_gaps: whether it waits while the queue has other work.
+    """
 
     queue: str
     name: str
@@ -198,14 +136,14 @@ class _Operation:
     dram: float
     after: tuple[int, ...] = ()
     takes: str | None = None
-    gives: str | None = None
+    frees: str | None = None
     in_gaps: bool = False
     start: float = 0.0
     end: float = 0.0
 
 
 def _pools(plan: OffloadPlan) -> dict[str, int]:
-    """Slots that are free when the update begins: the ring is full of what the step before left."""
+    """Free slots when the update begins; the ring is full of what the previous step left."""
     on_nvme = sum(s.tier == "nvme" for s in plan.subgroups)
     return {
         "buffers": plan.buffer_sets,
@@ -243,7 +181,7 @@ def _operations(plan: OffloadPlan, rates: Rates, step: int) -> list[_Operation]:
         if subgroup.device == "gpu":
             up = add("h2d", "state", subgroup, state, state, *there, takes="buffers")
             updated = add("gpu", "update", subgroup, size, 0, up)
-            done = add("d2h", "state", subgroup, state, state, updated, gives="buffers")
+            done = add("d2h", "state", subgroup, state, state, updated, frees="buffers")
         else:
             if subgroup.tier == "nvme":
                 there = (add("d2h", "gradients", subgroup, gradients, gradients, *there),)
@@ -251,13 +189,13 @@ def _operations(plan: OffloadPlan, rates: Rates, step: int) -> list[_Operation]:
             updated = add("cpu", "update", subgroup, size, traffic, *there)
             done = add("h2d", "weights", subgroup, weights, weights, updated)
         if subgroup.tier == "nvme":
-            add("nvme_write", "state", subgroup, state, state, done, gives="ring")
+            add("nvme_write", "state", subgroup, state, state, done, frees="ring")
     return operations
 
 
 @dataclass
-class _Run:
-    """Plays operations on their queues."""
+class _Update:
+    """Runs operations on their queues; `free` has the free slots of each pool."""
 
     operations: Sequence[_Operation]
     free: dict[str, int]
@@ -266,7 +204,7 @@ class _Run:
     dram_bytes: float = 0.0
     busy: dict[str, float] = field(default_factory=lambda: dict.fromkeys(QUEUES, 0.0))
 
-    def play(self) -> None:
+    def run(self) -> None:
         operations = self.operations
         self._ready: dict[str, list[tuple[bool, int]]] = {queue: [] for queue in QUEUES}
         self._without_slot: dict[str, list[int]] = {pool: [] for pool in self.free}
@@ -278,7 +216,7 @@ class _Run:
             if not op.after:
                 self._admit(index)
 
-        left: dict[int, float] = {}  # seconds at full speed that each operation under way still needs
+        left: dict[int, float] = {}  # seconds at full speed that each running operation still needs
         while True:
             self._start(left)
             if not left:
@@ -288,15 +226,15 @@ class _Run:
                 op.end = self.now
                 self.busy[op.queue] += op.seconds
                 self.dram_bytes += op.dram
-                if op.gives:
-                    self._give(op.gives)
+                if op.frees:
+                    self._free_slot(op.frees)
                 for follower in followers[index]:
                     missing[follower] -= 1
                     if not missing[follower]:
                         self._admit(follower)
 
     def _admit(self, index: int) -> None:
-        """What it waited for is done: it takes its slot, or waits for one."""
+        """Gives an operation whose predecessors are done its slot, or lets it wait for one."""
         op = self.operations[index]
         if op.takes:
             if not self.free[op.takes]:
@@ -305,7 +243,7 @@ class _Run:
             self.free[op.takes] -= 1
         heapq.heappush(self._ready[op.queue], (op.in_gaps, index))
 
-    def _give(self, pool: str) -> None:
+    def _free_slot(self, pool: str) -> None:
         self.free[pool] += 1
         if self._without_slot[pool]:
             self._admit(heapq.heappop(self._without_slot[pool]))
@@ -319,7 +257,7 @@ class _Run:
                 left[index] = self.operations[index].seconds
 
     def _advance(self, left: dict[int, float]) -> list[int]:
-        """To the next end; which operations ended."""
+        """Advances to the next end and returns the operations that ended."""
         speeds = self._speeds(left)
         until = {index: seconds / speeds[index] for index, seconds in left.items()}
         passed = min(until.values())
@@ -332,7 +270,7 @@ class _Run:
         return ended
 
     def _speeds(self, left: dict[int, float]) -> dict[int, float]:
-        """Of the operations under way, 1 where DRAM gives all they ask for."""
+        """Speed of each running operation; 1 unless DRAM is short."""
         asked = sum(self.operations[index].dram / self.operations[index].seconds for index in left)
         slowed = 1.0 if self.dram is None or asked <= self.dram else self.dram / asked
         return {index: slowed if self.operations[index].dram else 1.0 for index in left}

@@ -32,13 +32,9 @@ from megatron_s2.training.arguments import (
     validate_s2_args,
 )
 from megatron_s2.training.checks import check_model, check_paths, check_splits
+from megatron_s2.training.hooks import count_s2_flops, log_context_parallel_traffic
 from megatron_s2.training.offload_arguments import validate_offload_args
-from megatron_s2.training.patches import (
-    count_s2_flops,
-    escape_help_texts,
-    let_eval_interval_be_unset,
-    log_context_parallel_traffic,
-)
+from megatron_s2.training.patches import escape_help_texts, let_eval_interval_be_unset
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig

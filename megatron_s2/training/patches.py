@@ -10,17 +10,10 @@ import logging
 import sys
 import warnings
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
-from functools import wraps
 from importlib.util import find_spec
-from types import SimpleNamespace
 
 import torch
 
-from megatron_s2.offload.run import Offload
-from megatron_s2.parallel.exchange import Traffic
-from megatron_s2.pattern import S2Settings
-from megatron_s2.pattern.annealing import Annealing
 from megatron_s2.training.wrap import wrap_once
 
 
@@ -220,37 +213,6 @@ def skip_jit_warmup() -> None:
     training.set_jit_fusion_options = lambda *args, **kwargs: None
 
 
-def count_s2_flops(settings: S2Settings | Annealing) -> None:
-    """`--log-throughput` counts core attention as dense and causal (0.19.2 has no hook to say otherwise).
-
-    Its formula takes the sum of squared sequence lengths and halves it for the causal mask. Here each length
-    contributes twice the pairs that core attention computes instead, mean over layers and heads: with packed
-    sequences too. Touches `num_floating_point_operations` and `update_seqlen_stats_from_cu_seqlens` of
-    `megatron.training.training`; calling it again replaces the settings.
-    """
-    from megatron.training import training
-
-    count, update = (
-        getattr(function, "before_megatron_s2", function)
-        for function in (training.num_floating_point_operations, training.update_seqlen_stats_from_cu_seqlens)
-    )
-
-    def count_visible(args, batch_size, seqlen_squared_sum_in_batch=None, total_real_tokens_in_batch=None):
-        if seqlen_squared_sum_in_batch is None:
-            seqlen_squared_sum_in_batch = batch_size * 2 * settings.mean_pairs(args.seq_length)
-        return count(args, batch_size, seqlen_squared_sum_in_batch, total_real_tokens_in_batch)
-
-    def update_visible(cu_seqlens):
-        update(cu_seqlens)
-        if cu_seqlens is not None and cu_seqlens.numel() > 1:
-            lengths = cu_seqlens.diff().tolist()
-            training._seqlen_stats_in_iteration[1] += sum(2 * settings.mean_pairs(n) - n * n for n in lengths)
-
-    count_visible.before_megatron_s2, update_visible.before_megatron_s2 = count, update
-    training.num_floating_point_operations = count_visible
-    training.update_seqlen_stats_from_cu_seqlens = update_visible
-
-
 def rotate_packed_tokens_of_a_row() -> None:
     """Rotary embedding misplaces packed documents under context parallelism (seen in 0.19.2).
 
@@ -291,172 +253,6 @@ def pass_rope_scaling_factor_on() -> None:
         return config
 
     wrap_once(argument_utils, "gpt_config_from_args", gpt_config_from_args)
-
-
-def log_context_parallel_traffic(traffic: Traffic) -> None:
-    """Megatron logs no bytes (0.19.2 has no hook for more to log).
-
-    Each step the bytes that S2 attention received, layer by layer, go to the log writers beside the planner's
-    prediction, and with `--log-throughput` their sums in a line of the last rank to the output: of that rank,
-    and of those that hold the other pipeline stages of the same tokens. Touches `training_log` of
-    `megatron.training.training`; calling it again replaces the counter.
-    """
-    from megatron.core import mpu
-    from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer, training
-    from megatron.training.utils import print_rank_last
-
-    original = getattr(training.training_log, "before_megatron_s2", training.training_log)
-
-    def of_all_stages(layers: int) -> Traffic:
-        counts = [[of_layer.get(n, 0) for n in range(1, layers + 1)] for of_layer in vars(traffic).values()]
-        table = torch.tensor(counts, device=torch.cuda.current_device())
-        if mpu.get_pipeline_model_parallel_world_size() > 1:
-            torch.distributed.all_reduce(table, group=mpu.get_pipeline_model_parallel_group())
-        return Traffic(*({n: count for n, count in enumerate(row, 1) if count} for row in table.tolist()))
-
-    def log_traffic_too(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs):
-        result = original(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs)
-        settings = get_args()
-        prints = settings.log_throughput and iteration % settings.log_interval == 0
-        writes = iteration % settings.tensorboard_log_interval == 0
-        if prints or writes:
-            whole = of_all_stages(settings.num_layers)
-            if writes:
-                write(whole, iteration)
-            if prints:
-                print_rank_last(f" {whole}")
-        traffic.clear()
-        return result
-
-    def write(whole: Traffic, iteration: int) -> None:
-        values = {
-            f"s2-context-parallel/{what}{where}": count
-            for what, counts in vars(whole).items()
-            for where, count in [
-                *((f"-layer-{layer}", n) for layer, n in counts.items()),
-                ("", sum(counts.values())),
-            ]
-        }
-        if (writer := get_tensorboard_writer()) is not None:
-            for name, count in values.items():
-                writer.add_scalar(name, count, iteration)
-        if (writer := get_wandb_writer()) is not None:
-            writer.log(values, iteration)
-
-    log_traffic_too.before_megatron_s2 = original
-    training.training_log = log_traffic_too
-
-
-def use_offload(offload: Offload | None) -> None:
-    """Megatron has no argument for another optimizer (seen in 0.19.2); None undoes this.
-
-    `HybridDeviceOptimizer` becomes ours, in the two modules that construct it. Each `DistributedOptimizer` is
-    made known to `offload`, which also hears when its gradients are set to zero. A group of buckets whose
-    reduction has begun says so. What would change all gradients after that is only noted, for the update to
-    apply: unscaling (infinities are still looked for), the division by the number of tokens, and clipping;
-    norms are corrected by it, and computed in float32 (of 16-bit gradients, Megatron's own functions for
-    machines without Transformer Engine return 16 bits). A checkpoint takes one copy of each state tensor,
-    where Megatron would ask for each twice; `--log-params-norm` takes weights, since masters are not there.
-
-    Touches `HybridDeviceOptimizer` of `megatron.core.optimizer` and of its module `distrib_optimizer`; there
-    `DistributedOptimizer.__init__`, `zero_grad`, `_get_main_param_and_optimizer_states` and
-    `_unscale_main_grads_and_check_for_nan`; `main_param` of parameters, where it is None;
-    `get_grad_norm_fp32` and `clip_grad_by_total_norm_fp32` of its module `optimizer`;
-    `DistributedDataParallel.scale_gradients`; and `start_grad_sync` of `_ParamAndGradBucketGroup`.
-    """
-    from megatron.core import optimizer as package
-    from megatron.core.distributed import DistributedDataParallel
-    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
-    from megatron.core.optimizer import distrib_optimizer, optimizer
-
-    from megatron_s2.offload.optimizer import OffloadedAdamW
-
-    distributed = distrib_optimizer.DistributedOptimizer
-
-    class OffloadedOptimizer(OffloadedAdamW):
-        def __init__(self, params, *, lr, betas, eps, weight_decay, **of_hybrid_device_optimizer):
-            super().__init__(params, offload, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-
-    def construct(original, self, inner, *args, **kwargs):
-        original(self, inner, *args, **kwargs)
-        if inner is None:
-            return
-        for chunk in self.model_chunks:
-            for parameter in chunk.parameters():
-                if getattr(parameter, "main_param", parameter) is None:
-                    del parameter.main_param, parameter.main_param_sharded
-        offload.register(self)
-
-    def copies_of_state(original, self, model_param):
-        group, order = self.model_param_group_index_map[model_param]
-        copies = dict(self.optimizer.state[self.optimizer.param_groups[group]["params"][order]])
-        copies["param"] = copies.pop("master_param")
-        return copies
-
-    def zero_grad(original, self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        offload.begin_step()
-
-    def check_for_inf(original, self):
-        scaler = self.grad_scaler
-        self.grad_scaler = SimpleNamespace(inv_scale=torch.ones_like(scaler.scale))
-        try:
-            found_inf = original(self)
-        finally:
-            self.grad_scaler = scaler
-        offload.set_loss_scale(scaler.scale.item())
-        return found_inf
-
-    def norm(original, grads_for_norm, *args, **kwargs):
-        norms = [
-            grad
-            if grad.dtype == torch.float32
-            else torch.linalg.vector_norm(grad, dtype=torch.float32).view(1)
-            for grad in grads_for_norm
-        ]
-        return offload.grad_norm(original(norms, *args, **kwargs))
-
-    def clip(original, parameters, max_norm, total_norm, use_decoupled_grad=False):
-        offload.set_clipping(max_norm, total_norm)
-
-    def scale(original, self, scaling_factor):
-        offload.set_token_scale(scaling_factor)
-
-    def start_grad_sync(original, self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        offload.gradients_reduced(self)
-
-    for owner, name, ours in (
-        (package, "HybridDeviceOptimizer", OffloadedOptimizer),
-        (distrib_optimizer, "HybridDeviceOptimizer", OffloadedOptimizer),
-        (distributed, "__init__", construct),
-        (distributed, "zero_grad", zero_grad),
-        (distributed, "_get_main_param_and_optimizer_states", copies_of_state),
-        (distributed, "_unscale_main_grads_and_check_for_nan", check_for_inf),
-        (optimizer, "get_grad_norm_fp32", norm),
-        (optimizer, "clip_grad_by_total_norm_fp32", clip),
-        (DistributedDataParallel, "scale_gradients", scale),
-        (_ParamAndGradBucketGroup, "start_grad_sync", start_grad_sync),
-    ):
-        original = getattr(owner, name)
-        original = getattr(original, "before_megatron_s2_offload", original)
-        if offload is None:
-            setattr(owner, name, original)
-            continue
-        if not isinstance(ours, type):
-            ours = _around(original, ours)
-        ours.before_megatron_s2_offload = original
-        setattr(owner, name, ours)
-
-
-def _around(original: Callable, ours: Callable) -> Callable:
-    """A function that gives its original to `ours` first."""
-
-    @wraps(original)
-    def wrapper(*args, **kwargs):
-        return ours(original, *args, **kwargs)
-
-    return wrapper
 
 
 def escape_help_texts(parser: ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""How functions of Megatron are wrapped from outside: once, however often it is asked for."""
+"""Wrapping functions of Megatron from outside: once, however often it is asked for."""
 
 from __future__ import annotations
 
@@ -18,18 +18,26 @@ def wrap_once(owner: object, name: str, wrapper: Callable) -> None:
         name: name of the function or method.
         wrapper: called in its place, with the original first.
     """
-    function = getattr(owner, name)
-    original = getattr(function, _ORIGINAL, function)
+    original = _original(owner, name)
 
     @wraps(original)
     def wrapped(*args, **kwargs):
         return wrapper(original, *args, **kwargs)
 
-    setattr(wrapped, _ORIGINAL, original)
-    setattr(owner, name, wrapped)
+    replace_once(owner, name, wrapped)
+
+
+def replace_once(owner: object, name: str, replacement: Callable) -> None:
+    """Replaces `owner.name`, a function or class, and keeps the original for `unwrap`."""
+    setattr(replacement, _ORIGINAL, _original(owner, name))
+    setattr(owner, name, replacement)
 
 
 def unwrap(owner: object, name: str) -> None:
-    """Restores the function `owner.name`, if `wrap_once` replaced it."""
-    function = getattr(owner, name)
-    setattr(owner, name, getattr(function, _ORIGINAL, function))
+    """Restores `owner.name`, if one of the functions above replaced it."""
+    setattr(owner, name, _original(owner, name))
+
+
+def _original(owner: object, name: str) -> Callable:
+    current = getattr(owner, name)
+    return getattr(current, _ORIGINAL, current)

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_s2.kernels.autotune import Autotuner, Key, cache_folder
+from megatron_s2.cache_file import cache_folder
+from megatron_s2.kernels.autotune import Autotuner, Key
 from megatron_s2.kernels.tuning import KERNELS, Tiles, candidates, tuning_for
 
 SLOW, FAST, BROKEN = Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2), Tiles(256, 256, 8, 4)

@@ -1,18 +1,19 @@
 """What tests of the executor and its tiers share: a small problem, its plain solution, an executor."""
 
 import random
+from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 
 import torch
 
 from megatron_s2.offload.adam import AdamW
-from megatron_s2.offload.arena import Arena
 from megatron_s2.offload.executor import Executor
-from megatron_s2.offload.flat import lay_out
 from megatron_s2.offload.nvme import NvmeTier
 from megatron_s2.offload.plan import make_plan
-from megatron_s2.offload.queues import CudaBackend, ThreadBackend
+from megatron_s2.offload.queues import CudaBackend, Task, ThreadBackend
+from megatron_s2.offload.state import HostBuffer, lay_out
 
 SIZES = (100, 64 * 7, 1, 1000, 64 * 20, 33)
 GROUPS = (0, 0, 1, 0, 1, 1)
@@ -22,6 +23,22 @@ STEPS = 3
 NAMES = ("master", "exp_avg", "exp_avg_sq")
 ON_NVME = {"subgroup_size": 128, "nvme": True, "ring_slots": 3, "host_budget": 16 * 128 * 9}
 MIXED = ON_NVME | {"gpu_budget": 12 * 128 * 4}
+
+
+class DelayedBackend(ThreadBackend):
+    """Calls a function with each task, before and after the task's own, while the task holds its buffers."""
+
+    def __init__(self, delay: Callable[[Task], object] | None) -> None:
+        self._delay = delay
+
+    @contextmanager
+    def at_work(self, task: Task):
+        if self._delay is None:
+            yield
+            return
+        self._delay(task)
+        yield
+        self._delay(task)
 
 
 def settings_of(step: int) -> list[AdamW]:
@@ -81,7 +98,7 @@ def plain_solution(steps: int = STEPS) -> dict[str, torch.Tensor]:
 
 def executor(tmp_path=None, *, delay=None, directories=1, gpu=False, **plan) -> Executor:
     """Over the problem, with its masters set; closed by its caller."""
-    backend = CudaBackend(torch.device("cuda", 0)) if gpu else ThreadBackend(delay)
+    backend = CudaBackend(torch.device("cuda", 0)) if gpu else DelayedBackend(delay)
     weights = [x.to(backend.device) for x in weights_at_start()]
     parameters, elements = lay_out(weights, GROUPS)
     plan = make_plan(elements, **{"subgroup_size": 256} | plan)
@@ -92,7 +109,7 @@ def executor(tmp_path=None, *, delay=None, directories=1, gpu=False, **plan) -> 
         for folder in folders:
             folder.mkdir(exist_ok=True)
         tier = NvmeTier(folders, sizes, plan.ring_slots, pinned=gpu)
-    one = Executor(plan, parameters, backend, Arena(plan, pinned=gpu), tier)
+    one = Executor(plan, parameters, backend, HostBuffer(plan, pinned=gpu), tier)
     one.parameters = parameters
     one.set_masters()
     return one

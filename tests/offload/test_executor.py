@@ -32,11 +32,10 @@ from steps import (
 from waiting import PATIENCE, wait_until
 
 from megatron_s2.offload.adam import same_bits
-from megatron_s2.offload.arena import Arena
 from megatron_s2.offload.executor import Executor
-from megatron_s2.offload.flat import Parameter
 from megatron_s2.offload.plan import make_plan
-from megatron_s2.offload.queues import IN_TURN, LAST, CudaBackend, HazardError, Queues, ThreadBackend
+from megatron_s2.offload.queues import Access, Buffer, CudaBackend, HazardError, Queues, ThreadBackend
+from megatron_s2.offload.state import HostBuffer, Parameter
 
 FRACTIONS = (0.0, 0.25, 0.4, 0.5, 0.75, 1.0)
 SUBGROUP_SIZES = (64, 192, 256, 1024, 3008)
@@ -253,18 +252,18 @@ def test_no_schedule_meets_a_hazard(tmp_path, truth, first):
     ("d2h", "gradients", TIERS["nvme"]),
 ])  # fmt: skip
 def test_a_missing_dependency_is_found(build, monkeypatch, queue, name, tiers):
-    """The check is not vacuous: without what one kind of task waits for, its hazard shows itself."""
-    submit = Queues.submit
+    """The check is not vacuous: where one kind of task waits for nothing, its hazard shows itself."""
+    predecessors = Queues._predecessors
 
-    def careless(self, where, what, run, *, after=(), **others):
-        mine = (where, what.split()[0]) == (queue, name)
-        return submit(self, where, what, run, after=() if mine else after, **others)
+    def careless(self, task):
+        mine = (task.queue, task.name.split()[0]) == (queue, name)
+        return set() if mine else predecessors(self, task)
 
     def slow(task):
         time.sleep(0.002)
 
     one = build(**tiers, fraction=0.5, delay=slow)
-    monkeypatch.setattr(Queues, "submit", careless)
+    monkeypatch.setattr(Queues, "_predecessors", careless)
     with pytest.raises(HazardError, match=r"is in use by|holds .*, not .* as expected"):
         take_steps(one)
 
@@ -433,16 +432,46 @@ def test_a_worker_is_on_the_device_of_its_stream_before_it_takes_it(monkeypatch)
     assert seen == [device, "stream", "task", "synchronized", ("left", "stream"), ("left", device)]
 
 
-def test_what_can_wait_comes_last_and_the_rest_in_turn():
+def test_tasks_follow_one_another_by_the_buffers_they_share():
+    """Each queue takes what may begin: `third` waits for the buffer of `first`, and `second` overtakes it."""
+    queues = Queues({"h2d": 1, "d2h": 1}, ThreadBackend())
+    buffer, go, order = Buffer("one"), threading.Event(), []
+    queues.submit("h2d", "first", lambda: go.wait() and order.append("first"), [Access(buffer, None, 1)])
+    queues.submit("d2h", "third", lambda: order.append("third"), [Access(buffer, 1, 2)])
+    queues.submit("d2h", "second", lambda: order.append("second") or go.set(), [Access(Buffer("b"), None, 1)])
+    queues.join()
+    queues.close()
+    assert order == ["second", "first", "third"] and buffer.content == 2
+
+
+def test_what_runs_in_gaps_comes_last_and_the_rest_in_turn():
     queues = Queues({"h2d": 1}, ThreadBackend())
     go, order = threading.Event(), []
     queues.submit("h2d", "wait", go.wait)
-    for n, urgency in enumerate((LAST, IN_TURN, IN_TURN)):
-        queues.submit("h2d", f"{n}", lambda n=n: order.append(n), urgency=urgency)
+    for n, in_gaps in enumerate((True, False, False)):
+        queues.submit("h2d", f"{n}", lambda n=n: order.append(n), in_gaps=in_gaps)
     go.set()
     queues.join()
     queues.close()
     assert order == [1, 2, 0]
+
+
+def test_a_chain_of_any_length_is_dropped_at_once():
+    """After an error, none of its tasks begins and none is waited for."""
+    queues = Queues({"cpu": 1, "gpu": 1}, ThreadBackend())
+    buffer, begun = Buffer("one"), []
+
+    def fail():
+        raise BrokenError
+
+    queues.submit("cpu", "update 0", fail, [Access(buffer, None, 1)])
+    for n in range(1, 20000):
+        queue = ("cpu", "gpu")[n % 2]
+        queues.submit(queue, f"update {n}", lambda n=n: begun.append(n), [Access(buffer, n, n + 1)])
+    with pytest.raises(BrokenError) as failure:
+        queues.join()
+    queues.close()
+    assert not begun and not hasattr(failure.value, "__notes__")
 
 
 def test_workers_leave_the_threads_of_others_alone():
@@ -502,7 +531,7 @@ def test_settings_are_checked_before_anything_happens(build):
 def test_layouts_that_do_not_fit_are_refused(parameters, message):
     plan = make_plan(64)
     with pytest.raises(ValueError, match=message):
-        Executor(plan, parameters, ThreadBackend(), Arena(plan))
+        Executor(plan, parameters, ThreadBackend(), HostBuffer(plan))
 
 
 # State at rest

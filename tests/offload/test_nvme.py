@@ -71,8 +71,8 @@ def test_what_was_stored_is_loaded(tmp_path, slots, directories):
     one.close()
 
 
-def test_records_longer_than_a_piece(tmp_path, monkeypatch):
-    monkeypatch.setattr(nvme, "PIECE", 2 * PAGE)
+def test_records_longer_than_a_transfer(tmp_path, monkeypatch):
+    monkeypatch.setattr(nvme, "TRANSFER_BYTES", 2 * PAGE)
     one = NvmeTier([tmp_path], [64 * 100] * 3, 1)
     store_all(one)
     require_stored(one)
@@ -368,12 +368,11 @@ import sys
 from pathlib import Path
 import torch
 from megatron_s2.offload.adam import AdamW
-from megatron_s2.offload.arena import Arena
 from megatron_s2.offload.executor import Executor
-from megatron_s2.offload.flat import lay_out
 from megatron_s2.offload.nvme import NvmeTier
 from megatron_s2.offload.plan import make_plan
 from megatron_s2.offload.queues import ThreadBackend
+from megatron_s2.offload.state import HostBuffer, lay_out
 
 torch.set_num_threads(1)
 N, BUDGET = 2**23, 24 * 2**20
@@ -387,7 +386,7 @@ def build(n, budget, folder):
     plan = make_plan(elements, FRACTION, subgroup_size=2**17, host_budget=budget, nvme=True)
     sizes = [s.size for s in plan.subgroups if s.tier == "nvme"]
     tier = NvmeTier([folder], sizes, plan.ring_slots) if sizes else None
-    return Executor(plan, parameters, ThreadBackend(), Arena(plan), tier), parameters, plan
+    return Executor(plan, parameters, ThreadBackend(), HostBuffer(plan), tier), parameters, plan
 
 def steps(executor, parameters, gradients, count):
     for step in range(1, count + 1):

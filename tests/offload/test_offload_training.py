@@ -143,7 +143,7 @@ def test_a_step_with_infinite_gradients_leaves_the_state_as_it_is(tmp_path):
 def test_gradients_leave_during_backward(tmp_path, overlap):
     """From the second step on, before which Megatron does not know the order in which they get ready."""
     flags = f"{OFFLOAD} --train-iters 4 {batches(3, 1)} {fraction(0)} {IN_BACKWARD if overlap else ''}"
-    run = train_all(tmp_path, {"run": flags}, before=["say_when_gradients_leave"])["run"]
+    run = train_all(tmp_path, {"run": flags}, before=["report_when_gradients_leave"])["run"]
     counts = re.search(r"gradients left: {'in backward': (\d+), 'later': (\d+)}", run.output)
     matrices, vectors = 2 * 4 + 2, 2 * 2 + 1
     early = 3 * matrices if overlap else 0
@@ -163,7 +163,7 @@ def test_a_run_holds_its_host_budget_while_its_state_is_several_times_larger(tmp
     on_disk = f"--s2-offload-nvme-dir {tmp_path} --s2-offload-host-budget-gb {budget / 1e9}"
     runs = {}
     for name, more in {"on the host": "", "on NVMe": on_disk}.items():  # a process each
-        watched = {"before": ["say_how_much_memory_offload_takes"]}
+        watched = {"before": ["report_memory_of_offload"]}
         runs |= train_all(tmp_path / "runs", {name: f"{flags} {more}"}, **watched)
     took = {name: int(re.search(r"offload took: (\d+) bytes", run.output)[1]) for name, run in runs.items()}
     parameters = int(re.search(r"of rank 0: (\d+) parameters", runs["on NVMe"].output)[1])

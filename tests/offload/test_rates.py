@@ -1,4 +1,4 @@
-"""Rates: measured all at once, remembered per machine, measured again when steps drift away."""
+"""Rates are measured all at once, kept in a cache file per hardware, and measured again when steps drift."""
 
 import json
 import math
@@ -10,9 +10,9 @@ from dataclasses import asdict, replace
 import pytest
 
 from megatron_s2.offload.model import Rates
-from megatron_s2.offload.rates import Machine, _on_stream, drifted, measure_rates, rates_of
+from megatron_s2.offload.rates import Hardware, _on_stream, cached_rates, drifted, measure_rates
 
-MACHINE = Machine(cpu="a CPU", cores=8, gpu=None, torch="2.15", threads=4, ranks=1)
+HARDWARE = Hardware(cpu="a CPU", cores=8, gpu=None, torch="2.15", threads=4, local_world_size=1)
 RATES = Rates(cpu=1e9, gpu=2e9, h2d=3e9, d2h=4e9)
 
 
@@ -121,36 +121,36 @@ def test_measuring_nothing_is_refused(name):
 
 
 def test_this_machine_has_a_name():
-    here = Machine.here(threads=2, ranks=3)
+    here = Hardware.detect(threads=2, local_world_size=3)
     assert here.cpu and here.cores >= 1 and here.torch
-    assert (here.threads, here.ranks) == (2, 3)
+    assert (here.threads, here.local_world_size) == (2, 3)
 
 
 def test_rates_are_measured_once_and_remembered(tmp_path):
     measure, calls = measured_once()
     folder = tmp_path / "made" / "for it"
-    assert rates_of(MACHINE, folder, measure=measure) == RATES
-    assert rates_of(MACHINE, folder, measure=measure) == RATES
+    assert cached_rates(HARDWARE, folder, measure=measure) == RATES
+    assert cached_rates(HARDWARE, folder, measure=measure) == RATES
     assert calls == [4]
-    assert [file.name for file in folder.iterdir()] == [MACHINE.file_name]
-    stored = json.loads((folder / MACHINE.file_name).read_text())
-    assert stored == {"machine": asdict(MACHINE), "rates": asdict(RATES)}
+    assert [file.name for file in folder.iterdir()] == [HARDWARE.file_name]
+    stored = json.loads((folder / HARDWARE.file_name).read_text())
+    assert stored == {"hardware": asdict(HARDWARE), "rates": asdict(RATES)}
 
 
 def test_again_measures_and_remembers_the_new(tmp_path):
     measure, calls = measured_once()
-    rates_of(MACHINE, tmp_path, measure=measure)
-    assert rates_of(MACHINE, tmp_path, again=True, measure=measure).cpu == 2e9
-    assert rates_of(MACHINE, tmp_path, measure=measure).cpu == 2e9
+    cached_rates(HARDWARE, tmp_path, measure=measure)
+    assert cached_rates(HARDWARE, tmp_path, remeasure=True, measure=measure).cpu == 2e9
+    assert cached_rates(HARDWARE, tmp_path, measure=measure).cpu == 2e9
     assert calls == [4, 4]
 
 
-@pytest.mark.parametrize("field", ["cpu", "cores", "gpu", "torch", "threads", "ranks"])
+@pytest.mark.parametrize("field", ["cpu", "cores", "gpu", "torch", "threads", "local_world_size"])
 def test_another_machine_is_measured_itself(tmp_path, field):
     measure, calls = measured_once()
-    other = replace(MACHINE, **{field: 2 if isinstance(getattr(MACHINE, field), int) else "another"})
-    rates_of(MACHINE, tmp_path, measure=measure)
-    rates_of(other, tmp_path, measure=measure)
+    other = replace(HARDWARE, **{field: 2 if isinstance(getattr(HARDWARE, field), int) else "another"})
+    cached_rates(HARDWARE, tmp_path, measure=measure)
+    cached_rates(other, tmp_path, measure=measure)
     assert len(calls) == 2
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -160,19 +160,19 @@ def test_another_machine_is_measured_itself(tmp_path, field):
     ["", "{}", '{"rates": {"cpu": 1}}', '{"rates": {"cpu": -1, "gpu": 1, "h2d": 1, "d2h": 1}}', "[1]"],
 )
 def test_a_broken_file_is_a_warning_and_replaced(tmp_path, text):
-    (tmp_path / MACHINE.file_name).write_text(text)
+    (tmp_path / HARDWARE.file_name).write_text(text)
     measure, calls = measured_once()
-    with pytest.warns(UserWarning, match=rf"offload: .*{MACHINE.file_name} is not used"):
-        assert rates_of(MACHINE, tmp_path, measure=measure) == RATES
-    assert rates_of(MACHINE, tmp_path, measure=measure) == RATES
+    with pytest.warns(UserWarning, match=rf"offload: .*{HARDWARE.file_name} is not used"):
+        assert cached_rates(HARDWARE, tmp_path, measure=measure) == RATES
+    assert cached_rates(HARDWARE, tmp_path, measure=measure) == RATES
     assert calls == [4]
 
 
 def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path):
     (tmp_path / "file").write_text("")
     measure, calls = measured_once()
-    with pytest.warns(UserWarning, match="cannot be written, rates are not kept"):
-        assert rates_of(MACHINE, tmp_path / "file", measure=measure) == RATES
+    with pytest.warns(UserWarning, match="cannot be written, the result is not kept"):
+        assert cached_rates(HARDWARE, tmp_path / "file", measure=measure) == RATES
     assert calls == [4]
 
 
@@ -180,11 +180,11 @@ def test_the_folder_is_that_of_the_user(tmp_path, monkeypatch):
     measure, _ = measured_once()
     monkeypatch.delenv("MEGATRON_S2_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    rates_of(MACHINE, measure=measure)
-    assert (tmp_path / "xdg" / "megatron_s2" / MACHINE.file_name).exists()
+    cached_rates(HARDWARE, measure=measure)
+    assert (tmp_path / "xdg" / "megatron_s2" / HARDWARE.file_name).exists()
     monkeypatch.setenv("MEGATRON_S2_CACHE", str(tmp_path / "own"))
-    rates_of(MACHINE, measure=measure)
-    assert (tmp_path / "own" / MACHINE.file_name).exists()
+    cached_rates(HARDWARE, measure=measure)
+    assert (tmp_path / "own" / HARDWARE.file_name).exists()
 
 
 @pytest.mark.parametrize(
@@ -215,5 +215,5 @@ def test_drift_is_the_median_of_five_steps_off_by_a_quarter(measured, expected):
 
 
 def test_drift_from_nothing_is_refused():
-    with pytest.raises(ValueError, match="predicted_seconds 0: must be positive"):
+    with pytest.raises(ValueError, match="usual_seconds 0: must be positive"):
         drifted(0, [1.0] * 5)

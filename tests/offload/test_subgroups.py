@@ -8,7 +8,6 @@ from megatron_s2.offload.plan import (
     ALIGNMENT,
     GB,
     STATE_BYTES,
-    every,
     host_bytes_per_parameter,
     make_plan,
     spread,
@@ -131,10 +130,6 @@ def test_steps_go_up_and_down_in_turn():
     assert plan.order(2) == plan.order(0)
 
 
-def test_stride_k_is_the_last_of_every_k():
-    assert every(7, 3) == [False, False, True, False, False, True, False]
-
-
 def test_the_plan_reads_as_a_table():
     plan = make_plan(1_000_000, 0.3, subgroup_size=100_032, gpu_budget=2_500_000)
     assert str(plan) == (
@@ -181,7 +176,5 @@ def test_devices_are_given_for_each_streamed_subgroup():
     plan = make_plan(1000, subgroup_size=128, gpu_budget=128 * STATE_BYTES)
     with pytest.raises(ValueError, match="on_gpu has 8 entries: must have 7"):
         plan.with_devices([True] * 8)
-    with pytest.raises(ValueError, match="stride 0: must be >= 1"):
-        every(4, 0)
     with pytest.raises(ValueError, match="count 5: must be between 0 and 4"):
         spread(4, 5)

@@ -6,8 +6,9 @@ import sys
 import pytest
 import torch
 
-from megatron_s2.offload.arena import Arena, HostMemory, _left_in_groups, aligned_starts, available_bytes
+from megatron_s2.offload.host_memory import HostMemory, _left_in_groups, available_bytes
 from megatron_s2.offload.plan import make_plan
+from megatron_s2.offload.state import HostBuffer, aligned_starts
 
 PLAN = make_plan(64 * 10 + 5, subgroup_size=128)
 MIXED = make_plan(
@@ -16,52 +17,52 @@ MIXED = make_plan(
 
 
 def test_subgroups_are_views_of_aligned_zeros_that_do_not_overlap():
-    arena = Arena(PLAN)
+    buffer = HostBuffer(PLAN)
     for subgroup in PLAN.subgroups:
-        for n, view in enumerate((*arena[subgroup.index].state, arena[subgroup.index].gradient)):
+        for n, view in enumerate((*buffer[subgroup.index].state, buffer[subgroup.index].gradient)):
             assert view.dtype == torch.float32 and view.shape == (subgroup.size,)
             assert view.data_ptr() % 256 == 0 and not view.any()
             view.fill_(4 * subgroup.index + n)
     for subgroup in PLAN.subgroups:
-        for n, view in enumerate((*arena[subgroup.index].state, arena[subgroup.index].gradient)):
+        for n, view in enumerate((*buffer[subgroup.index].state, buffer[subgroup.index].gradient)):
             assert (view == 4 * subgroup.index + n).all()
 
 
 def test_it_takes_what_it_holds_and_padding_only():
-    assert Arena(PLAN).size == 16 * 704 and PLAN.host_bytes == 16 * 645
+    assert HostBuffer(PLAN).size == 16 * 704 and PLAN.host_bytes == 16 * 645
 
 
 def test_other_tiers_take_no_place():
-    arena = Arena(MIXED)
+    buffer = HostBuffer(MIXED)
     on_host = {s.index for s in MIXED.subgroups if s.tier == "host"}
-    assert 0 < len(on_host) < len(MIXED.subgroups) and arena.size == 16 * 128 * len(on_host)
+    assert 0 < len(on_host) < len(MIXED.subgroups) and buffer.size == 16 * 128 * len(on_host)
     for subgroup in MIXED.subgroups:
         if subgroup.index in on_host:
-            assert arena[subgroup.index].gradient.numel() == 128
+            assert buffer[subgroup.index].gradient.numel() == 128
         else:
             with pytest.raises(KeyError):
-                arena[subgroup.index]
+                buffer[subgroup.index]
 
 
 def test_nothing_on_the_host_takes_nothing():
-    arena = Arena(make_plan(640, gpu_budget=12 * 640))
-    assert arena.size == 0
-    arena.close()
+    buffer = HostBuffer(make_plan(640, gpu_budget=12 * 640))
+    assert buffer.size == 0
+    buffer.close()
 
 
 @pytest.mark.parametrize("ranks, available", [(1, 16 * 704 - 1), (4, 4 * 16 * 704 - 1)])
 def test_what_does_not_fit_is_refused_with_the_numbers(ranks, available):
     with pytest.raises(
-        ValueError, match=r"host memory: the arenas .* take 0.000 GB.* has 0.000 GB left; raise"
+        ValueError, match=r"host memory: the buffers .* take 0.000 GB.* has 0.000 GB left; raise"
     ):
-        Arena(PLAN, ranks=ranks, available=available)
-    assert Arena(PLAN, ranks=ranks, available=available + 1).size == 16 * 704
+        HostBuffer(PLAN, local_world_size=ranks, available=available)
+    assert HostBuffer(PLAN, local_world_size=ranks, available=available + 1).size == 16 * 704
 
 
 def test_more_than_this_machine_has_is_refused():
     elements = available_bytes() // 16 + 10**9
     with pytest.raises(ValueError, match=rf"take {16 * elements / 1e9:.3f} GB"):
-        Arena(make_plan(elements, subgroup_size=2**30))
+        HostBuffer(make_plan(elements, subgroup_size=2**30))
 
 
 def group(folder, limit, most, **used):
@@ -89,7 +90,7 @@ def test_control_groups_of_version_1_count(tmp_path):
 
 def test_gradients_of_two_bytes_are_refused():
     with pytest.raises(ValueError, match="gradient_bytes 2: must be 4"):
-        Arena(make_plan(640, gradient_bytes=2))
+        HostBuffer(make_plan(640, gradient_bytes=2))
 
 
 def test_memory_the_system_has_not_is_refused():
@@ -113,7 +114,7 @@ def test_processes_that_fork_later_do_not_get_it():
     """Or each page would be copied at the next update, while a worker of a data loader keeps the old one."""
     code = """
 import os
-from megatron_s2.offload.arena import HostMemory
+from megatron_s2.offload.host_memory import HostMemory
 
 memory = HostMemory(2**24)
 memory.bytes.fill_(1)
@@ -139,6 +140,6 @@ def test_stretches_begin_aligned():
 
 @pytest.mark.gpu
 def test_pinned_memory_is_known_to_pytorch():
-    arena = Arena(PLAN, pinned=True)
-    assert arena[0].gradient.is_pinned()
-    arena.close()
+    buffer = HostBuffer(PLAN, pinned=True)
+    assert buffer[0].gradient.is_pinned()
+    buffer.close()

@@ -7,10 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_s2.offload import run as module
+from megatron_s2.offload import manager, session
+from megatron_s2.offload.adam import AdamW
+from megatron_s2.offload.manager import OffloadManager, leaves_late
 from megatron_s2.offload.model import Rates
 from megatron_s2.offload.optimizer import OffloadedAdamW
-from megatron_s2.offload.run import Offload, OffloadError, leaves_late
+from megatron_s2.offload.session import OffloadError
 from megatron_s2.offload.settings import OffloadSettings
 from megatron_s2.offload.trace import read_trace
 
@@ -23,28 +25,32 @@ def offload(monkeypatch):
     """Of settings; says nothing of this machine's rates."""
     made = []
 
-    def one(said=None, **settings) -> Offload:
+    def one(logged=None, **settings) -> OffloadManager:
         made.append(
-            Offload(OffloadSettings(**settings), 0, 1, say=[].append if said is None else said.append)
+            OffloadManager(
+                OffloadSettings(**settings), 0, 1, log=[].append if logged is None else logged.append
+            )
         )
         return made[-1]
 
-    monkeypatch.setattr(module, "rates_of", lambda machine, again=False: RATES)
+    monkeypatch.setattr(session, "cached_rates", lambda hardware, remeasure=False: RATES)
     yield one
     for run in made:
         run.close()
 
 
 def distributed(
-    run: Offload, *sizes: int, overlap: bool = False, eps: float = 1e-8, **ddp
+    run: OffloadManager, *sizes: int, overlap: bool = False, eps: float = 1e-8, **ddp
 ) -> SimpleNamespace:
-    """What `adopt` reads of a distributed optimizer, over a matrix of each size that this rank has whole."""
+    """What `register` reads of a distributed optimizer, over a matrix of each size, whole on this rank."""
     model = torch.nn.ParameterList([torch.nn.Parameter(torch.ones(1, size)) for size in sizes])
     model.config = SimpleNamespace(gtp_weight_remat_size=1, expert_gtp_weight_remat_size=1)
     shards = [p.detach().view(-1) for p in model]
     config = {"overlap_grad_reduce": overlap, "num_distributed_optimizer_instances": 1}
     return SimpleNamespace(
-        optimizer=OffloadedAdamW([{"params": shards}], run, **ADAM | {"eps": eps}),
+        optimizer=OffloadedAdamW(
+            [{"params": shards}], run.open_session, run.gradient_scale, **ADAM | {"eps": eps}
+        ),
         ddp_config=SimpleNamespace(**config | {"reduce_scatter_with_fp32_accumulation": False} | ddp),
         model_chunks=[model],
         model_param_group_index_map={p: (0, n) for n, p in enumerate(model)},
@@ -64,7 +70,7 @@ def test_budgets_are_shared_by_size(offload):
     for one in (small, large):
         run.register(one)
     run.begin_step()
-    tiers = [run.executor_of(one.optimizer).plan.tiers for one in (small, large)]
+    tiers = [one.optimizer.executor.plan.tiers for one in (small, large)]
     assert [(t.gpu, t.host) for t in tiers] == [(64 * 2, 64 * 8), (64 * 8, 64 * 32)]
 
 
@@ -76,15 +82,15 @@ def test_a_budget_that_cannot_hold_the_state_is_refused_when_the_first_step_begi
 
 
 def test_all_ranks_count_what_there_was_before_any_took_its_part(offload, monkeypatch):
-    monkeypatch.setattr(module, "available_bytes", lambda: 2 * 16 * 640 * 3 + 10)
-    run = Offload(OffloadSettings(gpu_fraction=0.0), 0, 3)
+    monkeypatch.setattr(manager, "available_bytes", lambda: 2 * 16 * 640 * 3 + 10)
+    run = OffloadManager(OffloadSettings(gpu_fraction=0.0), 0, 3)
     first, second, third = (distributed(run, 640) for _ in range(3))
     for one in (first, second, third):
         run.register(one)
         if one is not third:
-            run.executor_of(one.optimizer)
+            one.optimizer.build()
     with pytest.raises(OffloadError, match=r"for each of 3 ranks, and this machine has 0\.000 GB left"):
-        run.executor_of(third.optimizer)
+        third.optimizer.build()
     run.close()
 
 
@@ -113,7 +119,7 @@ def test_what_was_folded_is_forgotten_with_the_next_step(offload):
     run.set_loss_scale(8.0)
     run.set_clipping(1.0, 4.0)
     run.begin_step()
-    assert run.gradient_scale == 1.0 and run.grad_norm(3.0) == 3.0
+    assert run.gradient_scale() == 1.0 and run.grad_norm(3.0) == 3.0
 
 
 @pytest.mark.parametrize("norm", [math.inf, math.nan])
@@ -192,38 +198,38 @@ def test_what_is_reduced_again_leaves_late(mark):
 
 
 def test_auto_takes_the_best_fraction_and_says_what_it_expects(offload):
-    said = []
-    run = offload(said, subgroup_size=64)
+    logged = []
+    run = offload(logged, subgroup_size=64)
     run.register(distributed(run, 64 * 100))
     run.begin_step()
-    plan = run.executor_of(run._optimizers[0]).plan
+    plan = run._optimizers[0].executor.plan
     assert 0.1 < plan.fraction < 0.9
-    assert f"the GPU updates {plan.fraction:.1%}" in said[0]
-    assert "gradients leave after backward (no --overlap-grad-reduce)" in said[0]
-    assert "predicted:" in said[0]
+    assert f"the GPU updates {plan.fraction:.1%}" in logged[0]
+    assert "gradients leave after backward (no --overlap-grad-reduce)" in logged[0]
+    assert "predicted:" in logged[0]
 
 
 def test_drifting_steps_are_measured_and_planned_again(offload, monkeypatch):
-    said, seconds = [], iter([])
-    run = offload(said, subgroup_size=64)
+    logged, seconds = [], iter([])
+    run = offload(logged, subgroup_size=64)
     one = distributed(run, 64 * 100)
     run.register(one)
     run.begin_step()
-    executor = run.executor_of(one.optimizer)
+    executor = one.optimizer.executor
     before = executor.plan.fraction
     monkeypatch.setattr(executor, "step", lambda settings, scale: None)
     monkeypatch.setattr(
-        module, "rates_of", lambda machine, again: Rates(cpu=1e6, gpu=1e10, h2d=1e10, d2h=1e10)
+        session, "cached_rates", lambda hardware, remeasure: Rates(cpu=1e6, gpu=1e10, h2d=1e10, d2h=1e10)
     )
-    monkeypatch.setattr(module.time, "perf_counter", lambda: next(seconds))
-    settings = [module.AdamW(1e-3)]
+    monkeypatch.setattr(session.time, "perf_counter", lambda: next(seconds))
+    settings = [AdamW(1e-3)]
     for took, drifts in ((1.0, False), (1.1, False), (2.0, True)):
         seconds = iter([0.0, took] * 100)
         for _ in range(100):
-            run.take_step(one.optimizer, settings, 1.0)
+            one.optimizer.build().step(settings, 1.0)
         assert (executor.plan.fraction != before) == drifts
     assert executor.plan.fraction > 0.9
-    assert "optimizer steps drifted; rates measured again, the GPU now updates" in said[-1]
+    assert "optimizer steps drifted; rates measured again, the GPU now updates" in logged[-1]
 
 
 def test_the_trace_holds_what_was_predicted_and_measured(offload, tmp_path):
@@ -260,11 +266,11 @@ def test_nothing_is_allocated_before_it_is_needed(offload):
     run = offload(gpu_fraction=0.0)
     one = distributed(run, 640)
     run.register(one)
-    assert not run.has_executor(one.optimizer)
+    assert one.optimizer._session is None
     with torch.no_grad():
         one.model_chunks[0][0].fill_(3)
     one.optimizer.update_fp32_param_by_new_param()
-    assert not run.has_executor(one.optimizer)
+    assert one.optimizer._session is None
     run.begin_step()
     shard = one.optimizer.param_groups[0]["params"][0]
     assert torch.equal(one.optimizer.state[shard]["master_param"], torch.full((640,), 3.0))

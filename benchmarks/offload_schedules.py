@@ -1,4 +1,8 @@
-"""Simulated optimizer steps as text and as JSON: the output of `scripts/plan_offload.py`."""
+"""Other schedules of optimizer offload simulated beside ours, and the table and JSON of
+`scripts/plan_offload.py`.
+
+Needs neither torch nor a GPU. Each peer is reduced to its idea and has the same links and GPU memory as ours.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,21 @@ from collections.abc import Mapping
 from dataclasses import asdict
 
 from megatron_s2.offload.model import Load, Prediction, Rates, predict
-from megatron_s2.offload.simulator import OURS, Simulation
+from megatron_s2.offload.plan import (
+    BUFFER_SETS,
+    GRADIENT_BYTES,
+    RING_SLOTS,
+    STATE_BYTES,
+    SUBGROUP_SIZE,
+    make_plan,
+)
+from megatron_s2.offload.simulator import Simulation, auto_plan, simulate
 from megatron_s2.report.table import aligned
 
+OURS = "interleaved"
+STRIDES = (2, 3, 4)
+SCHEDULES = (OURS, "zero_offload", "twinflow", *(f"dos_k{k}" for k in STRIDES), "streaming")
+_FLUSHED_AFTER_BACKWARD = ("zero_offload", "twinflow")
 _HEADINGS = (
     ("schedule", ""),
     ("updated", "on GPU"),
@@ -20,8 +36,78 @@ _HEADINGS = (
 )
 
 
+def compare(
+    elements: int,
+    rates: Rates,
+    *,
+    fraction: float | None = None,
+    backward_seconds: float | None = None,
+    subgroup_size: int = SUBGROUP_SIZE,
+    gpu_budget: int = 0,
+    host_budget: int | None = None,
+    gradient_bytes: int = GRADIENT_BYTES,
+    buffer_sets: int = BUFFER_SETS,
+    ring_slots: int = RING_SLOTS,
+) -> dict[str, Simulation]:
+    """Simulates the same step under each of `SCHEDULES`.
+
+    interleaved: ours, with the given fraction or the one that the model finds best.
+    zero_offload: the CPU updates everything; gradients are flushed after backward; weights return while the
+        next subgroup is updated. Nothing is resident on the GPU; without NVMe it may use as much host memory
+        as that takes.
+    twinflow: a static share resident on the GPU, as large as our budget and buffer sets together; the rest as
+        zero_offload.
+    dos_k2, ...: Deep Optimizer States with stride k: the GPU updates every k-th streamed subgroup. Otherwise
+        as ours, gradient flush, residents and buffers included, so only the fraction differs.
+    streaming: every subgroup goes through the GPU.
+
+    Args:
+        elements: number of parameters of the rank.
+        fraction: fraction of ours; None for the best.
+        backward_seconds: as in `simulate`. The others: as in `make_plan`.
+
+    Raises:
+        ValueError: as `make_plan` and `simulate`.
+    """
+    settings = {
+        "subgroup_size": subgroup_size,
+        "host_budget": host_budget,
+        "nvme": rates.nvme_read is not None and rates.nvme_write is not None,
+        "gradient_bytes": gradient_bytes,
+        "buffer_sets": buffer_sets,
+        "ring_slots": ring_slots,
+    }
+    base = make_plan(elements, gpu_budget=gpu_budget, **settings)
+    streamed = len(base.streamed)
+    same_memory = gpu_budget + STATE_BYTES * base.buffer_sets * base.slot_elements
+    plans = {
+        OURS: auto_plan(base, rates) if fraction is None else base.with_fraction(fraction),
+        "zero_offload": make_plan(elements, **settings | ({} if settings["nvme"] else {"host_budget": None})),
+        "twinflow": make_plan(elements, gpu_budget=same_memory, **settings),
+        **{f"dos_k{k}": base.with_devices(every(streamed, k)) for k in STRIDES},
+        "streaming": base.with_fraction(1),
+    }
+    return {
+        name: simulate(
+            plans[name], rates, backward_seconds, flush_in_backward=name not in _FLUSHED_AFTER_BACKWARD
+        )
+        for name in SCHEDULES
+    }
+
+
+def every(length: int, stride: int) -> list[bool]:
+    """Returns `length` booleans of which the last of every `stride` is True.
+
+    Raises:
+        ValueError: the stride is not positive.
+    """
+    if stride < 1:
+        raise ValueError(f"stride {stride}: must be >= 1")
+    return [i % stride == stride - 1 for i in range(length)]
+
+
 def table(simulations: Mapping[str, Simulation], rates: Rates, backward_seconds: float | None = None) -> str:
-    """Returns every schedule beside ours as text, with the model's prediction for ours and its gain."""
+    """Returns a table of the schedules, the model's prediction for ours, and the origins of its gain."""
     ours = simulations[OURS]
     rows = [*zip(*_HEADINGS), *(_row(name, one, ours) for name, one in simulations.items())]
     return "\n".join(
@@ -40,7 +126,7 @@ def table(simulations: Mapping[str, Simulation], rates: Rates, backward_seconds:
 def as_json(
     simulations: Mapping[str, Simulation], rates: Rates, backward_seconds: float | None = None
 ) -> dict:
-    """Returns JSON values: an entry for each schedule, the rates, and the model's prediction for ours."""
+    """Returns an entry for each schedule, the rates, and the model's prediction for ours, as JSON values."""
     ours = simulations[OURS]
     prediction = _prediction(ours, rates, backward_seconds)
     return {
@@ -114,7 +200,7 @@ def _rates_text(rates: Rates, backward_seconds: float | None) -> str:
 
 
 def _gain(ours: Simulation, zero_offload: Simulation) -> str:
-    """The gain of ours over ZeRO-Offload: from interleaving, and from hiding the flush of gradients."""
+    """The gains of interleaving and of hiding the flush, which are reported apart."""
     ratio = zero_offload.update_seconds / ours.update_seconds
     return (
         f"against zero_offload, by interleaving: update {zero_offload.update_seconds:.3f} -> "

@@ -1,0 +1,133 @@
+"""Host memory of exact size, pinned where there is a GPU, and what the system has left of it.
+
+The memory is mapped from the system and registered with CUDA (`cudaHostRegister`), since PyTorch's
+`pin_memory` rounds each allocation up to a power of two. A mapping begins at a page and is zero. Processes
+that fork later, such as workers of a data loader, do not inherit it: the next update would copy each page
+    that
+they share, which takes the memory twice, and a running transfer could end in the wrong copy (open(2) about
+O_DIRECT).
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from megatron_s2.offload.adam import State
+from megatron_s2.offload.plan import GB
+
+
+class HostSlice(NamedTuple):
+    """Views of one subgroup's state and gradient on the host, float32 `[elements]` each."""
+
+    state: State
+    gradient: torch.Tensor
+
+
+class HostMemory:
+    """Zeroed, page-aligned host memory, freed by `close()`.
+
+    Args:
+        size: bytes, at least 1.
+        pinned: whether CUDA copies to and from it without staging.
+
+    Raises:
+        ValueError: the size is not positive.
+        RuntimeError: the system does not have the memory, or does not let it be pinned.
+    """
+
+    def __init__(self, size: int, pinned: bool = False) -> None:
+        if size < 1:
+            raise ValueError(f"size {size}: must be >= 1")
+        try:
+            self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise RuntimeError(f"host memory: {size / GB:.3f} GB cannot be mapped: {error}") from error
+        self._memory.madvise(mmap.MADV_DONTFORK)
+        self.size = size
+        self.bytes = torch.frombuffer(self._memory, dtype=torch.uint8)  # [size]
+        self._pinned = pinned
+        if pinned and (code := int(torch.cuda.cudart().cudaHostRegister(self.address, size, 0))):
+            raise RuntimeError(
+                f"host memory: {size / GB:.3f} GB cannot be pinned, CUDA error {code}; raise the limit of "
+                "locked memory (ulimit -l)"
+            )
+
+    @property
+    def address(self) -> int:
+        """Address of the first byte."""
+        return self.bytes.data_ptr()
+
+    def view(self) -> memoryview:
+        """View for the system calls that read and write files."""
+        return memoryview(self._memory)
+
+    def close(self) -> None:
+        """Unpins the memory and drops it; it returns to the system with its last view."""
+        if self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(self.address)
+            self._pinned = False
+        self.bytes, self._memory = self.bytes.new_empty(0), None
+
+
+def check_available(size: int, what: str, local_world_size: int = 1, available: int | None = None) -> None:
+    """Raises ValueError where this node cannot give `size` bytes to each of its ranks.
+
+    Args:
+        what: what the memory is for.
+        available: bytes that this node can give; `available_bytes()` by default.
+    """
+    if available is None:
+        available = available_bytes()
+    if size * local_world_size > available:
+        ranks = f" for each of {local_world_size} ranks" if local_world_size > 1 else ""
+        raise ValueError(
+            f"host memory: the {what} of the optimizer state take {size / GB:.3f} GB{ranks}, and this "
+            f"machine has {available / GB:.3f} GB left; raise --s2-offload-gpu-budget-gb, or lower "
+            "--s2-offload-host-budget-gb and name a directory with --s2-offload-nvme-dir"
+        )
+
+
+def available_bytes() -> int:
+    """Bytes that the system can give without swapping and that this process's control groups still allow."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    try:
+        groups = Path("/proc/self/cgroup").read_text()
+    except FileNotFoundError:
+        return available
+    return min([available, *_left_in_groups(groups, Path("/sys/fs/cgroup"))])
+
+
+def _left_in_groups(groups: str, root: Path) -> Iterator[int]:
+    """Bytes left in each control group of this process, and in those above it, that has a limit.
+
+    Args:
+        groups: content of /proc/self/cgroup. A path that does not exist belongs to another namespace; the
+            groups above it count nevertheless.
+        root: where control groups are mounted: version 2, or version 1 with its `memory` controller in a
+            folder.
+    """
+    for line in groups.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            top, limit, used = root, "memory.max", ("anon", "shmem", "kernel")
+        elif "memory" in controllers.split(","):
+            top, limit, used = root / "memory", "memory.limit_in_bytes", ("total_rss", "total_shmem")
+        else:
+            continue
+        lowest = top / path.lstrip("/")
+        for group in (lowest, *lowest.parents):
+            if not group.is_relative_to(top):
+                break
+            try:
+                most = (group / limit).read_text().strip()
+                stat = dict(one.split() for one in (group / "memory.stat").read_text().splitlines())
+            except FileNotFoundError:
+                continue
+            if most != "max":
+                yield int(most) - sum(int(stat.get(name, 0)) for name in used)

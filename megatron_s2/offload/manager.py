@@ -1,0 +1,189 @@
+"""Offload in training: what the optimizers of one rank share, and what Megatron does to their gradients.
+
+Gradients stay as backward and its reductions left them. What Megatron would do to them later, in passes over
+all of them (unscaling, the division by the number of tokens, clipping), becomes one number that the update
+applies. So gradients may leave for the host as soon as they are reduced, during backward. Those that
+`finalize_model_grads` changes after their reduction leave with the step: see `leaves_late`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from megatron_s2.offload.host_memory import available_bytes
+from megatron_s2.offload.optimizer import OffloadedAdamW
+from megatron_s2.offload.queues import AwaitedOnce
+from megatron_s2.offload.session import Context, Session
+from megatron_s2.offload.settings import OffloadSettings
+
+if TYPE_CHECKING:
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+_MARKS = (
+    "sequence_parallel",
+    "average_gradients_across_tp_domain",
+    "shared",
+    "shared_embedding",
+    "flextron_router_pp_sync",
+    "pipeline_parallel",
+)
+
+
+class _Shard(NamedTuple):
+    """The part of a model parameter that this rank updates."""
+
+    optimizer: OffloadedAdamW
+    index: int
+    start: int
+    stop: int
+
+
+@dataclass
+class _GradientScale:
+    """Factors that gradients are still to be multiplied by, and the norm that they then have."""
+
+    loss_scale: float | None = None
+    tokens: float | torch.Tensor = 1.0
+    clip_coefficient: float = 1.0
+    norm: float = 0.0
+
+    @property
+    def before_clipping(self) -> float:
+        """Norm of the gradients over the norm of what the gradient buffers hold."""
+        return float(self.tokens) / (self.loss_scale or 1.0)
+
+
+class OffloadManager:
+    """The optimizer offload of this rank.
+
+    Args:
+        settings: the user's choices.
+        rank: global rank of this process.
+        local_world_size: number of ranks on this node.
+        log: function called with each status line.
+    """
+
+    def __init__(
+        self,
+        settings: OffloadSettings,
+        rank: int,
+        local_world_size: int,
+        log: Callable[[str], object] = print,
+    ) -> None:
+        self._context = Context(settings, rank, local_world_size, log)
+        self._optimizers: list[OffloadedAdamW] = []
+        self._early: dict[torch.nn.Parameter, _Shard] = {}  # parameters whose gradients leave when reduced
+        self._scale = _GradientScale()
+        self._flush_in_backward = False
+        self._available = available_bytes()  # before any rank has allocated anything
+
+    # Called by Megatron's hooks
+
+    def register(self, optimizer: DistributedOptimizer) -> None:
+        """Takes the gradients of a complete distributed optimizer from here on when they are reduced."""
+        inner = optimizer.optimizer
+        self._optimizers.append(inner)
+        ddp = optimizer.ddp_config
+        config = optimizer.model_chunks[0].config
+        if (
+            ddp.num_distributed_optimizer_instances > 1
+            or ddp.reduce_scatter_with_fp32_accumulation
+            or max(config.gtp_weight_remat_size, config.expert_gtp_weight_remat_size) > 1
+        ):
+            return  # their reduction ends where only Megatron knows
+        self._flush_in_backward = ddp.overlap_grad_reduce
+        named = {p: name for chunk in optimizer.model_chunks for name, p in chunk.named_parameters()}
+        for parameter, (group, order) in optimizer.model_param_group_index_map.items():
+            if not leaves_late(named[parameter], parameter):
+                shard = optimizer._get_model_param_range_map(parameter)["param"]
+                index = inner.shard_index(inner.param_groups[group]["params"][order])
+                self._early[parameter] = _Shard(inner, index, shard.start, shard.end)
+
+    def begin_step(self) -> None:
+        """Drops the gradients of a step that did not happen; called when gradients are set to zero."""
+        for optimizer in self._optimizers:
+            optimizer.forget_gradients()
+            optimizer.build()
+        self._scale = _GradientScale()
+
+    def gradients_reduced(self, buckets: _ParamAndGradBucketGroup) -> None:
+        """Flushes the gradients of a group of buckets whose reduction has begun, or ended where nothing
+        overlaps."""
+        if buckets.grad_reduce_handle is not None and not torch.cuda.is_available():
+            buckets.grad_reduce_handle = AwaitedOnce(buckets.grad_reduce_handle)
+        for bucket in buckets.buckets:
+            for parameter in bucket.params_list:
+                if shard := self._early.get(parameter):
+                    gradient = parameter.main_grad.detach().view(-1)[shard.start : shard.stop]
+                    shard.optimizer.flush(shard.index, gradient, buckets.grad_reduce_handle)
+
+    def set_loss_scale(self, scale: float) -> None:
+        """Lets the update divide gradients by the loss scale; the first call of a step counts, since the
+        first optimizer's scale is the one that multiplied the loss."""
+        if self._scale.loss_scale is None:
+            self._scale.loss_scale = scale
+
+    def set_token_scale(self, factor: float | torch.Tensor) -> None:
+        """Lets the update multiply gradients by one over the number of tokens."""
+        self._scale.tokens = factor
+
+    def set_clipping(self, max_norm: float, norm: float | torch.Tensor) -> None:
+        """Lets the update clip gradients of norm `norm` to `max_norm`."""
+        coefficient = max_norm / (float(norm) + 1e-6)
+        self._scale.clip_coefficient = 1.0 if coefficient >= 1 else coefficient  # a NaN stays one
+
+    def grad_norm(self, norm: float | torch.Tensor) -> float | torch.Tensor:
+        """Returns the norm of the gradients, given the norm of what the gradient buffers hold."""
+        norm = norm * self._scale.before_clipping
+        self._scale.norm = float(norm)
+        return norm
+
+    # Called by the optimizers
+
+    def gradient_scale(self) -> float:
+        """What the update divides gradients by; infinity or NaN where their norm is not finite."""
+        factor = self._scale.before_clipping * self._scale.clip_coefficient
+        return 1 / factor if factor and math.isfinite(self._scale.norm) else math.inf
+
+    def open_session(self, optimizer: OffloadedAdamW) -> Session:
+        """Builds the session of a registered optimizer.
+
+        Raises:
+            OffloadError: a budget, a directory or this node cannot hold the state.
+        """
+        session = Session(
+            self._context,
+            optimizer.parameters,
+            optimizer.elements,
+            share=optimizer.elements / sum(one.elements for one in self._optimizers),
+            available=self._available,
+            flush_in_backward=self._flush_in_backward,
+            traced=self._context.rank == 0 and optimizer is self._optimizers[0],
+        )
+        self._available -= session.executor.plan.host_bytes * self._context.local_world_size
+        return session
+
+    def close(self) -> None:
+        """Ends all threads, and drops all memory and the files on NVMe."""
+        for optimizer in self._optimizers:
+            optimizer.close()
+        self._optimizers.clear()
+        self._early.clear()
+
+
+def leaves_late(name: str, parameter: torch.nn.Parameter) -> bool:
+    """Returns whether Megatron may still change a parameter's gradient after its data-parallel reduction: it
+    sums some over tensor-parallel ranks (norms, biases and other vectors, routers), some over the ends of the
+    pipeline (embeddings)."""
+    return (
+        parameter.dim() < 2
+        or "position_embeddings" in name
+        or any(getattr(parameter, mark, None) not in (None, False) for mark in _MARKS)
+        or hasattr(parameter, "main_grad_copy_in_grad_buffer")
+    )

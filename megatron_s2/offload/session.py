@@ -1,0 +1,214 @@
+"""One optimizer's executor in training: built from the settings, timed, planned again after a drift."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from megatron_s2.offload.adam import AdamW, fused_update, rounding_note, update_on_gpu
+from megatron_s2.offload.executor import Executor
+from megatron_s2.offload.host_memory import check_available
+from megatron_s2.offload.model import Rates
+from megatron_s2.offload.nvme import Bandwidth, NvmeTier, measure_bandwidth
+from megatron_s2.offload.plan import OffloadPlan, make_plan
+from megatron_s2.offload.queues import CudaBackend, ThreadBackend
+from megatron_s2.offload.rates import DRIFT_STEPS, Hardware, cached_rates, drifted
+from megatron_s2.offload.settings import OffloadSettings
+from megatron_s2.offload.simulator import Simulation, auto_plan, simulate
+from megatron_s2.offload.state import HostBuffer, Parameter
+from megatron_s2.offload.trace import of_update, shifted, write_trace
+
+# Steps at rates that no longer hold cost more than measuring for half a second once in so many.
+STEPS_BETWEEN_CHECKS = 100
+
+
+class OffloadError(ValueError):
+    """The settings do not fit this node or model: a budget, a directory, a file."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the sessions of one rank have in common.
+
+    Args:
+        settings: the user's choices.
+        rank: global rank of this process.
+        local_world_size: number of ranks on this node.
+        log: function called with each status line.
+    """
+
+    settings: OffloadSettings
+    rank: int
+    local_world_size: int
+    log: Callable[[str], object]
+
+    @property
+    def threads(self) -> int:
+        """Number of threads of this rank's CPU updates."""
+        return self.settings.threads(self.local_world_size)
+
+
+class Session:
+    """An optimizer's executor. Its masters are set from the model's weights.
+
+    Args:
+        context: what it has in common with other sessions.
+        parameters: the parameters in the flat state.
+        elements: elements of the flat state, padding included.
+        share: share of this rank's parameters, and so of its budgets.
+        available: bytes of host memory that this node can give to all its ranks.
+        flush_in_backward: whether gradients leave during backward.
+        traced: whether the user's trace is of this session.
+
+    Raises:
+        OffloadError: a budget, a directory or this node cannot hold the state.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        parameters: Sequence[Parameter],
+        elements: int,
+        *,
+        share: float,
+        available: int,
+        flush_in_backward: bool,
+        traced: bool,
+    ) -> None:
+        self._context, self._settings = context, context.settings
+        self._flush_in_backward = flush_in_backward
+        self._trace = self._settings.trace if traced else None
+        self._seconds: list[float] = []  # of the latest steps
+        self._usual: float | None = None
+        try:
+            self.executor = self._build(parameters, elements, share, available)
+        except ValueError as error:
+            of_share = f" (for {share:.0%} of this rank's parameters)" if share < 1 else ""
+            raise OffloadError(f"{error}{of_share}") from error
+        self._predicted = self._predict()
+        if context.rank == 0:
+            self._report()
+        self.executor.set_masters()
+
+    def step(self, settings: Sequence[AdamW], gradient_scale: float) -> None:
+        """Takes a step of the executor; every `STEPS_BETWEEN_CHECKS` steps, checks their durations."""
+        begin = time.perf_counter()
+        self.executor.step(settings, gradient_scale)
+        self._seconds.append(time.perf_counter() - begin)
+        step = settings[0].step
+        if self._trace and step & (step - 1) == 0:  # a power of two
+            self._write_trace(self._trace)
+        if len(self._seconds) == STEPS_BETWEEN_CHECKS:
+            self._check_drift()
+            self._seconds.clear()
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Returns a copy of state, see `Executor.read`. With an NVMe tier it lies in a nameless file there,
+        since a checkpoint takes copies of all state, which may not fit into memory."""
+        out = None
+        if self.executor.plan.tiers.nvme and stop > start:
+            directory = self._settings.nvme_dirs[0]
+            with tempfile.NamedTemporaryFile(dir=directory) as file:
+                try:  # writing to a hole that cannot be filled would end the process
+                    os.posix_fallocate(file.fileno(), 0, 4 * (stop - start))
+                except OSError as error:
+                    raise OffloadError(
+                        f"--s2-offload-nvme-dir {directory}: has no room for the copy of the state that a "
+                        f"checkpoint takes: {error.strerror}"
+                    ) from error
+                out = torch.from_file(file.name, shared=True, size=stop - start)
+        return self.executor.read(name, start, stop, out)
+
+    def close(self) -> None:
+        """Ends the executor's threads, and drops all memory and the files on NVMe."""
+        self.executor.close()
+
+    def _build(
+        self, parameters: Sequence[Parameter], elements: int, share: float, available: int
+    ) -> Executor:
+        settings, local_world_size = self._settings, self._context.local_world_size
+        plan = make_plan(
+            elements,
+            settings.gpu_fraction or 0.0,
+            subgroup_size=settings.subgroup_size,
+            gpu_budget=int(settings.gpu_budget * share),
+            host_budget=None if settings.host_budget is None else int(settings.host_budget * share),
+            nvme=bool(settings.nvme_dirs),
+        )
+        on_nvme = [s.size for s in plan.subgroups if s.tier == "nvme"]
+        predicts = settings.gpu_fraction is None or settings.trace is not None
+        bandwidths = self._bandwidths() if on_nvme and (len(settings.nvme_dirs) > 1 or predicts) else []
+        self._rates = self._measure(bandwidths) if predicts else None
+        if settings.gpu_fraction is None:
+            plan = auto_plan(plan, self._rates)
+        check_available(plan.host_bytes, "buffers and ring", local_world_size, available)
+        cuda = torch.cuda.is_available()
+        host = HostBuffer(plan, cuda, local_world_size, available)
+        tier = None
+        if on_nvme:
+            shares = [min(b.read, b.write) for b in bandwidths] or None
+            tier = NvmeTier(settings.nvme_dirs, on_nvme, plan.ring_slots, shares, pinned=cuda)
+        backend = CudaBackend(torch.device("cuda", torch.cuda.current_device())) if cuda else ThreadBackend()
+        update = update_on_gpu if settings.gpu_adam == "triton" else fused_update(settings.gpu_adam)
+        return Executor(plan, parameters, backend, host, tier, self._context.threads, update)
+
+    def _bandwidths(self) -> list[Bandwidth]:
+        return [measure_bandwidth(directory) for directory in self._settings.nvme_dirs]
+
+    def _measure(self, bandwidths: Sequence[Bandwidth], remeasure: bool = False) -> Rates:
+        hardware = Hardware.detect(self._context.threads, self._context.local_world_size)
+        rates = cached_rates(hardware, remeasure=remeasure)
+        if bandwidths:
+            read, write = sum(b.read for b in bandwidths), sum(b.write for b in bandwidths)
+            rates = replace(rates, nvme_read=read, nvme_write=write)
+        return rates
+
+    def _predict(self) -> Simulation | None:
+        if self._rates is None:
+            return None
+        return simulate(self.executor.plan, self._rates, flush_in_backward=self._flush_in_backward)
+
+    def _report(self) -> None:
+        when = "during backward" if self._flush_in_backward else "after backward (no --overlap-grad-reduce)"
+        lines = [f"optimizer offload of rank 0: {self.executor.plan}", f"  gradients leave {when}"]
+        if self._predicted is not None:
+            lines.append(
+                f"  predicted: {self._predicted.step_seconds:.4g} s a step beyond backward, "
+                f"{self._predicted.bottleneck}"
+            )
+        self._context.log("\n".join(lines))
+        on_gpu = torch.cuda.is_available() and self._settings.gpu_adam == "triton"
+        if on_gpu and (note := rounding_note(torch.device("cuda", torch.cuda.current_device()))):
+            self._context.log(note)
+
+    def _write_trace(self, path: str) -> None:
+        measured, predicted = self.executor.events, self._predicted.events
+        begins = [min(event.start for event in of_update(events)) for events in (measured, predicted)]
+        predicted = shifted(predicted, begins[0] - begins[1])
+        try:
+            write_trace(path, {"predicted": predicted, "measured": measured})
+        except OSError as error:
+            self._context.log(f"megatron-s2: --s2-offload-trace {path}: not written: {error}")
+
+    def _check_drift(self) -> None:
+        """Measures and plans again where steps no longer take as long as they used to."""
+        latest = self._seconds[-DRIFT_STEPS:]
+        if self._usual is None or self._settings.gpu_fraction is not None:
+            self._usual = sorted(latest)[len(latest) // 2]
+            return
+        if not drifted(self._usual, latest):
+            return
+        plan: OffloadPlan = self.executor.plan
+        self._rates = self._measure(self._bandwidths() if plan.tiers.nvme else [], remeasure=True)
+        self.executor.plan = auto_plan(plan, self._rates)
+        self._predicted = self._predict()
+        self._usual = None
+        self._context.log(
+            f"megatron-s2: rank {self._context.rank}: optimizer steps drifted; rates measured again, the GPU "
+            f"now updates {self.executor.plan.fraction:.1%}"
+        )

@@ -1,0 +1,409 @@
+"""The optimizer state of one rank: how parameters lie in it, where its subgroups lie, and its gradients.
+
+The flat state has the parameters one after another, each beginning at a multiple of `ALIGNMENT`. The plan
+cuts it into subgroups; `StateStore` holds them in their tiers, with the buffers through which they move, and
+gives access to them between steps.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right, insort
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from megatron_s2.offload.adam import State
+from megatron_s2.offload.host_memory import HostMemory, HostSlice, check_available
+from megatron_s2.offload.nvme import NvmeTier
+from megatron_s2.offload.plan import ALIGNMENT, OffloadPlan, Subgroup
+from megatron_s2.offload.queues import Buffer
+
+_ARRAYS = (*State._fields, "gradient")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A model parameter, or the part of one that this rank updates, in the flat state.
+
+    Args:
+        start: its first element there, a multiple of `ALIGNMENT`.
+        weights: `[n]`, contiguous, of any float dtype of at most 4 bytes: what the model computes with and a
+            step writes.
+        group: index of its parameter group.
+    """
+
+    start: int
+    weights: torch.Tensor
+    group: int = 0
+
+    @property
+    def stop(self) -> int:
+        """The end of its elements."""
+        return self.start + self.weights.numel()
+
+    @property
+    def end(self) -> int:
+        """The end of the padding that follows its elements."""
+        return _aligned(self.stop)
+
+
+class ParameterSlice(NamedTuple):
+    """A parameter's elements within a subgroup, in flat coordinates; from `stop` to `end` is padding."""
+
+    start: int
+    stop: int
+    end: int
+    weights: torch.Tensor
+    group: int
+
+    def weights_in(self, gradient: torch.Tensor) -> torch.Tensor:
+        """View of a gradient's memory, float32 `[end - start]`, as weights `[stop - start]`."""
+        return gradient.view(self.weights.dtype)[: self.stop - self.start]
+
+
+def lay_out(weights: Sequence[torch.Tensor], groups: Sequence[int]) -> tuple[list[Parameter], int]:
+    """Returns parameters one after another in the flat state, and its elements, padding included."""
+    starts, elements = aligned_starts([x.numel() for x in weights])
+    return [Parameter(*one) for one in zip(starts, weights, groups)], elements
+
+
+def slices_of(subgroup: Subgroup, parameters: Sequence[Parameter]) -> list[ParameterSlice]:
+    """Returns the slices of the parameters that lie in a subgroup."""
+    slices = []
+    for p in parameters:
+        a, end = max(p.start, subgroup.start), min(p.end, subgroup.stop)
+        if a < end:
+            stop = min(p.stop, end)
+            slices.append(ParameterSlice(a, stop, end, p.weights[a - p.start : stop - p.start], p.group))
+    return slices
+
+
+def check_layout(plan: OffloadPlan, parameters: Sequence[Parameter], device: torch.device) -> None:
+    """Raises ValueError where parameters and plan do not fit."""
+    end = 0
+    for n, p in enumerate(parameters):
+        x = p.weights
+        if p.start % ALIGNMENT or p.start < end:
+            raise ValueError(f"parameter {n} at {p.start}: must begin at a multiple of {ALIGNMENT} >= {end}")
+        if x.device.type != device.type or not x.is_contiguous() or x.dim() != 1 or x.element_size() > 4:
+            raise ValueError(f"parameter {n}: weights must be flat, contiguous, on {device}, <= 4 bytes each")
+        end = p.end
+    if not end or plan.elements != end:
+        raise ValueError(f"plan of {plan.elements} elements: parameters have {end}, padding included")
+
+
+def aligned_starts(sizes: Sequence[int]) -> tuple[list[int], int]:
+    """Returns where stretches of so many elements begin, each at a multiple of `ALIGNMENT`, and the end of
+    the last one's padding."""
+    starts, end = [], 0
+    for size in sizes:
+        starts.append(end)
+        end += _aligned(size)
+    return starts, end
+
+
+def _aligned(elements: int) -> int:
+    return -(-elements // ALIGNMENT) * ALIGNMENT
+
+
+class GradientSlice(NamedTuple):
+    """Gradients of elements `start` to `stop`, finished at a mark of the backend."""
+
+    start: int
+    stop: int
+    source: torch.Tensor
+    mark: object
+
+
+class Gradients:
+    """The gradients that have arrived for one step.
+
+    Args:
+        parameters: in the order of their starts, each with elements.
+        device: device of the gradients.
+        wait: lets what the caller begins come after a mark; called before a slice is used.
+    """
+
+    def __init__(
+        self, parameters: Sequence[Parameter], device: torch.device, wait: Callable[[object], object]
+    ) -> None:
+        self._parameters, self._device, self._wait = parameters, device, wait
+        self._starts = [p.start for p in parameters]
+        self._slices: list[GradientSlice] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._slices)
+
+    def add(self, start: int, stop: int, source: torch.Tensor, mark: object) -> GradientSlice:
+        """Adds a slice; its source is flat.
+
+        Raises:
+            ValueError: the elements are not within one parameter, have arrived already, or are not as many as
+                gradients.
+        """
+        index = bisect_right(self._starts, start) - 1
+        if not (0 <= start < stop and index >= 0 and stop <= self._parameters[index].stop):
+            raise ValueError(f"flush of elements {start} to {stop}: must lie within one parameter")
+        if source.numel() != stop - start or source.device.type != self._device.type:
+            raise ValueError(
+                f"flush of elements {start} to {stop}: source must have {stop - start} on {self._device}, "
+                f"not {source.numel()} on {source.device}"
+            )
+        after = bisect_right(self._slices, start, key=lambda one: one.start)
+        for other in self._slices[max(after - 1, 0) : after + 1]:
+            if other.start < stop and start < other.stop:
+                twice = max(start, other.start)
+                raise ValueError(f"flush of elements {start} to {stop}: {twice} was flushed before")
+        added = GradientSlice(start, stop, source, mark)
+        insort(self._slices, added, key=lambda one: one.start)
+        return added
+
+    def check_complete(self) -> None:
+        """Raises ValueError where gradients are missing."""
+        missing = sum(p.weights.numel() for p in self._parameters) - sum(
+            x.stop - x.start for x in self._slices
+        )
+        if not missing:
+            return
+        stops = {x.start: x.stop for x in self._slices}
+        for p in self._parameters:
+            first = p.start
+            while first in stops:
+                first = stops[first]
+            if first < p.stop:
+                raise ValueError(f"step: gradients of {missing} elements were not flushed, first {first}")
+
+    def between(self, start: int, stop: int) -> Iterator[GradientSlice]:
+        """Slices of the gradients of elements `start` to `stop`."""
+        first = max(bisect_right(self._slices, start, key=lambda one: one.start) - 1, 0)
+        for one in self._slices[first:]:
+            if one.start >= stop:
+                break
+            a, b = max(one.start, start), min(one.stop, stop)
+            if a < b:
+                self._wait(one.mark)
+                yield GradientSlice(a, b, one.source[a - one.start : b - one.start], one.mark)
+
+    def gather(self, start: int, stop: int, target: torch.Tensor) -> None:
+        """Copies the gradients of elements `start` to `stop` to `[stop - start]` float32; padding is zero."""
+        target.zero_()
+        for a, b, source, _ in self.between(start, stop):
+            target[a - start : b - start].copy_(source, non_blocking=True)
+
+    def clear(self) -> None:
+        """Forgets all gradients."""
+        self._slices = []
+
+
+class HostBuffer:
+    """State and gradients of the subgroups of tier `host`: four flat arrays, one after another.
+
+    Args:
+        plan: the plan of the subgroups; its gradients must have 4 bytes.
+        pinned: as for `HostMemory`.
+        local_world_size: number of ranks of this node that allocate the same.
+        available: bytes that this node can give; what the system says by default.
+
+    Raises:
+        ValueError: the gradients do not have 4 bytes, or the node has less memory than that takes.
+        RuntimeError: as `HostMemory`.
+    """
+
+    def __init__(
+        self,
+        plan: OffloadPlan,
+        pinned: bool = False,
+        local_world_size: int = 1,
+        available: int | None = None,
+    ) -> None:
+        if plan.gradient_bytes != 4:
+            raise ValueError(f"gradient_bytes {plan.gradient_bytes}: must be 4, the CPU updates in float32")
+        subgroups = [s for s in plan.subgroups if s.tier == "host"]
+        starts, total = aligned_starts([s.size for s in subgroups])
+        self.size = 4 * len(_ARRAYS) * total
+        check_available(self.size, "buffers", local_world_size, available)
+        self._memory = HostMemory(self.size, pinned) if total else None
+        self._slices: dict[int, HostSlice] = {}
+        if self._memory is not None:
+            arrays = self._memory.bytes.view(torch.float32).view(len(_ARRAYS), total)
+            for s, start in zip(subgroups, starts):
+                *state, gradient = arrays[:, start : start + s.size]
+                self._slices[s.index] = HostSlice(State(*state), gradient)
+
+    def __getitem__(self, index: int) -> HostSlice:
+        """Views of subgroup `index`."""
+        return self._slices[index]
+
+    def close(self) -> None:
+        """Drops the memory and the views of it."""
+        self._slices.clear()
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None
+
+
+class StateStore:
+    """The memory of all tiers, and the buffers by which tasks use it.
+
+    The content of a buffer with the state of subgroup i after v steps is `(i, v)`; while the GPU has that
+    state it is `("away", i, v)`.
+
+    Args:
+        plan: the tier of each subgroup.
+        device: device of tier `gpu` and of the buffer sets.
+        host: memory of tier `host`.
+        tier: tier `nvme`, None without one.
+
+    Attributes:
+        version: number of steps so far.
+        sets: memory on the device for the state of one subgroup each, with its buffer.
+        homes: buffer of each subgroup's state between steps; the record of tier `nvme`.
+        slots: buffers of the ring's slots.
+
+    Raises:
+        ValueError: the tier has other subgroups.
+    """
+
+    def __init__(
+        self, plan: OffloadPlan, device: torch.device, host: HostBuffer, tier: NvmeTier | None
+    ) -> None:
+        on_nvme = [s for s in plan.subgroups if s.tier == "nvme"]
+        if [s.size for s in on_nvme] != list(tier.sizes if tier else ()):
+            raise ValueError(f"tier: must be of the plan's {len(on_nvme)} subgroups of tier nvme")
+        self._host, self.tier = host, tier
+        self._record = {s.index: j for j, s in enumerate(on_nvme)}
+        self._resident = {
+            s.index: State(*torch.zeros(3, s.size, device=device)) for s in plan.subgroups if s.tier == "gpu"
+        }
+        self.version = 0
+        self.sets = [
+            (State(*torch.empty(3, plan.slot_elements, device=device)), Buffer(f"buffer set {n}"))
+            for n in range(plan.buffer_sets)
+        ]
+        self.homes = {s.index: Buffer(f"state {s.index}", (s.index, 0)) for s in plan.subgroups}
+        self._gradients = {
+            s.index: Buffer(f"gradients {s.index}") for s in plan.subgroups if s.tier == "host"
+        }
+        slots = range(tier.slots if tier else 0)
+        self.slots = [Buffer(f"ring slot {n}") for n in slots]
+        self._slot_gradients = [Buffer(f"gradients of ring slot {n}") for n in slots]
+        self._unsaved: set[int] = set()  # subgroups that were modified in their slots since they were stored
+
+    def record(self, subgroup: Subgroup) -> int:
+        """Index within the tier of a subgroup of tier `nvme`."""
+        return self._record[subgroup.index]
+
+    def slot(self, subgroup: Subgroup) -> int:
+        """Index of the slot that a subgroup of tier `nvme` uses."""
+        return self.tier.slot_of(self.record(subgroup))
+
+    def state(self, subgroup: Subgroup) -> State:
+        """Memory from which an update takes the state; of tier `nvme` the slot's."""
+        if subgroup.tier == "gpu":
+            return self._resident[subgroup.index]
+        return self._on_host(subgroup).state
+
+    def state_buffer(self, subgroup: Subgroup) -> Buffer:
+        """Buffer of `state`."""
+        return self.slots[self.slot(subgroup)] if subgroup.tier == "nvme" else self.homes[subgroup.index]
+
+    def gradient(self, subgroup: Subgroup) -> torch.Tensor:
+        """Memory for the gradient on the host, float32 `[size]`; of tier `nvme` the slot's."""
+        return self._on_host(subgroup).gradient
+
+    def gradient_buffer(self, subgroup: Subgroup) -> Buffer:
+        """Buffer of `gradient`."""
+        if subgroup.tier == "nvme":
+            return self._slot_gradients[self.slot(subgroup)]
+        return self._gradients[subgroup.index]
+
+    def views(
+        self, plan: OffloadPlan, name: str, start: int, stop: int, modify: bool = False
+    ) -> Iterator[tuple[torch.Tensor, int, int]]:
+        """Yields views of elements `start` to `stop` with the first and last element of each, subgroup by
+        subgroup; a view is valid until the next one is asked for.
+
+        Args:
+            name: `master`, `exp_avg` or `exp_avg_sq`.
+            modify: whether the caller writes the views.
+
+        Raises:
+            ValueError: no such name or elements.
+            TierError: state on NVMe cannot be read, or what was modified before cannot be stored.
+        """
+        if name not in State._fields or not 0 <= start <= stop <= plan.elements:
+            raise ValueError(
+                f"{name} {start} to {stop}: must be of {', '.join(State._fields)} and in the state"
+            )
+        for subgroup in plan.subgroups[start // plan.subgroup_size :]:
+            a, b = max(start, subgroup.start), min(stop, subgroup.stop)
+            if a >= b:
+                break
+            if subgroup.tier == "nvme":
+                self._load(subgroup)
+                if modify:
+                    self._unsaved.add(subgroup.index)
+            yield getattr(self.state(subgroup), name)[a - subgroup.start : b - subgroup.start], a, b
+
+    def save_changes(self) -> None:
+        """Stores what was modified through `views`.
+
+        Raises:
+            TierError: it cannot be stored.
+        """
+        for index in sorted(self._unsaved):
+            self._save(index)
+
+    def torn(self) -> list[int]:
+        """Indices of the subgroups whose state or weights a step that failed may have changed."""
+        homes = {index for index, home in self.homes.items() if home.content != (index, self.version)}
+        return sorted(homes.union(*(self._torn_in(slot) for slot in self.slots)))
+
+    def forget_step(self) -> None:
+        """Forgets the gradients that have arrived, and what a step that failed left in the ring."""
+        sets = (buffer for _, buffer in self.sets)
+        for buffer in (*self._gradients.values(), *self._slot_gradients, *sets):
+            buffer.content = None
+        for slot in self.slots:
+            if slot.content is not None and slot.content[0] in ("half", "away"):
+                slot.content = None
+
+    def close(self) -> None:
+        """Drops all memory and the files."""
+        self._host.close()
+        if self.tier:
+            self.tier.close()
+        self._resident.clear()
+        self.sets.clear()
+
+    def _on_host(self, subgroup: Subgroup) -> HostSlice:
+        if subgroup.tier == "nvme":
+            return self.tier.slice_of(self.record(subgroup))
+        return self._host[subgroup.index]
+
+    def _torn_in(self, slot: Buffer) -> set[int]:
+        """A download that is missing may follow an update that has written weights; an upload cannot."""
+        if slot.content is None:
+            return set()
+        half = slot.content[0] == "half"
+        content = slot.content[1] if half else slot.content
+        index, version = content[-2:]
+        whole = version == self.version and (half or content[0] != "away")
+        return set() if whole else {index}
+
+    def _load(self, subgroup: Subgroup) -> None:
+        """Lets the slot of a subgroup hold its state, and the file what the slot held."""
+        slot, wanted = self.slots[self.slot(subgroup)], (subgroup.index, self.version)
+        if slot.content == wanted:
+            return
+        if slot.content is not None and slot.content[0] in self._unsaved:
+            self._save(slot.content[0])
+        slot.content = None
+        self.tier.load(self.record(subgroup))
+        slot.content = wanted
+
+    def _save(self, index: int) -> None:
+        self.tier.store(self._record[index])
+        self._unsaved.discard(index)
