@@ -23,7 +23,7 @@ setup(
         "triton>=3.6",
         "megatron-core[training]>=0.19,<0.20",
         "safetensors>=0.5",
-        "transformers>=5.0",
+        "transformers>=5.4",
         "tensorboard>=2.18",
     ],
     extras_require={
