@@ -1,19 +1,18 @@
-"""The executor: one optimizer step over a plan, with gradients, state and weights moving while both sides
-update.
+"""The executor: one optimizer step over a plan, on the CPU and on the GPU at once.
 
-During backward `flush` sends the gradients of the CPU's share to the host. `step` then submits, subgroup by
-subgroup in the plan's order, what happens to each on which queue:
+During backward `flush` sends the gradients of the CPU's share to the host. `step` submits the tasks of each
+subgroup, in the plan's order, to one queue per kind of work:
 
-    on the host, by the CPU    d2h gradients (in backward), cpu update, h2d weights
-    on the host, by the GPU    h2d state, gpu update, d2h state          through a buffer set on the GPU
-    resident on the GPU        gpu update
-    on NVMe                    nvme_read state, one of the first two with its ring slot for its place on the
-                               host (gradients come only now), nvme_write state
+    tier    device   tasks
+    host    cpu      d2h gradients (in backward) -> cpu update -> h2d weights
+    host    gpu      h2d state -> gpu update -> d2h state, through a buffer set on the GPU
+    gpu     gpu      gpu update
+    nvme    either   nvme_read state -> as on the host, in a ring slot -> nvme_write state
 
-Each task names the buffers it uses: a subgroup's state where it lies, its gradient on the host (where updated
-weights then wait for their transfer), a buffer set, a ring slot and its gradient. Order follows from that
-(`queues.py`). Model weights and gradients on the device need no buffer: each element of a weight belongs to
-one subgroup, which writes it once, and gradients are only read.
+The order of tasks follows from the buffers that they name (`queues.py`): a subgroup's state where it lies,
+its gradient on the host (in whose memory updated weights wait for their transfer), a buffer set, a ring slot
+and the slot's gradient, which comes down only during the step. Weights and gradients on the device need no
+buffer: each element belongs to one subgroup, which writes the weight once and only reads the gradient.
 
 An update is elementwise and every path does the same operations (`adam.py`), so neither plan, order nor
 subgroup size changes a bit.
@@ -31,7 +30,7 @@ import torch
 
 from megatron_s2.offload.adam import (
     CHUNK,
-    AdamW,
+    AdamWSettings,
     State,
     check_gradient_scale,
     update_on_cpu,
@@ -54,18 +53,19 @@ from megatron_s2.offload.trace import Event
 
 
 class Executor:
-    """Holds a rank's optimizer state and updates it. New state is zero: see `set_masters` and `write`.
+    """Holds a rank's optimizer state, zero at first, and updates it.
 
-    Methods may be called from any thread; all but `flush` return when what they began is done.
+    Methods may be called from any thread; all but `flush` return when what they began is done. After a step
+    that left the state torn, all but `close` raise RuntimeError.
 
     Args:
-        plan: the tier and the device of each subgroup; as many elements as `lay_out` returns.
+        plan: tier and device of each subgroup; as many elements as `lay_out` returns.
         parameters: in the order of their starts, without overlap.
         backend: where the queues work.
         host: memory of the plan's subgroups of tier `host`.
-        tier: tier of the plan's subgroups of tier `nvme`, in order; None without.
+        tier: the plan's subgroups of tier `nvme`, in order; None without.
         cpu_threads: number of threads of one CPU update.
-        gpu_update: update on a GPU; by default the Triton kernel, which rounds as the CPU does.
+        gpu_update: update on a GPU, by default the Triton kernel.
 
     Raises:
         ValueError: plan, parameters and tier do not fit.
@@ -118,20 +118,18 @@ class Executor:
     def flush(self, start: int, stop: int, source: torch.Tensor, after: Awaitable | None = None) -> None:
         """Takes the final gradients of elements `start` to `stop`, which move while the caller goes on.
 
-        Each element of every parameter is flushed once per step, in any order and slices. `step` or `skip`
-        raises errors of the copy.
+        Each element is flushed once per step, in any order and slices. `step` or `skip` raises errors of the
+        copy.
 
         Args:
             start, stop: elements within one parameter.
-            source: `[stop - start]` on the backend's device, of any float dtype, finished on the current
-                stream, or at the end of `after`. Must not change from then until `step` or `skip` has
-                returned.
+            source: `[stop - start]` on the backend's device, of any float dtype; finished on the current
+                stream or at the end of `after`, and not changed before `step` or `skip` has returned.
             after: what finishes the source.
 
         Raises:
-            ValueError: the elements are not within one parameter, have been flushed before, are not as many
-                as gradients, or the source is not contiguous with `after`.
-            RuntimeError: an earlier step broke the state.
+            ValueError: the elements are not within one parameter, were flushed before or are not as many as
+                gradients, or the source is not contiguous with `after`.
         """
         with self._lock:
             self._check_whole()
@@ -148,7 +146,7 @@ class Executor:
                 if subgroup.tier == "host" and subgroup.device == "cpu":
                     self._send_gradients(subgroup, flushed)
 
-    def step(self, settings: Sequence[AdamW], gradient_scale: float = 1.0) -> None:
+    def step(self, settings: Sequence[AdamWSettings], gradient_scale: float = 1.0) -> None:
         """Updates everything from the flushed gradients.
 
         Args:
@@ -158,9 +156,8 @@ class Executor:
         Raises:
             ValueError: settings are missing, the scale is out of range or gradients were not flushed; nothing
                 has changed.
-            RuntimeError: an earlier step broke the state.
             Exception: the error of a queue, once all queues are at rest. A note says whether the state is
-                whole (the step did not happen) or torn; then nothing but `close` works any more.
+                whole (the step did not happen) or torn.
         """
         with self._lock:
             self._check_whole()
@@ -192,6 +189,9 @@ class Executor:
         with self._lock:
             try:
                 self._queues.join()
+            except BaseException as error:
+                self._queues.abandon(error)
+                raise
             finally:
                 self._forget_gradients()
 
@@ -201,7 +201,7 @@ class Executor:
 
         Raises:
             ValueError: no such name or elements.
-            RuntimeError: an earlier step broke the state, or it cannot be read.
+            TierError: state on NVMe cannot be read.
         """
         out = torch.empty(max(stop - start, 0)) if out is None else out
         with self._lock:
@@ -217,7 +217,7 @@ class Executor:
             values: `[n]` of any float dtype, on any device.
 
         Raises:
-            ValueError, RuntimeError: as `read`.
+            ValueError, TierError: as `read`.
         """
         values = values.detach().reshape(-1)
         with self._lock:
@@ -230,11 +230,6 @@ class Executor:
         """Sets the masters to the model's weights, as at the beginning."""
         for p in self._parameters:
             self.write("master", p.start, p.weights)
-
-    def set_weights(self) -> None:
-        """Sets the model's weights to the masters, as after loading."""
-        for p in self._parameters:
-            p.weights.copy_(self.read("master", p.start, p.stop))
 
     def close(self) -> None:
         """Ends the queues and drops all memory and the files on NVMe."""
@@ -307,7 +302,7 @@ class Executor:
         self._queues.submit(queue, f"{what} {subgroup.index}", run, uses, in_gaps)
 
     def _update_through_gpu(self, step: _Step, subgroup: Subgroup, index: int) -> None:
-        """Up, updated and down again, through buffer set `index`."""
+        """Through buffer set `index`: up, updated and down again."""
         old, new = step.contents(subgroup)
         away = ("away", *old)
         state, home = self._store.state(subgroup), self._store.state_buffer(subgroup)
@@ -320,7 +315,7 @@ class Executor:
         self._do(step, "d2h", "state", subgroup, copy_down, (buffer, new, None), (home, away, new))
 
     def _update_on_host(self, step: _Step, subgroup: Subgroup) -> None:
-        """Updated where it is; its weights go up. Gradients of tier `nvme` come down only now."""
+        """In place; the weights go up. Gradients of tier `nvme` come down only now."""
         old, new = step.contents(subgroup)
         home, buffer = self._store.state_buffer(subgroup), self._store.gradient_buffer(subgroup)
         gradient, weights = self._store.gradient(subgroup), ("weights", subgroup.index)
@@ -336,7 +331,11 @@ class Executor:
         self._do(step, "h2d", "weights", subgroup, send, (buffer, weights, None))
 
     def _read_record(self, step: _Step, subgroup: Subgroup, in_slot: list) -> None:
-        """From NVMe into its slot, unless the slot has it still; `in_slot` is what the slots will hold."""
+        """From NVMe into its slot, unless the slot still holds it.
+
+        Args:
+            in_slot: content of each slot once the tasks submitted so far have ended.
+        """
         index, (old, new) = self._store.slot(subgroup), step.contents(subgroup)
         before, in_slot[index] = in_slot[index], new
         if before != old:
@@ -416,7 +415,7 @@ class Executor:
 class _Step:
     """What the tasks of a step have in common; `version` is the number of steps before it."""
 
-    settings: tuple[AdamW, ...]
+    settings: tuple[AdamWSettings, ...]
     gradient_scale: float
     mark: object
     version: int

@@ -235,17 +235,13 @@ class Queues:
                 self._enqueue(task)
 
     def join(self) -> None:
-        """Waits until everything submitted has ended.
+        """Waits until everything submitted has ended. `abandon` must follow where the wait is interrupted.
 
         Raises:
             BaseException: the error of the first task that failed, once the tasks that ran beside it have
                 ended; those that had not begun are dropped.
         """
-        try:
-            self._wait()
-        except BaseException as interruption:
-            self.abandon(interruption)
-            raise
+        self._wait()
         with self._lock:
             error, self._error = self._error, None
         if error is not None:

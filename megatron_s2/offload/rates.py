@@ -112,7 +112,7 @@ def measure_rates(
     Args:
         threads: number of PyTorch's threads for CPU updates (and copies, where there is no GPU).
         seconds: duration of the measurement.
-        elements: parameters of one update; a copy moves as many float32 values.
+        elements: parameters of one update, a multiple of `ALIGNMENT`; a copy moves as many float32 values.
 
     Raises:
         ValueError: an argument is not positive.
@@ -168,24 +168,12 @@ def _updates(device: torch.device, elements: int) -> Callable[[], object]:
     """Returns a function that updates `elements` parameters and their 16-bit weights."""
     import torch
 
-    master, gradient, exp_avg, exp_avg_sq = (torch.full((elements,), 1e-3, device=device) for _ in range(4))
+    from megatron_s2.offload.adam import AdamWSettings, State, update_on_cpu, update_on_gpu
+
+    *state, gradient = (torch.full((elements,), 1e-3, device=device) for _ in range(4))
     weights = torch.empty(elements, dtype=torch.bfloat16, device=device)
-    step = torch.ones((), device=device)
-
-    def once() -> None:
-        torch._fused_adamw_(
-            *([master], [gradient], [exp_avg], [exp_avg_sq], [], [step]),
-            lr=1e-5,
-            beta1=0.9,
-            beta2=0.95,
-            weight_decay=0.0,
-            eps=1e-8,
-            amsgrad=False,
-            maximize=False,
-        )
-        weights.copy_(master)
-
-    return _on_stream(once, device)
+    update = update_on_cpu if device.type == "cpu" else update_on_gpu
+    return _on_stream(lambda: update(State(*state), gradient, weights, AdamWSettings(lr=1e-5)), device)
 
 
 def _copies(device: torch.device, elements: int, up: bool) -> Callable[[], object]:
