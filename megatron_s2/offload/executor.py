@@ -244,14 +244,11 @@ class Executor:
         start, stop = max(flushed.start, subgroup.start), min(flushed.stop, subgroup.stop)
         target = self._store.gradient(subgroup)[start - subgroup.start : stop - subgroup.start]
         source = flushed.source[start - flushed.start : stop - flushed.start]
-        before = _flushed(self._flushes[subgroup.index])
+        copy = partial(self._run_after, flushed.mark, partial(target.copy_, source, non_blocking=True))
+        count = self._flushes[subgroup.index]
         self._flushes[subgroup.index] += 1
-        self._queues.submit(
-            "d2h",
-            f"gradients {subgroup.index}",
-            partial(self._run_after, flushed.mark, partial(target.copy_, source, non_blocking=True)),
-            [Access(self._store.gradient_buffer(subgroup), before, _flushed(self._flushes[subgroup.index]))],
-        )
+        access = (self._store.gradient_buffer(subgroup), _flushed(count), _flushed(count + 1))
+        self._queues.submit("d2h", f"gradients {subgroup.index}", copy, [access])
 
     def _forget_gradients(self) -> None:
         self._gradients.clear()
@@ -288,18 +285,13 @@ class Executor:
         what: str,
         subgroup: Subgroup,
         run: Callable[[], object],
-        *accesses: tuple,
+        *accesses: Access,
         in_gaps: bool = False,
     ) -> None:
-        """Submits a task of a subgroup; on the device it comes after what the caller of `step` began.
-
-        Args:
-            accesses: buffer, what the task expects in it, and what it leaves there.
-        """
+        """Submits a task of a subgroup; on the device it comes after what the caller of `step` began."""
         if queue in ON_DEVICE:
             run = partial(self._run_after, step.mark, run)
-        uses = [Access(*access) for access in accesses]
-        self._queues.submit(queue, f"{what} {subgroup.index}", run, uses, in_gaps)
+        self._queues.submit(queue, f"{what} {subgroup.index}", run, accesses, in_gaps)
 
     def _update_through_gpu(self, step: _Step, subgroup: Subgroup, index: int) -> None:
         """Through buffer set `index`: up, updated and down again."""

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 
@@ -51,12 +51,8 @@ class Buffer:
     last_task: Task | None = None
 
 
-class Access(NamedTuple):
-    """What a task expects in a buffer, and what it leaves there."""
-
-    buffer: Buffer
-    expects: Hashable
-    leaves: Hashable
+# What a task expects in a buffer, and what it leaves there.
+Access = tuple[Buffer, Hashable, Hashable]
 
 
 @dataclass(eq=False)
@@ -229,8 +225,8 @@ class Queues:
             for earlier in self._predecessors(task):
                 earlier.followers.append(task)
                 task.predecessors += 1
-            for access in task.accesses:
-                access.buffer.last_task = task
+            for buffer, _, _ in task.accesses:
+                buffer.last_task = task
             if not task.predecessors:
                 self._enqueue(task)
 
@@ -278,7 +274,7 @@ class Queues:
 
     def _predecessors(self, task: Task) -> set[Task]:
         """Tasks that a new one waits for."""
-        return {access.buffer.last_task for access in task.accesses} & self._unfinished
+        return {buffer.last_task for buffer, _, _ in task.accesses} & self._unfinished
 
     def _enqueue(self, task: Task) -> None:
         heapq.heappush(self._ready[task.queue], task)
@@ -371,8 +367,8 @@ def _take(task: Task) -> None:
             raise HazardError(f"{task}: {buffer.name} is in use by {buffer.user}")
         if buffer.content != expects:
             raise HazardError(f"{task}: {buffer.name} holds {buffer.content}, not {expects} as expected")
-    for access in task.accesses:
-        access.buffer.user = str(task)
+    for buffer, _, _ in task.accesses:
+        buffer.user = str(task)
     task.running = True
 
 

@@ -1,8 +1,7 @@
-"""The optimizer state of one rank: how parameters lie in it, where its subgroups lie, and its gradients.
+"""The optimizer state of one rank: parameters in the flat state, gradients, and the memory of all tiers.
 
-The flat state has the parameters one after another, each beginning at a multiple of `ALIGNMENT`. The plan
-cuts it into subgroups; `StateStore` holds them in their tiers, with the buffers through which they move, and
-gives access to them between steps.
+The flat state holds the parameters one after another, each from a multiple of `ALIGNMENT` on. The plan cuts
+it into subgroups, which `StateStore` keeps in their tiers.
 """
 
 from __future__ import annotations
@@ -28,10 +27,9 @@ class Parameter:
     """A model parameter, or the part of one that this rank updates, in the flat state.
 
     Args:
-        start: its first element there, a multiple of `ALIGNMENT`.
-        weights: `[n]`, contiguous, of any float dtype of at most 4 bytes: what the model computes with and a
-            step writes.
-        group: index of its parameter group.
+        start: first element in the flat state, a multiple of `ALIGNMENT`.
+        weights: `[n]`, contiguous, of any float dtype of at most 4 bytes; a step writes them.
+        group: index of the parameter group.
     """
 
     start: int
@@ -40,12 +38,12 @@ class Parameter:
 
     @property
     def stop(self) -> int:
-        """The end of its elements."""
+        """End of the elements."""
         return self.start + self.weights.numel()
 
     @property
     def end(self) -> int:
-        """The end of the padding that follows its elements."""
+        """End of the padding that follows the elements."""
         return _aligned(self.stop)
 
 
@@ -64,7 +62,7 @@ class ParameterSlice(NamedTuple):
 
 
 def lay_out(weights: Sequence[torch.Tensor], groups: Sequence[int]) -> tuple[list[Parameter], int]:
-    """Returns parameters one after another in the flat state, and its elements, padding included."""
+    """Returns parameters one after another in the flat state, and the elements of that, padding included."""
     starts, elements = aligned_starts([x.numel() for x in weights])
     return [Parameter(*one) for one in zip(starts, weights, groups)], elements
 
@@ -123,7 +121,7 @@ class Gradients:
     Args:
         parameters: in the order of their starts, each with elements.
         device: device of the gradients.
-        wait: lets what the caller begins come after a mark; called before a slice is used.
+        wait: function called with a slice's mark before the slice is used.
     """
 
     def __init__(
@@ -137,7 +135,7 @@ class Gradients:
         return bool(self._slices)
 
     def add(self, start: int, stop: int, source: torch.Tensor, mark: object) -> GradientSlice:
-        """Adds a slice; its source is flat.
+        """Adds gradients `[stop - start]`.
 
         Raises:
             ValueError: the elements are not within one parameter, have arrived already, or are not as many as
@@ -203,11 +201,10 @@ class HostBuffer:
     Args:
         plan: the plan of the subgroups; its gradients must have 4 bytes.
         pinned: as for `HostMemory`.
-        local_world_size: number of ranks of this node that allocate the same.
-        available: bytes that this node can give; what the system says by default.
+        local_world_size, available: as for `check_available`.
 
     Raises:
-        ValueError: the gradients do not have 4 bytes, or the node has less memory than that takes.
+        ValueError: the gradients do not have 4 bytes, or the node has not enough memory.
         RuntimeError: as `HostMemory`.
     """
 
@@ -247,8 +244,8 @@ class HostBuffer:
 class StateStore:
     """The memory of all tiers, and the buffers by which tasks use it.
 
-    The content of a buffer with the state of subgroup i after v steps is `(i, v)`; while the GPU has that
-    state it is `("away", i, v)`.
+    A buffer with the state of subgroup i after v steps has the content `(i, v)`, or `("away", i, v)` while
+    that state is on the GPU.
 
     Args:
         plan: the tier of each subgroup.
@@ -258,8 +255,8 @@ class StateStore:
 
     Attributes:
         version: number of steps so far.
-        sets: memory on the device for the state of one subgroup each, with its buffer.
-        homes: buffer of each subgroup's state between steps; the record of tier `nvme`.
+        sets: memory on the device for the state of one subgroup, and its buffer, for each buffer set.
+        homes: buffer of each subgroup's state between steps, of tier `nvme` the record's.
         slots: buffers of the ring's slots.
 
     Raises:
@@ -322,11 +319,10 @@ class StateStore:
     def views(
         self, plan: OffloadPlan, name: str, start: int, stop: int, modify: bool = False
     ) -> Iterator[tuple[torch.Tensor, int, int]]:
-        """Yields views of elements `start` to `stop` with the first and last element of each, subgroup by
-        subgroup; a view is valid until the next one is asked for.
+        """Yields views of elements of `master`, `exp_avg` or `exp_avg_sq`, each with its first element and
+        its end. A view is valid until the next one is asked for.
 
         Args:
-            name: `master`, `exp_avg` or `exp_avg_sq`.
             modify: whether the caller writes the views.
 
         Raises:

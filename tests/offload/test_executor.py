@@ -31,7 +31,7 @@ from waiting import PATIENCE, wait_until
 
 from megatron_s2.offload.executor import Executor
 from megatron_s2.offload.plan import make_plan
-from megatron_s2.offload.queues import Access, Buffer, CudaBackend, HazardError, Queues, ThreadBackend
+from megatron_s2.offload.queues import Buffer, CudaBackend, HazardError, Queues, ThreadBackend
 from megatron_s2.offload.rounding import same_bits
 from megatron_s2.offload.state import HostBuffer, Parameter
 
@@ -426,9 +426,9 @@ def test_tasks_follow_one_another_by_the_buffers_they_share():
     """Each queue takes what may begin: `third` waits for the buffer of `first`, and `second` overtakes it."""
     queues = Queues({"h2d": 1, "d2h": 1}, ThreadBackend())
     buffer, go, order = Buffer("one"), threading.Event(), []
-    queues.submit("h2d", "first", lambda: go.wait() and order.append("first"), [Access(buffer, None, 1)])
-    queues.submit("d2h", "third", lambda: order.append("third"), [Access(buffer, 1, 2)])
-    queues.submit("d2h", "second", lambda: order.append("second") or go.set(), [Access(Buffer("b"), None, 1)])
+    queues.submit("h2d", "first", lambda: go.wait() and order.append("first"), [(buffer, None, 1)])
+    queues.submit("d2h", "third", lambda: order.append("third"), [(buffer, 1, 2)])
+    queues.submit("d2h", "second", lambda: order.append("second") or go.set(), [(Buffer("b"), None, 1)])
     queues.join()
     queues.close()
     assert order == ["second", "first", "third"] and buffer.content == 2
@@ -454,10 +454,10 @@ def test_a_chain_of_any_length_is_dropped_at_once():
     def fail():
         raise BrokenError
 
-    queues.submit("cpu", "update 0", fail, [Access(buffer, None, 1)])
+    queues.submit("cpu", "update 0", fail, [(buffer, None, 1)])
     for n in range(1, 20000):
         queue = ("cpu", "gpu")[n % 2]
-        queues.submit(queue, f"update {n}", lambda n=n: begun.append(n), [Access(buffer, n, n + 1)])
+        queues.submit(queue, f"update {n}", lambda n=n: begun.append(n), [(buffer, n, n + 1)])
     with pytest.raises(BrokenError) as failure:
         queues.join()
     queues.close()
