@@ -23,7 +23,7 @@ setup(
         "triton>=3.6",
         "megatron-core[training]>=0.19,<0.20",
         "safetensors>=0.5",
-        "transformers>=5.0",
+        "transformers>=5.4",
         "tensorboard>=2.18",
     ],
     extras_require={
@@ -32,6 +32,6 @@ setup(
         # Builds CUDA code; NVIDIA's Apex has no package on PyPI (the `apex` there is unrelated).
         "te": ["megatron-core[te]>=0.19,<0.20"],
         "test": [*TEST, *PLOT],
-        "dev": [*TEST, *PLOT, "ruff==0.17.5", "pre-commit>=4"],
+        "dev": [*TEST, *PLOT, "ruff==0.17.5", "import-linter>=2.1", "pre-commit>=4"],
     },
 )

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import gc
-import time
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
-import torch
-from triton import TritonError
-
-from benchmarks import attention_report
-from benchmarks.benchmark import WRONG, Benchmark, Row, WrongResultError, require_none_wrong
+from benchmarks import display
+from benchmarks.attention_trial import Trial, measure_on_cpu, measure_on_cuda
+from benchmarks.benchmark import Benchmark, Row, WrongResultError, require_none_wrong
 from benchmarks.cases import (
     DEFAULT_LENGTHS,
     DEFAULT_SHAPES,
@@ -23,326 +18,198 @@ from benchmarks.cases import (
     SHAPES,
     Case,
     Shape,
+    describe_shape,
     shape_name,
 )
-from benchmarks.exactness import check
-from benchmarks.implementations import IMPLEMENTATIONS, Attention, Implementation, names_on
-from benchmarks.measure import Company, cuda_peak_memory, cuda_times, interleaved_times, peak_memory, summary
+from benchmarks.implementations import DENSE, IMPLEMENTATIONS, names_on
+from benchmarks.options import add_integers, add_names, require_positive
 
-OUT_OF_MEMORY = "out of memory"
-_FAILED = "failed: "
-_BROKEN = "CUDA error"  # after it the process can do nothing on the GPU
-# What kernels raise that were written for another PyTorch, Triton or GPU.
-_ERRORS = (
-    AssertionError,
-    AttributeError,
-    ImportError,
-    RuntimeError,
-    TypeError,
-    TritonError,
-    WrongResultError,
-)
-
-_SHAPE_FLAGS = ("batch", "heads", "head_dim", "dtype")
-_PATTERN_FLAGS = {
-    "kv_heads": "num_kv_heads",
-    "block_size": "block_size",
-    "local_blocks": "local_blocks",
-    "vert_stride": "vert_stride",
-    "sink_blocks": "sink_blocks",
+# Options that replace fields of a case's shape and of its pattern.
+_SHAPE = ("batch", "heads", "head_dim", "dtype")
+_PATTERN = {"kv_heads": "num_kv_heads"} | {
+    name: name for name in ("block_size", "local_blocks", "vert_stride", "sink_blocks")
 }
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--cases",
-        nargs="+",
-        choices=SHAPES,
-        metavar="NAME",
-        help=f"fixed shapes and patterns: {', '.join(SHAPES)} (default: cpu; on cuda grouped and dkernel)",
-    )
-    parser.add_argument(
-        "--seq-lengths",
-        type=_lengths,
-        metavar="N,N,…",
-        help="tokens (default: 4096,16384; on cuda every power of two from 4096 to 262144)",
-    )
-    parser.add_argument(
-        "--implementations",
-        nargs="+",
-        choices=IMPLEMENTATIONS,
-        metavar="NAME",
-        help=f"of {', '.join(IMPLEMENTATIONS)} (default: all that the device can have)",
-    )
-    parser.add_argument(
-        "--dense-up-to",
-        type=int,
-        metavar="TOKENS",
-        help="leave dense attention out, as not measured, beyond this length",
-    )
+    add_names(parser, "--cases", SHAPES, "shapes and patterns (default: cpu; on cuda grouped and dkernel)")
+    text = "tokens (default: 4096,16384; on cuda every power of two from 4096 to 262144)"
+    add_integers(parser, "--seq-lengths", "numbers of tokens, such as 4096,16384", text)
+    add_names(parser, "--implementations", IMPLEMENTATIONS, "default: all that run on the device")
+    text = "do not measure dense attention beyond this length"
+    parser.add_argument("--dense-up-to", type=int, metavar="TOKENS", help=text)
     parser.add_argument("--repeats", type=int, default=7, help="timed runs, at least (default: %(default)s)")
-    own = parser.add_argument_group("a shape of your own, in place of what the case has")
-    for flag in (*_SHAPE_FLAGS, *_PATTERN_FLAGS):
-        kind = {"choices": DTYPES} if flag == "dtype" else {"type": int, "metavar": "N"}
-        own.add_argument(f"--{flag.replace('_', '-')}", **kind)
-
-
-def _lengths(text: str) -> list[int]:
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError:
-        raise ArgumentTypeError(f"{text}: must be numbers of tokens, such as 4096,16384") from None
+    group = parser.add_argument_group("shape and pattern, in place of the case's")
+    for name in (*_SHAPE, *_PATTERN):
+        kind = {"choices": DTYPES} if name == "dtype" else {"type": int, "metavar": "N"}
+        group.add_argument(f"--{name.replace('_', '-')}", **kind)
 
 
 def cases(args: Namespace) -> list[Case]:
-    """What to measure, in order.
-
-    Raises:
-        ValueError: naming the flag whose value does not fit.
-    """
+    """Returns the cases to measure, in order, or raises ValueError if an option is out of range."""
     lengths = args.seq_lengths or DEFAULT_LENGTHS[args.device]
-    for flag in ("batch", "heads", "head_dim", "kv_heads", "repeats"):
-        if (value := getattr(args, flag)) is not None and value < 1:
-            raise ValueError(f"--{flag.replace('_', '-')} {value}: must be >= 1")
-    if min(lengths) < 1:
-        raise ValueError(f"--seq-lengths {min(lengths)}: must be >= 1")
+    counts = ("batch", "heads", "head_dim", "kv_heads", "repeats")
+    require_positive(**_given(args, {name: name for name in counts}), seq_lengths=min(lengths))
     shapes = [_shape(args, SHAPES[name]) for name in args.cases or DEFAULT_SHAPES[args.device]]
     return [Case(shape, length, args.device) for shape in dict.fromkeys(shapes) for length in lengths]
 
 
+def _given(args: Namespace, names: dict[str, str]) -> dict:
+    """Returns the values of the given options, under other names."""
+    return {other: x for name, other in names.items() if (x := getattr(args, name)) is not None}
+
+
 def _shape(args: Namespace, shape: Shape) -> Shape:
-    pattern, p = {n: getattr(args, f) for f, n in _PATTERN_FLAGS.items()}, shape.pattern
-    pattern = {name: value for name, value in pattern.items() if value is not None}
-    own = {name: getattr(args, name) for name in _SHAPE_FLAGS if getattr(args, name) is not None}
-    shape = replace(shape, pattern=replace(p, **pattern), **own)
-    if shape.heads % shape.pattern.num_kv_heads:
-        raise ValueError(
-            f"--heads {shape.heads}: must be a multiple of --kv-heads {shape.pattern.num_kv_heads}"
-        )
+    pattern = replace(shape.pattern, **_given(args, _PATTERN))
+    shape = replace(shape, pattern=pattern, **_given(args, {name: name for name in _SHAPE}))
+    if shape.heads % pattern.num_kv_heads:
+        raise ValueError(f"--heads {shape.heads}: must be a multiple of --kv-heads {pattern.num_kv_heads}")
     return shape
 
 
-def run(args: Namespace, stored: list[Row]) -> Iterator[Row]:
-    """Rows of one case and length at a time on the CPU, of one implementation and pass at a time on CUDA.
-
-    What fails or is wrong is stored, too, and not tried again by the same code. On the CPU, whose speed
-    drifts, implementations are timed in turns; what is stored of some of them only is therefore measured
-    again with the others.
-
-    Raises:
-        WrongResultError: when all is measured, because ours was wrong or failed somewhere; or at once,
-            because this process has lost the GPU.
-    """
-    names = args.implementations or names_on(args.device)
+def _implementations(args: Namespace) -> list[str]:
+    available = names_on(args.device)
+    names = args.implementations or available
     for name in names:
-        if args.device not in IMPLEMENTATIONS[name].devices:
+        if name not in available:
             raise ValueError(
-                f"--implementations {name}: must be of {', '.join(names_on(args.device))} "
-                f"with --device {args.device}"
+                f"--implementations {name}: must be of {', '.join(available)} with --device {args.device}"
             )
-    names = [name for name in IMPLEMENTATIONS if name in names]
-    found = []
-    for case in cases(args):
-        for group in [names] if args.device == "cpu" else [[name] for name in names]:
-            trials = [
-                Trial(implementation, case, args.dense_up_to)
-                for implementation in map(IMPLEMENTATIONS.get, group)
-            ]
-            of_it = [row for trial in trials for row in trial.stored(stored)]
-            if len(of_it) < len(PASSES) * len(trials):
-                for row in measure(trials, case, args.repeats, of_it):
-                    found.append(row)
-                    yield row
-                if any(trial.is_broken for trial in trials):
-                    raise WrongResultError(f"{trials[0].failure}; the same command goes on behind it")
-            found += of_it
-    require_none_wrong(found)
+    return [name for name in available if name in names]
 
 
-@dataclass
-class Trial:
-    """One implementation at one case, and what came of it.
+def run(args: Namespace, stored: list[Row]) -> Iterator[Row]:
+    """Yields the rows of one case after another; on CUDA each pass of an implementation as soon as it ends.
 
-    Args:
-        implementation, case: what is measured.
-        dense_up_to: tokens beyond which dense attention is left out.
+    On the CPU, whose speed drifts, all implementations of a case are timed in turns, all of them if a row of
+    one is missing. Failures and wrong results are stored and not repeated by the same code. A process that
+    lost the GPU ends at once.
     """
-
-    implementation: Implementation
-    case: Case
-    dense_up_to: int | None = None
-    reasons: dict[str, str] = field(init=False)
-    seconds: dict[str, dict] = field(init=False, default_factory=dict)
-    peaks: dict[str, int | None] = field(init=False, default_factory=dict)
-    setup_seconds: float | None = field(init=False, default=None)
-    checked_at: int | None = field(init=False, default=None)
-    other_cpus: float | None = field(init=False, default=None)
-    is_broken: bool = field(init=False, default=False)
-    failure: str | None = field(init=False, default=None)
-
-    def __post_init__(self) -> None:
-        """Finds out by pass what cannot be measured, and why."""
-        too_long = (
-            self.dense_up_to is not None
-            and self.case.seq_length > self.dense_up_to
-            and not self.implementation.sparse
-        )
-        reasons = {
-            which: f"longer than --dense-up-to {self.dense_up_to}"
-            if too_long
-            else self.implementation.unavailable(self.case, which)
-            for which in PASSES
-        }
-        self.reasons = {which: reason for which, reason in reasons.items() if reason}
-
-    @property
-    def passes(self) -> list[str]:
-        """What is to be measured."""
-        return [which for which in PASSES if which not in self.reasons]
-
-    def stored(self, rows: list[Row]) -> list[Row]:
-        """Of some rows the newest of each pass that has all that a new run could find out."""
-        found = {
-            row["pass"]: row
-            for row in rows
-            if row["implementation"] == self.implementation.name
-            and all(row[key] == value for key, value in self.case.row().items())
-            and self._is_final(row)
-        }
-        return list(found.values())
-
-    def _is_final(self, row: Row) -> bool:
-        reason = row["not_measured"]
-        known = (None, OUT_OF_MEMORY, self.reasons.get(row["pass"]))
-        return reason in known or reason.startswith((_FAILED, WRONG))
-
-    @contextmanager
-    def attempt(self, passes: list[str]) -> Iterator[None]:
-        """Keeps the reason where memory is too small for some passes, or the implementation fails at them."""
-        try:
-            yield
-        except _ERRORS as error:
-            full = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-            said = " ".join(str(error).split())[:200]
-            if not isinstance(error, WrongResultError):
-                who = f"{self.implementation.name} at {self.case.seq_length} tokens"
-                said = f"{who}: {type(error).__name__}: {said}"
-            self.failure = f"{WRONG if self.implementation.ours else _FAILED}{said}"
-            self.is_broken = self.is_broken or _BROKEN in said
-            self.reasons |= dict.fromkeys(passes, OUT_OF_MEMORY if full else self.failure)
-
-    def rows(self, passes: Sequence[str] = PASSES) -> Iterator[Row]:
-        implementation, case = self.implementation, self.case
-        flops = case.flops(implementation.pattern(case))
-        dense = case.flops(replace(case.pattern, vert_stride=1, phases=None))
-        for which in passes:
-            yield {
-                "implementation": implementation.name,
-                "pass": which,
-                "case": shape_name(case.row()),
-                **case.row(),
-                "not_measured": self.reasons.get(which),
-                "checked_at": self.checked_at,
-                "other_cpus": self.other_cpus,
-                "seconds": self.seconds.get(which),
-                "setup_seconds": self.setup_seconds,
-                "flops": flops[which],
-                "dense_flops": dense[which],
-                "speedup_bound": dense[which] / flops[which],
-                "input_bytes": case.input_bytes(),
-                "peak_bytes_above_inputs": self.peaks.get(which),
-            }
+    names, rows = _implementations(args), []
+    for case in cases(args):
+        for group in [names] if case.device == "cpu" else [[name] for name in names]:
+            trials = [Trial(IMPLEMENTATIONS[name], case, args.dense_up_to) for name in group]
+            known = [row for trial in trials for row in trial.stored(stored)]
+            rows += known
+            if len(known) == len(PASSES) * len(trials):
+                continue
+            if case.device == "cpu":
+                new = measure_on_cpu(trials, case, args.repeats)
+            else:
+                missing = [name for name in PASSES if name not in {row["pass"] for row in known}]
+                new = measure_on_cuda(trials[0], missing, args.repeats)
+            for row in new:
+                rows.append(row)
+                yield row
+            if any(trial.lost_gpu for trial in trials):
+                raise WrongResultError(f"{trials[0].failure}; the same command continues after it")
+    require_none_wrong(rows)
 
 
-def measure(trials: list[Trial], case: Case, repeats: int, stored: Sequence[Row] = ()) -> Iterator[Row]:
-    """Checks all, then times all, then gives their rows; on CUDA each when it is there, unless stored."""
-    for trial in trials:
-        if trial.passes:
-            with trial.attempt(trial.passes):
-                trial.checked_at = check(trial.implementation, case)
-    if case.device == "cpu":
-        _measure_on_cpu([trial for trial in trials if trial.passes], case, repeats)
-        for trial in trials:
-            yield from trial.rows()
+# Tables and pictures.
+
+_SETTING = ("batch", "heads", "kv_heads", "head_dim", "dtype", "pattern")
+_KEY = ("pass", "seq_length", "implementation")
+_COLUMNS = display.columns(
+    ("pass", "tokens", "", "median", "p20", "p80", "GFLOP/s"), "<17 >8 <10 >12 >12 >12 >9"
+)
+
+
+def _describe(row: Row) -> str:
+    return f"batch {row['batch']}, {describe_shape(row)}, sinks {row['pattern']['sink_blocks']}"
+
+
+def _names(newest: display.Newest) -> list[str]:
+    return [name for name in IMPLEMENTATIONS if any(key[2] == name for key in newest)]
+
+
+def table(rows: list[Row]) -> str:
+    lines = []
+    for newest in display.newest_rows(rows, _SETTING, _KEY):
+        row, names = display.any_row(newest), _names(newest)
+        baselines = [name for name in names if name in DENSE]
+        columns = [
+            *_COLUMNS,
+            *((f"over {name}", ">15") for name in baselines),
+            ("bound", ">6"),
+            ("peak", ">10"),
+        ]
+        keys = [(*key, name) for key in sorted({key[:2] for key in newest}) for name in names]
+        cells = [[*key, *_cells(newest, key, baselines)] for key in keys]
+        name = shape_name(row)
+        lines += [f"{name}: {_describe(row)}" if name else _describe(row)]
+        lines += display.format_table(columns, cells)
+    lines += display.load_notes(rows, lambda row: f"{row['seq_length']} tokens, {row['date']}")
+    return "\n".join(lines)
+
+
+def _cells(newest: display.Newest, key: tuple[str, int, str], baselines: list[str]) -> list[str]:
+    row = newest.get(key)
+    seconds = display.median(row)
+    if seconds is None:
+        return [display.reason(row)]
+    peak = row["peak_bytes_above_inputs"]
+    return [
+        *display.milliseconds(row["seconds"], 2),
+        f"{row['flops'] / seconds / 1e9:.1f}",
+        *(display.cell(display.speedup(row, newest.get((*key[:2], name))), "{:.2f}") for name in baselines),
+        f"{row['speedup_bound']:.2f}",
+        display.mebibytes(None if peak is None else row["input_bytes"] + peak),
+    ]
+
+
+def plot(rows: list[Row], directory: Path) -> list[Path]:
+    """Draws a picture for each shape: time and speed-up over the length, a line of panels for each pass.
+
+    Dotted lines show what the pattern's FLOPs allow: the ratio of FLOPs, and the dense time divided by it.
+    """
+    paths, unnamed = [], 0
+    for newest in display.newest_rows(rows, _SETTING, _KEY):
+        if not any(map(display.median, newest.values())):
+            continue
+        row = display.any_row(newest)
+        name = shape_name(row)
+        unnamed += name is None
+        paths.append(directory / f"attention-{name or f'other-{unnamed}'}.png")
+        title = f"{directory.name}: {_describe(row)}"
+        with display.picture(paths[-1], (11, 8), (2, 2), title, fontsize=10) as axes:
+            for pass_name, (time, ratio) in zip(PASSES, axes):
+                _draw_pass(newest, pass_name, time, ratio)
+    return paths
+
+
+def _draw_pass(newest: display.Newest, pass_name: str, time, ratio) -> None:
+    """Draws the times of a pass on one axis, and the speed-ups over dense on another."""
+    names = _names(newest)
+    baseline = next((name for name in DENSE if name in names), None)
+    rows = {key[1:]: row for key, row in newest.items() if key[0] == pass_name and row["seconds"]}
+    if not rows:
+        time.set_title(f"{pass_name}: not measured")
         return
-    for trial in trials:
-        there = {row["pass"] for row in stored if row["implementation"] == trial.implementation.name}
-        yield from _measured_on_cuda(trial, [which for which in PASSES if which not in there], repeats)
-    if not any(trial.is_broken for trial in trials):
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
-def _prepared(trial: Trial) -> Attention:
-    start = time.perf_counter()
-    attention = trial.implementation.prepare(trial.case)
-    if trial.case.device == "cuda":
-        torch.cuda.synchronize()
-    trial.setup_seconds = time.perf_counter() - start
-    return attention
-
-
-def _measure_on_cpu(trials: list[Trial], case: Case, repeats: int) -> None:
-    *inputs, dout = case.inputs()
-
-    def stages(attention: Attention, passes: list[str]) -> Iterator[None]:
-        out = attention(*inputs)
-        yield
-        if PASSES[1] in passes:
-            torch.autograd.grad(out, inputs, dout)
-            yield
-
-    runs = {trial.implementation.name: partial(stages, _prepared(trial), trial.passes) for trial in trials}
-    with Company() as company:
-        times = interleaved_times(runs, repeats)
-    for trial in trials:
-        name = trial.implementation.name
-        trial.other_cpus = company.cpus
-        trial.seconds = dict(zip(trial.passes, map(summary, times[name].T)))
-        if PASSES[1] in trial.passes:
-            trial.peaks[PASSES[1]] = peak_memory(prepare_for_memory, (name, case, torch.get_num_threads()))
-
-
-def _measured_on_cuda(trial: Trial, passes: Sequence[str], repeats: int) -> Iterator[Row]:
-    runs = None
-    for which in passes:
-        if which in trial.passes:
-            if trial.is_broken:
-                return
-            with trial.attempt([which]):
-                runs = runs or passes_of(_prepared(trial), trial.case)
-                runs[which]()  # compiles
-                trial.peaks[which] = cuda_peak_memory(runs[which])
-                trial.seconds[which] = summary(cuda_times(runs[which], repeats))
-        yield from trial.rows([which])
-
-
-def passes_of(attention: Attention, case: Case) -> dict[str, Callable[[], object]]:
-    """What is timed, by pass, its inputs allocated."""
-    *inputs, dout = case.inputs()
-    return {
-        PASSES[0]: lambda: attention(*inputs),
-        PASSES[1]: lambda: torch.autograd.grad(attention(*inputs), inputs, dout),
-    }
-
-
-def prepare_for_memory(arguments: tuple[str, Case, int]) -> Callable[[], object]:
-    """Forward and backward of one implementation, its code loaded and its inputs allocated."""
-    name, case, threads = arguments
-    torch.set_num_threads(threads)
-    p, prepare = case.pattern, IMPLEMENTATIONS[name].prepare
-    all_code = (p.local_blocks + max(p.strides) + 1) * p.block_size  # tokens at which shards are seen
-    short = replace(case, seq_length=min(all_code, case.seq_length))
-    passes_of(prepare(short), short)[PASSES[1]]()
-    return passes_of(prepare(case), case)[PASSES[1]]
+    dense = {n: row for (n, name), row in rows.items() if name == baseline}
+    for name in names:
+        style = {"color": f"C{list(IMPLEMENTATIONS).index(name)}", "marker": "o", "label": name}
+        curve = sorted((n, row) for (n, other), row in rows.items() if other == name)
+        if not curve:
+            time.plot([], [], color=style["color"], label=f"{name}: not measured")
+            continue
+        display.plot_times(time, [n for n, _ in curve], [row["seconds"] for _, row in curve], **style)
+        ratios = display.speedup_curve(curve, dense)
+        if ratios and name != baseline:
+            ratio.plot(*zip(*ratios), **style)
+    bounds = {n: row["speedup_bound"] for (n, name), row in rows.items() if IMPLEMENTATIONS[name].sparse}
+    dotted = {"color": "gray", "linestyle": ":", "marker": "."}
+    best = [(n, display.median(dense[n]) / bounds[n]) for n in sorted(bounds.keys() & dense.keys())]
+    if best:
+        time.plot(*zip(*best), label=f"{baseline} / ratio of FLOPs", **dotted)
+    if bounds:
+        ratio.plot(*zip(*sorted(bounds.items())), label="ratio of FLOPs", **dotted)
+    time.set(yscale="log", ylabel="seconds", title=pass_name)
+    ratio.set(ylabel=f"speed-up over {baseline}", title=pass_name, ylim=(0, None))
+    for axis in (time, ratio):
+        display.scale_by_length(axis, (key[1] for key, row in newest.items() if row["seconds"]))
 
 
 BENCHMARK = Benchmark(
-    name="attention",
-    help=__doc__,
-    add_arguments=add_arguments,
-    run=run,
-    table=attention_report.table,
-    plot=attention_report.plot,
-    takes_device=True,
+    name="attention", help=__doc__, add_arguments=add_arguments, run=run, table=table, plot=plot
 )

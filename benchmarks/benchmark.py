@@ -1,4 +1,4 @@
-"""What the runner needs to know about a benchmark."""
+"""The interface between benchmarks and their runner, `scripts/bench.py`."""
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator
@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 Row = dict
-WRONG = "wrong: "  # begins `not_measured` of a row where what the project answers for is wrong or fails
+WRONG = "wrong: "  # prefix of `not_measured` in a row whose code, the project's own, is wrong or fails
 
 
 class WrongResultError(Exception):
-    """What was to be measured computes something else than it claims; says what and by how much."""
+    """A function computes something else than it claims; the message says which, and by how much."""
 
 
 def is_wrong(row: Row) -> bool:
@@ -18,30 +18,30 @@ def is_wrong(row: Row) -> bool:
 
 
 def require_none_wrong(rows: Iterable[Row]) -> None:
-    """To be called when all is measured.
+    """Raises WrongResultError, with all reasons, if some rows of a run are wrong."""
+    if reasons := [row["not_measured"] for row in rows if is_wrong(row)]:
+        raise WrongResultError("; ".join(dict.fromkeys(reasons)))
 
-    Raises:
-        WrongResultError: with what the rows say that are wrong.
-    """
-    if said := [row["not_measured"] for row in rows if is_wrong(row)]:
-        raise WrongResultError("; ".join(dict.fromkeys(said)))
+
+def _draw_nothing(rows: list[Row], directory: Path) -> list[Path]:
+    return []
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One entry of the registry.
+    """One subcommand of the runner.
 
     Args:
-        name: subcommand of the runner and first part of the names of its result files.
-        help: what is measured, in a line.
-        add_arguments: adds the benchmark's own options.
-        run: `run(args, stored)` measures, giving each row when it is complete; `stored` are rows that earlier
-            runs of the same code on the same machine left. What is wrong gets a row without times that says
-            so, and WrongResultError is raised when all else is measured; ValueError for options that do not
-            fit together.
-        table: rows as text for people.
-        plot: draws the rows of one machine into a directory and returns the pictures' paths.
-        takes_device: `args.device` says where to measure, `cpu` or `cuda`.
+        name: name of the subcommand and first part of the names of its result files.
+        help: one line that says what is measured.
+        add_arguments: adds the benchmark's options to a parser.
+        run: `run(args, stored)` measures and yields each row as soon as it is complete. `stored` holds the
+            rows that earlier runs of the same code left on the same machine. A wrong result becomes a row
+            without times, and WrongResultError is raised after everything else is measured; ValueError is
+            raised for options that are out of range or do not fit together.
+        table: formats rows as text.
+        plot: draws the rows of one machine into a directory and returns the paths of the pictures.
+        takes_device: whether the subcommand has `--device`; if so, `args.device` is `cpu` or `cuda`.
     """
 
     name: str
@@ -49,5 +49,5 @@ class Benchmark:
     add_arguments: Callable[[ArgumentParser], None]
     run: Callable[[Namespace, list[Row]], Iterator[Row]]
     table: Callable[[list[Row]], str]
-    plot: Callable[[list[Row], Path], list[Path]]
-    takes_device: bool = False
+    plot: Callable[[list[Row], Path], list[Path]] = _draw_nothing
+    takes_device: bool = True

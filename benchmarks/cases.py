@@ -1,4 +1,4 @@
-"""The fixed cases of the attention benchmark, by name: shape, precision and pattern; lengths are free."""
+"""The cases of the attention benchmarks: shapes, precisions and patterns by name, at any length."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PASSES = ("forward", "forward+backward")
 
 @dataclass(frozen=True)
 class Shape:
-    """All about an attention call but its length and its device."""
+    """An attention call but for its length and device."""
 
     pattern: S2Pattern
     batch: int
@@ -45,9 +45,9 @@ class Shape:
 SHAPES = {
     "cpu": Shape(S2Pattern(2, 64, 8, 16), batch=1, heads=8, head_dim=64, dtype="float32"),
     "grouped": Shape(S2Pattern(8, 64, 8, 16), batch=1, heads=32, head_dim=128, dtype="bfloat16"),
-    # What DKernel's own benchmark runs by default; its phases are ours where heads = stride.
+    # The default of DKernel's own benchmark; its phases are ours because heads = stride.
     "dkernel": Shape(S2Pattern(16, 64, 8, 16), batch=4, heads=16, head_dim=128, dtype="bfloat16"),
-    # A quarter of grouped's shards: at 131072 tokens its FLOPs are a 44th of dense attention's.
+    # A quarter of grouped's shards: at 131072 tokens its FLOPs are 1/44 of those of dense attention.
     "stride-64": Shape(S2Pattern(8, 64, 8, 64), batch=1, heads=32, head_dim=128, dtype="bfloat16"),
 }
 DEFAULT_SHAPES = {"cpu": ["cpu"], "cuda": ["grouped", "dkernel"]}
@@ -55,17 +55,23 @@ DEFAULT_LENGTHS = {"cpu": [4096, 16384], "cuda": [2**n for n in range(12, 19)]}
 
 
 def shape_name(row: Row) -> str | None:
-    """The fixed case that a row belongs to, by what it says of itself; None for a shape of somebody's own."""
-    for name, shape in SHAPES.items():
-        told = shape.row()
-        if all(row[key] == told[key] for key in told):
-            return name
-    return None
+    """Returns the name of a row's shape, or None if it is none of `SHAPES`."""
+    return next((name for name, shape in SHAPES.items() if shape.row().items() <= row.items()), None)
+
+
+def describe_shape(row: Row) -> str:
+    """Describes heads and pattern of a row; the caller adds batch, length or device."""
+    p = row["pattern"]
+    return (
+        f"heads {row['heads']}, KV heads {row['kv_heads']}, head_dim {row['head_dim']}, {row['dtype']}; "
+        f"block {p['block_size']}, window {p['local_blocks']}, "
+        f"stride {' '.join(map(str, sorted(set(p['vert_stride']))))}"
+    )
 
 
 @dataclass(frozen=True)
 class Case:
-    """One attention call: a shape at a length, on `cpu` or `cuda`."""
+    """One attention call: a shape at a length on a device, `cpu` or `cuda`."""
 
     shape: Shape
     seq_length: int
@@ -76,13 +82,14 @@ class Case:
         return self.shape.pattern
 
     def inputs(self) -> tuple[Tensor, ...]:
-        """q, k, v and the gradient of the output, `[batch, seq, heads, head_dim]`, from a fixed seed."""
-        draw = torch.Generator(self.device).manual_seed(0)
+        """Returns q, k, v and the gradient of the output, `[batch, seq, heads, head_dim]`, drawn from a fixed
+        seed; q, k and v require gradients."""
+        generator = torch.Generator(self.device).manual_seed(0)
         heads, kv_heads = self.shape.heads, self.pattern.num_kv_heads
         q, k, v, dout = (
             torch.randn(
                 (self.shape.batch, self.seq_length, count, self.shape.head_dim),
-                generator=draw,
+                generator=generator,
                 device=self.device,
                 dtype=DTYPES[self.shape.dtype],
             )
@@ -95,7 +102,7 @@ class Case:
         return tokens * self.shape.head_dim * DTYPES[self.shape.dtype].itemsize
 
     def flops(self, pattern: S2Pattern) -> dict[str, int]:
-        """By pass, on the visible pairs of `pattern` only."""
+        """Returns the FLOPs of each pass on the visible pairs of `pattern`."""
         forward, backward = pattern.flops(self.seq_length, self.shape.heads, self.shape.head_dim)
         batch = self.shape.batch
         return dict(zip(PASSES, (batch * forward, batch * (forward + backward))))

@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import signal
-import tempfile
-import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from datetime import timedelta
+from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
-from benchmarks import context_parallel_report
+from benchmarks import display
 from benchmarks.benchmark import Benchmark, Row, WrongResultError
-from benchmarks.cases import DTYPES, Case, Shape
-from benchmarks.context_parallel_report import MEGATRON, NOTE, SCHEDULES
-from benchmarks.environment import ROOT
-from benchmarks.exactness import visible_keys
-from benchmarks.measure import Company, interleaved_times, summary
-from megatron_s2 import S2Pattern, s2_attention
-from megatron_s2.kernels.compare import Results, attention_results, require_as_exact_as_plain
-from megatron_s2.kernels.reference import masked_attention
+from benchmarks.cases import DTYPES, Case, Shape, describe_shape
+from benchmarks.environment import code_hash
+from benchmarks.exactness import Reference, compared_rows
+from benchmarks.local_ranks import LocalRanks
+from benchmarks.measure import OtherLoad, interleaved_times, summary
+from benchmarks.options import add_integers, add_names, require_positive
+from benchmarks.results import newest_match
+from megatron_s2 import S2Pattern
+from megatron_s2.kernels.compare import Results
 from megatron_s2.parallel.context_parallel_attention import context_parallel_attention
-from megatron_s2.parallel.cost import AttentionCall, ExchangeBytes, exchange_bytes, work
+from megatron_s2.parallel.cost import AttentionCall, ExchangeBytes, attention_work, exchange_bytes
 from megatron_s2.parallel.exchange import Exchange
 from megatron_s2.parallel.layout import Zigzag
 
@@ -38,67 +33,39 @@ SHAPES = {
     "s2": Shape(S2Pattern(4, 64, 8, 16), batch=1, heads=8, head_dim=64, dtype="float32"),
     "dense": Shape(S2Pattern(4, 64, 8, 1), batch=1, heads=8, head_dim=64, dtype="float32"),
 }
+SCHEDULES = ("gather", "a2a")
+MEGATRON = ("ring", "all_gather")
+NOTE = (
+    "Ranks of one machine share its cores and its memory: the times say what a schedule costs there, and "
+    "measure no network. The bytes are exact, and the same on any network."
+)
 _QUERIES = 256
-_CODE = ("megatron_s2/parallel/*.py", "benchmarks/context_parallel.py")
+_CODE = ("megatron_s2/parallel/*.py", "benchmarks/context_parallel.py", "benchmarks/local_ranks.py")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--ranks",
-        type=_numbers,
-        default=[2, 4],
-        metavar="P,P,…",
-        help="context-parallel ranks, a process each (on cuda a GPU each); default 2,4",
-    )
-    parser.add_argument(
-        "--seq-length",
-        type=int,
-        default=8192,
-        metavar="N",
-        help="tokens over all ranks (default %(default)s)",
-    )
-    parser.add_argument(
-        "--schedules",
-        type=_schedules,
-        default=list(SCHEDULES),
-        metavar="NAME,NAME",
-        help=f"of {', '.join(SCHEDULES)} (default: both)",
-    )
-    parser.add_argument(
-        "--cases",
-        nargs="+",
-        choices=SHAPES,
-        default=list(SHAPES),
-        metavar="NAME",
-        help=f"fixed shapes and patterns: {', '.join(SHAPES)} (default: all)",
-    )
+    text = "context-parallel ranks, a process each, on cuda a GPU each (default: 2,4)"
+    add_integers(parser, "--ranks", "numbers of ranks, such as 2,4", text, [2, 4])
+    text = "tokens over all ranks (default: %(default)s)"
+    parser.add_argument("--seq-length", type=int, default=8192, metavar="N", help=text)
+    text = f"any of {', '.join(SCHEDULES)} (default: both)"
+    schedules = list(SCHEDULES)
+    parser.add_argument("--schedules", type=_schedules, default=schedules, metavar="NAME,NAME", help=text)
+    add_names(parser, "--cases", SHAPES, "shapes and patterns (default: all)", list(SHAPES))
     parser.add_argument("--repeats", type=int, default=5, help="timed runs (default: %(default)s)")
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError:
-        raise ArgumentTypeError(f"{text}: must be numbers of ranks, such as 2,4") from None
 
 
 def _schedules(text: str) -> list[str]:
     names = text.split(",")
-    if wrong := [name for name in names if name not in SCHEDULES]:
-        raise ArgumentTypeError(f"{wrong[0]}: must be of {', '.join(SCHEDULES)}")
+    if unknown := [name for name in names if name not in SCHEDULES]:
+        raise ArgumentTypeError(f"{unknown[0]}: must be of {', '.join(SCHEDULES)}")
     return [name for name in SCHEDULES if name in names]
 
 
 def require_options(args: Namespace) -> None:
-    """Refuses what cannot be run, before any rank starts.
-
-    Raises:
-        ValueError: naming the flag whose value does not fit.
-    """
-    if args.repeats < 1:
-        raise ValueError(f"--repeats {args.repeats}: must be >= 1")
-    if args.seq_length < 1:
-        raise ValueError(f"--seq-length {args.seq_length}: must be >= 1")
+    """Raises ValueError if an option is out of range, before any rank starts."""
+    require_positive(repeats=args.repeats, seq_length=args.seq_length)
+    heads = min(SHAPES[name].heads for name in args.cases)
     for ranks in args.ranks:
         if ranks < 2:
             raise ValueError(f"--ranks {ranks}: must be >= 2, one rank exchanges nothing")
@@ -106,7 +73,6 @@ def require_options(args: Namespace) -> None:
             raise ValueError(
                 f"--seq-length {args.seq_length}: must be a multiple of {2 * ranks} for --ranks {ranks}"
             )
-        heads = min(SHAPES[name].heads for name in args.cases)
         if "a2a" in args.schedules and ranks > heads:
             raise ValueError(
                 f"--ranks {ranks}: must be at most {heads}, the query heads, for --schedules a2a"
@@ -119,151 +85,58 @@ def require_options(args: Namespace) -> None:
 
 
 def run(args: Namespace, stored: list[Row]) -> Iterator[Row]:
-    """Rows of one number of ranks and one case at a time: its schedules are timed in turns.
+    """Yields the rows of one number of ranks and one case after another.
 
-    What is stored of some of the schedules only is therefore measured again with the others.
+    The schedules of a case are timed in turns, and all again if the rows of one are not stored.
     """
     require_options(args)
     cases = {name: Case(SHAPES[name], args.seq_length, args.device) for name in args.cases}
-    references = {}
+    code, references = code_hash(_CODE), {}
     for count in args.ranks:
         threads = max(1, args.threads // count)
-        shared = {
+        settings = {
             name: {
                 "ranks": count,
                 "case": name,
                 **case.row(),
                 "threads_per_rank": threads,
-                "parallel_code": parallel_code(),
+                "parallel_code": code,
             }
             for name, case in cases.items()
         }
-        missing = [name for name in cases if not _all_stored(shared[name], args.schedules, stored)]
+        missing = {
+            name: setting
+            for name, setting in settings.items()
+            if not all(newest_match(stored, setting | {"schedule": x}) for x in args.schedules)
+        }
         if not missing:
             continue
         with LocalRanks(count, args.device, threads) as ranks:
-            for name in missing:
-                references[name] = references.get(name) or Reference.of(cases[name])
+            for name, setting in missing.items():
+                references[name] = references.get(name) or reference_of(cases[name])
                 rows = measure(ranks, cases[name], references[name], args.schedules, args.repeats)
-                yield from (shared[name] | row for row in rows)
-
-
-def _all_stored(shared: Row, schedules: list[str], stored: list[Row]) -> bool:
-    found = {row["schedule"] for row in stored if all(row.get(key) == value for key, value in shared.items())}
-    return found >= set(schedules)
-
-
-def parallel_code() -> str:
-    """A hash of the measured code that `environment.commit` does not count: that of context parallelism."""
-    files = sorted(path for pattern in _CODE for path in ROOT.glob(pattern))
-    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()[:16]
-
-
-# ---------------------------------------------------------------------------------------------------------
-# ranks
-
-
-class LocalRanks:
-    """Processes of this machine that make up one process group: gloo, on CUDA NCCL with a GPU each.
-
-    They end with the block, however that ends, and by themselves when this process is gone.
-    """
-
-    def __init__(self, count: int, device: str, threads: int) -> None:
-        self.count = count
-        self._device = device
-        self._threads = threads
-        self._processes: list[mp.Process] = []
-        self._pipes = []
-
-    def __enter__(self) -> LocalRanks:
-        context = mp.get_context("spawn")
-        self._directory = tempfile.TemporaryDirectory()
-        for rank in range(self.count):
-            here, there = context.Pipe()
-            setup = rank, self.count, self._device, self._threads, f"{self._directory.name}/store"
-            process = context.Process(target=_serve, args=(there, *setup), daemon=True)
-            process.start()
-            there.close()
-            self._processes.append(process)
-            self._pipes.append(here)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for process in self._processes:
-            process.kill()
-        for process in self._processes:
-            process.join()
-        self._directory.cleanup()
-
-    def call(self, function: Callable, *arguments) -> list:
-        """`function(*arguments)` on every rank: what each returned, in order.
-
-        Raises:
-            RuntimeError: a rank raised, which it says on stderr, or died; the message names it.
-        """
-        results = []
-        for pipe in self._pipes:
-            pipe.send((function, arguments))
-        for rank, pipe in enumerate(self._pipes):
-            try:
-                results.append(pipe.recv())
-            except (EOFError, ConnectionResetError):
-                raise RuntimeError(f"local rank {rank} ended before its work was done") from None
-        return results
-
-
-def _serve(pipe, rank: int, ranks: int, device: str, threads: int, store: str) -> None:
-    # Ctrl-C goes to all processes: the first one ends the others.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(threads)
-    if device == "cuda":
-        torch.cuda.set_device(rank)
-    dist.init_process_group(
-        "nccl" if device == "cuda" else "gloo",
-        store=dist.FileStore(store, ranks),
-        rank=rank,
-        world_size=ranks,
-        timeout=timedelta(minutes=10),
-    )
-    while True:
-        try:
-            function, arguments = pipe.recv()
-        except EOFError:
-            return
-        pipe.send(function(*arguments))
-
-
-# ---------------------------------------------------------------------------------------------------------
-# what is measured
+                yield from (setting | row for row in rows)
 
 
 def measure(
     ranks: LocalRanks, case: Case, reference: Reference, schedules: list[str], repeats: int
 ) -> Iterator[Row]:
-    """Checks results and bytes of every schedule, then times all, then gives their rows.
-
-    Raises:
-        WrongResultError: a schedule computes something else than one rank does, or moves other bytes than
-            predicted.
-    """
-    moved = {schedule: checked_bytes(ranks, case, reference, schedule) for schedule in schedules}
-    start = time.perf_counter()
-    with Company() as company:
+    """Checks results and bytes of every schedule, then times all of them, and yields their rows."""
+    counted = {schedule: checked_bytes(ranks, case, reference, schedule) for schedule in schedules}
+    with OtherLoad() as load:
         timed = ranks.call(timed_runs, case, schedules, repeats)
-    elapsed = time.perf_counter() - start
-    own = sum(cpu_seconds for _, cpu_seconds in timed) / elapsed
+    own_seconds = sum(cpu_seconds for _, cpu_seconds in timed)
     pattern, call = case.pattern, attention_call(case, ranks.count)
     for schedule in schedules:
         slowest = np.max([seconds[schedule] for seconds, _ in timed], axis=0)
         yield {
             "schedule": schedule,
             "compared_queries": len(reference.rows),
-            "bytes": [vars(counted) for counted in moved[schedule]],
+            "bytes": [vars(rank_bytes) for rank_bytes in counted[schedule]],
             "predicted_bytes": [vars(x) for x in predicted_bytes(schedule, case, ranks.count)],
             "megatron_bytes": {name: vars(exchange_bytes(name, pattern, call, rank=0)) for name in MEGATRON},
-            "imbalance": work(schedule, pattern, call).imbalance,
-            "other_cpus": company.cpus and round(max(0.0, company.cpus - own), 2),
+            "imbalance": attention_work(schedule, pattern, call).imbalance,
+            "other_cpus": load.cpus(own_seconds),
             "seconds": summary(slowest),
             "note": NOTE,
         }
@@ -283,91 +156,61 @@ def attention_call(case: Case, ranks: int) -> AttentionCall:
 
 
 def predicted_bytes(schedule: str, case: Case, ranks: int) -> list[ExchangeBytes]:
-    """The planner's prediction for every rank."""
+    """Returns the planner's prediction for every rank."""
     call = attention_call(case, ranks)
     return [exchange_bytes(schedule, case.pattern, call, rank) for rank in range(ranks)]
 
 
+def reference_of(case: Case) -> Reference:
+    return Reference.of(case, case.pattern, compared_rows(case.seq_length, _QUERIES))
+
+
 def checked_bytes(ranks: LocalRanks, case: Case, reference: Reference, schedule: str) -> list[ExchangeBytes]:
-    """Bytes that every rank counted in one forward and backward whose results are right.
+    """Runs a schedule once, forward and backward, and returns the bytes that each rank counted.
 
     Raises:
-        WrongResultError: results or bytes are wrong; says which and by how much.
+        WrongResultError: results are not those of one rank, or bytes are not those that were predicted.
     """
-    parts = ranks.call(one_run, case, schedule, reference.rows)
-    who = f"{schedule} on {ranks.count} ranks at {case.seq_length} tokens"
+    parts = ranks.call(run_once, case, schedule, reference.rows)
+    where = f"{schedule} on {ranks.count} ranks at {case.seq_length} tokens"
+    got = joined([results for results, _ in parts], case.seq_length)
     try:
-        reference.require(joined([results for results, _ in parts], case.seq_length))
+        reference.require(got | {"out": got["out"][:, reference.rows]})
     except AssertionError as error:
-        raise WrongResultError(f"{who}: {error}") from error
-    counted = [moved for _, moved in parts]
+        raise WrongResultError(f"{where}: {error}") from error
+    counted = [rank_bytes for _, rank_bytes in parts]
     for rank, (got, predicted) in enumerate(zip(counted, predicted_bytes(schedule, case, ranks.count))):
         if got != predicted:
-            raise WrongResultError(f"{who}: rank {rank} counted {got}, predicted are {predicted}")
+            raise WrongResultError(f"{where}: rank {rank} counted {got}, predicted are {predicted}")
     return counted
 
 
-@dataclass(frozen=True)
-class Reference:
-    """What one rank computes for the same inputs, by `s2_attention` in float64, and how exact plain PyTorch
-    is there. The loss depends on the queries at `rows` only, so that plain PyTorch is affordable."""
-
-    rows: Tensor
-    plain: Results
-    exact: Results
-
-    @classmethod
-    def of(cls, case: Case) -> Reference:
-        # Not the first query: it sees one key, so its exact gradient is 0 and all else is rounding.
-        rows = torch.linspace(0, case.seq_length - 1, _QUERIES + 1)[1:].round().long().unique()
-        visible = visible_keys(case.pattern, rows, case.seq_length).to(case.device)
-        *inputs, dout = case.inputs()
-        rows = rows.to(case.device)
-
-        def plain(q, k, v, _):
-            return masked_attention(q[:, rows], k, v, visible, case.shape.head_dim**-0.5, None)
-
-        def one_rank(q, k, v, _):
-            out = s2_attention(q, k, v, case.pattern, return_lse=False)
-            return out[:, rows], out.new_empty(0)
-
-        def results(attention, dtype: torch.dtype) -> Results:
-            tensors = (x.detach().to(dtype) for x in inputs)
-            found = attention_results(attention, *tensors, None, dout[:, rows], None)
-            return {name: x.cpu() for name, x in found.items() if name != "lse"}
-
-        exact = results(one_rank, torch.float64)
-        return cls(rows.cpu(), results(plain, DTYPES[case.shape.dtype]), exact)
-
-    def require(self, got: Results) -> None:
-        """Raises AssertionError where results are further off than the house's rule allows."""
-        require_as_exact_as_plain(got | {"out": got["out"][:, self.rows]}, self.plain, self.exact)
-
-
 def joined(parts: list[Results], tokens: int) -> Results:
-    """The results of all ranks as those of one."""
+    """Joins the results of all ranks, `[batch, local seq, ...]`, to those of the whole sequence."""
     zigzag = Zigzag(len(parts), tokens)
     order = torch.cat([torch.as_tensor(zigzag.positions(rank)) for rank in range(len(parts))])
     rows = {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
     return {name: torch.empty_like(x).index_copy_(1, order, x) for name, x in rows.items()}
 
 
-# On each rank.
+# Functions that run on each rank.
 
 
 def _local_inputs(case: Case, rows: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
-    """This rank's q, k and v, which need gradients, and the output's gradient: 0 but at `rows`."""
+    """Returns this rank's q, k and v, which require gradients, and its part of the output's gradient, which
+    is 0 outside of `rows` if these are given."""
     zigzag = Zigzag(dist.get_world_size(), case.seq_length)
-    mine = torch.as_tensor(zigzag.positions(dist.get_rank()), device=case.device)
+    positions = torch.as_tensor(zigzag.positions(dist.get_rank()), device=case.device)
     *inputs, dout = case.inputs()
     if rows is not None:
         rows = rows.to(case.device)
         dout = torch.zeros_like(dout).index_copy_(1, rows, dout[:, rows])
-    return [x.detach()[:, mine].requires_grad_() for x in inputs], dout[:, mine]
+    return [x.detach()[:, positions].requires_grad_() for x in inputs], dout[:, positions]
 
 
-def one_run(case: Case, schedule: str, rows: Tensor) -> tuple[Results, ExchangeBytes]:
-    """This rank's part of the results and the bytes it counted, when the loss depends on `rows` only."""
+def run_once(case: Case, schedule: str, rows: Tensor) -> tuple[Results, ExchangeBytes]:
+    """Returns this rank's part of the results of a loss that depends on `rows` only, and the bytes it
+    counted."""
     exchange = Exchange(dist.group.WORLD)
     inputs, dout = _local_inputs(case, rows)
     traffic = exchange.traffic
@@ -375,17 +218,17 @@ def one_run(case: Case, schedule: str, rows: Tensor) -> tuple[Results, ExchangeB
     received, sent = traffic.received[exchange.layer], traffic.sent[exchange.layer]
     gradients = torch.autograd.grad(out, inputs, dout)
     results = {"out": out.detach(), **dict(zip(("dq", "dk", "dv"), gradients))}
-    moved = ExchangeBytes(
+    counted = ExchangeBytes(
         forward_received=received,
         forward_sent=sent,
         backward_received=traffic.received[exchange.layer] - received,
         backward_sent=traffic.sent[exchange.layer] - sent,
     )
-    return {name: x.cpu() for name, x in results.items()}, moved
+    return {name: x.cpu() for name, x in results.items()}, counted
 
 
 def timed_runs(case: Case, schedules: list[str], repeats: int) -> tuple[dict[str, np.ndarray], float]:
-    """This rank's seconds for forward and backward by schedule, `[repeats]`, and its CPU seconds for all."""
+    """Returns this rank's seconds of forward and backward by schedule, `[repeats]`, and its CPU seconds."""
     inputs, dout = _local_inputs(case)
 
     def stages(schedule: str) -> Iterator[None]:
@@ -400,16 +243,84 @@ def timed_runs(case: Case, schedules: list[str], repeats: int) -> tuple[dict[str
     before = os.times()
     times = interleaved_times({schedule: partial(stages, schedule) for schedule in schedules}, repeats)
     after = os.times()
-    used = after.user + after.system - before.user - before.system
-    return {schedule: seconds[:, 1] - seconds[:, 0] for schedule, seconds in times.items()}, used
+    cpu_seconds = after.user + after.system - before.user - before.system
+    return {schedule: seconds[:, 1] - seconds[:, 0] for schedule, seconds in times.items()}, cpu_seconds
+
+
+# Tables and pictures.
+
+_SETTING = ("case", "seq_length", "batch", "heads", "kv_heads", "head_dim", "dtype", "device", "pattern")
+_COLUMNS = display.columns(
+    ("ranks", "", "forward", "backward", "work max/mean", "median", "p20", "p80"),
+    ">5 <10 >9 >9 >14 >11 >11 >11",
+)
+_DIRECTIONS = ("forward", "backward")
+_STYLES = {
+    "gather": {"label": "gather, counted", "color": "#12355b", "marker": "o"},
+    "a2a": {"label": "a2a, counted", "color": "#f28c28", "marker": "s"},
+    "ring": {"label": "Megatron's ring, by formula", "color": "#3c9d6b", "marker": "^"},
+    "all_gather": {"label": "Megatron's all-gather, by formula", "color": "#333333", "marker": "x"},
+}
+_STYLES["ring"] |= {"markersize": 11, "linewidth": 6, "alpha": 0.4}  # seen behind the all-gather
+_STYLES["all_gather"] |= {"linestyle": ":"}
+
+
+def _describe(row: Row) -> str:
+    return f"{row['case']}: {row['seq_length']} tokens, {describe_shape(row)}"
+
+
+def _received(row: Row, schedule: str) -> list[float]:
+    """Returns the MiB that the busiest rank receives forward and backward: counted for the row's schedule, by
+    formula for one of Megatron's."""
+    counts = [row["megatron_bytes"][schedule]] if schedule in MEGATRON else row["bytes"]
+    return [max(count[f"{direction}_received"] for count in counts) / 2**20 for direction in _DIRECTIONS]
+
+
+def table(rows: list[Row]) -> str:
+    lines = ["MiB that the busiest rank receives; time of forward and backward on the slowest rank"]
+    for newest in display.newest_rows(rows, _SETTING, ("ranks", "schedule")):
+        cells = []
+        for ranks in dict.fromkeys(ranks for ranks, _ in newest):
+            measured = {name: newest[ranks, name] for name in SCHEDULES if (ranks, name) in newest}
+            for name, row in measured.items():
+                times = display.milliseconds(row["seconds"])
+                cells.append([ranks, name, *_mebibytes(row, name), f"{row['imbalance']:.3f}", *times])
+            for name in MEGATRON:
+                row = next(iter(measured.values()))
+                cells.append([ranks, name, *_mebibytes(row, name), f"{'by formula, not run':>29}"])
+        lines += [_describe(display.any_row(newest)), *display.format_table(_COLUMNS, cells)]
+    lines += display.load_notes(rows, lambda row: f"{row['case']}, {row['ranks']} ranks, {row['date']}")
+    return "\n".join([*lines, NOTE])
+
+
+def _mebibytes(row: Row, schedule: str) -> list[str]:
+    return [f"{size:.2f}" for size in _received(row, schedule)]
+
+
+def plot(rows: list[Row], directory: Path) -> list[Path]:
+    """Draws one picture: bytes received by the busiest rank over the number of ranks, a panel per shape."""
+    shapes = display.newest_rows(rows, _SETTING, ("ranks", "schedule"))
+    path = directory / "context-parallel.png"
+    with display.picture(path, (5.5 * len(shapes), 4.2), (1, len(shapes))) as axes:
+        for axis, newest in zip(axes[0], shapes):
+            for schedule in (*SCHEDULES, *MEGATRON):
+                points = {
+                    ranks: sum(_received(row, schedule))
+                    for (ranks, name), row in newest.items()
+                    if schedule in (name, *MEGATRON)
+                }
+                if points:
+                    axis.plot(*zip(*points.items()), **_STYLES[schedule])
+            ranks = sorted({ranks for ranks, _ in newest})
+            axis.set_xticks(ranks, map(str, ranks))
+            axis.set(xlabel="ranks", ylabel="MiB received, forward and backward")
+            axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
+            axis.set_title(_describe(display.any_row(newest)).replace("; ", "\n"), fontsize=8)
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize=8)
+    return [path]
 
 
 BENCHMARK = Benchmark(
-    name="context-parallel",
-    help=__doc__,
-    add_arguments=add_arguments,
-    run=run,
-    table=context_parallel_report.table,
-    plot=context_parallel_report.plot,
-    takes_device=True,
+    name="context-parallel", help=__doc__, add_arguments=add_arguments, run=run, table=table, plot=plot
 )

@@ -1,13 +1,12 @@
-"""Every way to compute attention that is measured: ours, and what else there is, each forced by name."""
+"""The measured implementations of attention: ours and the alternatives, each with its backend forced."""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import shutil
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -22,22 +21,22 @@ from megatron_s2 import S2Pattern, s2_attention
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def _always(case: Case) -> None:
-    """Runs wherever its device is there."""
+def _not_missing(case: Case) -> None:
+    """The implementation runs wherever its device is there."""
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """A way to compute attention, inputs and output `[batch, seq, heads, head_dim]`.
+    """A way to compute attention; inputs and output are `[batch, seq, heads, head_dim]`.
 
     Args:
-        name: as in rows.
-        devices: where it runs at all.
-        prepare: `prepare(case)` does what is needed once per shape and length (masks, above all) and returns
-            the attention. Timed apart.
-        sparse: sees what the case's pattern shows, otherwise the whole past.
-        ours: what the project answers for: an error in it ends the run. An error in another is a result.
-        missing: `missing(case)` says in a line why it cannot run here; None when it can.
+        name: name in rows.
+        devices: devices on which it runs.
+        prepare: `prepare(case)` does what is needed once per shape and length, such as building masks, and
+            returns the attention. It is timed separately.
+        sparse: whether queries see what the case's pattern shows, instead of the whole past.
+        ours: whether it is this project's: an error in it fails the benchmark, one in another is a result.
+        missing: `missing(case)` returns a one-line reason why it cannot run here, or None.
         forward_only: devices on which it has no backward.
     """
 
@@ -46,16 +45,16 @@ class Implementation:
     prepare: Callable[[Case], Attention]
     sparse: bool = True
     ours: bool = False
-    missing: Callable[[Case], str | None] = _always
+    missing: Callable[[Case], str | None] = _not_missing
     forward_only: tuple[str, ...] = ()
 
     def pattern(self, case: Case) -> S2Pattern:
-        """What this implementation claims to compute."""
-        return case.pattern if self.sparse else dataclasses.replace(case.pattern, vert_stride=1, phases=None)
+        """Returns the pattern that this implementation claims to compute."""
+        return case.pattern if self.sparse else replace(case.pattern, vert_stride=1, phases=None)
 
-    def unavailable(self, case: Case, which: str) -> str | None:
-        """Why it cannot do a pass here; None when it can."""
-        if which != "forward" and case.device in self.forward_only:
+    def unavailable(self, case: Case, pass_name: str) -> str | None:
+        """Returns a one-line reason why a pass cannot run here, or None."""
+        if pass_name != "forward" and case.device in self.forward_only:
             return f"no backward on {case.device}"
         return self.missing(case)
 
@@ -75,45 +74,50 @@ def _sdpa(case: Case) -> Attention:
 
 def _sdpa_on(backend: SDPBackend, case: Case) -> Attention:
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(backend):  # raises where this backend cannot, and takes no other
+        with sdpa_kernel(backend):  # raises instead of falling back to another backend
             return _dense(q, k, v)
 
     return attention
 
 
 def _sdpa_refuses(backend: SDPBackend, case: Case) -> str | None:
-    """PyTorch's own reasons, from a short call of the same shape."""
-    short = dataclasses.replace(case, seq_length=min(case.seq_length, 1024))
+    """Returns PyTorch's own reasons to refuse a backend, from a short call of the same shape."""
+    short = replace(case, seq_length=min(case.seq_length, 1024))
     q, k, v, _ = short.inputs()
-    with warnings.catch_warnings(record=True) as reasons:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             _sdpa_on(backend, short)(q, k, v)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            told = [str(reason.message).split(" (Triggered")[0] for reason in reasons]
-            return f"refused by PyTorch: {' '.join([*told, str(error).splitlines()[0]])}"
+            reasons = [str(warning.message).split(" (Triggered")[0] for warning in caught]
+            return f"refused by PyTorch: {' '.join([*reasons, str(error).splitlines()[0]])}"
     return None
 
 
-def flex_block_mask(case: Case) -> BlockMask:
-    """The case's pattern for FlexAttention, in blocks of the pattern's own size.
+def _forced_sdpa(name: str, backend: SDPBackend) -> Implementation:
+    prepare, missing = partial(_sdpa_on, backend), partial(_sdpa_refuses, backend)
+    return Implementation(name, ("cuda",), prepare, sparse=False, missing=missing)
 
-    Built from block indices, never from a token mask; only the diagonal blocks need the causal mask inside.
+
+def flex_block_mask(case: Case) -> BlockMask:
+    """Returns the case's pattern for FlexAttention, in blocks of the pattern's own size.
+
+    It is built from block indices, never from a token mask; only diagonal blocks need the causal mask.
     """
     p = case.pattern
     blocks = p.block_mask(p.num_blocks(case.seq_length)).to(case.device)
     blocks = blocks.repeat_interleave(case.shape.heads // p.num_kv_heads, 0)[None]
     diagonal = torch.eye(blocks.shape[-1], dtype=torch.bool, device=case.device).expand_as(blocks)
 
-    def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    def counts_and_indices(chosen: Tensor) -> tuple[Tensor, Tensor]:
         order = chosen.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
         return chosen.sum(-1, dtype=torch.int32), order.to(torch.int32)
 
     return BlockMask.from_kv_blocks(
-        *listed(diagonal),
-        *listed(blocks & ~diagonal),
+        *counts_and_indices(diagonal),
+        *counts_and_indices(blocks & ~diagonal),
         BLOCK_SIZE=p.block_size,
         mask_mod=lambda batch, head, query, key: query >= key,
         seq_lengths=(case.seq_length, case.seq_length),
@@ -121,17 +125,18 @@ def flex_block_mask(case: Case) -> BlockMask:
 
 
 def _flex(case: Case) -> Attention:
-    torch.compiler.reset()  # a length compiled before must not push this one over the limit of recompilations
+    torch.compiler.reset()  # earlier lengths count towards the limit of recompilations
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     mask = flex_block_mask(case)
-    # Its own tiles for Hopper are larger than the pattern's blocks, and then it refuses the mask.
+    # FlexAttention's default tiles for Hopper are larger than the pattern's blocks, and it refuses the mask.
     tile = min(64, case.pattern.block_size)
     tiles = dict.fromkeys(("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2"), tile)
     options = tiles if case.device == "cuda" else None
     forward_only = case.device in IMPLEMENTATIONS["flex"].forward_only
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.detach() if forward_only else x for x in (q, k, v))  # it refuses what wants a gradient
+        # Where it has no backward, it refuses inputs that require gradients.
+        q, k, v = (x.detach() if forward_only else x for x in (q, k, v))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return compiled(q, k, v, block_mask=mask, enable_gqa=True, kernel_options=options).transpose(1, 2)
 
@@ -152,7 +157,7 @@ def _dkernel(case: Case) -> Attention:
     attend = SparseAttention(p.block_size, blocks, seq_dim=1).to(case.device)
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if group > 1:  # its training kernels take as many KV heads as query heads
+        if group > 1:  # its training kernels need as many KV heads as query heads
             k, v = (x.repeat_interleave(group, 2) for x in (k, v))
         return attend(q, k, v)
 
@@ -163,32 +168,17 @@ def _no_dkernel(case: Case) -> str | None:
     return None if importlib.util.find_spec("dkernel") else "the package dkernel is not installed"
 
 
-_FLASH, _CUDNN = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
-
-IMPLEMENTATIONS = {
-    implementation.name: implementation
-    for implementation in (
-        Implementation("s2-torch", ("cpu",), partial(_s2, "torch"), ours=True),
-        Implementation("s2-triton", ("cuda",), partial(_s2, "triton"), ours=True),
-        Implementation("sdpa", ("cpu",), _sdpa, sparse=False),
-        Implementation(
-            "sdpa-flash",
-            ("cuda",),
-            partial(_sdpa_on, _FLASH),
-            sparse=False,
-            missing=partial(_sdpa_refuses, _FLASH),
-        ),
-        Implementation(
-            "sdpa-cudnn",
-            ("cuda",),
-            partial(_sdpa_on, _CUDNN),
-            sparse=False,
-            missing=partial(_sdpa_refuses, _CUDNN),
-        ),
-        Implementation("flex", ("cpu", "cuda"), _flex, missing=_no_compiler, forward_only=("cpu",)),
-        Implementation("dkernel", ("cuda",), _dkernel, missing=_no_dkernel),
-    )
-}
+_ALL = (
+    Implementation("s2-torch", ("cpu",), partial(_s2, "torch"), ours=True),
+    Implementation("s2-triton", ("cuda",), partial(_s2, "triton"), ours=True),
+    Implementation("sdpa", ("cpu",), _sdpa, sparse=False),
+    _forced_sdpa("sdpa-flash", SDPBackend.FLASH_ATTENTION),
+    _forced_sdpa("sdpa-cudnn", SDPBackend.CUDNN_ATTENTION),
+    Implementation("flex", ("cpu", "cuda"), _flex, missing=_no_compiler, forward_only=("cpu",)),
+    Implementation("dkernel", ("cuda",), _dkernel, missing=_no_dkernel),
+)
+IMPLEMENTATIONS = {implementation.name: implementation for implementation in _ALL}
+DENSE = [implementation.name for implementation in _ALL if not implementation.sparse]
 
 
 def names_on(device: str) -> list[str]:

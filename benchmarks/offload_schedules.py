@@ -19,6 +19,7 @@ from megatron_s2.offload.plan import (
     make_plan,
 )
 from megatron_s2.offload.simulator import Simulation, auto_plan, simulate
+from megatron_s2.report.table import aligned
 
 OURS = "interleaved"
 STRIDES = (2, 3, 4)
@@ -106,17 +107,15 @@ def every(length: int, stride: int) -> list[bool]:
 
 
 def table(simulations: Mapping[str, Simulation], rates: Rates, backward_seconds: float | None = None) -> str:
-    """Returns a table of the schedules, the model's prediction for ours, and the origins of its gain."""
+    """Returns every schedule beside ours as text, with the model's prediction for ours and its gain."""
     ours = simulations[OURS]
-    rows = [list(column) for column in zip(*_HEADINGS)]
-    rows += [_row(name, one, ours) for name, one in simulations.items()]
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows = [*zip(*_HEADINGS), *(_row(name, one, ours) for name, one in simulations.items())]
     return "\n".join(
         [
             str(ours.plan),
             _rates_text(rates, backward_seconds),
             "",
-            *(_aligned(row, widths) for row in rows),
+            *aligned(rows, left=(0, len(_HEADINGS) - 1)),
             "",
             f"{OURS}, by the model: {_prediction(ours, rates, backward_seconds).bottleneck}",
             _gain(ours, simulations["zero_offload"]),
@@ -127,7 +126,7 @@ def table(simulations: Mapping[str, Simulation], rates: Rates, backward_seconds:
 def as_json(
     simulations: Mapping[str, Simulation], rates: Rates, backward_seconds: float | None = None
 ) -> dict:
-    """Returns an entry for each schedule, the rates, and the model's prediction for ours, as JSON values."""
+    """Returns JSON values: an entry for each schedule, the rates, and the model's prediction for ours."""
     ours = simulations[OURS]
     prediction = _prediction(ours, rates, backward_seconds)
     return {
@@ -168,7 +167,7 @@ def _prediction(ours: Simulation, rates: Rates, backward_seconds: float | None) 
 
 
 def _on_gpu(one: Simulation) -> float:
-    """Share of all parameters that the GPU updates, residents included."""
+    """Share of all parameters that the GPU updates, including those resident on it."""
     return sum(s.size for s in one.plan.subgroups if s.device == "gpu") / one.plan.elements
 
 
@@ -182,14 +181,6 @@ def _row(name: str, one: Simulation, ours: Simulation) -> list[str]:
         f"{one.step_seconds / ours.step_seconds:.2f}",
         one.bottleneck,
     ]
-
-
-def _aligned(row: list[str], widths: list[int]) -> str:
-    *cells, last = (
-        text.rjust(width) if 0 < n < len(row) - 1 else text.ljust(width)
-        for n, (text, width) in enumerate(zip(row, widths))
-    )
-    return "  ".join([*cells, last]).rstrip()
 
 
 def _rates_text(rates: Rates, backward_seconds: float | None) -> str:
@@ -209,7 +200,7 @@ def _rates_text(rates: Rates, backward_seconds: float | None) -> str:
 
 
 def _gain(ours: Simulation, zero_offload: Simulation) -> str:
-    """The gains of interleaving and of hiding the flush, which are reported apart."""
+    """The gain of ours over ZeRO-Offload: from interleaving, and from hiding the flush of gradients."""
     ratio = zero_offload.update_seconds / ours.update_seconds
     return (
         f"against zero_offload, by interleaving: update {zero_offload.update_seconds:.3f} -> "

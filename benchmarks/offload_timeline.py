@@ -4,46 +4,40 @@ from __future__ import annotations
 
 import json
 import tempfile
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.benchmark import Benchmark, Row, WrongResultError
-from benchmarks.environment import package_version
-from benchmarks.offload import CASES, add_model_arguments, flags, model_of, offload_code
+from benchmarks.display import picture_path
+from benchmarks.environment import code_hash, package_version
+from benchmarks.offload import OFFLOAD_CODE
+from benchmarks.offload_cases import CASES, add_model_arguments, flags, model_of
+from benchmarks.results import newest_match
 from benchmarks.training_process import train
 from megatron_s2.offload.trace import Event, bottleneck, of_update, read_trace, span
 
 CASE = CASES["s2-auto-flush"]
-STEPS = 4  # a power of two: steps of that number are traced
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    add_model_arguments(parser)
-    parser.set_defaults(repeats=STEPS - 1, accumulation=[1])
+STEPS = 4  # a step is traced if its number is a power of two
 
 
 def run(args: Namespace, stored: list[Row]) -> Iterator[Row]:
-    """One row, unless it is stored.
-
-    Raises:
-        WrongResultError: the training failed.
-    """
+    """Yields one row, unless it is stored, or raises WrongResultError if the training failed."""
     model = model_of(args)
-    words = flags(CASE, model, 1, args.threads)
+    command = flags(CASE, model, 1, args.threads)
     setting = {
         "device": args.device,
         "model": vars(model),
-        "flags": words,
+        "flags": command,
         "packages": {"megatron-core": package_version("megatron-core")},
-        "offload_code": offload_code(),
+        "offload_code": code_hash(OFFLOAD_CODE),
     }
-    if any(setting.items() <= row.items() for row in stored):
+    if newest_match(stored, setting):
         return
     with tempfile.TemporaryDirectory() as directory:
         path = f"{directory}/trace.json"
-        traced = [*words, "--s2-offload-trace", path]
-        training = train(traced, 1, STEPS - 1, args.device, args.threads, time_optimizer=False)
+        command = [*command, "--s2-offload-trace", path]
+        training = train(command, 1, STEPS - 1, args.device, args.threads, time_optimizer=False)
         if training.status:
             raise WrongResultError(f"ended with status {training.status}: {training.failure}")
         timelines = read_trace(path)
@@ -55,6 +49,11 @@ def run(args: Namespace, stored: list[Row]) -> Iterator[Row]:
             for name, events in timelines.items()
         },
     }
+
+
+def _newest(rows: list[Row]) -> list[Row]:
+    """Returns the newest row of each device and model."""
+    return list({json.dumps([row["device"], row["model"]]): row for row in rows}.values())
 
 
 def table(rows: list[Row]) -> str:
@@ -71,19 +70,14 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def _newest(rows: list[Row]) -> list[Row]:
-    """Of each model and device."""
-    return list({json.dumps([row["device"], row["model"]]): row for row in rows}.values())
-
-
 def plot(rows: list[Row], directory: Path) -> list[Path]:
-    """A picture for each model: what each queue did, predicted above measured."""
+    """Draws a picture for each model: what each queue does, predicted above measured."""
     from megatron_s2.report.offload_timeline import draw_timelines
 
     paths = []
-    for row in _newest(rows):
+    for index, row in enumerate(_newest(rows)):
         timelines = {name: [Event(*event) for event in events] for name, events in row["timelines"].items()}
-        paths.append(directory / ("timeline.png" if not paths else f"timeline-{len(paths) + 1}.png"))
+        paths.append(picture_path(directory, "timeline", index))
         m = row["model"]
         title = f"{directory.name}: hidden {m['hidden_size']}, {m['num_layers']} layers"
         draw_timelines(timelines, paths[-1], title)
@@ -91,11 +85,5 @@ def plot(rows: list[Row], directory: Path) -> list[Path]:
 
 
 BENCHMARK = Benchmark(
-    name="timeline",
-    help=__doc__,
-    add_arguments=add_arguments,
-    run=run,
-    table=table,
-    plot=plot,
-    takes_device=True,
+    name="timeline", help=__doc__, add_arguments=add_model_arguments, run=run, table=table, plot=plot
 )

@@ -1,29 +1,29 @@
-"""The quickstart as a person runs it, its environment already there: how long, and how much it learns."""
+"""The quickstart as a user runs it, with its environment already installed: its time and its losses."""
 
 import subprocess
 import tempfile
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
-from pathlib import Path
 
 from benchmarks.benchmark import Benchmark, Row, WrongResultError
+from benchmarks.environment import ROOT
 from megatron_s2.report.losses import Losses
 
-_SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "quickstart.sh"
+_SCRIPT = ROOT / "scripts" / "quickstart.sh"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, default=150, help="as of the quickstart, default %(default)s")
+    parser.add_argument("--steps", type=int, default=150, help="as for the quickstart (default: %(default)s)")
 
 
 def run(args: Namespace, stored: list[Row]) -> Iterator[Row]:
-    """One row, whatever is stored: seconds from start to end, and the losses in nats per token."""
+    """Yields one row, whatever is stored: seconds from start to end, and losses in nats per token."""
     with tempfile.TemporaryDirectory() as directory:
-        words = ["bash", str(_SCRIPT), "--steps", str(args.steps), "--out", f"{directory}/quickstart"]
-        begin = time.monotonic()
-        done = subprocess.run(words, check=False)
-        seconds = time.monotonic() - begin
+        command = ["bash", str(_SCRIPT), "--steps", str(args.steps), "--out", f"{directory}/quickstart"]
+        start = time.monotonic()
+        done = subprocess.run(command, check=False)
+        seconds = time.monotonic() - start
         if done.returncode:
             raise WrongResultError(f"{_SCRIPT.name} ended with status {done.returncode}")
         losses = Losses.read(f"{directory}/quickstart/tensorboard")
@@ -43,16 +43,11 @@ def table(rows: list[Row]) -> str:
     )
 
 
-def plot(rows: list[Row], directory: Path) -> list[Path]:
-    """Draws nothing: the quickstart draws its own pictures."""
-    return []
-
-
 BENCHMARK = Benchmark(
     name="quickstart",
     help="the quickstart's time and losses",
     add_arguments=add_arguments,
     run=run,
     table=table,
-    plot=plot,
+    takes_device=False,
 )

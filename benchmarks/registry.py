@@ -1,4 +1,4 @@
-"""Every benchmark there is, by name."""
+"""All benchmarks by name."""
 
 from benchmarks import (
     attention,
@@ -14,16 +14,16 @@ from benchmarks import (
 from benchmarks.benchmark import Benchmark
 
 BENCHMARKS: dict[str, Benchmark] = {
-    benchmark.name: benchmark
-    for benchmark in (
-        device.BENCHMARK,
-        attention.BENCHMARK,
-        attention_profile.BENCHMARK,
-        training_step.BENCHMARK,
-        context_parallel.BENCHMARK,
-        offload.BENCHMARK,
-        offload_timeline.BENCHMARK,
-        decode.BENCHMARK,
-        quickstart.BENCHMARK,
+    module.BENCHMARK.name: module.BENCHMARK
+    for module in (
+        device,
+        attention,
+        attention_profile,
+        training_step,
+        context_parallel,
+        offload,
+        offload_timeline,
+        decode,
+        quickstart,
     )
 }

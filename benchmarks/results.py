@@ -1,14 +1,16 @@
-"""Result rows on disk: `<directory>/<machine>/<benchmark>-<time>.jsonl`, one file per run, a row per line."""
+"""Result rows on disk: `<directory>/<machine>/<benchmark>-<time>.jsonl`, a file per run, a row per line."""
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.benchmark import Row
 
 
 class ResultFile:
-    """The rows of one run, each on disk as soon as it is there; made with the first row."""
+    """The file of one run; `facts` go into every row. It is created with the first row, and each row is on
+    disk once `append` returns."""
 
     def __init__(self, directory: Path, benchmark: str, facts: dict):
         self.facts = {"benchmark": benchmark, **facts}
@@ -25,12 +27,17 @@ class ResultFile:
 
 
 def read_rows(directory: Path, benchmark: str) -> dict[Path, list[Row]]:
-    """All rows of a benchmark by machine directory, oldest run first.
+    """Reads all rows of a benchmark, by directory of the machine, oldest run first.
 
-    A line without its end is what a run that was killed had begun, and no row.
+    A last line without a newline was cut off when its run was killed; it is left out.
     """
     rows: dict[Path, list[Row]] = {}
     for path in sorted(directory.glob(f"*/{benchmark}-*.jsonl")):
         *lines, _ = path.read_text(encoding="utf-8").split("\n")
         rows.setdefault(path.parent, []).extend(json.loads(line) for line in lines)
     return rows
+
+
+def newest_match(rows: Iterable[Row], setting: Row) -> Row | None:
+    """Returns the last row that has all items of `setting`, or None."""
+    return next((row for row in reversed(list(rows)) if setting.items() <= row.items()), None)

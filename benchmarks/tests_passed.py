@@ -1,6 +1,6 @@
-"""A pytest plugin: a stored row for each test as it ends; what passed with the same code is not run again.
+"""A pytest plugin that stores a row for each test as it ends, and skips tests that passed with the same code.
 
-`pytest -p benchmarks.tests_passed --tests-passed DIR`, with xdist or without.
+`pytest -p benchmarks.tests_passed --tests-passed DIR`, with or without xdist.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.environment import code_hash, facts, same_setting
-from benchmarks.record import CODE
+from benchmarks.environment import ALL_CODE, code_hash, facts, same_setting
 from benchmarks.results import ResultFile, read_rows
 
-_LAST = 2000  # characters kept of what a failed test says
+_LONGEST_TEXT = 2000  # characters kept of the report of a failed test
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,24 +26,24 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class TestsPassed:
-    """Rows of one session; workers of xdist get from it what is left out, and store nothing."""
+    """The rows of one session. Workers of xdist receive the names of tests that passed, and store nothing."""
 
     __test__ = False
 
     def __init__(self, config: pytest.Config):
         self._results = None
-        if (given := getattr(config, "workerinput", None)) is not None:
-            self._passed = set(given["tests_passed"])
+        if (worker := getattr(config, "workerinput", None)) is not None:
+            self._passed = set(worker["tests_passed"])
             return
-        now = {**facts("cuda" if torch.cuda.is_available() else "cpu"), "record_code": code_hash(CODE)}
+        now = {**facts("cuda" if torch.cuda.is_available() else "cpu"), "record_code": code_hash(ALL_CODE)}
         self._results = ResultFile(config.rootpath / config.getoption("tests_passed"), "tests", now)
-        before = read_rows(self._results.path.parent.parent, "tests").get(self._results.path.parent, [])
-        newest = {
+        machine = self._results.path.parent
+        outcomes = {
             row["test"]: row["outcome"]
-            for row in before
+            for row in read_rows(machine.parent, "tests").get(machine, [])
             if row["record_code"] == now["record_code"] and same_setting(row, now)
         }
-        self._passed = {test for test, outcome in newest.items() if outcome == "passed"}
+        self._passed = {test for test, outcome in outcomes.items() if outcome == "passed"}
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node) -> None:
@@ -52,17 +51,17 @@ class TestsPassed:
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        done = [item for item in items if item.nodeid in self._passed]
-        if done:
-            config.hook.pytest_deselected(items=done)
+        passed = [item for item in items if item.nodeid in self._passed]
+        if passed:
+            config.hook.pytest_deselected(items=passed)
             items[:] = [item for item in items if item.nodeid not in self._passed]
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        ends = report.when == "call" or not report.passed  # a failed or skipped setup, a failed teardown
-        if self._results is None or not ends:
+        is_end = report.when == "call" or not report.passed  # failed or skipped setup, failed teardown
+        if self._results is None or not is_end:
             return
-        said = None if report.passed else str(report.longrepr)[-_LAST:]
-        row = {"test": report.nodeid, "outcome": report.outcome, "seconds": report.duration, "said": said}
+        text = None if report.passed else str(report.longrepr)[-_LONGEST_TEXT:]
+        row = {"test": report.nodeid, "outcome": report.outcome, "seconds": report.duration, "said": text}
         self._results.append(row)
 
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:

@@ -1,28 +1,29 @@
 """A whole training step: S2 attention against dense, through the real entry point.
 
-Every case is the same model and the same command but for the layers that stay dense. Dense attention is that
-of `S2CoreAttention` with every layer dense, PyTorch's SDPA forced to its flash kernel: Megatron's local core
-attention makes a matrix of all scores, which is 0.5 TB in bf16 for 16 heads at 131072 tokens.
+All cases are the same model and command but for the layers that stay dense. Dense attention is
+`S2CoreAttention` with every layer dense, which forces PyTorch's SDPA to its flash kernel: Megatron's local
+core attention makes a matrix of all scores, which takes 0.5 TB in bf16 for 16 heads at 131072 tokens.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import time
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
-from benchmarks import training_step_report
+from benchmarks import display
 from benchmarks.benchmark import WRONG, Benchmark, Row, WrongResultError, is_wrong, require_none_wrong
 from benchmarks.environment import code_hash, package_version
-from benchmarks.measure import Company, summary
-from benchmarks.training_process import Training, train
+from benchmarks.measure import summary
+from benchmarks.options import add_integers, add_names, add_size_arguments, chosen_sizes, require_positive
+from benchmarks.results import newest_match
+from benchmarks.training_process import MODEL_FLAGS, Training, train
+from megatron_s2.pattern import S2Settings
 from megatron_s2.pattern.block_pattern import attention_flops
-from megatron_s2.pattern.settings import S2Settings
 
 OUT_OF_MEMORY = "out of memory"
 CASES = {
@@ -30,15 +31,13 @@ CASES = {
     "s2-first-two-dense": ("--s2-dense-layers", "1,2"),
     "s2": (),
 }
-CHECK = training_step_report.CHECK
+CHECK = "check"  # the case of a row that has the result of the check and no times
 CHECKED_STEPS = 4
-CHECK_SHARE = 0.1  # the kernels sum in other orders, and weights of 16 bits carry that on
+CHECK_SHARE = 0.1  # kernels sum in different orders, and 16-bit weights carry the differences on
 _CODE = (
     "megatron_s2/pretrain.py",
-    "megatron_s2/training/forward_step.py",
-    "megatron_s2/pattern/settings.py",
+    "megatron_s2/training/*.py",
     "megatron_s2/layers/*.py",
-    "megatron_s2/runtime/*.py",
     "benchmarks/training_step.py",
     "benchmarks/training_process.py",
 )
@@ -46,7 +45,7 @@ _CODE = (
 
 @dataclass(frozen=True)
 class Model:
-    """Sizes of what is trained, one sequence a step; the rest is `flags`."""
+    """Sizes of the trained model; a step trains on one sequence."""
 
     num_layers: int
     hidden_size: int
@@ -64,11 +63,11 @@ class Model:
 
     @property
     def window(self) -> int:
-        """Tokens that every head sees whole."""
+        """Length in tokens of the window."""
         return self.local_blocks * self.block_size
 
     def settings(self, case: str) -> S2Settings:
-        """S2 attention of a case."""
+        """Returns the S2 attention of a case."""
         return S2Settings(
             self.num_layers,
             self.num_query_groups,
@@ -80,20 +79,15 @@ class Model:
         )
 
     def flags(self, case: str, seq_length: int) -> list[str]:
-        """Megatron's command line, but for the number of iterations and where it logs."""
+        """Returns Megatron's command line, without the number of iterations and where to log."""
+        init_std = self.hidden_size**-0.5  # gives scores a variance of about 1, so that attention matters
         return (
-            f"--num-layers {self.num_layers} --hidden-size {self.hidden_size} "
+            f"{MODEL_FLAGS} --num-layers {self.num_layers} --hidden-size {self.hidden_size} "
             f"--ffn-hidden-size {self.ffn_hidden_size} --num-attention-heads {self.num_attention_heads} "
             f"--group-query-attention --num-query-groups {self.num_query_groups} "
-            f"--seq-length {seq_length} --max-position-embeddings {seq_length} "
-            "--position-embedding-type rope --rotary-base 500000 --normalization RMSNorm --swiglu "
-            "--disable-bias-linear --untie-embeddings-and-output-weights "
-            "--attention-dropout 0 --hidden-dropout 0 --transformer-impl local --no-rope-fusion "
-            "--no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion "
-            f"--mock-data --tokenizer-type NullTokenizer --vocab-size {self.vocab_size - 1} --num-workers 0 "
-            "--micro-batch-size 1 --global-batch-size 1 --seed 1234 --bf16 --use-distributed-optimizer "
-            f"--init-method-std {self.hidden_size**-0.5:.4g} "  # scores of about unit variance: they matter
-            "--lr 3e-5 --lr-decay-style constant --clip-grad 1.0 --eval-iters 0 "
+            f"--seq-length {seq_length} --max-position-embeddings {seq_length} --rotary-base 500000 "
+            f"--vocab-size {self.vocab_size - 1} --init-method-std {init_std:.4g} "
+            "--global-batch-size 1 --use-distributed-optimizer "
             "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1 "
             f"--s2-attention --s2-block-size {self.block_size} --s2-local-blocks {self.local_blocks} "
             f"--s2-vert-stride {self.vert_stride}"
@@ -108,11 +102,12 @@ LENGTHS = {"cpu": [512, 2048], "cuda": [8192, 32768, 65536, 131072]}
 
 
 def step_flops(model: Model, case: str, seq_length: int) -> dict[str, int]:
-    """FLOPs of one step of one sequence, really done: by products with weights (`linear`) and by attention on
-    its visible pairs (`attention`). A multiply-add counts as two; norms, rotations and softmax are left out.
+    """Returns the FLOPs of a step on one sequence: `linear`, of products with weights, and `attention`, on
+    visible pairs.
 
-    A product with weights is done once forward and twice backward; the layers' forward is done once more by
-    full recomputation, the output layer's is not.
+    A multiply-add counts as two; norms, rotations and softmax are not counted. A product with weights is
+    done once forward and twice backward; full recomputation does the layers' forward, but not that of the
+    output layer, once more.
     """
     h, tokens = model.hidden_size, seq_length
     projections = h * (2 * h + 2 * model.num_query_groups * model.head_dim)
@@ -126,49 +121,19 @@ def step_flops(model: Model, case: str, seq_length: int) -> dict[str, int]:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--cases",
-        nargs="+",
-        choices=CASES,
-        default=list(CASES),
-        metavar="NAME",
-        help=f"of {', '.join(CASES)}, in the order to measure them in (default: all)",
-    )
-    parser.add_argument(
-        "--seq-lengths",
-        type=_lengths,
-        metavar="N,N,…",
-        help="tokens of a step (default: "
-        + "; on cuda ".join(",".join(map(str, LENGTHS[device])) for device in ("cpu", "cuda"))
-        + ")",
-    )
+    add_names(parser, "--cases", CASES, "in the order to measure them (default: all)", list(CASES))
+    lengths = "; on cuda ".join(",".join(map(str, LENGTHS[device])) for device in ("cpu", "cuda"))
+    text = f"tokens of a step (default: {lengths})"
+    add_integers(parser, "--seq-lengths", "numbers of tokens, such as 8192,32768", text)
     parser.add_argument("--warm-up", type=int, default=3, help="untimed steps (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps (default: %(default)s)")
-    sizes = parser.add_argument_group("the model, by default of a size for the device").add_argument
-    for name in Model.__dataclass_fields__:
-        default = ", ".join(f"{getattr(model, name)} on {device}" for device, model in MODELS.items())
-        sizes(f"--{name.replace('_', '-')}", type=int, metavar="N", help=default)
-
-
-def _lengths(text: str) -> list[int]:
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError:
-        raise ArgumentTypeError(f"{text}: must be numbers of tokens, such as 8192,32768") from None
+    add_size_arguments(parser, MODELS)
 
 
 def model_of(args: Namespace) -> Model:
-    """The model that the options ask for.
-
-    Raises:
-        ValueError: naming the flag whose value does not fit, before anything runs.
-    """
-    asked = {name: getattr(args, name) for name in Model.__dataclass_fields__}
-    model = replace(MODELS[args.device], **{name: x for name, x in asked.items() if x is not None})
-    counts = {**vars(model), "seq_lengths": min(args.seq_lengths), "repeats": args.repeats}
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be >= 1")
+    """Returns the model that the options describe, or raises ValueError if one is out of range."""
+    model = chosen_sizes(args, MODELS)
+    require_positive(**vars(model), seq_lengths=min(args.seq_lengths), repeats=args.repeats)
     if args.warm_up < 1:
         raise ValueError(f"--warm-up {args.warm_up}: must be >= 1, the first step compiles")
     if model.local_blocks < 2:
@@ -180,41 +145,33 @@ def model_of(args: Namespace) -> Model:
     return model
 
 
-# ---------------------------------------------------------------------------------------------------------
-# what is measured
-
-
 def run(args: Namespace, stored: list[Row]) -> Iterator[Row]:
-    """Rows of one length after the other, a fresh process for each case; before the first one of the check of
-    `checked_losses`. Where that is wrong, times of S2 are stored as `unproven_seconds`, which nothing shows.
+    """Yields the row of `checked_losses`, then those of one length after another, a fresh process for each.
 
-    Raises:
-        WrongResultError: when all is measured, because a training failed, but for want of memory, or has
-            other losses than it must have.
+    If the check fails, times of S2 are stored as `unproven_seconds`, which no table shows.
     """
     args.seq_lengths = args.seq_lengths or LENGTHS[args.device]
-    model, found = model_of(args), []
-    about = _about(model, args)
-    check = next((row for row in stored if row["case"] == CHECK and _same(row, about)), None)
-    for seq_length in args.seq_lengths:
-        for case in args.cases:
-            setting = _setting(case, model, seq_length, args)
-            row = next((row for row in stored if _same(row, setting)), None)
-            if row is None:
-                if check is None:
-                    check = about | check_row(model, args)
-                    yield check
-                row = setting | measure(case, model, seq_length, args) | {"checked": check["checked"]}
-                if is_wrong(check) and case != "dense" and row["seconds"]:
-                    row |= {"not_measured": check["not_measured"], "unproven_seconds": row["seconds"]}
-                    row["seconds"] = None
-                yield row
-            found.append(row)
-    require_none_wrong([*([check] if check else []), *found])
+    model, rows = model_of(args), []
+    base = _base_setting(model, args)
+    check = newest_match(stored, base | {"case": CHECK})
+    for seq_length, case in ((n, case) for n in args.seq_lengths for case in args.cases):
+        setting = _setting(case, model, seq_length, args)
+        row = newest_match(stored, setting)
+        if row is None:
+            if check is None:
+                check = base | check_row(model, args)
+                yield check
+            row = setting | measure(case, model, seq_length, args) | {"checked": check["checked"]}
+            if is_wrong(check) and case != "dense" and row["seconds"]:
+                row |= {"not_measured": check["not_measured"], "unproven_seconds": row["seconds"]}
+                row["seconds"] = None
+            yield row
+        rows.append(row)
+    require_none_wrong([*([check] if check else []), *rows])
 
 
 def check_row(model: Model, args: Namespace) -> Row:
-    """What `checked_losses` finds, or that it is wrong."""
+    """Returns the row of `checked_losses`."""
     row = {"case": CHECK, "seq_length": model.window, "checked": None, "not_measured": None, "seconds": None}
     try:
         return row | {"checked": checked_losses(model, args)}
@@ -222,12 +179,8 @@ def check_row(model: Model, args: Namespace) -> Row:
         return row | {"not_measured": f"{WRONG}{error}"}
 
 
-def _same(row: Row, setting: Row) -> bool:
-    return setting.items() <= row.items()
-
-
-def _about(model: Model, args: Namespace) -> Row:
-    """What the check's result holds for."""
+def _base_setting(model: Model, args: Namespace) -> Row:
+    """What the check, once done, holds for."""
     return {
         "device": args.device,
         "model": vars(model),
@@ -237,8 +190,8 @@ def _about(model: Model, args: Namespace) -> Row:
 
 
 def _setting(case: str, model: Model, seq_length: int, args: Namespace) -> Row:
-    """What a stored row must have been measured with to stand for a new one."""
-    return _about(model, args) | {
+    """What a stored row must have in common with a new one to be used in its place."""
+    return _base_setting(model, args) | {
         "case": case,
         "seq_length": seq_length,
         "warm_up": args.warm_up,
@@ -248,14 +201,14 @@ def _setting(case: str, model: Model, seq_length: int, args: Namespace) -> Row:
 
 
 def checked_losses(model: Model, args: Namespace) -> Row:
-    """Trains dense and S2 on sequences as long as the window, which both see whole: they must agree there. A
-    third training that sees little but its own blocks shows how far losses move where attention is wrong.
+    """Trains dense and S2 on sequences as long as the window: both see all tokens, and losses must agree.
 
-    Beyond the window dense and S2 compute different things, so no comparison at the timed lengths would prove
-    more: there losses are checked to be finite, and the kernels are checked by the attention benchmark.
+    How far losses move if attention is wrong is known from a third training, which sees little but its own
+    blocks. At the timed lengths dense and S2 compute different things: there losses are checked to be finite,
+    and the attention benchmark checks the kernels.
 
     Raises:
-        WrongResultError: dense and S2 differ by more than a small part of that.
+        WrongResultError: a training failed, or the losses of S2 differ too much.
     """
     forgetful = replace(model, local_blocks=1, vert_stride=2 * model.local_blocks)
     losses = {}
@@ -265,33 +218,30 @@ def checked_losses(model: Model, args: Namespace) -> Row:
         if training.status:
             raise WrongResultError(f"{name} at {model.window} tokens: {training.failure}")
         losses[name] = training.losses
-    off, far = (_distance(losses[name], losses["dense"]) for name in ("s2", "own blocks"))
-    if not off <= CHECK_SHARE * far:
+    s2_off, own_blocks_off = (_distance(losses[name], losses["dense"]) for name in ("s2", "own blocks"))
+    if not s2_off <= CHECK_SHARE * own_blocks_off:
         raise WrongResultError(
-            f"s2 at {model.window} tokens, where it sees all: losses are {off:.3g} off dense ones; "
-            f"allowed is {CHECK_SHARE:g} of {far:.3g}, by which they are off where it sees its own blocks"
+            f"s2 at {model.window} tokens, where it sees all: losses are {s2_off:.3g} off dense ones; "
+            f"allowed is {CHECK_SHARE:g} of {own_blocks_off:.3g}, by which they are off where it sees its "
+            "own blocks"
         )
     return {
         "seq_length": model.window,
-        "losses": {name: list(found) for name, found in losses.items()},
-        "s2_off": off,
-        "own_blocks_off": far,
+        "losses": {name: list(values) for name, values in losses.items()},
+        "s2_off": s2_off,
+        "own_blocks_off": own_blocks_off,
     }
 
 
 def _distance(losses: Sequence[float], others: Sequence[float]) -> float:
-    """Root of the mean square of their differences."""
+    """Root mean square of the differences."""
     return math.sqrt(sum((a - b) ** 2 for a, b in zip(losses, others, strict=True)) / len(others))
 
 
 def measure(case: str, model: Model, seq_length: int, args: Namespace) -> Row:
-    """What `_setting` leaves open."""
-    start, before = time.perf_counter(), os.times()
-    with Company() as company:
-        flags = model.flags(case, seq_length)
-        training = train(flags, args.warm_up, args.repeats, args.device, args.threads, time_optimizer=False)
-    elapsed, after = time.perf_counter() - start, os.times()
-    own = after.children_user + after.children_system - before.children_user - before.children_system
+    """Trains a case and returns the fields of its row that `_setting` does not have."""
+    flags = model.flags(case, seq_length)
+    training = train(flags, args.warm_up, args.repeats, args.device, args.threads, time_optimizer=False)
     reason = not_measured(case, seq_length, training)
     flops, dense = (step_flops(model, name, seq_length) for name in (case, "dense"))
     return {
@@ -303,22 +253,110 @@ def measure(case: str, model: Model, seq_length: int, args: Namespace) -> Row:
         "speedup_bound": sum(dense.values()) / sum(flops.values()),
         "host_peak_bytes": training.host_peak_bytes,
         "gpu_peak_bytes": training.gpu_peak_bytes,
-        "other_cpus": company.cpus and round(max(0.0, company.cpus - own / elapsed), 2),
+        "other_cpus": training.other_cpus,
     }
 
 
 def not_measured(case: str, seq_length: int, training: Training) -> str | None:
-    """Why a training has no times: memory was too small for it, it failed otherwise, or its losses are not
-    finite; None where it has."""
-    who = f"{case} at {seq_length} tokens"
+    """Returns why a training has no times: it lacked memory, failed, or had losses that are not finite; None
+    if it has times."""
+    where = f"{case} at {seq_length} tokens"
     if training.status:
-        full = ("OutOfMemoryError", "can't allocate memory", "CUDA out of memory")
-        if any(words in training.output for words in full):
+        texts = ("OutOfMemoryError", "can't allocate memory", "CUDA out of memory")
+        if any(text in training.output for text in texts):
             return OUT_OF_MEMORY
-        return f"{WRONG}{who} ended with status {training.status}: {training.failure}"
+        return f"{WRONG}{where} ended with status {training.status}: {training.failure}"
     if not all(map(math.isfinite, training.losses)):
-        return f"{WRONG}{who}: losses must be finite, are {list(training.losses)}"
+        return f"{WRONG}{where}: losses must be finite, are {list(training.losses)}"
     return None
+
+
+# Tables and pictures.
+
+_COLUMNS = display.columns(
+    ("tokens", "", "step", "p20", "p80", "tokens/s", "TFLOP/s", "over dense", "bound", "peak"),
+    ">8 <19 >12 >12 >12 >10 >9 >10 >7 >11",
+)
+_STYLES = {
+    "dense": {"color": "#333333", "marker": "s", "linestyle": "--"},
+    "s2-first-two-dense": {"color": "#5b9bd5", "marker": "^"},
+    "s2": {"color": "#12355b", "marker": "o"},
+}
+_LEGEND = (
+    "TFLOP/s: of all FLOPs done, recomputation included. bound: the FLOPs of dense over those of the case. "
+    "dense: every layer uses SDPA's flash kernel."
+)
+
+
+def by_model(rows: list[Row]) -> list[display.Newest]:
+    """Returns the newest row of each (length, case), for each device and model."""
+    timed = (row for row in rows if row["case"] != CHECK)
+    return display.newest_rows(timed, ("device", "model"), ("seq_length", "case"))
+
+
+def _describe(row: Row) -> str:
+    m = row["model"]
+    return (
+        f"{m['num_layers']} layers, hidden {m['hidden_size']}, {m['num_attention_heads']} heads, "
+        f"{m['num_query_groups']} KV groups, bf16, full recomputation; block {m['block_size']}, "
+        f"window {m['local_blocks']}, stride {m['vert_stride']}; {row['device']}"
+    )
+
+
+def table(rows: list[Row]) -> str:
+    lines = []
+    for newest in by_model(rows):
+        cells = [[*key, *_cells(row, newest.get((key[0], "dense")))] for key, row in newest.items()]
+        lines += [_describe(display.any_row(newest)), *display.format_table(_COLUMNS, cells)]
+        lines += display.load_notes(newest.values(), lambda row: f"{row['case']}, {row['seq_length']} tokens")
+    return "\n".join([*lines, _LEGEND])
+
+
+def _cells(row: Row, dense: Row | None) -> list[str]:
+    seconds = display.median(row)
+    if seconds is None:
+        return [display.reason(row)]
+    return [
+        *display.milliseconds(row["seconds"]),
+        f"{row['seq_length'] / seconds:.0f}",
+        f"{sum(row['flops'].values()) / seconds / 1e12:.3f}",
+        display.cell(display.speedup(row, dense), "{:.2f}x"),
+        f"{row['speedup_bound']:.2f}x",
+        display.mebibytes(row["gpu_peak_bytes" if row["device"] == "cuda" else "host_peak_bytes"]),
+    ]
+
+
+def plot(rows: list[Row], directory: Path) -> list[Path]:
+    """Draws a picture for each model: tokens per second, and speed-up over dense, by length. Dotted lines are
+    the ratios of FLOPs."""
+    paths = []
+    for newest in by_model(rows):
+        measured = [row for row in newest.values() if row["seconds"]]
+        if not measured:
+            continue
+        paths.append(display.picture_path(directory, "step", len(paths)))
+        title = f"{directory.name}\n{_describe(measured[0])}"
+        dense = {n: row for (n, case), row in newest.items() if case == "dense"}
+        with display.picture(paths[-1], (11, 4.2), (1, 2), title) as ((rate, ratio),):
+            for case, style in _STYLES.items():
+                curve = [row for row in measured if row["case"] == case]
+                if not curve:
+                    continue
+                tokens = [row["seq_length"] for row in curve]
+                rates = [row["seq_length"] / display.median(row) for row in curve]
+                rate.plot(tokens, rates, label=case, **style)
+                ratios = display.speedup_curve(zip(tokens, curve), dense)
+                if case != "dense" and ratios:
+                    ratio.plot(*zip(*ratios), label=case, **style)
+                    bounds = [row["speedup_bound"] for row in curve]
+                    dotted = {**style, "linestyle": ":", "marker": "."}
+                    ratio.plot(tokens, bounds, label=f"{case}: ratio of FLOPs", **dotted)
+            rate.set(ylabel="tokens per second")
+            ratio.set(ylabel="speed-up over dense")
+            for axis in (rate, ratio):
+                axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
+                display.scale_by_length(axis, (row["seq_length"] for row in measured))
+    return paths
 
 
 BENCHMARK = Benchmark(
@@ -326,7 +364,6 @@ BENCHMARK = Benchmark(
     help="a whole training step: S2 attention against dense, through the real entry point",
     add_arguments=add_arguments,
     run=run,
-    table=training_step_report.table,
-    plot=training_step_report.plot,
-    takes_device=True,
+    table=table,
+    plot=plot,
 )

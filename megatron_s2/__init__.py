@@ -1,6 +1,6 @@
 """megatron-s2: S2 attention for long-context pretraining with unmodified Megatron.
 
-Everything here loads on first use, so that `import megatron_s2` needs neither torch nor Megatron.
+The public names load on first use, so that `import megatron_s2` imports neither torch nor Megatron.
 """
 
 from importlib import import_module
@@ -8,8 +8,8 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOME_OF = {
-    "BlockMaskPattern": "megatron_s2.pattern.mask_pattern",
-    "S2Pattern": "megatron_s2.pattern.s2_pattern",
+    "BlockMaskPattern": "megatron_s2.pattern",
+    "S2Pattern": "megatron_s2.pattern",
     "s2_attention": "megatron_s2.kernels",
 }
 

@@ -1,4 +1,4 @@
-"""The exceptions that more than one package raises, and how their messages name a flag."""
+"""The exception that every package raises for bad input, and the spelling of flags in its messages."""
 
 
 class InputError(ValueError):
@@ -6,5 +6,5 @@ class InputError(ValueError):
 
 
 def flag_name(argument: str) -> str:
-    """The command-line flag of an argument's name: `--s2-block-size` for `s2_block_size`."""
+    """Returns the command-line flag of an argument: `--s2-block-size` for `s2_block_size`."""
     return "--" + argument.replace("_", "-")

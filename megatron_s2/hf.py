@@ -4,16 +4,16 @@
     model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="s2")
     model.generate(**inputs, cache=megatron_s2.hf.S2Cache(model.config))
 
-The settings are those of `s2_attention` in the model's config.json: fields of `S2Settings` but `num_layers`
-and `num_kv_heads`, which the configuration has anyway. Its `"attn_implementation": "s2"` makes transformers
-refuse the model where this module is not imported, instead of running it dense. Any decoder works that asks
-transformers for its attention function: Llama, Mistral, Qwen2 and Qwen3 are tested.
+The pattern is read from `s2_attention` in the model's config.json, an object with fields of `S2Settings`.
+With `"attn_implementation": "s2"` in config.json, transformers refuses to load the model unless this module
+has been imported, instead of running it dense. Every decoder that uses transformers' attention interface
+works; Llama, Mistral, Qwen2 and Qwen3 are tested.
 
-A padded token takes no part: the position of a token, from which its block follows, is its index among the
-real tokens of its row, wherever the padding lies. No mask of tokens x tokens is built.
+Padding is ignored: the position of a token, which determines its block, is its index among the real tokens of
+its row, on whichever side the padding is. No mask of tokens x tokens is built.
 
 Before transformers 5.24 the argument `cache` is called `past_key_values`; `CACHE_ARGUMENT` is its name in the
-installed version. Without `S2Cache`, transformers' own dynamic cache gives the same results and keeps
+installed version. Without an `S2Cache`, transformers' own dynamic cache gives the same results but keeps
 everything.
 """
 
@@ -33,19 +33,20 @@ from transformers.masking_utils import causal_mask_function, create_causal_mask
 from megatron_s2.kernels import s2_attention
 from megatron_s2.kv_cache.cache import KVCache
 from megatron_s2.kv_cache.cached_attention import cached_attention
-from megatron_s2.pattern.s2_pattern import S2Pattern
-from megatron_s2.pattern.settings import S2Settings
+from megatron_s2.pattern import S2Pattern, S2Settings
+from megatron_s2.pattern.settings import PATTERN_FIELDS
 
 NAME = "s2"
 CACHE_ARGUMENT = "cache" if "cache" in signature(create_causal_mask).parameters else "past_key_values"
-_FROM_THE_MODEL = ("num_layers", "num_kv_heads")
 
 
 def settings_of(config: PreTrainedConfig) -> S2Settings:
-    """The S2 settings of a model's configuration.
+    """Returns the S2 settings in a model's configuration.
+
+    Also sets `attn_implementation` in it, so that a saved copy of the configuration does not run dense.
 
     Raises:
-        ValueError: it has none, or one is unknown or out of range.
+        ValueError: there are none, or a setting is unknown or out of range.
     """
     given = getattr(config, "s2_attention", None)
     if not isinstance(given, dict):
@@ -53,10 +54,8 @@ def settings_of(config: PreTrainedConfig) -> S2Settings:
             f's2_attention {given}: must be a dict of S2 settings with attn_implementation="s2"; the '
             "config.json of a model trained dense has none: load it with another attn_implementation"
         )
-    allowed = S2Settings.__dataclass_fields__.keys() - set(_FROM_THE_MODEL)
-    if unknown := given.keys() - allowed:
-        raise ValueError(f"s2_attention {min(unknown)}: must be one of {', '.join(sorted(allowed))}")
-    # Where the configuration is saved again, the copy must not run dense either.
+    if unknown := given.keys() - set(PATTERN_FIELDS):
+        raise ValueError(f"s2_attention {min(unknown)}: must be one of {', '.join(sorted(PATTERN_FIELDS))}")
     config.attn_implementation = NAME
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -74,16 +73,16 @@ def _pattern(settings: S2Settings, layer_number: int) -> S2Pattern:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# What transformers calls
+# The functions that transformers calls
 
 
 @dataclass(frozen=True)
-class Padding:
-    """What the attention layers of one forward pass are given for a padded batch.
+class PaddingMask:
+    """Which tokens of a batch are real, as the attention layers of one forward pass receive it.
 
     Args:
-        real: bool `[batch, tokens]`, the cached ones included: which of them are no padding.
-        queries: tokens of this pass, the last ones.
+        real: bool `[batch, tokens]`, including the cached tokens; False for padding.
+        queries: number of tokens of this pass, the last of `tokens`.
     """
 
     real: Tensor
@@ -91,17 +90,17 @@ class Padding:
 
     @property
     def new(self) -> Tensor:
-        """`real` of this pass's tokens."""
+        """`real` of the tokens of this pass, `[batch, queries]`."""
         return self.real[:, self.real.shape[1] - self.queries :]
 
     @cached_property
     def counts(self) -> list[int]:
-        """Real tokens of each row."""
+        """Number of real tokens of each row."""
         return self.real.sum(1).tolist()
 
     @cached_property
     def new_counts(self) -> list[int]:
-        """Real tokens of each row in this pass."""
+        """Number of real tokens of each row in this pass."""
         return self.new.sum(1).tolist()
 
 
@@ -115,11 +114,11 @@ def s2_mask(
     attention_mask: Tensor | None = None,
     config: PreTrainedConfig | None = None,
     **_,
-) -> Padding | None:
-    """The padding of a batch as transformers' `AttentionMaskInterface` is asked for it; None without padding.
+) -> PaddingMask | None:
+    """Mask function for transformers' `AttentionMaskInterface`; returns None for a batch without padding.
 
     Raises:
-        ValueError: the model or the call asks for more than causal attention to unpadded tokens.
+        ValueError: the model or the call needs another mask than a causal one with padding.
     """
     if config is not None:
         settings_of(config)
@@ -144,7 +143,7 @@ def s2_mask(
             f"attention_mask {tuple(attention_mask.shape)}: must be [batch, tokens] = "
             f"{(batch_size, kv_length)}, the cached tokens included"
         )
-    return Padding(attention_mask.bool(), q_length)
+    return PaddingMask(attention_mask.bool(), q_length)
 
 
 def s2_attention_forward(
@@ -152,26 +151,26 @@ def s2_attention_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Padding | None,
+    attention_mask: PaddingMask | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """S2 attention as transformers' `AttentionInterface` is asked for it.
+    """Attention function for transformers' `AttentionInterface`.
 
     Args:
-        module: an attention layer with `config` and `layer_idx`.
-        query: `[batch, heads, queries, head_dim]`; the queries are the last of the keys' tokens.
-        key, value: `[batch, kv_heads, keys, head_dim]`, or what an `S2Cache` returns for them.
-        attention_mask: what `s2_mask` returned.
+        module: attention layer with `config` and `layer_idx`.
+        query: `[batch, heads, queries, head_dim]`, the last of the tokens of the keys.
+        key, value: `[batch, kv_heads, keys, head_dim]`, or the `NewTokens` that an `S2Cache` returns.
+        attention_mask: the value returned by `s2_mask`.
 
     Returns:
-        `[batch, queries, heads, head_dim]`, zeros for padding; and None for the probabilities, which nobody
-        has.
+        The output `[batch, queries, heads, head_dim]`, zeros for padding; and None instead of the
+        probabilities, which are not computed.
 
     Raises:
-        ValueError: the layer asks for what S2 attention does not have.
+        ValueError: the layer needs something that S2 attention does not support.
     """
     refused = {
         "attention_dropout": dropout or None,
@@ -180,8 +179,8 @@ def s2_attention_forward(
     }
     for name, asked in refused.items():
         if asked is not None:
-            raise ValueError(f'{name}: must not be asked for with attn_implementation="s2"')
-    if not isinstance(attention_mask, Padding | None):
+            raise ValueError(f'{name}: must not be set with attn_implementation="s2"')
+    if not isinstance(attention_mask, PaddingMask | None):
         raise ValueError('attention_mask: must be [batch, tokens] with attn_implementation="s2"')
     pattern = _pattern(settings_of(module.config), module.layer_idx + 1)
     q = query.transpose(1, 2)
@@ -191,12 +190,14 @@ def s2_attention_forward(
     if attention_mask is None:
         q_start = k.shape[1] - q.shape[1]
         return s2_attention(q, k, v, pattern, scaling, q_start=q_start, return_lse=False), None
-    attend = _packed if q.shape[1] == k.shape[1] else _by_row
+    attend = _attend_packed if q.shape[1] == k.shape[1] else _attend_by_row
     return attend(q, k, v, pattern, scaling, attention_mask), None
 
 
-def _packed(q: Tensor, k: Tensor, v: Tensor, pattern: S2Pattern, scale, padding: Padding) -> Tensor:
-    """Whole rows: the real tokens of all of them one after another, a document per row."""
+def _attend_packed(
+    q: Tensor, k: Tensor, v: Tensor, pattern: S2Pattern, scale: float | None, padding: PaddingMask
+) -> Tensor:
+    """Attention within complete rows: their real tokens are packed, one document per row."""
     real = padding.real.to(q.device)
     offsets = list(accumulate(padding.counts, initial=0))
     out = s2_attention(q[real], k[real], v[real], pattern, scale, cu_seqlens=offsets, return_lse=False)
@@ -204,8 +205,10 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, pattern: S2Pattern, scale, padding:
     return rows.masked_scatter(real[:, :, None, None], out)
 
 
-def _by_row(q: Tensor, k: Tensor, v: Tensor, pattern: S2Pattern, scale, padding: Padding) -> Tensor:
-    """Queries behind cached keys: each row has a length of its own."""
+def _attend_by_row(
+    q: Tensor, k: Tensor, v: Tensor, pattern: S2Pattern, scale: float | None, padding: PaddingMask
+) -> Tensor:
+    """Attention of queries that follow cached keys, row by row, because each row has another length."""
     real, new = padding.real.to(q.device), padding.new.to(q.device)
     rows = []
     for row in range(q.shape[0]):
@@ -221,14 +224,14 @@ def _by_row(q: Tensor, k: Tensor, v: Tensor, pattern: S2Pattern, scale, padding:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The small cache
+# The cache
 
 
 @dataclass(frozen=True)
 class NewTokens:
-    """What `S2Cache` returns in place of keys: the new ones, and the cache that the others are in.
+    """Keys and values of new tokens and the cache of the earlier ones, which `S2Cache` returns as keys.
 
-    No tensor, so that another attention than ours fails on it.
+    It is not a tensor, so that any other attention function fails on it.
 
     Args:
         k, v: `[batch, kv_heads, tokens, head_dim]`.
@@ -238,8 +241,9 @@ class NewTokens:
     v: Tensor
     cache: KVCache
 
-    def attend(self, q: Tensor, padding: Padding | None, scale: float | None) -> Tensor:
-        """Attention of the queries `[batch, tokens, heads, head_dim]`; the cache takes the tokens up."""
+    def attend(self, q: Tensor, padding: PaddingMask | None, scale: float | None) -> Tensor:
+        """Returns the attention of queries `[batch, tokens, heads, head_dim]` and appends the new tokens to
+        the cache."""
         k, v = self.k.transpose(1, 2), self.v.transpose(1, 2)
         if padding is None:
             if len(set(self.cache.lengths)) > 1:
@@ -249,8 +253,8 @@ class NewTokens:
             return cached_attention(q, k, v, self.cache, scale)
         new = padding.new_counts
         if padding.counts != [length + count for length, count in zip(self.cache.lengths, new)]:
-            raise ValueError("attention_mask: must have the columns of cached tokens as they were before")
-        # Real tokens first, as the cache wants them, and back.
+            raise ValueError("attention_mask: must not change the columns of cached tokens")
+        # The cache requires real tokens first; the output is put back in order.
         order = (~padding.new).to(q.device, torch.int8).argsort(dim=1, stable=True)
         rows = torch.arange(len(order), device=q.device)[:, None]
         out = cached_attention(q[rows, order], k[rows, order], v[rows, order], self.cache, scale, new=new)
@@ -258,11 +262,11 @@ class NewTokens:
 
 
 class S2CacheLayer(CacheLayerMixin):
-    """The small cache of one layer (`generation.cache.KVCache`) as a layer of a transformers cache.
+    """A layer of a transformers cache with the small cache of one model layer (`KVCache`).
 
     Args:
-        pattern: which blocks each KV head sees.
-        max_tokens: most tokens that a row will have, where that is known.
+        pattern: the blocks that each KV head sees.
+        max_tokens: largest number of tokens of a row; None where it is not known.
     """
 
     def __init__(self, pattern: S2Pattern, max_tokens: int | None = None) -> None:
@@ -282,7 +286,7 @@ class S2CacheLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args, **kwargs
     ) -> tuple[NewTokens, NewTokens]:
-        """The new tokens, which attention hands on to the cache: only there it is known which are padding."""
+        """Returns the new tokens without storing them: attention, which knows the padding, does that."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.columns += key_states.shape[2]
@@ -293,13 +297,13 @@ class S2CacheLayer(CacheLayerMixin):
         return self.columns + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Columns of the batch so far, padding included."""
+        """Returns the number of columns of the batch so far, including padding."""
         return self.columns
 
     def get_max_length(self) -> int:
         return -1
 
-    get_max_cache_shape = get_max_length  # its name before transformers 5.16
+    get_max_cache_shape = get_max_length  # the name before transformers 5.16
 
     def reset(self) -> None:
         self.cache, self.columns, self.is_initialized = None, 0, False
@@ -307,8 +311,8 @@ class S2CacheLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
             raise ValueError(
-                f"{CACHE_ARGUMENT}: must not be an S2Cache where tokens are taken back (assisted "
-                "generation): what they made it forget is gone"
+                f"{CACHE_ARGUMENT}: must not be an S2Cache in assisted generation, which removes tokens: the "
+                "cache has already dropped entries for them"
             )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -324,12 +328,12 @@ class S2CacheLayer(CacheLayerMixin):
 
 
 class S2Cache(Cache):
-    """A transformers cache that keeps per KV head only what later tokens see: pass it as `cache`.
+    """A transformers cache that keeps for each KV head only what later tokens see; pass it as `cache`.
 
     Args:
         config: the model's configuration.
-        max_tokens: most tokens that a row will have, prompt included, where that is known: then memory is set
-            aside once and exactly.
+        max_tokens: largest number of tokens of a row, including the prompt; memory is then allocated once and
+            exactly. None where it is not known.
 
     Raises:
         ValueError: the model does not run with `attn_implementation="s2"`, or has no S2 settings.
@@ -342,12 +346,14 @@ class S2Cache(Cache):
                 f'attn_implementation "{config._attn_implementation}": must be "s2" to use an S2Cache'
             )
         settings = settings_of(config)
-        numbers = range(1, settings.num_layers + 1)
-        super().__init__(layers=[S2CacheLayer(_pattern(settings, number), max_tokens) for number in numbers])
+        layer_numbers = range(1, settings.num_layers + 1)
+        super().__init__(
+            layers=[S2CacheLayer(_pattern(settings, number), max_tokens) for number in layer_numbers]
+        )
 
     @property
     def caches(self) -> list[KVCache]:
-        """The caches of the layers that have had tokens."""
+        """The caches of the layers that have received tokens."""
         return [layer.cache for layer in self.layers if layer.cache is not None]
 
 

@@ -11,6 +11,7 @@ import torch  # noqa: E402  (needs the path above)
 
 from benchmarks.benchmark import WrongResultError  # noqa: E402
 from benchmarks.environment import facts, same_setting  # noqa: E402
+from benchmarks.options import require_positive  # noqa: E402
 from benchmarks.registry import BENCHMARKS  # noqa: E402
 from benchmarks.results import ResultFile, read_rows  # noqa: E402
 
@@ -29,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
         command = commands.add_parser(benchmark.name, help=benchmark.help, parents=[common])
         command.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
         command.add_argument(
-            "--again", action="store_true", help="measure what the same code on this machine has stored, too"
+            "--again", action="store_true", help="repeat what the same code has measured on this machine"
         )
         if benchmark.takes_device:
             command.add_argument(
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
                 help="where to measure (default: cuda where there is one, else cpu)",
             )
         benchmark.add_arguments(command)
-    commands.add_parser("plot", help="draws what is stored", parents=[common])
+    commands.add_parser("plot", help="draw the stored rows", parents=[common])
     args = parser.parse_args(argv)
     try:
         plot(args.out) if args.command == "plot" else measure(args)
@@ -47,14 +48,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, WrongResultError) else 2
     except KeyboardInterrupt:
-        print("interrupted: what was measured is stored, the same command goes on", file=sys.stderr)
+        print("interrupted: what was measured is stored; the same command continues", file=sys.stderr)
         return 130
     return 0
 
 
 def measure(args: argparse.Namespace) -> None:
-    if args.threads < 1:
-        raise ValueError(f"--threads {args.threads}: must be >= 1")
+    require_positive(threads=args.threads)
     torch.set_num_threads(args.threads)
     benchmark = BENCHMARKS[args.command]
     device = "cpu"
@@ -62,8 +62,8 @@ def measure(args: argparse.Namespace) -> None:
         device = args.device = _device(args.device)
     now = facts(device)
     results = ResultFile(args.out, benchmark.name, now)
-    before = read_rows(args.out, benchmark.name).get(results.path.parent, [])
-    stored = [] if args.again else [row for row in before if same_setting(row, now)]
+    earlier = read_rows(args.out, benchmark.name).get(results.path.parent, [])
+    stored = [] if args.again else [row for row in earlier if same_setting(row, now)]
     new, wrong = [], None
     try:
         for row in benchmark.run(args, stored):
@@ -78,10 +78,10 @@ def measure(args: argparse.Namespace) -> None:
         raise wrong
 
 
-def _device(asked: str) -> str:
-    if asked == "cuda" and not torch.cuda.is_available():
+def _device(choice: str) -> str:
+    if choice == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: must be cpu or auto here, PyTorch finds no CUDA device")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
+    return ("cuda" if torch.cuda.is_available() else "cpu") if choice == "auto" else choice
 
 
 def plot(directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""Convert checkpoints: a Hugging Face directory to one that Megatron loads, and back."""
+"""Convert a Hugging Face directory to a Megatron checkpoint, and back."""
 
 import re
 import sys
@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = arguments()
     args = parser.parse_args(argv)
 
-    # Imports torch: bad flags need not wait for it.
+    # Imports torch, which bad flags need not wait for.
     from megatron_s2.training.patches import quiet_known_warnings
 
     quiet_known_warnings()
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{args.output}: load it with --load {args.output} and the flags in {args.output / RESUME}:")
         print("\n".join(lines))
         return
-    done = to_hugging_face(
+    exported = to_hugging_face(
         args.input,
         args.output,
         dtype=args.dtype,
@@ -34,55 +34,58 @@ def main(argv: Sequence[str] | None = None) -> None:
         vocab_size=args.vocab_size,
         family=args.family,
     )
-    attention = "dense attention" if done.settings is None else "S2 attention (s2_attention in config.json)"
-    tokenizer = "no tokenizer" if done.tokenizer is None else f"tokenizer from {done.tokenizer}"
+    attention = (
+        "dense attention" if exported.settings is None else "S2 attention (s2_attention in config.json)"
+    )
+    tokenizer = "no tokenizer" if exported.tokenizer is None else f"tokenizer from {exported.tokenizer}"
     print(
-        f"{args.output}: {done.model.family} ({done.reason}), {done.model.num_layers} layers, {attention}, "
-        f"{tokenizer}"
+        f"{args.output}: {exported.model.family} ({exported.family_source}), "
+        f"{exported.model.num_layers} layers, {attention}, {tokenizer}"
     )
 
 
 def arguments() -> CommandParser:
     parser = CommandParser(description=__doc__)
     directions = parser.add_subparsers(dest="direction", required=True, parser_class=CommandParser)
-    there = directions.add_parser("hf-to-megatron", help="for --load of a training")
-    _add_places(there, "directory with config.json and safetensors", "checkpoint to write, a new directory")
-    add_s2_args(there)
-    back = directions.add_parser("megatron-to-hf", help="for transformers")
-    _add_places(back, "checkpoint: what --save or hf-to-megatron wrote", "a new directory")
-    back.add_argument(
+    import_parser = directions.add_parser("hf-to-megatron", help="write a checkpoint for --load")
+    _add_paths(import_parser, "directory with config.json and safetensors", "checkpoint, a new directory")
+    add_s2_args(import_parser)
+    export_parser = directions.add_parser("megatron-to-hf", help="write a directory for transformers")
+    _add_paths(export_parser, "checkpoint written by --save or hf-to-megatron", "a new directory")
+    export_parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
-        help="of all weights (default: each has the one that it has in the checkpoint)",
+        help="dtype of all weights (default: that of each in the checkpoint)",
     )
-    back.add_argument(
+    export_parser.add_argument(
         "--max-shard-size",
         type=_bytes,
         default="5GB",
         metavar="SIZE",
-        help="most bytes of a file, such as 5GB or 200MB (default: %(default)s)",
+        help="largest size of a file, such as 5GB or 200MB (default: %(default)s)",
     )
-    back.add_argument(
+    export_parser.add_argument(
         "--vocab-size",
         type=_positive,
-        help="tokens without padding, where neither the checkpoint nor the model it came from says others",
+        help="number of tokens without padding, where neither the checkpoint nor the config.json of the "
+        "model it began with contains it",
     )
-    back.add_argument(
+    export_parser.add_argument(
         "--family",
         choices=["llama", "mistral"],
-        help="which of the two a model is, because in Megatron they are the same (default: what the model it "
-        "came from says, or llama)",
+        help="family of a model that is the same in Megatron in each of them (default: that of the model it "
+        "began with, or llama)",
     )
     return parser
 
 
-def _add_places(parser: CommandParser, source: str, output: str) -> None:
+def _add_paths(parser: CommandParser, source: str, output: str) -> None:
     parser.add_argument("--input", required=True, type=Path, metavar="DIR", help=source)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help=output)
 
 
 def _positive(text: str) -> int:
-    """Raises ValueError unless `text` is a whole number >= 1."""
+    """Returns a whole number >= 1, or raises ValueError."""
     number = int(text)
     if number < 1:
         raise ValueError(text)
@@ -93,7 +96,7 @@ _positive.__name__ = "whole number >= 1"  # argparse names the type in its messa
 
 
 def _bytes(text: str) -> int:
-    """Raises ValueError unless `text` is a positive number with a unit of `_UNITS`."""
+    """Returns the number of bytes in a size such as 200MB, or raises ValueError."""
     number, unit = re.fullmatch(r"(\d+)([A-Z]*)", text.upper()).groups() if text[:1].isdigit() else ("", "")
     size = int(number) * _UNITS.get(unit, 0)
     if size <= 0:

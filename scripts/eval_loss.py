@@ -1,7 +1,7 @@
-"""Loss and perplexity of a Megatron checkpoint or a Hugging Face model on an indexed data set.
+"""Compute the loss and perplexity of a Megatron checkpoint or a Hugging Face model on an indexed dataset.
 
-The tokens of the data set, in order, are cut into windows of --seq-length; the loss is the mean over all of
-them. The same command on both sides of a conversion, or with and without S2 attention, says what it cost.
+The tokens of the dataset, in order, are cut into windows of --seq-length tokens; the loss is the mean over
+all tokens. Run it before and after a conversion, or with and without S2 attention, to see the difference.
 """
 
 import argparse
@@ -15,21 +15,21 @@ from megatron_s2.data.command import CommandParser, run_command
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments().parse_args(argv)
 
-    # Imports torch: bad flags need not wait for it.
+    # Imports torch, which bad flags need not wait for.
     from megatron_s2.training.patches import quiet_known_warnings
 
     quiet_known_warnings()
     from megatron_s2.errors import InputError
     from megatron_s2.generation.decoding import beyond_positions
-    from megatron_s2.generation.evaluation import evaluate, hugging_face_model, megatron_model, windows
+    from megatron_s2.generation.evaluation import evaluate, load_hugging_face, load_megatron, windows
 
     try:
         batches = windows(args.data_path, args.seq_length, args.samples, args.micro_batch_size)
-        model = hugging_face_model(args.hf, args.dtype) if args.hf else megatron_model(args.load)
+        model = load_hugging_face(args.hf, args.dtype) if args.hf else load_megatron(args.load)
         for note in (*model.notes, beyond_positions(args.seq_length, model.positions)):
             if note is not None:
                 print(f"note: {note}", file=sys.stderr)
-        print(evaluate(model.losses, batches))
+        print(evaluate(model.token_losses, batches))
     except ValueError as error:
         raise InputError(" ".join(str(error).split())) from error
 
@@ -38,17 +38,25 @@ def arguments() -> CommandParser:
     parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--hf", type=Path, metavar="DIR", help="Hugging Face directory")
-    model.add_argument("--load", type=Path, metavar="CKPT", help="Megatron checkpoint: what --save wrote")
+    model.add_argument(
+        "--load", type=Path, metavar="CKPT", help="Megatron checkpoint, the directory of --save"
+    )
     add = parser.add_argument
-    add("--data-path", required=True, metavar="PREFIX", help="what scripts/preprocess_data.py wrote")
-    add("--seq-length", type=int, required=True, metavar="N", help="tokens of a window")
-    add("--samples", type=int, metavar="N", help="only the first N windows (default: all)")
-    add("--micro-batch-size", type=int, default=1, metavar="N", help="windows at a time (default: 1)")
+    add("--data-path", required=True, metavar="PREFIX", help="prefix printed by scripts/preprocess_data.py")
+    add("--seq-length", type=int, required=True, metavar="N", help="number of tokens of a window")
+    add("--samples", type=int, metavar="N", help="number of windows to evaluate (default: all)")
+    add(
+        "--micro-batch-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="number of windows per batch (default: 1)",
+    )
     add(
         "--dtype",
         default="auto",
         choices=["auto", "float32", "bfloat16"],
-        help="of a Hugging Face model's weights (default: as stored)",
+        help="dtype of the weights of a Hugging Face model (default: as stored)",
     )
     return parser
 

@@ -1,7 +1,7 @@
 """Generate text with S2 attention and its small KV cache, from a Hugging Face directory or a checkpoint.
 
-A single prompt is continued on the terminal token by token. Several make a batch, whose continuations are
-printed when all have ended, one after the other, `[1]`, `[2]` and so on before them. Text goes to stdout;
+A single prompt is continued on the terminal token by token. Several prompts form a batch; their
+continuations are printed when all have ended, labelled `[1]`, `[2]` and so on. Text is written to stdout;
 times and the size of the cache to stderr.
 """
 
@@ -16,15 +16,15 @@ from megatron_s2.data.command import CommandParser, run_command
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments().parse_args(argv)
 
-    # Imports torch: bad flags need not wait for it.
+    # Imports torch, which bad flags need not wait for.
     from megatron_s2.training.patches import quiet_known_warnings
 
     quiet_known_warnings()
     from megatron_s2.errors import InputError
-    from megatron_s2.generation.command import run
+    from megatron_s2.generation.generate_text import generate_text
 
     try:
-        run(args)
+        generate_text(args)
     except ValueError as error:
         raise InputError(" ".join(str(error).split())) from error
 
@@ -33,29 +33,54 @@ def arguments() -> CommandParser:
     parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument(
-        "--hf", type=Path, metavar="DIR", help="Hugging Face directory whose config.json says s2"
+        "--hf", type=Path, metavar="DIR", help="Hugging Face directory with S2 settings in config.json"
     )
-    model.add_argument("--load", type=Path, metavar="CKPT", help="Megatron checkpoint: what --save wrote")
+    model.add_argument(
+        "--load", type=Path, metavar="CKPT", help="Megatron checkpoint, the directory of --save"
+    )
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument(
-        "--prompt", action="append", metavar="TEXT", help="text to continue; several times for a batch"
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="text to continue; may be given several times for a batch",
     )
-    prompt.add_argument("--prompt-file", metavar="FILE", help="a prompt per line; blank lines do not count")
+    prompt.add_argument(
+        "--prompt-file", metavar="FILE", help="file with one prompt per line; blank lines are ignored"
+    )
     add = parser.add_argument
-    add("--max-new-tokens", type=int, default=128, metavar="N", help="per prompt (default: %(default)s)")
-    add("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
-    add("--top-k", type=int, default=0, metavar="K", help="draw of the K most likely tokens (default: all)")
+    add(
+        "--max-new-tokens",
+        type=int,
+        default=128,
+        metavar="N",
+        help="largest number of tokens to generate per prompt (default: %(default)s)",
+    )
+    add(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="sampling temperature; 0, the default, is greedy",
+    )
+    add(
+        "--top-k",
+        type=int,
+        default=0,
+        metavar="K",
+        help="sample from the K most likely tokens (default: all)",
+    )
     add(
         "--top-p",
         type=float,
         default=1.0,
         metavar="P",
-        help="draw of those whose sum is P (default: %(default)s)",
+        help="sample from the most likely tokens whose probabilities reach P (default: %(default)s)",
     )
-    add("--seed", type=int, default=0, help="the same seed draws the same text (default: %(default)s)")
-    add("--ignore-eos", action="store_true", help="go on after the end of a text")
-    add("--tokenizer-model", metavar="DIR", help="in place of the model's own tokenizer")
-    add("--token-ids", action="store_true", help="no tokenizer: prompts and output are token ids")
+    add("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
+    add("--ignore-eos", action="store_true", help="continue after the end-of-text token")
+    add("--tokenizer-model", metavar="DIR", help="tokenizer to use instead of the model's")
+    add("--token-ids", action="store_true", help="use no tokenizer; prompts and output are token ids")
     return parser
 
 

@@ -29,7 +29,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_s2.kernels import triton_columns, triton_decode, triton_rows, triton_tiles
+from megatron_s2.kernels import triton_common, triton_decode, triton_dkv, triton_dq, triton_forward
 from megatron_s2.kernels.tuning import Tiles, candidates, tuning_for
 
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "kernel-resources.md"
@@ -134,20 +134,21 @@ def _kernel(case: Case) -> tuple[triton.JITFunction, dict[str, object]]:
     }  # fmt: skip
     if kernel == DECODE:
         few = {name: constants[name] for name in ("D", "BD", "BM", "BN", "PREC")}
-        return triton_decode.decode_kernel_split, few | {"HKV": 8, "RUN": 8, "GROUP": GROUP}
+        return triton_decode.s2_decode_kernel_split, few | {"HKV": 8, "HEADS": 8, "GROUP": GROUP}
     lists = {} if case.mask else dict.fromkeys(("p_starts", "p_list"))
     source = {"COMPACT": bool(case.source), "CSR": case.mask, **lists}
     if kernel in ("forward", "dq"):
-        absent = ["p_sink"] if kernel == "dq" else ["p_sink", "p_do", "p_delta"]
-        row = {"H": 32, "GROUP": GROUP, "DQ": kernel == "dq", "HAS_SINK": False}
+        absent = [] if kernel == "dq" else ["p_sink"]
+        row = {"H": 32, "GROUP": GROUP} | ({} if kernel == "dq" else {"HAS_SINK": False})
         row |= {"SHARD": case.source != "window", "WINDOW": case.source != "shard"}
         # In context parallelism each of dQ's passes adds to what is there, and the forward's second one.
         row["RESUME"] = case.source == "shard" or (kernel == "dq" and bool(case.source))
         absent += [] if row["RESUME"] else ["p_prev"]
-        return triton_rows.s2_row_kernel, constants | source | row | dict.fromkeys(absent)
+        function = triton_dq.s2_bwd_kernel_dq if kernel == "dq" else triton_forward.s2_fwd_kernel
+        return function, constants | source | row | dict.fromkeys(absent)
     if kernel == "dkv shard":
-        return triton_columns.s2_bwd_kernel_dkv_shard, constants | source | {"HKV": 8}
-    return triton_columns.s2_bwd_kernel_dkv_window, constants | {"HKV": 8, "ADD_SHARD": True} | (
+        return triton_dkv.s2_bwd_kernel_dkv_shard, constants | source | {"HKV": 8}
+    return triton_dkv.s2_bwd_kernel_dkv_window, constants | {"HKV": 8, "ADD_SHARD": True} | (
         {"ADD_SHARD": False, "p_dks": None, "p_dvs": None} if case.source else {}
     )
 
@@ -155,7 +156,7 @@ def _kernel(case: Case) -> tuple[triton.JITFunction, dict[str, object]]:
 def _type(name: str, constants: dict[str, object], source: str) -> str:
     if name in constants:
         return "constexpr"
-    if source and name in ("p_out", "p_prev", "p_dk", "p_dv"):
+    if source and name in ("p_o", "p_dq", "p_prev", "p_dk", "p_dv"):
         return "*fp32"  # parts of results
     if name.startswith("p_"):
         kind = {"p_heads": "i32", "p_starts": "i64", "p_list": "i32", "p_kept": "i32"} | dict.fromkeys(
@@ -221,7 +222,7 @@ def fingerprint() -> str:
     """Of the kernels' code without its comments, and of what they are compiled for."""
     sources = [
         ast.unparse(ast.parse(Path(module.__file__).read_text(encoding="utf-8")))
-        for module in (triton_tiles, triton_rows, triton_columns, triton_decode)
+        for module in (triton_common, triton_forward, triton_dq, triton_dkv, triton_decode)
     ]
     text = "\n".join([*sources, *map(repr, cases(tuple(CHIPS), HEAD_DIMS))])
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,6 +1,6 @@
-"""Plan context parallelism: per layer what each schedule moves, computes and keeps, and which one is taken.
+"""Plan context parallelism: what each schedule moves, computes and keeps per layer, and which one is chosen.
 
-Takes Megatron's and our flags. Needs neither a GPU nor processes, and answers for any number of ranks.
+Takes the flags of Megatron and of megatron-s2. Needs no GPU and no process group, for any number of ranks.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from megatron_s2.data.command import CommandParser
 from megatron_s2.layers.arguments import settings_from_args
 from megatron_s2.parallel.planner import ModelPlan, plan_model
 from megatron_s2.report.context_parallel_plan import as_json, table
-from megatron_s2.report.pattern_picture import SUFFIXES
+from megatron_s2.report.figure import check_suffix
 from megatron_s2.training.arguments import add_s2_args, cluster_from_args
 
 
@@ -31,8 +31,7 @@ def main(argv: list[str] | None = None) -> None:
 def plot(args: argparse.Namespace) -> None:
     from megatron_s2.report.context_parallel_picture import draw_plans, plan_sizes
 
-    if args.plot.suffix not in SUFFIXES:
-        raise ValueError(f"--plot {args.plot}: must end in {' or '.join(SUFFIXES)}")
+    check_suffix(args.plot, "--plot")
     sizes = plan_sizes(args.context_parallel_size, args.seq_length)
     draw_plans([planned(args, size) for size in sizes], args.plot)
 

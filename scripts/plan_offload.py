@@ -16,7 +16,7 @@ from megatron_s2.data.command import CommandParser
 from megatron_s2.offload.model import Rates
 from megatron_s2.offload.plan import GB, SUBGROUP_SIZE
 from megatron_s2.offload.simulator import Simulation
-from megatron_s2.report.pattern_picture import SUFFIXES
+from megatron_s2.report.figure import check_suffix
 
 SUFFIX_FACTORS = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
@@ -160,8 +160,7 @@ def simulated(args: argparse.Namespace, rates: Rates) -> dict[str, Simulation]:
 def plot(args: argparse.Namespace, simulations: dict[str, Simulation]) -> None:
     from megatron_s2.report.offload_timeline import draw_timelines
 
-    if args.plot.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"--plot {args.plot}: must end in {' or '.join(SUFFIXES)}")
+    check_suffix(args.plot, "--plot")
     draw_timelines(
         {name: one.events for name, one in simulations.items()},
         args.plot,

@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_s2.report.figure import check_suffix
 from megatron_s2.report.losses import Losses, draw_losses
 
 
@@ -18,9 +19,10 @@ def main() -> None:
     except ValueError as error:
         parser.exit(2, f"error: --tensorboard-dir {error}\n")
     try:
+        check_suffix(args.output, "--output")
         draw_losses(losses, args.output, args.title)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"error: --output {args.output}: {error}\n")
+    except (ValueError, OSError, ImportError) as error:
+        parser.exit(2, f"error: {error}\n")
     print(losses)
 
 

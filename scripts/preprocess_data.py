@@ -1,4 +1,4 @@
-"""Tokenize raw text into the indexed dataset that Megatron's `--data-path` reads."""
+"""Tokenize raw text into an indexed dataset for Megatron's `--data-path`."""
 
 import os
 import sys
@@ -15,25 +15,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--output-prefix",
         required=True,
         metavar="P",
-        help="writes P_text_document.bin and .idx (text: --json-key)",
+        help="prefix of the files, P_text_document.bin and .idx (text: --json-key)",
     )
     parser.add_argument("--tokenizer-type", required=True, choices=TOKENIZER_TYPES, help="as for training")
     parser.add_argument(
-        "--tokenizer-model", required=True, help="as for training: a directory, file or Hub name"
+        "--tokenizer-model", required=True, help="as for training: a directory, a file or a name on the Hub"
     )
-    parser.add_argument("--append-eod", action="store_true", help="end each document with the eod token")
+    parser.add_argument(
+        "--append-eod", action="store_true", help="append the end-of-document token to each document"
+    )
     parser.add_argument(
         "--workers",
         type=int,
         default=len(os.sched_getaffinity(0)),
-        help="processes that tokenize (default: one per CPU, %(default)s here)",
+        help="number of processes that tokenize (default: one per CPU, %(default)s here)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a dataset that is there already")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
     args = parser.parse_args(argv)
 
-    from megatron_s2.training.patches import (
-        quiet_known_warnings,
-    )  # imports torch: bad flags need not wait for it
+    # Imports torch, which bad flags need not wait for.
+    from megatron_s2.training.patches import quiet_known_warnings
 
     quiet_known_warnings()
     dataset = preprocess_data(

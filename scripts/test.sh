@@ -30,6 +30,8 @@ enter_environment dev "$VERSIONS"
 say "ruff"
 ruff format --check .
 ruff check .
+say "import-linter: the layers of pyproject.toml"
+lint-imports --no-cache --no-logo
 say "pytest, $VERSIONS versions: $(python - <<'END'
 from importlib.metadata import version
 

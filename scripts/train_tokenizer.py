@@ -11,13 +11,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser(description=__doc__)
     add_corpus_arguments(parser)
     parser.add_argument(
-        "--vocab-size", type=int, required=True, help="tokens to learn, special ones included"
+        "--vocab-size", type=int, required=True, help="number of tokens, including the two special ones"
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="directory to write the tokenizer to")
     parser.add_argument(
-        "--max-bytes", type=int, help="learn from about this much text, spread over the input"
+        "--max-bytes",
+        type=int,
+        help="number of bytes of text to train on, approximately, spread over the input (default: all)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a tokenizer that is there already")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer")
     args = parser.parse_args(argv)
     trained = train_tokenizer(
         corpus_from(args), args.vocab_size, args.output, max_bytes=args.max_bytes, overwrite=args.overwrite

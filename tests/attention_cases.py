@@ -8,7 +8,7 @@ from megatron_s2 import BlockMaskPattern, S2Pattern, s2_attention
 from megatron_s2.kernels.compare import Results, attention_results
 from megatron_s2.kernels.reference import masked_attention, visible_tokens
 from megatron_s2.kernels.tuning import Tuning
-from megatron_s2.pattern.block_pattern import BlockPattern
+from megatron_s2.pattern import BlockPattern
 
 
 def s2(num_kv_heads=2, local_blocks=2, vert_stride=4, block_size=16, **others) -> S2Pattern:

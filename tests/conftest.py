@@ -1,5 +1,5 @@
-"""What all tests share: one thread, the scripts as modules; tests marked `gpu` are left out where there is no
-CUDA device; long files go first; Ctrl-C works in what tests start, however they were started themselves."""
+"""What all tests share: one thread, the scripts as modules, and Ctrl-C in what they start, however they were
+started themselves; tests marked `gpu` are left out where there is no CUDA device; long files go first."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Tiny Hugging Face models of the tested families, and prompts for them."""
+"""Tiny Hugging Face models with S2 settings, and prompts for them."""
 
 from dataclasses import dataclass
 
@@ -37,7 +37,7 @@ SHAPE = {
     "bos_token_id": None,
     "eos_token_id": None,
     "tie_word_embeddings": False,
-    "initializer_range": 0.2,  # logits far enough apart that greedy tokens are no matter of rounding
+    "initializer_range": 0.2,  # large enough that rounding does not change greedy tokens
 }
 FAMILIES = {
     "llama": (LlamaForCausalLM, LlamaConfig, {}),
@@ -48,10 +48,10 @@ FAMILIES = {
 
 
 def save_model(directory, family: str, **config) -> None:
-    """A random model with S2 settings in its config.json, as the export writes them."""
-    model_class, config_class, own = FAMILIES[family]
+    """Saves a random model with S2 settings in its config.json, as the export writes them."""
+    model_class, config_class, options = FAMILIES[family]
     torch.manual_seed(0)
-    model = model_class(config_class(**{**SHAPE, **own}))
+    model = model_class(config_class(**{**SHAPE, **options}))
     for key, value in {"s2_attention": SETTINGS, "attn_implementation": "s2", **config}.items():
         if value is not None:
             setattr(model.config, key, value)
@@ -59,13 +59,13 @@ def save_model(directory, family: str, **config) -> None:
 
 
 def prompts(*lengths: int) -> list[list[int]]:
-    draw = torch.Generator().manual_seed(1)
-    return [torch.randint(1, VOCAB, (length,), generator=draw).tolist() for length in lengths]
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(1, VOCAB, (length,), generator=generator).tolist() for length in lengths]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts in one rectangle, padded on one side; `row` finds the real tokens of a row in any result."""
+    """Prompts in one tensor, padded on one side; `row` returns the real tokens of a row of any result."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
@@ -76,8 +76,8 @@ class Batch:
         ids = torch.full((len(prompts), longest), PAD)
         mask = torch.zeros(len(prompts), longest, dtype=torch.long)
         for row, prompt in enumerate(prompts):
-            place = slice(longest - len(prompt), longest) if side == "left" else slice(len(prompt))
-            ids[row, place], mask[row, place] = torch.tensor(prompt), 1
+            columns = slice(longest - len(prompt), longest) if side == "left" else slice(len(prompt))
+            ids[row, columns], mask[row, columns] = torch.tensor(prompt), 1
         return cls(ids, mask)
 
     def row(self, result: torch.Tensor, row: int) -> torch.Tensor:
@@ -85,13 +85,13 @@ class Batch:
 
 
 def logits_of(model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
-    """`[tokens, vocabulary]` of one unpadded sequence, recomputed from nothing."""
+    """Returns the logits `[tokens, vocabulary]` of one unpadded sequence, without a cache."""
     with torch.no_grad():
         return model(torch.tensor([tokens]), use_cache=False).logits[0]
 
 
 def greedy(model: PreTrainedModel, prompt: list[int], tokens: int) -> list[int]:
-    """The greedy continuation, every token from a full recompute."""
+    """Returns the greedy continuation, recomputing the whole sequence for every token."""
     sequence = list(prompt)
     for _ in range(tokens):
         sequence.append(int(logits_of(model, sequence)[-1].argmax()))

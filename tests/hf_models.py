@@ -1,4 +1,4 @@
-"""Tiny Hugging Face models of every family, made here; and the conversion as a user starts it, or in vain."""
+"""Tiny Hugging Face models of every family, and the conversion command."""
 
 import contextlib
 import io
@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 from convert_checkpoint import main
 from safetensors.torch import load_file, save_file
+from script_main import exit_status
 from transformers import AutoConfig, AutoModelForCausalLM
-
-from megatron_s2.data.command import run_command
 
 # Four query heads on two KV heads; a vocabulary that Megatron pads to 256.
 TINY = {
@@ -61,7 +60,7 @@ FAMILIES = {
 def make_model(
     directory: Path, family: str, dtype: torch.dtype = torch.float32, shard_size: str = "5GB", **changes
 ) -> Path:
-    """Saves a model of `FAMILIES`; norms and biases too differ from where training begins."""
+    """Saves a random model of `FAMILIES`; norms and biases are random, too, not ones and zeros."""
     described = {**TINY, **FAMILIES[family], **changes}
     with torch.random.fork_rng():
         torch.manual_seed(7)
@@ -75,36 +74,33 @@ def make_model(
 
 
 def edit_config(directory: Path, **changes) -> None:
-    """Changes entries of a config.json; None removes one."""
+    """Changes entries of a config.json; None removes an entry."""
     path = directory / "config.json"
     config = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
 
 
 def convert(direction: str, source: Path, output: Path, *flags: str) -> str:
-    """What a conversion prints; raises RuntimeError with its last words if it does not end well."""
-    status, printed, errors = convert_in_vain(direction, source, output, *flags)
+    """Returns what a conversion prints; raises RuntimeError with its error message if it fails."""
+    status, printed, errors = run_conversion(direction, source, output, *flags)
     if status:
         raise RuntimeError(errors)
     return printed
 
 
-def convert_in_vain(direction: str, source: Path, output: Path, *flags: str) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr of a conversion."""
+def run_conversion(direction: str, source: Path, output: Path, *flags: str) -> tuple[int, str, str]:
+    """Returns the exit status, stdout and stderr of a conversion."""
     words = [direction, "--input", str(source), "--output", str(output), *flags]
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        try:
-            status = run_command(main, words)
-        except SystemExit as end:
-            status = end.code
+        status = exit_status(main, words)
     return status, out.getvalue(), err.getvalue()
 
 
 def assert_refused(direction: str, source: Path, message: str, *flags: str) -> None:
-    """A conversion of `source` ends with one line that contains `message`, and leaves nothing beside it."""
+    """Asserts that a conversion ends with one line that contains `message` and leaves no files."""
     output = source.parent / "output"
     before = sorted(source.parent.iterdir())
-    status, printed, errors = convert_in_vain(direction, source, output, *flags)
+    status, printed, errors = run_conversion(direction, source, output, *flags)
     assert (status, printed) == (2, ""), errors
     assert errors.startswith("error: ")
     assert errors.count("\n") == 1
@@ -113,13 +109,13 @@ def assert_refused(direction: str, source: Path, message: str, *flags: str) -> N
 
 
 def store(source: Path, changed: dict[str, torch.Tensor | None]) -> None:
-    """Changes tensors of a model in one file; None removes one."""
+    """Changes tensors of a model that is stored in one file; None removes a tensor."""
     kept = {name: tensor for name, tensor in (weights(source) | changed).items() if tensor is not None}
     save_file(kept, source / "model.safetensors")
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a Hugging Face directory."""
+    """Returns all tensors of a Hugging Face directory."""
     return {
         name: tensor
         for file in sorted(directory.glob("*.safetensors"))

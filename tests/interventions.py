@@ -12,9 +12,12 @@ def hybrid_device_optimizer_on_cpu() -> None:
     import torch
     from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
-    from megatron_s2 import pretrain
+    from megatron_s2.training import configure
 
-    original, validate = HybridDeviceOptimizer._get_sub_optimizer_param_groups, pretrain.validate_offload_args
+    original, validate = (
+        HybridDeviceOptimizer._get_sub_optimizer_param_groups,
+        configure.validate_offload_args,
+    )
 
     def groups(self, *args):
         torch.Tensor.is_cuda = property(lambda tensor: True)
@@ -28,7 +31,7 @@ def hybrid_device_optimizer_on_cpu() -> None:
         return validate(args, argv)
 
     HybridDeviceOptimizer._get_sub_optimizer_param_groups = groups
-    pretrain.validate_offload_args = choose
+    configure.validate_offload_args = choose
 
 
 def report_when_gradients_leave() -> None:
@@ -83,40 +86,47 @@ def report_memory_of_offload() -> None:
     )
 
 
+def signal_iteration(nth: int, number: int) -> None:
+    """Send the process a signal when its nth iteration begins."""
+    from megatron.training import training
+
+    _at_call(training, "train_step", nth, lambda: os.kill(os.getpid(), number))
+
+
 def kill_step(nth: int, delay: float) -> None:
     """Kill it some seconds after the nth step of the optimizer began."""
     from megatron_s2.offload.executor import Executor
 
-    _kill_in(Executor, "step", nth, delay)
+    _at_call(Executor, "step", nth, lambda: _kill_in(delay))
 
 
 def kill_store(nth: int, delay: float) -> None:
     """The same, of a write to NVMe."""
     from megatron_s2.offload.nvme import NvmeTier
 
-    _kill_in(NvmeTier, "store", nth, delay)
+    _at_call(NvmeTier, "store", nth, lambda: _kill_in(delay))
 
 
 def kill_save(nth: int, delay: float) -> None:
     """The same, of a save."""
     from megatron.training import training
 
-    _kill_in(training, "save_checkpoint", nth, delay)
+    _at_call(training, "save_checkpoint", nth, lambda: _kill_in(delay))
 
 
-def _kill_in(owner: object, name: str, nth: int, delay: float) -> None:
+def _at_call(owner: object, name: str, nth: int, do: Callable[[], None]) -> None:
     original, left = getattr(owner, name), [nth]
 
-    def and_die(*args, **kwargs):
+    def and_do(*args, **kwargs):
         left[0] -= 1
         if not left[0]:
-            _soon(delay, lambda: os.kill(os.getpid(), signal.SIGKILL))
+            do()
         return original(*args, **kwargs)
 
-    setattr(owner, name, and_die)
+    setattr(owner, name, and_do)
 
 
-def _soon(delay: float, what: Callable[[], None]) -> None:
-    timer = threading.Timer(delay, what)
+def _kill_in(delay: float) -> None:
+    timer = threading.Timer(delay, lambda: os.kill(os.getpid(), signal.SIGKILL))
     timer.daemon = True
     timer.start()

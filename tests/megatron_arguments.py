@@ -1,16 +1,32 @@
 """Megatron's own parser and validation on a command line, without starting a run."""
 
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from types import SimpleNamespace
 from unittest import mock
 
-from megatron.training import arguments
+from megatron.training import argument_utils, arguments
 
 from megatron_s2.training.arguments import add_s2_args
 
 HOPPER = SimpleNamespace(major=9, minor=0)
+
+
+def read_help_once() -> None:
+    """Parses Megatron's source, which has the help of its flags, now and not at each parsing of arguments."""
+    read, found = argument_utils.ArgumentGroupFactory._get_field_docstrings, {}
+
+    def read_once(self, config: type) -> dict[str, str]:
+        if config not in found:
+            found[config] = read(self, config)
+        return found[config]
+
+    argument_utils.ArgumentGroupFactory._get_field_docstrings = read_once
+    arguments.add_megatron_arguments(ArgumentParser())
+
+
+read_help_once()
 
 
 def parse(argv: Sequence[str], ranks: int = 1) -> Namespace:

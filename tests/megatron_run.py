@@ -1,9 +1,9 @@
 """Runs tiny Megatron trainings for tests: the real command, or several configurations in one process group.
 
 `launch` starts what a user starts and gives back its exit status and output. A start costs 8 s (imports), so
-tests that only compare losses hand all their configurations to `train_all`, whose ranks are forks of one
-process that has imported everything. Losses come from the tensorboard files, as the float32 values Megatron
-computed.
+tests that only compare losses train with `Runs` or `train_all`, whose ranks are forks of one process that has
+imported everything; `call_in_fork` calls any function in such a fork. Losses come from the tensorboard files,
+as the float32 values Megatron computed.
 
 Run as a script, this file is that process.
 """
@@ -12,6 +12,8 @@ import atexit
 import json
 import multiprocessing
 import os
+import pickle
+import queue
 import shlex
 import signal
 import socket
@@ -21,7 +23,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -47,6 +49,7 @@ MODERN = """
 """
 MOCK_DATA = "--mock-data"
 IMPORTED_BY_A_TRAINING = (
+    "megatron_arguments",
     "megatron_s2.pretrain",
     "megatron_s2.training.forward_step",
     "megatron_s2.layers.core_attention",
@@ -142,6 +145,42 @@ def train_all(
     return {name: _finished(log_dir / name) for name in runs}
 
 
+class Runs(Mapping[str, Run]):
+    """Runs of the tiny configuration by name, each trained when a test first asks for it.
+
+    Before a run is trained, so is the one that saves the checkpoint which it loads.
+
+    Args:
+        directory: where each run gets a directory of its name.
+        flags: flags of each run.
+        how: arguments of `train_all` that all runs have in common.
+    """
+
+    def __init__(self, directory: Path, flags: Mapping[str, str], **how):
+        self._directory, self._flags, self._how = directory, flags, how
+        self._trained: dict[str, Run] = {}
+
+    def __getitem__(self, name: str) -> Run:
+        if name not in self._trained:
+            loaded = _value_of("--load", self._flags[name])
+            for other, flags in self._flags.items():
+                if loaded and other != name and _value_of("--save", flags) == loaded:
+                    self[other]
+            self._trained |= train_all(self._directory, {name: self._flags[name]}, **self._how)
+        return self._trained[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._flags)
+
+    def __len__(self) -> int:
+        return len(self._flags)
+
+
+def _value_of(flag: str, flags: str) -> str | None:
+    words = shlex.split(flags)
+    return words[words.index(flag) + 1] if flag in words else None
+
+
 def train_until_killed(log_dir: Path, flags: str, killer: str, *given: float) -> bool:
     """Runs the tiny configuration on one rank after a function of `interventions.py` has been called with
     `given`; whether it killed the run. Any other bad end raises RuntimeError with the output."""
@@ -150,6 +189,30 @@ def train_until_killed(log_dir: Path, flags: str, killer: str, *given: float) ->
     if not killed:
         _finished(log_dir)
     return killed
+
+
+@dataclass(frozen=True)
+class Called:
+    """A function's end: what it returned, and what it printed."""
+
+    returned: object
+    out: str
+    err: str
+
+
+def call_in_fork(module: str, function: str, *arguments) -> Called:
+    """Calls a function of a module on one thread, in a process that ends with it and costs no imports: what
+    the call leaves of Megatron's global state is gone. A bad end raises RuntimeError with the output."""
+    with tempfile.TemporaryDirectory() as directory:
+        call = Path(directory) / "call.pickle"
+        call.write_bytes(pickle.dumps((sys.path, module, function, arguments)))
+        _run_on_forks("call", call)
+        out, err = (call.with_name(name).read_text() for name in ("out.txt", "err.txt"))
+        if not call.with_name("returned.pickle").exists():
+            raise RuntimeError(
+                f"{module}.{function} did not end well:\n{_last_lines(out)}\n{_last_lines(err)}"
+            )
+        return Called(pickle.loads(call.with_name("returned.pickle").read_bytes()), out, err)
 
 
 def _train(
@@ -162,7 +225,7 @@ def _train(
     ]
     job_file = log_dir / "jobs.json"
     job_file.write_text(json.dumps({"jobs": jobs, "before": before}))
-    _run_on_forks(job_file, ranks)
+    _run_on_forks("train", job_file, ranks)
 
 
 def _finished(run_dir: Path) -> Run:
@@ -222,15 +285,16 @@ def _forking_process() -> subprocess.Popen:
     )
 
 
-def _run_on_forks(job_file: Path, ranks: int) -> None:
+def _run_on_forks(what: str, file: Path, ranks: int = 1) -> None:
     forking = _forking_process()
-    print(ranks, job_file, file=forking.stdin, flush=True)
+    print(what, ranks, file, file=forking.stdin, flush=True)
     if forking.stdout.readline() != "done\n":
         raise RuntimeError(f"the process that forks ranks ended: {forking.wait()}")
 
 
 def _serve() -> None:
-    """Forks the ranks of one group after the other, as the lines of stdin say: how many, and for which jobs.
+    """Forks the ranks of one group after the other, as the lines of stdin say: what they do, how many they
+    are, and the file that tells the rest.
 
     What is imported here is what a training imports; a run before the fork would leave threads behind.
     """
@@ -241,16 +305,25 @@ def _serve() -> None:
     quiet_known_warnings()
     for module in IMPORTED_BY_A_TRAINING:
         import_module(module)
+    _save_without_another_process()
     fork = multiprocessing.get_context("fork")
     for line in sys.stdin:
-        ranks, job_file = line.rstrip("\n").split(" ", 1)
-        ranks, port = int(ranks), _free_port()
-        group = [fork.Process(target=_run_jobs, args=(Path(job_file), n, ranks, port)) for n in range(ranks)]
+        what, ranks, file = line.rstrip("\n").split(" ", 2)
+        ranks, port, target = int(ranks), _free_port(), {"train": _run_jobs, "call": _call}[what]
+        group = [fork.Process(target=target, args=(Path(file), n, ranks, port)) for n in range(ranks)]
         for process in group:
             process.start()
         _end_together(group)
-        Path(job_file).with_name("ended.txt").write_text(str(group[0].exitcode))
+        Path(file).with_name("ended.txt").write_text(str(group[0].exitcode))
         print("done", flush=True)
+
+
+def _save_without_another_process() -> None:
+    """What a rank wrote of a checkpoint goes through a queue, which Megatron puts into a process of its own
+    that imports everything again. Only a save in the background (`--async-save`) needs that."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async._results_queue = queue.Queue()
 
 
 def _free_port() -> int:
@@ -308,6 +381,20 @@ def _require_no_threads() -> None:
     """One that outlives its training may be in C++ code when the interpreter ends, which aborts then."""
     if left := [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]:
         raise RuntimeError(f"threads left by the training: {left}")
+
+
+def _call(call: Path, *_) -> None:
+    """The process of `call_in_fork`."""
+    import torch
+
+    for name, descriptor in {"out.txt": 1, "err.txt": 2}.items():
+        with call.with_name(name).open("w") as output:
+            os.dup2(output.fileno(), descriptor)
+    torch.set_num_threads(1)
+    sys.path[:], module, function, arguments = pickle.loads(call.read_bytes())
+    returned = getattr(import_module(module), function)(*arguments)
+    sys.stdout.flush()
+    call.with_name("returned.pickle").write_bytes(pickle.dumps(returned))
 
 
 def _forget_run() -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from megatron_run import Launched, Run, assert_same_losses, launch, train_all
+from megatron_run import Launched, Run, Runs, assert_same_losses, launch, train_all
+from selection import exhaustive
 
 # Four layers, so that two pipeline stages of two interleaved chunks have one each. Runs that should agree
 # start from the same saved weights: pipeline stages would otherwise draw theirs from seeds of their own.
@@ -15,12 +16,12 @@ OLDER_MODEL = "--position-embedding-type learned_absolute --normalization LayerN
 
 
 @pytest.fixture(scope="module")
-def one_rank(tmp_path_factory) -> dict[str, Run]:
+def one_rank(tmp_path_factory) -> Runs:
     directory = tmp_path_factory.mktemp("one")
     start, saved, sharded = (directory / f"checkpoint-{name}" for name in ("start", "saved", "sharded"))
-    schedule = "--train-iters 30 --save-interval 10"
+    schedule = "--train-iters 12 --save-interval 4"
     recompute = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-    return train_all(
+    return Runs(
         directory,
         {
             "start": f"{FOUR_LAYERS} --train-iters 1 --save {start} --save-interval 1",
@@ -28,9 +29,9 @@ def one_rank(tmp_path_factory) -> dict[str, Run]:
             "recompute": f"{FROM} {start} {recompute}",
             "bf16": f"{FROM} {start} --bf16",
             "whole": f"{schedule} --save {saved}",
-            "resumed": f"{schedule} --load {saved} --ckpt-step 10",
+            "resumed": f"{schedule} --load {saved} --ckpt-step 4",
             "whole-sharded": f"{schedule} --use-distributed-optimizer --save {sharded}",
-            "resumed-sharded": f"{schedule} --use-distributed-optimizer --load {sharded} --ckpt-step 10",
+            "resumed-sharded": f"{schedule} --use-distributed-optimizer --load {sharded} --ckpt-step 4",
         },
     )
 
@@ -41,12 +42,12 @@ def start(one_rank) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(start, tmp_path_factory) -> dict[str, Run]:
+def two_ranks(start, tmp_path_factory) -> Runs:
     directory = tmp_path_factory.mktemp("two")
     saved = directory / "checkpoint-saved"
     pipeline = "--pipeline-model-parallel-size 2"
-    schedule = "--use-distributed-optimizer --bf16 --train-iters 10 --save-interval 5"
-    return train_all(
+    schedule = "--use-distributed-optimizer --bf16 --train-iters 8 --save-interval 4"
+    return Runs(
         directory,
         {
             "tensor": f"{FROM} {start} --tensor-model-parallel-size 2",
@@ -57,7 +58,7 @@ def two_ranks(start, tmp_path_factory) -> dict[str, Run]:
             "--overlap-param-gather",
             "data-bf16": f"{FROM} {start} --use-distributed-optimizer --bf16",
             "whole": f"{schedule} --save {saved}",
-            "resumed": f"{schedule} --load {saved} --ckpt-step 5",
+            "resumed": f"{schedule} --load {saved} --ckpt-step 4",
         },
         ranks=2,
     )
@@ -65,7 +66,9 @@ def two_ranks(start, tmp_path_factory) -> dict[str, Run]:
 
 def assert_continues(resumed: Run, whole: Run, after: int) -> None:
     """Bit-equal: every loss after the checkpoint is the uninterrupted run's, to the last bit of a float32."""
-    assert resumed.losses == {step: loss for step, loss in whole.losses.items() if step > after}
+    assert resumed.losses and resumed.losses == {
+        step: loss for step, loss in whole.losses.items() if step > after
+    }
 
 
 def test_the_model_learns(one_rank):
@@ -73,7 +76,9 @@ def test_the_model_learns(one_rank):
     assert losses[10] < losses[1] - 0.2
 
 
-@pytest.mark.parametrize("layout", ["tensor", "pipeline", "interleaved", "data", "data-overlapped"])
+@pytest.mark.parametrize(
+    "layout", ["tensor", "data-overlapped", *exhaustive("pipeline", "interleaved", "data")]
+)
 def test_two_ranks_train_as_one(two_ranks, one_rank, layout):
     assert_same_losses(two_ranks[layout], one_rank["control"], relative=1e-4)
 
@@ -82,26 +87,32 @@ def test_full_recompute_changes_nothing(one_rank):
     assert one_rank["recompute"].losses == one_rank["control"].losses
 
 
-def test_bf16_follows_fp32(one_rank, two_ranks):
+def test_bf16_follows_fp32(one_rank):
     assert_same_losses(one_rank["bf16"], one_rank["control"], relative=1e-2)
+
+
+@pytest.mark.exhaustive
+def test_two_ranks_train_in_bf16_as_one(one_rank, two_ranks):
     assert_same_losses(two_ranks["data-bf16"], one_rank["bf16"], relative=1e-3)
 
 
-@pytest.mark.parametrize("optimizer", ["", "-sharded"], ids=["optimizer", "distributed-optimizer"])
+@pytest.mark.parametrize("optimizer", ["-sharded", *exhaustive("")])
 def test_a_resumed_run_is_the_uninterrupted_one(one_rank, optimizer):
-    assert_continues(one_rank[f"resumed{optimizer}"], one_rank[f"whole{optimizer}"], after=10)
+    assert_continues(one_rank[f"resumed{optimizer}"], one_rank[f"whole{optimizer}"], after=4)
 
 
+@pytest.mark.exhaustive
 def test_a_resumed_run_is_the_uninterrupted_one_on_two_ranks_in_bf16(two_ranks):
-    assert_continues(two_ranks["resumed"], two_ranks["whole"], after=5)
+    assert_continues(two_ranks["resumed"], two_ranks["whole"], after=4)
 
 
 def test_the_user_sees_one_line_about_the_cpu_and_no_warnings(tmp_path):
-    run = launch(tmp_path, "--train-iters 2", model=OLDER_MODEL)
+    """The user's command, on two ranks of torchrun."""
+    run = launch(tmp_path, "--train-iters 2", ranks=2, model=OLDER_MODEL)
     assert run.status == 0, run.output
     lines = run.output.splitlines()
-    assert [line for line in lines if line.startswith("megatron-s2:")] == [lines[0]]
-    assert "no GPU found, training on CPU (gloo); set: --distributed-backend gloo" in lines[0]
+    (line,) = (line for line in lines if line.startswith("megatron-s2:"))
+    assert "no GPU found, training on CPU (gloo); set: --distributed-backend gloo" in line
     assert "Warning:" not in run.output
 
 
@@ -176,6 +187,14 @@ def test_bad_input_is_refused_in_one_line(refused, what):
 
 
 def test_several_ranks_refuse_with_one_voice(tmp_path):
+    run = train_all(tmp_path, {"run": "--data-path /nowhere/text"}, ranks=2, data="")["run"]
+    assert run.status == 2
+    assert_refused(run, "--data-path /nowhere/text")
+    assert "error" not in (run.log_dir / "output.1.txt").read_text()
+
+
+@pytest.mark.exhaustive
+def test_torchrun_ends_when_its_ranks_refuse(tmp_path):
     run = launch(tmp_path, "--data-path /nowhere/text", ranks=2, data="")
     assert run.status != 0
     assert "exitcode  : 2" in run.output
@@ -194,12 +213,7 @@ def test_ctrl_c_ends_a_run_quietly(tmp_path):
 
 
 def test_megatrons_exit_signal_handler_still_saves(tmp_path):
-    run = Launched(
-        tmp_path,
-        f"--train-iters 100000 --exit-signal-handler --save {tmp_path}/run --save-interval 100000",
-    )
-    run.wait_for("iteration        3/")
-    run.send(signal.SIGTERM)
-    ended = run.wait()
+    flags = f"--train-iters 100000 --exit-signal-handler --save {tmp_path}/saved --save-interval 100000"
+    ended = train_all(tmp_path, {"run": flags}, before=["signal_iteration", 3, signal.SIGTERM])["run"]
     assert ended.status == 0, ended.output
-    assert (tmp_path / "run" / "latest_checkpointed_iteration.txt").exists()
+    assert (tmp_path / "saved" / "latest_checkpointed_iteration.txt").read_text() == "3"

@@ -1,1 +1,1 @@
-"""Checkpoints from and to other formats: Hugging Face directories and Megatron's `torch_dist`."""
+"""Conversion between Hugging Face directories and Megatron's `torch_dist` checkpoints."""

@@ -12,18 +12,25 @@ from pathlib import Path
 import torch
 
 from megatron_s2.checkpoint import hf_config, megatron_args
-from megatron_s2.checkpoint.model import Model
-from megatron_s2.checkpoint.safetensors_files import DTYPES, Weights, read_json, write_weights
-from megatron_s2.checkpoint.tensors import LAYERS, Placed, extra_state_keys, placed_tensors
-from megatron_s2.checkpoint.torch_dist import Checkpoint, Chunk, write_release
-from megatron_s2.checkpoint.whole import check_new, whole_directory
+from megatron_s2.checkpoint.atomic_directory import atomic_directory, check_new
+from megatron_s2.checkpoint.families import (
+    EMBEDDING,
+    FAMILIES,
+    OUTPUT,
+    extra_state_keys,
+    model_tensors,
+)
+from megatron_s2.checkpoint.model_config import ModelConfig
+from megatron_s2.checkpoint.safetensors_files import DTYPES, SafetensorsReader, read_json, write_safetensors
+from megatron_s2.checkpoint.tensors import ModelTensor
+from megatron_s2.checkpoint.torch_dist import CheckpointReader, write_release
 from megatron_s2.data.tokenizer import has_tokenizer
-from megatron_s2.errors import InputError
-from megatron_s2.pattern.settings import S2Settings
+from megatron_s2.errors import InputError, flag_name
+from megatron_s2.pattern import S2Settings
 
 RESUME = "resume.args"
-# What a Hugging Face directory holds besides weights; kept beside a Megatron checkpoint, under this name.
-COMPANIONS = "huggingface"
+# Directory in a Megatron checkpoint that keeps what a Hugging Face directory has besides weights.
+HF_FILES = "huggingface"
 _CONFIG = "config.json"
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -36,75 +43,76 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-_COMPANION_FILES = (*_TOKENIZER_FILES, "generation_config.json")
-_OUTPUT, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_COPIED_FILES = (*_TOKENIZER_FILES, "generation_config.json")
+[_HF_EMBEDDING] = EMBEDDING.hf_dims
+[_HF_OUTPUT] = OUTPUT.hf_dims
 _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
-# Families that are the same in Megatron.
-NAMES_OF_LLAMA = ("llama", "mistral")
-_MARKS = {"qwen2": "--add-qkv-bias", "qwen3": "--qk-layernorm"}
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportSummary:
     """What `to_hugging_face` wrote.
 
     Args:
-        settings: None for dense attention.
-        reason: what the family follows from.
-        tokenizer: where the tokenizer's files came from; None where there are none.
+        settings: S2 settings of the model; None for dense attention.
+        family_source: what the family was inferred from.
+        tokenizer: directory that the tokenizer was copied from; None without a tokenizer.
     """
 
-    model: Model
+    model: ModelConfig
     settings: S2Settings | None
-    reason: str
+    family_source: str
     tokenizer: Path | None
 
 
 def to_megatron(source: Path, output: Path, s2_flags: Namespace) -> list[str]:
-    """Writes the model in the Hugging Face directory `source` as a Megatron checkpoint.
+    """Writes the model in a Hugging Face directory as a Megatron checkpoint.
 
     Args:
-        source: with config.json, safetensors, and maybe a tokenizer.
-        output: a new directory, for `--load`.
+        source: directory with config.json, safetensors and, optionally, a tokenizer.
+        output: new directory, for `--load`.
         s2_flags: parsed `--s2-…` flags (`add_s2_args`).
 
     Returns:
-        The flags to train it with, one per line of `output/resume.args`.
+        The flags to train the model with, one per line of `output/resume.args`.
 
     Raises:
-        InputError: the model is none that can be converted, or `output` exists.
-        OSError: something cannot be read or written.
+        InputError: the model cannot be converted, or `output` exists.
+        OSError: a file cannot be read or written.
     """
     check_new(output)
-    _check_words(output)
+    _check_no_shell_characters(output)
     if not source.is_dir():
         raise InputError(f"--input {source}: there is no such directory")
     config = read_json(source / _CONFIG)
-    model = hf_config.model_of(config)
-    settings = _settings(config, model, s2_flags)
+    model = hf_config.model_from_config(config)
+    settings = _choose_settings(config, model, s2_flags)
     window = hf_config.sliding_window(config)
     if window is not None and settings is None:
         raise InputError(
             f"config.json: sliding_window {window}: the converted model would see everything; convert with "
             "--s2-attention to train it with S2 attention instead, or set it to null"
         )
-    weights = Weights(source)
-    placed = list(placed_tensors(model))
-    _check_weights(weights, placed, model)
-    chunks = [_chunk(tensor, weights, model) for tensor in placed]
-    size = sum(math.prod(chunk.sizes) * chunk.dtype.itemsize for chunk in chunks)
-    tokenizer = {}
+    reader = SafetensorsReader(source)
+    tensors = list(model_tensors(model))
+    _check_weights(reader, tensors, model)
+    dtypes = {tensor.key: reader.dtype(next(iter(tensor.hf_shapes))) for tensor in tensors}
+    size = sum(math.prod(tensor.shape) * dtypes[tensor.key].itemsize for tensor in tensors)
+    args = megatron_args.args_from_model(model)
+    args |= megatron_args.args_from_s2_settings(settings, s2_flags.s2_anneal_steps or 0)
     if has_tokenizer(source):
-        place = Path(os.path.abspath(output), COMPANIONS)
-        tokenizer = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(place)}
-    pattern = megatron_args.arguments_of_s2(settings, s2_flags.s2_anneal_steps or 0)
-    arguments = megatron_args.arguments_of(model) | pattern | tokenizer
-    flags = megatron_args.flags(arguments | {"bf16": chunks[0].dtype == torch.bfloat16})
+        tokenizer = os.path.join(os.path.abspath(output), HF_FILES)
+        args |= {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": tokenizer}
+    flags = megatron_args.flags_from_args(args | {"bf16": dtypes[EMBEDDING.key] == torch.bfloat16})
     lines = [" ".join(words) for words in flags]
-    args = megatron_args.saved_arguments(arguments)
-    with whole_directory(output, size) as directory:
-        write_release(directory, chunks, extra_state_keys(model), args)
-        _copy(source, directory / COMPANIONS, (*_COMPANION_FILES, _CONFIG))
+
+    def load(tensor: ModelTensor) -> torch.Tensor:
+        return tensor.fusion.fuse([reader.read(name) for name in tensor.hf_shapes], model)
+
+    with atomic_directory(output, size) as directory:
+        saved_args = megatron_args.checkpoint_args(args)
+        write_release(directory, tensors, dtypes, load, extra_state_keys(model), saved_args)
+        _copy(source, directory / HF_FILES, (*_COPIED_FILES, _CONFIG))
         (directory / RESUME).write_text("".join(line + "\n" for line in lines))
     return lines
 
@@ -117,167 +125,178 @@ def to_hugging_face(
     max_shard_size: int,
     vocab_size: int | None,
     family: str | None,
-) -> Exported:
-    """Writes the model in the Megatron checkpoint `source` as a Hugging Face directory.
+) -> ExportSummary:
+    """Writes the model in a Megatron checkpoint as a Hugging Face directory.
 
     Args:
-        source: what a training was given as `--save`, or `to_megatron` wrote.
-        output: a new directory.
-        dtype: of all weights, a name in `DTYPES`; by default each has the one that it has in the checkpoint,
-            and config.json names that of the embedding.
-        max_shard_size: most bytes of a file of weights.
-        vocab_size: tokens that have an embedding, without padding, where neither the checkpoint nor the model
-            that training began with says it.
-        family: one of `NAMES_OF_LLAMA`, where the config.json of the model that training began with does not
-            say which.
+        source: directory that a training was given as `--save`, or that `to_megatron` wrote.
+        output: new directory.
+        dtype: dtype of all weights, a key of `DTYPES`. None keeps the dtype that each has in the checkpoint;
+            config.json then names the dtype of the embedding.
+        max_shard_size: largest size of a safetensors file in bytes.
+        vocab_size: number of tokens without padding, where neither the checkpoint nor the config.json that
+            the model came with contains it.
+        family: Hugging Face's `model_type`, where Megatron cannot tell the families apart and the config.json
+            that the model came with does not name it.
 
     Raises:
-        InputError: the checkpoint holds a model that none of the families is, or `output` exists.
-        OSError: something cannot be read or written.
+        InputError: no family has the model in the checkpoint, or `output` exists.
+        OSError: a file cannot be read or written.
     """
     check_new(output)
     if not source.is_dir():
         raise InputError(f"--input {source}: there is no such directory")
-    checkpoint = Checkpoint(source)
-    companions = _companions(source, checkpoint.args)
-    base = read_json(companions / _CONFIG) if (companions / _CONFIG).is_file() else {}
-    said = (getattr(checkpoint.args, "vocab_size", None), base.get("vocab_size"))
-    tokens = next((number for number in said if isinstance(number, int) and number > 0), vocab_size)
-    if vocab_size not in (None, tokens):
-        raise InputError(
-            f"--vocab-size {vocab_size}: the checkpoint, or the model that it began with, says {tokens}; "
-            "leave it out"
-        )
-    known = base.get("model_type") if base.get("model_type") in NAMES_OF_LLAMA else None
-    model = megatron_args.model_of(checkpoint.args, family or known or "llama", tokens)
-    if model.family in _MARKS:
-        reason = f"from the checkpoint's {_MARKS[model.family]}"
-    elif family or known:
-        reason = "from --family" if family else f"from {companions / _CONFIG}"
-    else:
-        reason = "or Mistral, the same in Megatron: --family mistral"
-    if family not in (None, model.family):
-        raise InputError(f"--family {family}: the model is {model.family}, {reason}")
-    settings = megatron_args.settings_of(checkpoint.args, model)
+    reader = CheckpointReader(source)
+    hf_files = _hf_files(source, reader.args)
+    base = read_json(hf_files / _CONFIG) if (hf_files / _CONFIG).is_file() else {}
+    vocab_size = _choose_vocab_size(reader.args, base, vocab_size)
+    family, family_source = _choose_family(reader.args, base, hf_files / _CONFIG, family)
+    model = megatron_args.model_from_args(reader.args, family, vocab_size)
+    settings = megatron_args.s2_settings_from_args(reader.args, model)
     if settings is not None:
-        megatron_args.check_annealed(checkpoint.args, checkpoint.iteration)
-    placed = list(placed_tensors(model))
-    _check_tensors(checkpoint, placed, model)
-    stored = {key: DTYPES[dtype] if dtype else its for key, (_, its) in checkpoint.tensors().items()}
+        megatron_args.check_annealed(reader.args, reader.iteration)
+    tensors = list(model_tensors(model))
+    _check_tensors(reader, tensors, model)
+    dtypes = {key: DTYPES[dtype] if dtype else stored for key, (_, stored) in reader.tensors().items()}
     sizes = {
-        name: math.prod(shape) * stored[tensor.key].itemsize
-        for tensor in placed
-        for name, shape in tensor.parts.items()
+        name: math.prod(shape) * dtypes[tensor.key].itemsize
+        for tensor in tensors
+        for name, shape in tensor.hf_shapes.items()
     }
-    config = hf_config.config_of(model, base, settings, _name(stored[placed[0].key]))
-    with whole_directory(output, sum(sizes.values())) as directory:
-        write_weights(directory, sizes, _parts(checkpoint, placed, model, stored), max_shard_size)
-        _copy(companions, directory, _COMPANION_FILES)
+    config = hf_config.config_from_model(model, base, settings, _dtype_name(dtypes[EMBEDDING.key]))
+    with atomic_directory(output, sum(sizes.values())) as directory:
+        write_safetensors(directory, sizes, _hf_tensors(reader, tensors, model, dtypes), max_shard_size)
+        _copy(hf_files, directory, _COPIED_FILES)
         (directory / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    return Exported(model, settings, reason, companions if has_tokenizer(companions) else None)
+    return ExportSummary(model, settings, family_source, hf_files if has_tokenizer(hf_files) else None)
 
 
-def _name(dtype: torch.dtype) -> str:
-    return next(name for name, its in DTYPES.items() if its == dtype)
-
-
-def _check_words(output: Path) -> None:
-    """The path stands in `resume.args`, whose words a shell takes apart (`$(cat …)`)."""
-    if any(letter.isspace() or letter in "*?[" for letter in os.path.abspath(output)):
+def _check_no_shell_characters(output: Path) -> None:
+    """The path is a word in `resume.args`, which the shell splits and expands in `$(cat …)`."""
+    if any(character.isspace() or character in "*?[" for character in os.path.abspath(output)):
         raise InputError(
             f"--output {output}: must be a path without spaces, *, ? and [, because it is part of the flags "
             f"in {RESUME}"
         )
 
 
-def _settings(config: hf_config.Config, model: Model, flags: Namespace) -> S2Settings | None:
-    """The pattern that flags give, or the one that the model was trained with; both must be the same."""
+def _choose_settings(config: hf_config.Config, model: ModelConfig, flags: Namespace) -> S2Settings | None:
+    """Returns the pattern of the flags, or the one that the model was trained with; they must not differ."""
     megatron_args.check_s2_flags(flags)
-    given = megatron_args.settings_of(flags, model)
-    trained = hf_config.settings_of(config, model)
+    given = megatron_args.s2_settings_from_args(flags, model)
+    trained = hf_config.s2_settings_from_config(config, model)
     difference = megatron_args.first_difference(given, trained) if given and trained else None
     if difference is not None:
-        flag, mine, its = difference
-        raise InputError(f"{flag} {mine}: the model was trained with {its}; give the same, or no S2 flags")
+        flag, asked, saved = difference
+        raise InputError(f"{flag} {asked}: the model was trained with {saved}; give the same, or no S2 flags")
     return given or trained
 
 
-def _check_weights(weights: Weights, placed: Iterable[Placed], model: Model) -> None:
-    """All tensors are there, and no others; a tied output layer may be, if it is the embedding."""
-    weights.check(placed, allowed=(_OUTPUT,) if model.tied else ())
-    if model.tied and _OUTPUT in weights:
-        output, embedding = weights.read(_OUTPUT), weights.read(_EMBEDDING)
+def _choose_vocab_size(args: Namespace, base: hf_config.Config, requested: int | None) -> int | None:
+    known = (getattr(args, "vocab_size", None), base.get("vocab_size"))
+    vocab_size = next((size for size in known if isinstance(size, int) and size > 0), requested)
+    if requested not in (None, vocab_size):
+        raise InputError(
+            f"--vocab-size {requested}: the checkpoint, or the model that it began with, has {vocab_size}; "
+            "leave it out"
+        )
+    return vocab_size
+
+
+def _choose_family(
+    args: Namespace, base: hf_config.Config, base_path: Path, requested: str | None
+) -> tuple[str, str]:
+    """Returns the family of a checkpoint and what it was inferred from."""
+    families = megatron_args.families_of(args)
+    family, *others = families
+    if not others:
+        flags = " and ".join(map(flag_name, FAMILIES[family].megatron_args))
+        inferred_from = f"from the checkpoint's {flags}"
+    elif requested in families:
+        return requested, "from --family"
+    elif base.get("model_type") in families:
+        return base["model_type"], f"from {base_path}"
+    else:
+        names = " or ".join(map(str.capitalize, others))
+        inferred_from = f"or {names}, the same in Megatron: --family {' or '.join(others)}"
+    if requested not in (None, family):
+        raise InputError(f"--family {requested}: the model is {family}, {inferred_from}")
+    return family, inferred_from
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return next(name for name, named in DTYPES.items() if named == dtype)
+
+
+def _check_weights(reader: SafetensorsReader, tensors: Iterable[ModelTensor], model: ModelConfig) -> None:
+    """Raises InputError unless the directory has exactly the tensors of the model; a tied output layer may be
+    stored, too, if it equals the embedding."""
+    reader.check(tensors, optional=(_HF_OUTPUT,) if model.tied else ())
+    if model.tied and _HF_OUTPUT in reader:
+        output, embedding = reader.read(_HF_OUTPUT), reader.read(_HF_EMBEDDING)
         if output.dtype != embedding.dtype or not torch.equal(output, embedding):
             raise InputError(
-                f"{_OUTPUT}: differs from {_EMBEDDING}, though config.json says tie_word_embeddings true"
+                f"{_HF_OUTPUT}: differs from {_HF_EMBEDDING}, though config.json says tie_word_embeddings "
+                "true"
             )
 
 
-def _chunk(tensor: Placed, weights: Weights, model: Model) -> Chunk:
-    def make() -> torch.Tensor:
-        return tensor.layout.join([weights.read(name) for name in tensor.parts], model)
-
-    dtype = weights.dtype(next(iter(tensor.parts)))
-    offsets, sizes = _place(tensor)
-    layers = () if tensor.layer is None else (model.num_layers,)
-    return Chunk(tensor.key, (*layers, *tensor.shape), offsets, sizes, dtype, make)
-
-
-def _place(tensor: Placed) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Where a tensor begins in the one over all layers, and its sizes there."""
-    nowhere = (0,) * len(tensor.shape)
-    return (nowhere, tensor.shape) if tensor.layer is None else ((tensor.layer, *nowhere), (1, *tensor.shape))
-
-
-def _companions(source: Path, args: Namespace) -> Path:
-    """Where what the model came with lies: beside the checkpoint, or where the run had its tokenizer."""
-    beside = source / COMPANIONS
+def _hf_files(source: Path, args: Namespace) -> Path:
+    """Returns the directory with the tokenizer and config.json of a checkpoint's model: in the checkpoint, or
+    where its training had the tokenizer."""
+    inside = source / HF_FILES
     tokenizer = getattr(args, "tokenizer_model", None)
-    is_one = getattr(args, "tokenizer_type", None) == "HuggingFaceTokenizer" and tokenizer
-    return Path(tokenizer) if is_one and not beside.is_dir() else beside
+    from_hf = getattr(args, "tokenizer_type", None) == "HuggingFaceTokenizer" and tokenizer
+    return Path(tokenizer) if from_hf and not inside.is_dir() else inside
 
 
-def _check_tensors(checkpoint: Checkpoint, placed: Iterable[Placed], model: Model) -> None:
-    """The checkpoint has the tensors of the model, more rows in the embeddings at most, and no others."""
-    stored = {key: of for key, of in checkpoint.tensors().items() if key.startswith(_MODEL_KEYS)}
-    for tensor in placed:
+def _check_tensors(reader: CheckpointReader, tensors: Iterable[ModelTensor], model: ModelConfig) -> None:
+    """Raises InputError unless the checkpoint has exactly the tensors of the model. Embedding and output
+    layer may have further rows, the padding of the vocabulary."""
+    stored = {key: shape for key, shape in reader.tensors().items() if key.startswith(_MODEL_KEYS)}
+    for tensor in tensors:
         if tensor.key not in stored:
             raise InputError(f"{tensor.key}: missing; the checkpoint's arguments say that the model has it")
-        size, dtype = stored[tensor.key]
-        expected = tensor.shape if tensor.layer is None else (model.num_layers, *tensor.shape)
-        is_padded = not tensor.key.startswith(LAYERS) and size[0] > expected[0] and size[1:] == expected[1:]
-        if size != expected and not (is_padded and tensor.shape[0] == model.vocab_size):
-            hint = "" if tensor.key.startswith(LAYERS) else " (tokens: --vocab-size)"
+        shape, dtype = stored[tensor.key]
+        expected = tensor.global_shape
+        is_vocab = tensor.key in (EMBEDDING.key, OUTPUT.key)
+        is_padded = is_vocab and shape[0] > expected[0] and shape[1:] == expected[1:]
+        if shape != expected and not is_padded:
+            hint = " (tokens: --vocab-size)" if is_vocab else ""
             raise InputError(
-                f"{tensor.key}: has shape {list(size)}; its arguments say {list(expected)}{hint}"
+                f"{tensor.key}: has shape {list(shape)}; its arguments say {list(expected)}{hint}"
             )
         if dtype not in DTYPES.values():
             raise InputError(f"{tensor.key}: is stored as {dtype}; must be one of {', '.join(DTYPES)}")
-    known = {tensor.key for tensor in placed}
+    known = {tensor.key for tensor in tensors}
     for key in stored:
         if key not in known:
             raise InputError(f"{key}: no {model.family} model has it; the checkpoint cannot be converted")
 
 
-def _parts(
-    checkpoint: Checkpoint, placed: Iterable[Placed], model: Model, dtypes: dict[str, torch.dtype]
+def _hf_tensors(
+    reader: CheckpointReader,
+    tensors: Iterable[ModelTensor],
+    model: ModelConfig,
+    dtypes: dict[str, torch.dtype],
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of Hugging Face's, one Megatron tensor of one layer read at a time.
+    """Yields the Hugging Face tensors of a checkpoint, reading one layer of one Megatron tensor at a time.
 
     Args:
-        dtypes: to write, by Megatron's key.
+        dtypes: dtype to convert to, by Megatron's key.
     """
-    for tensor in placed:
-        joined = checkpoint.read(tensor.key, *_place(tensor)).reshape(tensor.shape)
+    for tensor in tensors:
+        fused = reader.read(tensor.key, tensor.global_offset, tensor.local_shape).reshape(tensor.shape)
         dtype = dtypes[tensor.key]
-        for name, part in zip(tensor.parts, tensor.layout.split(joined, model)):
-            written = part.to(dtype, copy=True, memory_format=torch.contiguous_format)
-            if dtype != part.dtype and not torch.equal(written.isfinite(), part.isfinite()):
-                most = torch.finfo(dtype).max
+        for name, values in zip(tensor.hf_shapes, tensor.fusion.split(fused, model)):
+            converted = values.to(dtype, copy=True, memory_format=torch.contiguous_format)
+            if dtype != values.dtype and not torch.equal(converted.isfinite(), values.isfinite()):
+                largest = torch.finfo(dtype).max
                 raise InputError(
-                    f"--dtype {_name(dtype)}: {name} has numbers beyond its largest, {most:g}; give another"
+                    f"--dtype {_dtype_name(dtype)}: {name} has values beyond its maximum, {largest:g}; give "
+                    "another"
                 )
-            yield name, written
+            yield name, converted
 
 
 def _copy(source: Path, destination: Path, names: Iterable[str]) -> None:

@@ -1,22 +1,24 @@
 """Megatron's arguments: those that build a model, and the model that a checkpoint's arguments describe."""
 
 from argparse import Namespace
-from dataclasses import asdict
 
-from megatron_s2.checkpoint.model import Model
+from megatron_s2.checkpoint.families import FAMILIES, SIZES
+from megatron_s2.checkpoint.model_config import ModelConfig
 from megatron_s2.errors import InputError, flag_name
 from megatron_s2.layers.arguments import settings_from_args
-from megatron_s2.pattern.settings import S2Settings
+from megatron_s2.pattern import S2Settings
+from megatron_s2.pattern.settings import PATTERN_FIELDS
 
-# Names of Megatron's arguments whose flag is another word.
-_FLAGS = {"layernorm_epsilon": "--norm-epsilon"}
-_FLAGS_OF_FALSE = {"add_bias_linear": "--disable-bias-linear"}
-# What must be so for a model to be one of ours. An argument that an older checkpoint lacks counts as right.
-_REQUIRED = {
+_FLAG_OF_FALSE = {"add_bias_linear": "--disable-bias-linear"}
+# What the families have in common, apart from sizes.
+_COMMON = {
+    "position_embedding_type": "rope",
     "normalization": "RMSNorm",
     "swiglu": True,
     "add_bias_linear": False,
-    "position_embedding_type": "rope",
+}
+# What a checkpoint's arguments must say. An argument that an older checkpoint lacks passes.
+_REQUIRED = _COMMON | {
     "rotary_percent": 1.0,
     "rotary_interleaved": False,
     "no_rope_freq": None,
@@ -34,159 +36,152 @@ _REQUIRED = {
     "experimental_attention_variant": None,
     "heterogeneous_layers_config_path": None,
     "hybrid_layer_pattern": None,
-    "spec": None,  # it may bring an attention that the other arguments do not tell of
+    "spec": None,  # may replace the attention that the other arguments describe
 }
-_SIZES = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
+# Arguments without which a checkpoint's model is not known; its vocabulary may be known otherwise.
+_NEEDED = (
+    *(argument for _, _, argument in SIZES if argument != "vocab_size"),
     "group_query_attention",
-    "num_query_groups",
-    "kv_channels",
-    "max_position_embeddings",
     "layernorm_epsilon",
     "rotary_base",
     "untie_embeddings_and_output_weights",
 )
-_S2_FIELDS = tuple(S2Settings.__dataclass_fields__)[2:]  # without the model's own numbers
+# Arguments that Megatron reads from a checkpoint when it loads one.
+_READ_BY_MEGATRON = {
+    "add_position_embedding": True,
+    "add_qkv_bias": False,
+    "consumed_train_samples": 0,
+    "consumed_valid_samples": 0,
+    "group_query_attention": False,
+    "num_query_groups": 1,
+    "pipeline_model_parallel_size": 1,
+    "qk_layernorm": False,
+    "s2_anneal_steps": 0,
+    "s2_learnable_sink": False,
+    "softmax_type": "vanilla",
+    "tensor_model_parallel_size": 1,
+}
 
 
-def arguments_of(model: Model) -> dict[str, object]:
-    """The arguments that make Megatron build `model`, by the names they have after parsing."""
-    arguments = {
-        "num_layers": model.num_layers,
-        "hidden_size": model.hidden_size,
-        "ffn_hidden_size": model.ffn_hidden_size,
-        "num_attention_heads": model.num_attention_heads,
-        "kv_channels": model.head_dim,
-        "max_position_embeddings": model.max_position_embeddings,
-        "position_embedding_type": "rope",
+def args_from_model(model: ModelConfig) -> dict[str, object]:
+    """Returns the arguments that make Megatron build `model`, by their names after parsing."""
+    args = {argument: getattr(model, size) for size, _, argument in SIZES}
+    args |= _COMMON | {
         "rotary_base": model.rotary_base,
-        "normalization": "RMSNorm",
         "layernorm_epsilon": model.norm_epsilon,
-        "swiglu": True,
-        "add_bias_linear": False,
         "untie_embeddings_and_output_weights": not model.tied,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
-        "vocab_size": model.vocab_size,
         "padded_vocab_size": model.padded_vocab_size,
     }
-    if model.num_query_groups != model.num_attention_heads:
-        arguments |= {"group_query_attention": True, "num_query_groups": model.num_query_groups}
+    if model.num_query_groups == model.num_attention_heads:
+        del args["num_query_groups"]
+    else:
+        args["group_query_attention"] = True
     if model.llama3_factor is not None:
-        arguments |= {"use_rope_scaling": True, "rope_scaling_factor": model.llama3_factor}
+        args |= {"use_rope_scaling": True, "rope_scaling_factor": model.llama3_factor}
     if model.linear_factor is not None:
-        arguments["rotary_seq_len_interpolation_factor"] = model.linear_factor
-    if model.family == "qwen2":
-        arguments["add_qkv_bias"] = True
-    if model.family == "qwen3":
-        arguments["qk_layernorm"] = True
-    return arguments
+        args["rotary_seq_len_interpolation_factor"] = model.linear_factor
+    return args | FAMILIES[model.family].megatron_args
 
 
-def arguments_of_s2(settings: S2Settings | None, anneal_steps: int) -> dict[str, object]:
-    """The arguments that S2 settings are, by the names they have after parsing."""
+def args_from_s2_settings(settings: S2Settings | None, anneal_steps: int) -> dict[str, object]:
+    """Returns the arguments of S2 attention, by their names after parsing; None is dense attention."""
     if settings is None:
         return {"s2_attention": False}
-    pattern = {f"s2_{name}": getattr(settings, name) for name in _S2_FIELDS}
-    return {"s2_attention": True} | pattern | ({"s2_anneal_steps": anneal_steps} if anneal_steps else {})
+    args = {"s2_attention": True} | {f"s2_{name}": getattr(settings, name) for name in PATTERN_FIELDS}
+    return args | ({"s2_anneal_steps": anneal_steps} if anneal_steps else {})
 
 
-def flags(arguments: dict[str, object]) -> list[list[str]]:
-    """The flags, each with its values, that give `arguments`; those whose value is their default are left
-    out."""
-    found = []
-    for name, value in arguments.items():
-        flag = _flag(name)
-        if value is False and name in _FLAGS_OF_FALSE:
-            found.append([_FLAGS_OF_FALSE[name]])
+def checkpoint_args(args: dict[str, object]) -> Namespace:
+    """Returns the arguments to store in a checkpoint: `args`, and what else Megatron reads when it loads."""
+    return Namespace(**_READ_BY_MEGATRON | args)
+
+
+def flags_from_args(args: dict[str, object]) -> list[list[str]]:
+    """Returns the flags that set `args`, each with its values; unset arguments have none."""
+    flags = []
+    for argument, value in args.items():
+        flag = _flag(argument)
+        if value is False and argument in _FLAG_OF_FALSE:
+            flags.append([_FLAG_OF_FALSE[argument]])
         elif value is True:
-            found.append([flag])
-        elif name == "s2_dense_layers" and value:
-            found.append([flag, ",".join(map(str, value))])
+            flags.append([flag])
+        elif argument == "s2_dense_layers" and value:
+            flags.append([flag, ",".join(map(str, value))])
         elif isinstance(value, tuple) and value:
-            found.append([flag, *map(str, value)])
+            flags.append([flag, *map(str, value)])
         elif value is not False and value is not None and value != ():
-            found.append([flag, str(value)])
-    return found
+            flags.append([flag, str(value)])
+    return flags
 
 
-def _flag(name: str) -> str:
-    return _FLAGS.get(name, flag_name(name))
+def _flag(argument: str) -> str:
+    return "--norm-epsilon" if argument == "layernorm_epsilon" else flag_name(argument)
 
 
-def saved_arguments(arguments: dict[str, object]) -> Namespace:
-    """What stands in a checkpoint as the arguments of the run that wrote it: `arguments`, and others that
-    Megatron looks for when it loads."""
-    written = {
-        "add_position_embedding": True,
-        "add_qkv_bias": False,
-        "consumed_train_samples": 0,
-        "consumed_valid_samples": 0,
-        "group_query_attention": False,
-        "num_query_groups": 1,
-        "pipeline_model_parallel_size": 1,
-        "qk_layernorm": False,
-        "s2_anneal_steps": 0,
-        "s2_learnable_sink": False,
-        "softmax_type": "vanilla",
-        "tensor_model_parallel_size": 1,
-    }
-    return Namespace(**written | arguments)
-
-
-def model_of(args: Namespace, family_without_marks: str, vocab_size: int | None) -> Model:
-    """The model that a checkpoint's arguments describe.
+def families_of(args: Namespace) -> list[str]:
+    """Returns the families that a checkpoint may be of; several where they are the same in Megatron.
 
     Args:
-        args: the arguments of the run that wrote the checkpoint.
-        family_without_marks: llama or mistral, which are the same in Megatron.
-        vocab_size: tokens that have an embedding, None where nothing says it.
+        args: arguments of the run that wrote the checkpoint.
 
     Raises:
-        InputError: the arguments say something that none of the families has, by flag.
+        InputError: the arguments combine what no family has together.
+    """
+    distinguishing = dict.fromkeys(name for family in FAMILIES.values() for name in family.megatron_args)
+    found = {name: getattr(args, name) for name in distinguishing if getattr(args, name, False)}
+    families = [name for name, family in FAMILIES.items() if family.megatron_args == found]
+    if not families:
+        first, *others = map(_flag, found)
+        raise InputError(f"{first}: no family has it together with {', '.join(others)}")
+    return families
+
+
+def model_from_args(args: Namespace, family: str, vocab_size: int | None) -> ModelConfig:
+    """Returns the architecture that a checkpoint's arguments describe.
+
+    Args:
+        args: arguments of the run that wrote the checkpoint.
+        family: one of `families_of(args)`.
+        vocab_size: number of tokens without padding; None where it is not known.
+
+    Raises:
+        InputError: an argument is missing, or has a value that none of the families has.
     """
     if getattr(args, "softmax_type", None) == "learnable":
         raise InputError(
             "--s2-learnable-sink: none of the families has learned sinks; they cannot be written"
         )
-    for name in _SIZES:
-        if getattr(args, name, None) is None:
+    for argument in _NEEDED:
+        if getattr(args, argument, None) is None:
             raise InputError(
-                f"{_flag(name)}: the checkpoint's arguments do not say it, so the model is not known"
+                f"{_flag(argument)}: missing from the checkpoint's arguments, so the model is not known"
             )
-    for name, required in _REQUIRED.items():
-        value = getattr(args, name, required)
+    for argument, required in _REQUIRED.items():
+        value = getattr(args, argument, required)
         if value != required:
-            raise InputError(f"{_flag(name)} {value}: the checkpoint was trained with it; must be {required}")
-    biased, normed = getattr(args, "add_qkv_bias", False), getattr(args, "qk_layernorm", False)
-    if biased and normed:
-        raise InputError("--add-qkv-bias: no family has it together with --qk-layernorm")
-    scaled = getattr(args, "use_rope_scaling", False)
+            raise InputError(
+                f"{_flag(argument)} {value}: the checkpoint was trained with it; must be {required}"
+            )
     if vocab_size is None:
-        raise InputError("--vocab-size: must be given, because the checkpoint does not say it")
-    return Model(
-        family="qwen2" if biased else "qwen3" if normed else family_without_marks,
-        num_layers=args.num_layers,
-        hidden_size=args.hidden_size,
-        ffn_hidden_size=args.ffn_hidden_size,
-        num_attention_heads=args.num_attention_heads,
-        num_query_groups=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
-        head_dim=args.kv_channels,
-        vocab_size=vocab_size,
-        max_position_embeddings=args.max_position_embeddings,
+        raise InputError("--vocab-size: must be given, because the checkpoint does not contain it")
+    sizes = {size: getattr(args, argument, None) for size, _, argument in SIZES} | {"vocab_size": vocab_size}
+    if not args.group_query_attention:
+        sizes["num_query_groups"] = args.num_attention_heads
+    return ModelConfig(
+        family=family,
+        **sizes,
         norm_epsilon=args.layernorm_epsilon,
         rotary_base=args.rotary_base,
-        llama3_factor=args.rope_scaling_factor if scaled else None,
+        llama3_factor=args.rope_scaling_factor if getattr(args, "use_rope_scaling", False) else None,
         linear_factor=getattr(args, "rotary_seq_len_interpolation_factor", None),
         tied=not args.untie_embeddings_and_output_weights,
     )
 
 
-def settings_of(args: Namespace, model: Model) -> S2Settings | None:
-    """The S2 settings in parsed arguments, of a command line or of a checkpoint; None without
+def s2_settings_from_args(args: Namespace, model: ModelConfig) -> S2Settings | None:
+    """Returns the S2 settings in parsed arguments, of a command line or of a checkpoint; None without
     `--s2-attention`.
 
     Raises:
@@ -194,52 +189,52 @@ def settings_of(args: Namespace, model: Model) -> S2Settings | None:
     """
     if not getattr(args, "s2_attention", False):
         return None
-    given = {name: getattr(args, f"s2_{name}", None) for name in _S2_FIELDS}
-    whole = Namespace(
+    pattern = {f"s2_{name}": getattr(args, f"s2_{name}", None) for name in PATTERN_FIELDS}
+    complete = Namespace(
         num_layers=model.num_layers,
         group_query_attention=True,
         num_query_groups=model.num_query_groups,
         num_attention_heads=model.num_attention_heads,
-        **{f"s2_{name}": value for name, value in given.items()},
+        **pattern,
     )
     try:
-        return settings_from_args(whole)
+        return settings_from_args(complete)
     except ValueError as error:
         raise InputError(str(error)) from None
 
 
 def check_s2_flags(flags: Namespace) -> None:
-    """Raises InputError where `--s2-…` flags are given that say nothing about a model, or without
+    """Raises InputError if an `--s2-…` flag is given that does not describe a model, or is given without
     `--s2-attention`."""
-    of_a_model = {"s2_attention", "s2_anneal_steps", *(f"s2_{name}" for name in _S2_FIELDS)}
-    for name, value in vars(flags).items():
-        if not name.startswith("s2_") or value in (None, False):
+    allowed = {"s2_attention", "s2_anneal_steps", *(f"s2_{name}" for name in PATTERN_FIELDS)}
+    for argument, value in vars(flags).items():
+        if not argument.startswith("s2_") or value in (None, False):
             continue
-        flag = _flag(name)
-        if name == "s2_learnable_sink":
+        flag = _flag(argument)
+        if argument == "s2_learnable_sink":
             raise InputError(f"{flag}: must not be set: the model has no learned sinks to convert")
-        if name not in of_a_model:
-            raise InputError(f"{flag}: must not be set: it is for training, and no part of a checkpoint")
+        if argument not in allowed:
+            raise InputError(f"{flag}: must not be set: it is for training, and is not part of a checkpoint")
         if not flags.s2_attention:
             raise InputError(f"{flag}: needs --s2-attention")
 
 
 def check_annealed(args: Namespace, iteration: int) -> None:
-    """Raises InputError for a checkpoint that still saw more than its pattern: all that was there when it
-    has not been trained at all."""
+    """Raises InputError for a checkpoint whose annealing is not finished: its attention is not yet that of
+    the pattern."""
     steps = getattr(args, "s2_anneal_steps", None) or 0
     if iteration < steps:
-        otherwise = "" if iteration else ", or convert the model anew without --s2-anneal-steps"
+        alternative = "" if iteration else ", or convert the model anew without --s2-anneal-steps"
         raise InputError(
             f"--s2-anneal-steps {steps}: the checkpoint is of step {iteration}, before its attention is the "
-            f"pattern; take one from step {steps} on{otherwise}"
+            f"pattern; take one from step {steps} on{alternative}"
         )
 
 
 def first_difference(given: S2Settings, saved: S2Settings) -> tuple[str, object, object] | None:
-    """The first setting that differs, as a flag, and its two values."""
-    mine, its = asdict(given), asdict(saved)
-    for name in _S2_FIELDS:
-        if mine[name] != its[name]:
-            return _flag(f"s2_{name}"), mine[name], its[name]
+    """Returns the flag of the first setting that differs and its two values; None where all are equal."""
+    for name in PATTERN_FIELDS:
+        ours, theirs = getattr(given, name), getattr(saved, name)
+        if ours != theirs:
+            return flag_name(f"s2_{name}"), ours, theirs
     return None

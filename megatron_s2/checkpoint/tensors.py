@@ -1,115 +1,118 @@
-"""Which tensors a model has in both formats, and how the rows of one are laid out in the other.
+"""How one Megatron tensor corresponds to one or more Hugging Face tensors.
 
-One table serves both directions. Hugging Face has one tensor per layer and projection; Megatron has one
-tensor over all layers (first axis), with query, key and value in one and gate and up in one.
+Hugging Face stores one tensor per layer and projection. Megatron stores one tensor for all layers, stacked
+along the first axis, and fuses query, key and value into one tensor and gate and up into another.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from megatron_s2.checkpoint.model import Model
+from megatron_s2.checkpoint.model_config import ModelConfig
 
-Parts = Sequence[torch.Tensor]
+Tensors = Sequence[torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How a Megatron tensor is made of Hugging Face's, and the way back."""
+class Fusion:
+    """Fuses the Hugging Face tensors of one layer into a Megatron tensor, and splits it again."""
 
-    join: Callable[[Parts, Model], torch.Tensor]
-    split: Callable[[torch.Tensor, Model], Parts]
-
-
-def _gate_above_up(parts: Parts, model: Model) -> torch.Tensor:
-    return torch.cat(tuple(parts))
+    fuse: Callable[[Tensors, ModelConfig], torch.Tensor]
+    split: Callable[[torch.Tensor, ModelConfig], Tensors]
 
 
-def _gate_and_up(stacked: torch.Tensor, model: Model) -> Parts:
-    return stacked.chunk(2)
+def _concatenate_gate_up(tensors: Tensors, model: ModelConfig) -> torch.Tensor:
+    return torch.cat(tuple(tensors))
 
 
-def _group_by_group(parts: Parts, model: Model) -> torch.Tensor:
-    """Rows [groups, (queries per group + key + value) * head_dim]: each KV head follows its queries."""
-    groups = [part.reshape(model.num_query_groups, -1, *part.shape[1:]) for part in parts]
+def _split_gate_up(fused: torch.Tensor, model: ModelConfig) -> Tensors:
+    return fused.chunk(2)
+
+
+def _interleave_qkv(tensors: Tensors, model: ModelConfig) -> torch.Tensor:
+    """Returns rows [groups, (queries per group + key + value) * head_dim]; a KV head follows its queries."""
+    groups = [tensor.reshape(model.num_query_groups, -1, *tensor.shape[1:]) for tensor in tensors]
     return torch.cat(groups, dim=1).flatten(0, 1)
 
 
-def _query_key_value(joined: torch.Tensor, model: Model) -> Parts:
-    queries = model.num_attention_heads // model.num_query_groups
-    groups = joined.reshape(model.num_query_groups, -1, *joined.shape[1:])
-    sizes = [queries * model.head_dim, model.head_dim, model.head_dim]
-    return [part.flatten(0, 1) for part in groups.split(sizes, dim=1)]
+def _split_qkv(fused: torch.Tensor, model: ModelConfig) -> Tensors:
+    queries_per_group = model.num_attention_heads // model.num_query_groups
+    groups = fused.reshape(model.num_query_groups, -1, *fused.shape[1:])
+    rows = [queries_per_group * model.head_dim, model.head_dim, model.head_dim]
+    return [tensor.flatten(0, 1) for tensor in groups.split(rows, dim=1)]
 
 
-SAME = Layout(lambda parts, model: parts[0], lambda tensor, model: [tensor])
-STACKED = Layout(_gate_above_up, _gate_and_up)
-INTERLEAVED = Layout(_group_by_group, _query_key_value)
+IDENTITY = Fusion(lambda tensors, model: tensors[0], lambda tensor, model: [tensor])
+GATE_UP = Fusion(_concatenate_gate_up, _split_gate_up)
+QKV = Fusion(_interleave_qkv, _split_qkv)
 
 
 @dataclass(frozen=True)
-class _Row:
-    """One line of the table: a Megatron key and Hugging Face's names (a layer's without their prefix), each
-    with its shape in the words of `_sizes`."""
+class TensorMapping:
+    """A Megatron tensor and the Hugging Face tensors it is made of.
 
-    megatron: str
-    parts: dict[str, str]
-    layout: Layout = SAME
+    Args:
+        key: key in a Megatron checkpoint; that of a tensor in a layer without the prefix of layers.
+        hf_dims: names of the Hugging Face tensors, without the prefix of a layer, each with its dimensions in
+            the words of `_dim_sizes`, such as "vocab hidden".
+    """
 
-
-_EMBEDDING = _Row("embedding.word_embeddings.weight", {"model.embed_tokens.weight": "vocab hidden"})
-_FINAL_NORM = _Row("decoder.final_layernorm.weight", {"model.norm.weight": "hidden"})
-_OUTPUT = _Row("output_layer.weight", {"lm_head.weight": "vocab hidden"})
-_LAYER = (
-    _Row("self_attention.linear_qkv.layer_norm_weight", {"input_layernorm.weight": "hidden"}),
-    _Row(
-        "self_attention.linear_qkv.weight",
-        {
-            "self_attn.q_proj.weight": "query hidden",
-            "self_attn.k_proj.weight": "key hidden",
-            "self_attn.v_proj.weight": "key hidden",
-        },
-        INTERLEAVED,
-    ),
-    _Row("self_attention.linear_proj.weight", {"self_attn.o_proj.weight": "hidden query"}),
-    _Row("mlp.linear_fc1.layer_norm_weight", {"post_attention_layernorm.weight": "hidden"}),
-    _Row(
-        "mlp.linear_fc1.weight",
-        {"mlp.gate_proj.weight": "ffn hidden", "mlp.up_proj.weight": "ffn hidden"},
-        STACKED,
-    ),
-    _Row("mlp.linear_fc2.weight", {"mlp.down_proj.weight": "hidden ffn"}),
-)
-_QKV_BIAS = _Row(
-    "self_attention.linear_qkv.bias",
-    {"self_attn.q_proj.bias": "query", "self_attn.k_proj.bias": "key", "self_attn.v_proj.bias": "key"},
-    INTERLEAVED,
-)
-_HEAD_NORMS = (
-    _Row("self_attention.q_layernorm.weight", {"self_attn.q_norm.weight": "head"}),
-    _Row("self_attention.k_layernorm.weight", {"self_attn.k_norm.weight": "head"}),
-)
-_LAYER_OF = {
-    "llama": _LAYER,
-    "mistral": _LAYER,
-    "qwen2": (*_LAYER, _QKV_BIAS),
-    "qwen3": (*_LAYER, *_HEAD_NORMS),
-}
-
-# Modules whose state besides weights (of 8-bit training) Megatron expects in a checkpoint. It is empty here.
-EXTRA_STATES_OF_LAYER = (
-    "self_attention.linear_qkv",
-    "self_attention.linear_proj",
-    "self_attention.core_attention",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
-)
-EXTRA_STATES_OF_HEAD_NORMS = ("self_attention.q_layernorm", "self_attention.k_layernorm")
-LAYERS = "decoder.layers."
+    key: str
+    hf_dims: dict[str, str]
+    fusion: Fusion = IDENTITY
 
 
-def _sizes(model: Model) -> dict[str, int]:
+@dataclass(frozen=True)
+class ModelTensor:
+    """One tensor of a model, or one layer of it, in both formats.
+
+    Args:
+        key: key in a Megatron checkpoint.
+        layer: index of the layer, from 0; None for a tensor outside of layers.
+        shape: shape in Megatron, without the layer axis.
+        global_shape: shape of the whole tensor in the checkpoint, with all layers.
+        hf_shapes: names and shapes of its Hugging Face tensors, in the order that `fusion` expects.
+    """
+
+    key: str
+    layer: int | None
+    shape: tuple[int, ...]
+    global_shape: tuple[int, ...]
+    hf_shapes: dict[str, tuple[int, ...]]
+    fusion: Fusion = field(repr=False)
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """Shape of this part of the tensor in the checkpoint, with a layer axis of 1."""
+        return self.shape if self.layer is None else (1, *self.shape)
+
+    @property
+    def global_offset(self) -> tuple[int, ...]:
+        """Index of the first element of this part in the tensor in the checkpoint."""
+        zeros = (0,) * len(self.shape)
+        return zeros if self.layer is None else (self.layer, *zeros)
+
+
+def model_tensor(
+    mapping: TensorMapping,
+    model: ModelConfig,
+    layer: int | None = None,
+    key_prefix: str = "",
+    hf_prefix: str = "",
+) -> ModelTensor:
+    """Returns the tensor of `model` that a mapping describes, in layer `layer`."""
+    sizes = _dim_sizes(model)
+    hf_shapes = {
+        hf_prefix + name: tuple(sizes[dim] for dim in dims.split()) for name, dims in mapping.hf_dims.items()
+    }
+    shapes = list(hf_shapes.values())
+    shape = (sum(rows for rows, *_ in shapes), *shapes[0][1:])
+    global_shape = shape if layer is None else (model.num_layers, *shape)
+    return ModelTensor(key_prefix + mapping.key, layer, shape, global_shape, hf_shapes, mapping.fusion)
+
+
+def _dim_sizes(model: ModelConfig) -> dict[str, int]:
     return {
         "vocab": model.vocab_size,
         "hidden": model.hidden_size,
@@ -118,52 +121,3 @@ def _sizes(model: Model) -> dict[str, int]:
         "query": model.num_attention_heads * model.head_dim,
         "key": model.num_query_groups * model.head_dim,
     }
-
-
-@dataclass(frozen=True)
-class Placed:
-    """One tensor of a model, or one layer of it, in both formats.
-
-    Args:
-        key: Megatron's name in a sharded checkpoint.
-        layer: from 0; None for what is not in a layer.
-        shape: in Megatron, without the axis of layers.
-        parts: Hugging Face's names with their shapes, in the order of `layout`.
-    """
-
-    key: str
-    layer: int | None
-    shape: tuple[int, ...]
-    parts: dict[str, tuple[int, ...]]
-    layout: Layout = field(repr=False)
-
-
-def placed_tensors(model: Model) -> Iterator[Placed]:
-    """Every tensor of `model`, from the embedding to the output layer."""
-    yield _placed(_EMBEDDING, model)
-    for layer in range(model.num_layers):
-        for row in _LAYER_OF[model.family]:
-            yield _placed(row, model, layer)
-    yield _placed(_FINAL_NORM, model)
-    if not model.tied:
-        yield _placed(_OUTPUT, model)
-
-
-def _placed(row: _Row, model: Model, layer: int | None = None) -> Placed:
-    sizes = _sizes(model)
-    before_key, before_part = ("", "") if layer is None else (LAYERS, f"model.layers.{layer}.")
-    parts = {
-        before_part + name: tuple(sizes[word] for word in shape.split()) for name, shape in row.parts.items()
-    }
-    shapes = list(parts.values())
-    rows = sum(shape[0] for shape in shapes)
-    return Placed(before_key + row.megatron, layer, (rows, *shapes[0][1:]), parts, row.layout)
-
-
-def extra_state_keys(model: Model) -> Iterator[str]:
-    """Keys of the (empty) extra states, of Megatron's own layers and of Transformer Engine's."""
-    modules = EXTRA_STATES_OF_LAYER + (EXTRA_STATES_OF_HEAD_NORMS if model.family == "qwen3" else ())
-    for layer in range(model.num_layers):
-        for module in modules:
-            yield f"{LAYERS}{module}._extra_state/shard_{layer}_{model.num_layers}"
-    yield "decoder.final_layernorm._extra_state/shard_0_1"

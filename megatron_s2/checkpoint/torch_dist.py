@@ -1,9 +1,9 @@
-"""Megatron's `torch_dist` checkpoints: tensors cut along layers, written and read one layer at a time.
+"""Megatron's `torch_dist` checkpoints, written and read one layer of one tensor at a time.
 
-A checkpoint is a directory of torch.distributed.checkpoint: files of tensors and a pickle, `.metadata`, that
-says where each is. What a user gives is not unpickled as it is: only the classes that such metadata consists
-of are allowed in it, and tensors and arguments are read by torch's own `weights_only` reader, which takes
-no look at checksums, so that they are compared before.
+Such a checkpoint is a directory of torch.distributed.checkpoint: files of tensors, and a pickle `.metadata`
+that lists where each tensor is stored. Files that a user provides are not trusted: `.metadata` is unpickled
+with only the classes allowed that such metadata consists of; tensors and arguments are read by torch's
+`weights_only` reader, after their checksums have been verified, which torch does not do.
 """
 
 import io
@@ -13,9 +13,8 @@ import re
 import struct
 import zipfile
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -36,15 +35,16 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from megatron_s2.checkpoint.tensors import ModelTensor
 from megatron_s2.errors import InputError
 
 _TRACKER = "latest_checkpointed_iteration.txt"
 _RELEASE = "release"
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 _COMMON = "common_state/shard_0_1"
-_COMMON_OF_OLDER = "common.pt"
+_COMMON_FILE = "common.pt"
 _DCP = "torch.distributed.checkpoint"
-_CLASSES_OF_METADATA = {
+_METADATA_CLASSES = {
     (f"{_DCP}.metadata", "Metadata"),
     (f"{_DCP}.metadata", "MetadataIndex"),
     (f"{_DCP}.metadata", "StorageMeta"),
@@ -65,8 +65,8 @@ _CLASSES_OF_METADATA = {
     ("pathlib", "PosixPath"),
     ("collections", "OrderedDict"),
 }
-# What unpickling, torch's readers and a look at the result raise where bytes are not what they were.
-_OF_GARBLED_BYTES = (
+# Exceptions that unpickling, torch's readers and the checks of their results raise on damaged files.
+_READ_ERRORS = (
     ArithmeticError,
     AssertionError,
     AttributeError,
@@ -84,34 +84,21 @@ _OF_GARBLED_BYTES = (
 )
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """A tensor to write, or one layer of one.
-
-    Args:
-        key: its name in the checkpoint.
-        size: of the whole tensor.
-        offsets, sizes: where in it this part lies.
-        make: gives its values, of `sizes` without the first axis where that is 1 of several layers.
-    """
-
-    key: str
-    size: tuple[int, ...]
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    dtype: torch.dtype
-    make: Callable[[], torch.Tensor]
-
-
 def write_release(
-    directory: Path, chunks: Iterable[Chunk], empty_states: Iterable[str], args: Namespace
+    directory: Path,
+    tensors: Iterable[ModelTensor],
+    dtypes: Mapping[str, torch.dtype],
+    load: Callable[[ModelTensor], torch.Tensor],
+    empty_states: Iterable[str],
+    args: Namespace,
 ) -> None:
     """Writes a checkpoint that Megatron loads with `--load directory` as the start of a new run.
 
     Args:
-        chunks: the model; each is made, written and let go before the next.
-        empty_states: keys of extra states.
-        args: what stands as the arguments of the run that wrote it.
+        dtypes: dtype of each tensor, by key.
+        load: returns the values of a tensor; each is loaded, written and freed before the next.
+        empty_states: keys of the extra states, which are stored empty.
+        args: the arguments to store.
     """
     common = {
         "args": args,
@@ -125,7 +112,7 @@ def write_release(
         checkpoint.save(
             {},
             storage_writer=_Writer(release),
-            planner=_StreamingPlanner(list(chunks), objects),
+            planner=_StreamingPlanner(tensors, dtypes, load, objects),
             no_dist=True,
         )
     except CheckpointException as error:
@@ -135,45 +122,54 @@ def write_release(
 
 
 def _raise_cause(error: CheckpointException, directory: Path) -> None:
-    """Raises what stopped torch.distributed.checkpoint, which catches everything, Ctrl-C included.
+    """Raises the exception behind a CheckpointException, into which torch turns all others, KeyboardInterrupt
+    included.
 
-    That of a full disk lies deeper: `torch.save` ends in a RuntimeError about where it stopped.
+    On a full disk `torch.save` raises a RuntimeError; the OSError is in its context.
     """
     cause, _ = next(iter(error.failures.values()))
-    deeper = cause
-    while deeper is not None and not isinstance(deeper, OSError):
-        deeper = deeper.__context__
-    if deeper is not None and deeper.errno and deeper.filename is None:
-        deeper = OSError(deeper.errno, deeper.strerror, str(directory))
-    raise deeper or cause from None
+    os_error = cause
+    while os_error is not None and not isinstance(os_error, OSError):
+        os_error = os_error.__context__
+    if os_error is not None and os_error.errno and os_error.filename is None:
+        os_error = OSError(os_error.errno, os_error.strerror, str(directory))
+    raise os_error or cause from None
 
 
 class _Writer(FileSystemWriter):
     def storage_meta(self) -> StorageMeta:
-        """Without the name of the directory, which is not its last."""
+        """Leaves out the path of the directory, because it is renamed after writing."""
         return StorageMeta(save_id=self.save_id)
 
 
 class _StreamingPlanner(DefaultSavePlanner):
-    """Plans to write what does not exist yet, and makes each chunk when its turn has come."""
+    """Loads each tensor only when it is written."""
 
-    def __init__(self, chunks: list[Chunk], objects: dict[str, object]):
+    def __init__(
+        self,
+        tensors: Iterable[ModelTensor],
+        dtypes: Mapping[str, torch.dtype],
+        load: Callable[[ModelTensor], torch.Tensor],
+        objects: dict[str, object],
+    ):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._chunks = {(chunk.key, chunk.offsets): chunk for chunk in chunks}
-        self._objects = objects
+        self._tensors = {(tensor.key, tensor.global_offset): tensor for tensor in tensors}
+        self._dtypes, self._load, self._objects = dtypes, load, objects
 
     def create_local_plan(self) -> SavePlan:
         tensors = [
             WriteItem(
-                index=MetadataIndex(chunk.key, chunk.offsets),
+                index=MetadataIndex(tensor.key, tensor.global_offset),
                 type=WriteItemType.SHARD,
                 tensor_data=TensorWriteData(
-                    chunk=ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)),
-                    properties=TensorProperties(dtype=chunk.dtype),
-                    size=torch.Size(chunk.size),
+                    chunk=ChunkStorageMetadata(
+                        torch.Size(tensor.global_offset), torch.Size(tensor.local_shape)
+                    ),
+                    properties=TensorProperties(dtype=self._dtypes[tensor.key]),
+                    size=torch.Size(tensor.global_shape),
                 ),
             )
-            for chunk in self._chunks.values()
+            for tensor in self._tensors.values()
         ]
         objects = [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self._objects]
         self.plan = SavePlan(objects + tensors)
@@ -185,24 +181,24 @@ class _StreamingPlanner(DefaultSavePlanner):
             stream = io.BytesIO()
             torch.save(self._objects[index.fqn], stream)
             return stream
-        chunk = self._chunks[index.fqn, tuple(index.offset)]
-        return chunk.make().reshape(chunk.sizes)
+        tensor = self._tensors[index.fqn, tuple(index.offset)]
+        return self._load(tensor).reshape(tensor.local_shape)
 
 
-class Checkpoint:
-    """A `torch_dist` checkpoint that Megatron wrote, or `write_release`.
+class CheckpointReader:
+    """Reads a `torch_dist` checkpoint that Megatron or `write_release` wrote.
 
     Args:
-        directory: what Megatron was given as `--save`; its tracker file says which iteration counts.
+        directory: the directory of Megatron's `--save`; its tracker file names the iteration to read.
 
     Raises:
-        InputError: it is none, or damaged, or holds what is not read safely.
+        InputError: there is no such checkpoint, it is damaged, or it contains classes that are not allowed.
     """
 
     def __init__(self, directory: Path):
         self.path = directory / _iteration(directory)
         if not (self.path / "metadata.json").is_file() or not (self.path / ".metadata").is_file():
-            raise InputError(f"--input {directory}: {self.path.name} is no torch_dist checkpoint")
+            raise InputError(f"--input {directory}: {self.path.name} is not a torch_dist checkpoint")
         self._metadata = _read_metadata(self.path / ".metadata")
         self._tensors = {
             key: stored
@@ -213,113 +209,110 @@ class Checkpoint:
 
     @property
     def args(self) -> Namespace:
-        """The arguments of the run that wrote it."""
+        """Arguments of the run that wrote the checkpoint."""
         if not isinstance(self.common.get("args"), Namespace):
-            raise InputError(f"{self.path}: holds no arguments, so the model is not known")
+            raise InputError(f"{self.path}: contains no arguments, so the model is not known")
         return self.common["args"]
 
     @property
     def iteration(self) -> int:
-        """Steps of training that the run had taken."""
+        """Number of training steps completed."""
         if not isinstance(self.common.get("iteration"), int):
-            raise InputError(f"{self.path}: does not say its iteration")
+            raise InputError(f"{self.path}: contains no iteration")
         return self.common["iteration"]
 
     def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Size and dtype of every tensor."""
+        """Returns the shape and dtype of every tensor by key."""
         return {key: (tuple(stored.size), stored.properties.dtype) for key, stored in self._tensors.items()}
 
-    def read(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
-        """A part of a tensor, however it is cut in the files.
-
-        Args:
-            offsets, sizes: of the part.
+    def read(self, key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
+        """Returns the part of a tensor at `offset` with `shape`, assembled from the chunks in the files.
 
         Raises:
-            InputError: a file is damaged.
+            InputError: a file is damaged, or no file contains some of the elements.
         """
         stored = self._tensors[key]
-        part = torch.empty(sizes, dtype=stored.properties.dtype)
+        part = torch.empty(shape, dtype=stored.properties.dtype)
         filled = 0
         for chunk in stored.chunks:
-            first = [max(mine, its) for mine, its in zip(offsets, chunk.offsets)]
-            last = [min(a + b, c + d) for a, b, c, d in zip(offsets, sizes, chunk.offsets, chunk.sizes)]
-            if all(begin < end for begin, end in zip(first, last)):
-                piece = part[_between(first, last, offsets)]
-                piece.copy_(self._read_chunk(key, chunk)[_between(first, last, chunk.offsets)])
-                filled += piece.numel()
+            begin = [max(a, b) for a, b in zip(offset, chunk.offsets)]
+            end = [min(a + b, c + d) for a, b, c, d in zip(offset, shape, chunk.offsets, chunk.sizes)]
+            if all(a < b for a, b in zip(begin, end)):
+                overlap = part[_index(begin, end, offset)]
+                overlap.copy_(self._read_chunk(key, chunk)[_index(begin, end, chunk.offsets)])
+                filled += overlap.numel()
         if filled != part.numel():
-            raise InputError(f"{self.path}: {key} is not whole: a part of it is in none of the files")
+            raise InputError(f"{self.path}: {key} is incomplete: no file contains a part of it")
         return part
 
     def _read_chunk(self, key: str, chunk: ChunkStorageMetadata) -> torch.Tensor:
         tensor = self._load(MetadataIndex(key, chunk.offsets), _load_tensor)
-        said = (chunk.sizes, self._tensors[key].properties.dtype)
-        if not isinstance(tensor, torch.Tensor) or (tensor.shape, tensor.dtype) != said:
-            raise InputError(f"{self.path}: {key} has another shape or dtype in its file than .metadata says")
+        listed = (chunk.sizes, self._tensors[key].properties.dtype)
+        if not isinstance(tensor, torch.Tensor) or (tensor.shape, tensor.dtype) != listed:
+            raise InputError(f"{self.path}: {key} has another shape or dtype in its file than in .metadata")
         return tensor
 
     def _read_common(self) -> dict:
-        older = self.path / _COMMON_OF_OLDER
-        if older.is_file():
-            with _told_as_input_error(f"{older}: is not read: it is damaged, or may run code"):
-                _check_sums(older)
-                common = _load_arguments(older)
+        file = self.path / _COMMON_FILE
+        if file.is_file():
+            with _as_input_error(f"{file}: cannot be read: it is damaged, or may run code"):
+                _check_crc(file)
+                common = _load_arguments(file)
         elif _COMMON in self._metadata.state_dict_metadata:
             common = self._load(MetadataIndex(_COMMON), _load_arguments)
             common = common[0] if isinstance(common, list) and common else None
         else:
-            raise InputError(f"{self.path}: holds no arguments, so the model is not known")
+            raise InputError(f"{self.path}: contains no arguments, so the model is not known")
         if not isinstance(common, dict):
-            raise InputError(f"{self.path}: holds no arguments, so the model is not known")
+            raise InputError(f"{self.path}: contains no arguments, so the model is not known")
         return common
 
     def _load(self, index: MetadataIndex, load: Callable[[io.IOBase], object]) -> object:
-        """What is stored under an index, as `load` reads it."""
-        place = self._metadata.storage_data.get(index)
-        if place is None:
-            raise InputError(f"{self.path}: .metadata does not say where {index.fqn} is")
-        file = self.path / place.relative_path
-        problem = f"{file}: {index.fqn} is not read: it is damaged, or may run code"
-        with _told_as_input_error(problem), file.open("rb") as whole:
-            _check_sums(_Slice(whole, place.offset, place.length))
-            return load(_Slice(whole, place.offset, place.length))
+        """Returns the object stored under an index, read by `load`."""
+        location = self._metadata.storage_data.get(index)
+        if location is None:
+            raise InputError(f"{self.path}: .metadata does not list {index.fqn}")
+        path = self.path / location.relative_path
+        problem = f"{path}: {index.fqn} cannot be read: it is damaged, or may run code"
+        with _as_input_error(problem), path.open("rb") as file:
+            _check_crc(_FileRange(file, location.offset, location.length))
+            return load(_FileRange(file, location.offset, location.length))
 
 
-def _between(first: Sequence[int], last: Sequence[int], begin: Sequence[int]) -> tuple[slice, ...]:
-    """What lies from `first` to `last`, in a tensor that begins at `begin`."""
-    return tuple(slice(a - start, b - start) for a, b, start in zip(first, last, begin))
+def _index(begin: Sequence[int], end: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
+    """Returns the index of the elements from `begin` to `end` in a tensor whose first element is `origin`."""
+    return tuple(slice(a - start, b - start) for a, b, start in zip(begin, end, origin))
 
 
 def _iteration(directory: Path) -> str:
     tracker = directory / _TRACKER
     if not tracker.is_file():
-        raise InputError(f"--input {directory}: is no checkpoint: it has no {_TRACKER}")
+        raise InputError(f"--input {directory}: is not a checkpoint: it has no {_TRACKER}")
     text = tracker.read_text(errors="replace").strip()
     if text == _RELEASE:
         return _RELEASE
     if not re.fullmatch("[0-9]{1,18}", text):
-        raise InputError(f"{tracker}: must say an iteration or {_RELEASE}, not {text[:40]!r}")
+        raise InputError(f"{tracker}: must contain an iteration or {_RELEASE}, not {text[:40]!r}")
     return f"iter_{int(text):07}"
 
 
 @contextmanager
-def _told_as_input_error(what: str) -> Iterator[None]:
-    """Whatever stops a reader in garbled bytes is one line, which begins with `what`."""
+def _as_input_error(message: str) -> Iterator[None]:
+    """Turns what reading a damaged file raises into an InputError whose text begins with `message`."""
     try:
         yield
-    except _OF_GARBLED_BYTES as error:
+    except _READ_ERRORS as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise InputError(f"{what}: {reason}") from None
+        raise InputError(f"{message}: {reason}") from None
 
 
-def _check_sums(file: io.IOBase | Path) -> None:
-    """Raises BadZipFile unless all that `torch.save` wrote, a zip archive, is what its CRC32s say."""
+def _check_crc(file: io.IOBase | Path) -> None:
+    """Raises BadZipFile if a record of a `torch.save` file, a zip archive, does not match its CRC32."""
     with zipfile.ZipFile(file) as archive:
         if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
             raise zipfile.BadZipFile("it is compressed, which torch.save never does")
         if (damaged := archive.testzip()) is not None:
-            raise zipfile.BadZipFile(f"{damaged} in it has not the CRC32 that it was written with")
+            raise zipfile.BadZipFile(f"{damaged} in it does not match its CRC32")
 
 
 def _load_tensor(stream: io.IOBase) -> torch.Tensor:
@@ -334,55 +327,55 @@ def _load_arguments(stream: io.IOBase | Path) -> object:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Reads `.metadata`; anything but the classes it consists of is refused."""
+    """Unpickles `.metadata` and refuses every class that it does not consist of."""
 
     def find_class(self, module: str, name: str) -> object:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or (module, name) in _CLASSES_OF_METADATA:
+        if is_dtype or (module, name) in _METADATA_CLASSES:
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of a checkpoint")
+        raise pickle.UnpicklingError(f"it contains {module}.{name}, which is not allowed")
 
 
 def _read_metadata(path: Path) -> Metadata:
-    """What `.metadata` says, where the files that it names are there and as long as it says."""
+    """Returns the content of `.metadata` after checking that the files it names exist and are long enough."""
     ends: dict[str, int] = {}
-    with _told_as_input_error(f"{path}: is not read"), path.open("rb") as stream:
+    with _as_input_error(f"{path}: cannot be read"), path.open("rb") as stream:
         read = _MetadataUnpickler(stream).load()
         if not isinstance(read, Metadata):
-            raise TypeError("it holds no metadata")
+            raise TypeError("it contains no metadata")
         for stored in read.state_dict_metadata.values():
             if isinstance(stored, TensorStorageMetadata):
                 _check_stored(stored)
-        for place in read.storage_data.values():
-            if min(place.offset, place.length) < 0 or place.transform_descriptors:
-                raise ValueError("it names a part of a file that is none, or is compressed")
-            name = place.relative_path
+        for location in read.storage_data.values():
+            if min(location.offset, location.length) < 0 or location.transform_descriptors:
+                raise ValueError("it contains an invalid or compressed range of a file")
+            name = location.relative_path
             if not name or Path(name).name != name:
-                raise ValueError(f"it names {name!r}, a file elsewhere")
-            ends[name] = max(ends.get(name, 0), place.offset + place.length)
+                raise ValueError(f"it names {name!r}, which is not a file in the directory")
+            ends[name] = max(ends.get(name, 0), location.offset + location.length)
     for name, end in ends.items():
         file = path.with_name(name)
         if not file.is_file():
-            raise InputError(f"{file}: missing, though the checkpoint has a part in it")
+            raise InputError(f"{file}: missing, though .metadata lists it")
         if file.stat().st_size < end:
-            raise InputError(f"{file}: is cut off at {file.stat().st_size} of {end} bytes")
+            raise InputError(f"{file}: is truncated at {file.stat().st_size} of {end} bytes")
     return read
 
 
 def _check_stored(stored: TensorStorageMetadata) -> None:
-    """Raises TypeError or ValueError unless it describes a tensor."""
+    """Raises TypeError or ValueError if an entry of `.metadata` does not describe a tensor."""
     if not isinstance(stored.properties.dtype, torch.dtype):
-        raise TypeError("it names a dtype that is none")
+        raise TypeError("it contains an invalid dtype")
     for chunk in stored.chunks:
         if not len(stored.size) == len(chunk.offsets) == len(chunk.sizes):
-            raise ValueError("it names a part of a tensor with other axes")
+            raise ValueError("it contains a chunk with other dimensions than its tensor")
 
 
-class _Slice(io.RawIOBase):
-    """A part of a file, as a file of its own."""
+class _FileRange(io.RawIOBase):
+    """The bytes of a file from `offset` on, `length` of them, as a file."""
 
     def __init__(self, file: io.BufferedReader, offset: int, length: int):
-        self._file, self._offset, self._length, self._at = file, offset, length, 0
+        self._file, self._offset, self._length, self._position = file, offset, length, 0
 
     def readable(self) -> bool:
         return True
@@ -391,14 +384,16 @@ class _Slice(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
-        return self._at
+        self._position = (
+            offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
+        )
+        return self._position
 
     def tell(self) -> int:
-        return self._at
+        return self._position
 
     def readinto(self, buffer: memoryview) -> int:
-        self._file.seek(self._offset + self._at)
-        count = self._file.readinto(memoryview(buffer)[: max(self._length - self._at, 0)])
-        self._at += count
+        self._file.seek(self._offset + self._position)
+        count = self._file.readinto(memoryview(buffer)[: max(self._length - self._position, 0)])
+        self._position += count
         return count

@@ -1,1 +1,1 @@
-"""From raw text to Megatron's indexed datasets."""
+"""Raw text, tokenizers and Megatron's indexed datasets."""

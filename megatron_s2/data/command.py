@@ -1,4 +1,4 @@
-"""What the data commands share: the flags that name a corpus, one-line errors, clean exits."""
+"""What the command-line scripts share: flags that select a corpus, one-line errors, exit statuses."""
 
 import argparse
 import signal
@@ -11,7 +11,7 @@ from megatron_s2.errors import InputError
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line, `error: …`, without the usage text."""
+    """An argument parser that reports an error in one line, `error: …`, without the usage text."""
 
     def __init__(self, **settings):
         super().__init__(allow_abbrev=False, **settings)
@@ -21,39 +21,41 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that `corpus_from` reads."""
+    """Adds the flags that `corpus_from` reads."""
     parser.add_argument(
         "--input", required=True, metavar="FILE.jsonl|DIR", help="JSON lines, or a directory of text files"
     )
-    parser.add_argument("--json-key", default="text", help="key of the text in a line (default: %(default)s)")
+    parser.add_argument(
+        "--json-key", default="text", help="key of the text in a JSON line (default: %(default)s)"
+    )
     parser.add_argument(
         "--pattern",
         default="*",
         metavar="GLOB",
-        help="names of the files of a directory to read (default: all)",
+        help="names of the files to read in a directory (default: all)",
     )
     parser.add_argument(
         "--exclude",
         action="append",
         default=[],
         metavar="GLOB",
-        help="names of files and directories to leave out; may be given several times",
+        help="names of files and directories to skip; may be given several times",
     )
 
 
 def corpus_from(args: argparse.Namespace) -> Corpus:
-    """The corpus that the flags of `add_corpus_arguments` name."""
+    """Returns the corpus that the flags of `add_corpus_arguments` select."""
     return Corpus(args.input, json_key=args.json_key, pattern=args.pattern, exclude=tuple(args.exclude))
 
 
 def run_command(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
-    """Call `main(argv)` and return the exit status of the process.
+    """Calls `main(argv)` and returns the exit status of the process.
 
-    0 when it returns; 2 after `error: …` on stderr for bad input or a file that cannot be read or
-    written; 130 after Ctrl-C. SIGTERM unwinds the same way, with 143, so that cleaning up happens.
-    `main` should import what is slow to import in its own body: only there is Ctrl-C handled.
+    The status is 0 if `main` returns; 2, after `error: …` on stderr, for bad input or a file that cannot be
+    read or written; 130 after Ctrl-C; 143 after SIGTERM, which also unwinds the stack so that cleanup runs.
+    `main` should import slow modules in its body, where Ctrl-C is handled.
     """
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         main(argv)
     except (InputError, OSError) as error:
@@ -63,5 +65,5 @@ def run_command(main: Callable[[Sequence[str] | None], None], argv: Sequence[str
         print("interrupted", file=sys.stderr)
         return 130
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)
     return 0

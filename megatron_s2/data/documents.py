@@ -1,4 +1,4 @@
-"""The one reader of raw text: a JSON-lines file or a directory of text files, as a stream of documents."""
+"""Reads raw text, a JSON-lines file or a directory of text files, as a stream of documents."""
 
 import json
 import os
@@ -13,7 +13,7 @@ JSON_LINES = (".jsonl", ".json")
 
 @dataclass
 class Tally:
-    """What a pass over a corpus met. Sizes are bytes of UTF-8 text."""
+    """Counts of one pass over a corpus: documents, their size in bytes of UTF-8, and what was skipped."""
 
     documents: int = 0
     bytes: int = 0
@@ -23,29 +23,28 @@ class Tally:
     repeated: int = 0
 
     def skipped(self) -> str:
-        """The skipped ones in words: `skipped 2 empty, 1 undecodable, 0 unreadable, 0 repeated`."""
+        """Returns a summary such as `skipped 2 empty, 1 undecodable, 0 unreadable, 0 repeated`."""
         kinds = [field.name for field in fields(self) if field.name not in ("documents", "bytes")]
         return "skipped " + ", ".join(f"{getattr(self, kind)} {kind}" for kind in kinds)
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Where documents come from, and which of them.
+    """A source of documents.
 
-    `path` is either a file of JSON lines (.jsonl or .json), each line an object whose `json_key`
-    holds the text of one document; or a directory, walked recursively in sorted order. There, each
-    file whose name matches the glob `pattern` is one document, except .jsonl files, which are read
-    line by line. Names that match a glob of `exclude` are left out, directories with all they
-    contain; so are names that begin with a dot, unless `pattern` does.
+    `path` is a file of JSON lines (.jsonl or .json), each an object with the text of one document under
+    `json_key`; or a directory, which is walked recursively in sorted order. In a directory, each file whose
+    name matches the glob `pattern` is one document, except .jsonl files, which are read line by line. Files
+    and directories whose names match a glob of `exclude` are skipped, and so are names that begin with a dot,
+    unless `pattern` does.
 
-    Symbolic links are followed, but nothing is read twice: what has been reached by another path
-    before is counted as repeated. Counted and skipped as well: documents of nothing but white space
-    (empty), what is not UTF-8 or contains a NUL character (undecodable: not text), and what the
-    user may not open (unreadable).
+    Symbolic links are followed, but no file is read twice: one that was already reached by another path
+    counts as repeated. Also skipped and counted are documents of white space (empty), those that are not
+    UTF-8 or contain a NUL character (undecodable), and files without read permission (unreadable).
 
     Raises:
-        InputError: `path` does not exist or is neither; while reading: a line that is no JSON
-            object with a string under `json_key`, named as file:line.
+        InputError: `path` does not exist or is of another kind; while reading, a line is not a JSON object
+            with a string under `json_key`. The message names file and line.
     """
 
     path: str
@@ -62,8 +61,8 @@ class Corpus:
             )
 
     def read(self, tally: Tally) -> Iterator[str]:
-        """Yield the documents in a fixed order, counting into `tally`."""
-        whole_file_is_json = not os.path.isdir(self.path)
+        """Yields the documents in a fixed order and counts them in `tally`."""
+        is_json_lines = not os.path.isdir(self.path)
         for path in self.files(tally):
             try:
                 file = open(path, "rb")  # noqa: SIM115 (opening and reading fail differently)
@@ -71,7 +70,7 @@ class Corpus:
                 tally.unreadable += 1
                 continue
             with file:
-                if whole_file_is_json or path.endswith(".jsonl"):
+                if is_json_lines or path.endswith(".jsonl"):
                     texts = self._json_lines(path, file)
                 else:
                     texts = [_decoded(file.read())]
@@ -87,7 +86,7 @@ class Corpus:
                         yield text
 
     def files(self, tally: Tally) -> Iterator[str]:
-        """Yield the paths of the files to read, each real file once, depth first in sorted order."""
+        """Yields the paths of the files to read, each file once, depth first in sorted order."""
         seen = set()
         pending = [self.path]
         while pending:
@@ -113,7 +112,7 @@ class Corpus:
             pending.extend(os.path.join(path, name) for name in sorted(names, reverse=True))
 
     def size(self) -> int:
-        """Bytes of the files to read, before anything is skipped."""
+        """Returns the total size of the files to read in bytes."""
         return sum(os.path.getsize(path) for path in self.files(Tally()))
 
     def _selects(self, name: str, is_directory: bool) -> bool:
@@ -152,7 +151,7 @@ def _decoded(content: bytes) -> str | None:
 
 
 def _utf8_size(text: str | None) -> int | None:
-    """Bytes of the text, or None for what is no text: NUL, or a lone surrogate that JSON can spell."""
+    """Returns the size of a text in bytes; None if it has a NUL or, from JSON, a lone surrogate."""
     if text is None or "\0" in text:
         return None
     try:

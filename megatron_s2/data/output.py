@@ -1,4 +1,4 @@
-"""Checks of a place to write to, made before any work is done for it."""
+"""Checks of output paths, before any work is done."""
 
 import os
 
@@ -6,7 +6,7 @@ from megatron_s2.errors import InputError
 
 
 def check_writable(flag: str, directory: str) -> None:
-    """Raise InputError, naming `flag`, unless `directory` can be written to or be made."""
+    """Raises InputError, naming `flag`, unless `directory` is writable or can be created."""
     nearest = os.path.abspath(directory)
     while not os.path.exists(nearest):
         nearest = os.path.dirname(nearest)
@@ -17,7 +17,7 @@ def check_writable(flag: str, directory: str) -> None:
 
 
 def check_absent(flag: str, value: str, paths: list[str]) -> None:
-    """Raise InputError, naming `flag`, if any of `paths` exists."""
+    """Raises InputError, naming `flag`, if any of `paths` exists."""
     for path in paths:
         if os.path.exists(path):
             raise InputError(f"{flag} {value}: {path} exists already; add --overwrite to replace it")

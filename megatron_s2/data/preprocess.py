@@ -1,4 +1,4 @@
-"""From documents to Megatron's indexed dataset: tokenized by several processes, the same for any number."""
+"""Tokenizes documents into Megatron's indexed dataset, with any number of processes."""
 
 import contextlib
 import multiprocessing
@@ -17,7 +17,7 @@ from megatron_s2.data.output import check_absent, check_writable
 from megatron_s2.data.progress import Progress
 from megatron_s2.errors import InputError
 
-# Those of Megatron's tokenizers that --tokenizer-model alone describes.
+# The tokenizers of Megatron that need no flag besides --tokenizer-model.
 TOKENIZER_TYPES = (
     "HuggingFaceTokenizer",
     "SentencePieceTokenizer",
@@ -30,8 +30,8 @@ _BATCHES_AHEAD_PER_WORKER = 4
 
 
 @dataclass(frozen=True)
-class IndexedDataset:
-    """A dataset on disk: `{prefix}.bin` and `{prefix}.idx`; `prefix` is what `--data-path` takes."""
+class PreprocessedDataset:
+    """A dataset on disk, `{prefix}.bin` and `{prefix}.idx`; `prefix` is the value for `--data-path`."""
 
     prefix: str
     tokens: int
@@ -49,18 +49,18 @@ def preprocess_data(
     append_eod: bool = False,
     workers: int = 1,
     overwrite: bool = False,
-) -> IndexedDataset:
-    """Tokenize every document of `corpus` and write `{output_prefix}_{json_key}_document.bin` and `.idx`.
+) -> PreprocessedDataset:
+    """Tokenizes every document of `corpus` and writes `{output_prefix}_{json_key}_document.bin` and `.idx`.
 
-    The order is the corpus's and the bytes are the same for any number of `workers`; at most a few
-    batches are in memory. Token ids are uint16 where the vocabulary allows, else int32, as Megatron
-    chooses. Nothing appears under the final names before all is written. Megatron's index cache of an
-    earlier dataset of that name is removed, for Megatron would go on using it with the new tokens.
+    The documents keep their order, and the files are the same for any number of `workers`. At most a few
+    batches are in memory. Token ids are uint16 if the vocabulary allows it, else int32, as in Megatron. The
+    files get their final names after everything is written. Megatron's index cache of an earlier dataset of
+    the same name is removed, because Megatron would use it with the new tokens.
 
     Raises:
-        InputError: an unknown tokenizer, `append_eod` with one that has no end-of-document token,
-            `workers` below 1, no document in the corpus, a place that cannot be written, or a dataset
-            that is there already without `overwrite`.
+        InputError: the tokenizer is unknown, or has no end-of-document token for `append_eod`; `workers` is
+            below 1; the corpus has no document; the output cannot be written, or exists and `overwrite` is
+            False.
     """
     if workers < 1:
         raise InputError(f"--workers {workers}: must be at least 1")
@@ -105,16 +105,18 @@ def preprocess_data(
         for suffix in (".bin", ".idx"):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(partial + suffix)
-    return IndexedDataset(prefix, tokens, dtype.__name__, tally, seconds)
+    return PreprocessedDataset(prefix, tokens, dtype.__name__, tally, seconds)
 
 
 def load_tokenizer(tokenizer_type: str, tokenizer_model: str):
-    """Megatron's own tokenizer object for `--tokenizer-type` and `--tokenizer-model`, as training builds it.
+    """Returns Megatron's tokenizer for `--tokenizer-type` and `--tokenizer-model`, as training builds it.
 
-    `tokenizer_model` is a path or, for HuggingFaceTokenizer, also `organisation/name` on the Hub.
+    Args:
+        tokenizer_type: one of `TOKENIZER_TYPES`.
+        tokenizer_model: path or, for HuggingFaceTokenizer, `organisation/name` on the Hugging Face Hub.
 
     Raises:
-        InputError: the type is none of `TOKENIZER_TYPES`, or the model is not there or cannot be loaded.
+        InputError: the type is unknown, or the model does not exist or cannot be loaded.
     """
     if tokenizer_type not in TOKENIZER_TYPES:
         raise InputError(f"--tokenizer-type {tokenizer_type}: must be one of {', '.join(TOKENIZER_TYPES)}")
@@ -128,7 +130,7 @@ def load_tokenizer(tokenizer_type: str, tokenizer_model: str):
     from megatron.training.config import TokenizerConfig
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.set_verbosity_error()  # it remarks on every document longer than the model's context
+    transformers_logging.set_verbosity_error()  # no warning for each document longer than the model's context
     config = TokenizerConfig(
         tokenizer_type=tokenizer_type, tokenizer_model=tokenizer_model, pad_vocab_size=False
     )
@@ -147,7 +149,7 @@ def _names_hub_model(model: str) -> bool:
 
 
 class _Encoder:
-    """Texts of a batch -> their token ids, each an array of `dtype` [tokens]."""
+    """Maps the texts of a batch to arrays of token ids `[tokens]`."""
 
     def __init__(self, tokenizer, append_eod: bool, dtype: type):
         self._tokenizer = tokenizer
@@ -163,34 +165,34 @@ class _Encoder:
 
 
 def _batches(corpus: Corpus, tally: Tally) -> Iterator[tuple[int, list[str]]]:
-    """Yield (bytes, texts); how texts are grouped changes nothing but the speed."""
-    texts, begun_at = [], 0
+    """Yields (bytes, texts); how texts are grouped affects only the speed."""
+    texts, start = [], 0
     for text in corpus.read(tally):
         texts.append(text)
-        if tally.bytes - begun_at >= _BATCH_BYTES:
-            yield tally.bytes - begun_at, texts
-            texts, begun_at = [], tally.bytes
+        if tally.bytes - start >= _BATCH_BYTES:
+            yield tally.bytes - start, texts
+            texts, start = [], tally.bytes
     if texts:
-        yield tally.bytes - begun_at, texts
+        yield tally.bytes - start, texts
 
 
 def _encoded(
     encoder: _Encoder, batches: Iterator[tuple[int, list[str]]], workers: int
 ) -> Iterator[tuple[int, list]]:
-    """Yield (bytes, encoded documents) in the order of `batches`, which is read only a little ahead."""
+    """Yields (bytes, encoded documents) in the order of `batches`, of which a few are read ahead."""
     if workers == 1:
         for size, texts in batches:
             yield size, encoder(texts)
         return
     with _process_pool(encoder, workers) as pool:
-        ahead = deque()
+        pending = deque()
         try:
             for size, texts in batches:
-                ahead.append((size, pool.submit(_encode_in_worker, texts)))
-                if len(ahead) >= workers * _BATCHES_AHEAD_PER_WORKER:
-                    size, future = ahead.popleft()
+                pending.append((size, pool.submit(_encode_in_worker, texts)))
+                if len(pending) >= workers * _BATCHES_AHEAD_PER_WORKER:
+                    size, future = pending.popleft()
                     yield size, future.result()
-            for size, future in ahead:
+            for size, future in pending:
                 yield size, future.result()
         except BrokenProcessPool as error:
             raise InputError(
@@ -200,8 +202,8 @@ def _encoded(
 
 @contextlib.contextmanager
 def _process_pool(encoder: _Encoder, workers: int) -> Iterator[ProcessPoolExecutor]:
-    # Forked workers have the tokenizer at once; a fresh process would import for seconds.
-    # The Rust tokenizer's own threads do not survive a fork and gain nothing for one text at a time.
+    # Forked workers have the tokenizer at once; a spawned process would import for seconds. The threads of
+    # the Rust tokenizer do not survive a fork, and do not help with one text at a time.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     pool = ProcessPoolExecutor(
         workers,
@@ -209,11 +211,11 @@ def _process_pool(encoder: _Encoder, workers: int) -> Iterator[ProcessPoolExecut
         initializer=_start_worker,
         initargs=(encoder,),
     )
-    # Ctrl-C reaches the workers too. With the signal blocked while they are made, they never see it,
-    # and this process alone ends the work.
+    # Ctrl-C is sent to the workers, too. They start with the signal blocked and never handle it; this process
+    # stops them.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        pool.submit(int)  # the first task makes all the workers
+        pool.submit(int)  # the first task starts all workers
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         yield pool
     finally:
@@ -232,7 +234,7 @@ def _start_worker(encoder: _Encoder) -> None:
 
 
 def _exit_with_parent() -> None:
-    """A worker whose parent was killed would wait for its next task for ever."""
+    """Ends a worker whose parent was killed, which would otherwise wait for its next task forever."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
@@ -242,7 +244,7 @@ def _encode_in_worker(texts: list[str]) -> list:
 
 
 def _publish(partial: str, prefix: str) -> None:
-    """Give the finished files their names: the index last, since readers take it for a whole dataset."""
+    """Renames the finished files, the index last: a dataset with an index is complete."""
     with contextlib.suppress(FileNotFoundError):
         os.remove(f"{prefix}.idx")
     shutil.rmtree(os.path.join(prefix, "cache"), ignore_errors=True)

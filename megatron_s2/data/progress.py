@@ -5,10 +5,10 @@ import time
 
 
 class Progress:
-    """Shows how far a pass over documents has come; a context manager.
+    """A context manager that shows the progress of a pass over documents.
 
-    On a terminal one line is rewritten five times a second; elsewhere (a log file) a new line is
-    written every ten seconds. The last state is always shown, also when the pass ends early.
+    On a terminal it rewrites one line five times a second; to a file it writes a line every ten seconds.
+    The final state is always shown, even if the pass ends early.
     """
 
     def __init__(self, label: str):
@@ -27,11 +27,11 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """Seconds since the pass began."""
+        """Seconds since the pass started."""
         return time.monotonic() - self._start
 
     def add(self, documents: int, size: int) -> None:
-        """Count `documents` more documents of `size` bytes together."""
+        """Adds `documents` documents of `size` bytes in total."""
         self._documents += documents
         self._bytes += size
         if time.monotonic() - self._shown >= self._interval:

@@ -1,4 +1,4 @@
-"""Training a byte-level BPE tokenizer that Megatron loads as `--tokenizer-type HuggingFaceTokenizer`."""
+"""Trains a byte-level BPE tokenizer that Megatron loads as `--tokenizer-type HuggingFaceTokenizer`."""
 
 import contextlib
 import json
@@ -15,20 +15,20 @@ from megatron_s2.errors import InputError
 
 END_OF_DOCUMENT = "<|endoftext|>"
 
-# A token of its own: Megatron takes the loss off every label that equals the padding token, so a
-# tokenizer that pads with its end-of-document token trains a model that never ends a document.
+# Distinct from the end-of-document token: Megatron masks the loss of every label that equals the padding
+# token, so that a model that pads with the end-of-document token never learns to end a document.
 PADDING = "<|padding|>"
 
 _SPECIAL_TOKENS = [END_OF_DOCUMENT, PADDING]
 SMALLEST_VOCABULARY = 256 + len(_SPECIAL_TOKENS)
 
-# transformers makes an empty tokenizer of a directory with none of these.
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+# From a directory without any of these files, transformers builds an empty tokenizer.
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 @dataclass(frozen=True)
 class TrainedTokenizer:
-    """What was learnt from what. `vocab_size` is less than asked for when the text has no more to merge."""
+    """A trained tokenizer; `vocab_size` is less than requested if the text has no more pairs to merge."""
 
     directory: str
     vocab_size: int
@@ -37,8 +37,8 @@ class TrainedTokenizer:
 
 
 def has_tokenizer(directory: Path) -> bool:
-    """Whether it holds the files of one."""
-    return any((directory / name).is_file() for name in _TOKENIZERS)
+    """Returns whether a directory has the files of a Hugging Face tokenizer."""
+    return any((directory / name).is_file() for name in _TOKENIZER_FILES)
 
 
 def train_tokenizer(
@@ -49,16 +49,18 @@ def train_tokenizer(
     max_bytes: int | None = None,
     overwrite: bool = False,
 ) -> TrainedTokenizer:
-    """Learn a byte-level BPE (as GPT-2's: Radford et al. 2019) and write it to the directory `output`.
+    """Trains a byte-level BPE tokenizer like that of GPT-2 (Radford et al. 2019) and writes it to `output`.
 
-    Every string is encoded without loss and decodes to itself; the same corpus gives the same files.
-    Token 0 ends a document, token 1 is padding; text that spells their names is encoded as ordinary
-    text. With `max_bytes`, about so many bytes are read from, as documents spread evenly over the corpus.
+    Every string decodes to itself, and the same corpus results in the same files. Token 0 is end-of-document,
+    token 1 is padding; text that contains their names is encoded as ordinary text.
+
+    Args:
+        max_bytes: number of bytes to train on, approximately, in documents spread evenly over the corpus;
+            None for all.
 
     Raises:
-        InputError: `vocab_size` below 258 (all bytes and the two special tokens), `max_bytes` below 1,
-            no document in the corpus, a place that cannot be written, or a tokenizer that is there
-            already without `overwrite`.
+        InputError: `vocab_size` is below 258 (all bytes and the two special tokens) or `max_bytes` below 1;
+            the corpus has no document; the output cannot be written, or exists and `overwrite` is False.
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise InputError(
@@ -75,18 +77,18 @@ def train_tokenizer(
 
     tally = Tally()
     with Progress("training tokenizer") as progress, _interruptible_outside_python():
-        bpe = _learn(_with_progress(_sample(corpus, tally, max_bytes), progress), vocab_size)
+        bpe = _train_bpe(_with_progress(_sample(corpus, tally, max_bytes), progress), vocab_size)
         seconds = progress.seconds
     if tally.documents == 0:
         raise InputError(f"--input {corpus.path}: no document with text in it ({tally.skipped()})")
 
     os.makedirs(output, exist_ok=True)
-    _write(config_path, json.dumps(_tokenizer_config(), indent=2) + "\n")
-    _write(tokenizer_path, bpe.to_str(pretty=True) + "\n")  # last: a directory that has it is complete
+    _write_atomically(config_path, json.dumps(_tokenizer_config(), indent=2) + "\n")
+    _write_atomically(tokenizer_path, bpe.to_str(pretty=True) + "\n")  # last: a directory with it is complete
     return TrainedTokenizer(output, bpe.get_vocab_size(), tally, seconds)
 
 
-def _learn(texts: Iterator[str], vocab_size: int):
+def _train_bpe(texts: Iterator[str], vocab_size: int):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     bpe = Tokenizer(models.BPE())
@@ -114,20 +116,20 @@ def _tokenizer_config() -> dict:
 
 
 def _sample(corpus: Corpus, tally: Tally, max_bytes: int | None) -> Iterator[str]:
-    """Yield the corpus, or of it about `max_bytes` in documents spread evenly, counting what is yielded."""
+    """Yields documents of about `max_bytes` in total, spread evenly over the corpus, and counts them."""
     if max_bytes is None:
         yield from corpus.read(tally)
         return
-    share = min(1.0, max_bytes / max(corpus.size(), 1))
-    passed = Tally()
-    for text in corpus.read(passed):
+    fraction = min(1.0, max_bytes / max(corpus.size(), 1))
+    read = Tally()
+    for text in corpus.read(read):
         size = len(text.encode("utf-8"))
-        if tally.bytes <= share * (passed.bytes - size):
+        if tally.bytes <= fraction * (read.bytes - size):
             tally.documents += 1
             tally.bytes += size
             yield text
-    tally.empty, tally.undecodable = passed.empty, passed.undecodable
-    tally.unreadable, tally.repeated = passed.unreadable, passed.repeated
+    tally.empty, tally.undecodable = read.empty, read.undecodable
+    tally.unreadable, tally.repeated = read.unreadable, read.repeated
 
 
 def _with_progress(texts: Iterator[str], progress: Progress) -> Iterator[str]:
@@ -138,20 +140,20 @@ def _with_progress(texts: Iterator[str], progress: Progress) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _interruptible_outside_python() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end the process at once: Python would see them only when the trainer returns.
+    """Makes Ctrl-C and SIGTERM end the process at once; Python would wait until the trainer returns.
 
-    Nothing has been written by then.
+    No file has been written by then.
     """
     numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, signal.SIG_DFL) for number in numbers]
+    previous = [signal.signal(number, signal.SIG_DFL) for number in numbers]
     try:
         yield
     finally:
-        for number, handler in zip(numbers, before):
+        for number, handler in zip(numbers, previous):
             signal.signal(number, handler)
 
 
-def _write(path: str, content: str) -> None:
+def _write_atomically(path: str, content: str) -> None:
     partial = f"{path}.{os.getpid()}.partial"
     try:
         with open(partial, "w", encoding="utf-8") as file:

@@ -1,1 +1,1 @@
-"""Generation with the small S2 KV cache."""
+"""Text generation with the small S2 KV cache, and the evaluation of losses."""

@@ -1,4 +1,4 @@
-"""The loop of generation: prompts are read in chunks, then a token of every sequence at a time."""
+"""The generation loop: prompts are prefilled in chunks, then every sequence is decoded token by token."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ from torch import Tensor
 from megatron_s2.generation.sampling import Sampling
 from megatron_s2.kv_cache.cache import KVCache
 
-# Of a prompt in one forward pass: bounds the memory of activations, and costs no time.
-CHUNK = 4096
+# Tokens of a prompt per forward pass: bounds the memory of activations without costing time.
+PREFILL_CHUNK = 4096
 
 
 class Decoder(Protocol):
-    """A model with a cache for a batch of sequences.
+    """A model with a KV cache for a batch of sequences.
 
     Attributes:
-        caches: of all layers, once there have been tokens.
+        caches: caches of all layers; empty before the first tokens.
     """
 
     caches: Sequence[KVCache]
 
     def feed(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """Takes further tokens of each sequence; a row may have none.
+        """Appends tokens to each sequence; a row may be empty.
 
         Returns:
-            Logits `[batch, vocabulary]` after the last token of each row; of a row without tokens, anything.
+            Logits `[batch, vocabulary]` after the last token of each row; undefined for an empty row.
         """
 
 
 @dataclass
-class Generation:
-    """What was generated, and what it took.
+class GenerationResult:
+    """The generated tokens, and statistics over all sequences.
 
     Args:
-        rows: tokens of each sequence, without the prompt, the stop token included.
-        prompt_tokens, decoded_tokens: in all sequences together. The first token of a sequence follows from
-            reading its prompt; the others are decoded.
-        prefill_seconds, decode_seconds: for reading the prompts, and for the tokens after the first.
-        kept_bytes, dense_bytes, capacity_bytes: of the caches at the end: what is kept, what a dense model
-            would keep, what memory is set aside.
+        rows: tokens generated for each prompt, including the stop token.
+        prompt_tokens: number of tokens of the prompts.
+        decoded_tokens: number of generated tokens without the first of each sequence, which prefill computes.
+        prefill_seconds, decode_seconds: time spent on the prompts and on the decoded tokens.
+        kept_bytes, dense_bytes, capacity_bytes: size of the caches at the end: of the entries they keep, of
+            those that dense attention would keep, and of the memory allocated.
     """
 
     rows: list[list[int]]
@@ -58,14 +58,14 @@ class Generation:
 
 
 @dataclass(frozen=True)
-class Request:
+class GenerationRequest:
     """What to generate.
 
     Args:
-        prompts: token ids, at least one each.
-        max_new_tokens: most tokens to generate per prompt.
+        prompts: token ids of each prompt, at least one.
+        max_new_tokens: largest number of tokens to generate per prompt.
         stop: tokens that end a sequence.
-        sampling: how tokens are chosen.
+        sampling: how the next token is chosen.
 
     Raises:
         ValueError: a field is out of range; the message starts with its flag.
@@ -84,64 +84,66 @@ class Request:
 
     @property
     def max_tokens(self) -> int:
-        """Tokens of the longest sequence that a model may be fed: the last one generated is not."""
+        """Largest number of tokens of a sequence that are fed to the model; the last generated one is not."""
         return max(map(len, self.prompts)) + self.max_new_tokens - 1
 
 
 def beyond_positions(tokens: int, positions: int) -> str | None:
-    """What to tell where a model of `positions` is given a sequence of `tokens`; None where it fits."""
+    """Returns a message if a sequence of `tokens` exceeds the `positions` that a model was made for."""
     if tokens <= positions:
         return None
-    return f"{tokens} tokens in a row: the model knows {positions} positions (max_position_embeddings)"
+    return f"{tokens} tokens in a row: the model has {positions} positions (max_position_embeddings)"
 
 
 @torch.no_grad()
 def generate(
-    decoder: Decoder, request: Request, on_token: Callable[[int, int], None] = lambda row, token: None
-) -> Generation:
-    """Continues every prompt of a request until a stop token or its end.
+    decoder: Decoder,
+    request: GenerationRequest,
+    on_token: Callable[[int, int], None] = lambda row, token: None,
+) -> GenerationResult:
+    """Continues every prompt of a request until a stop token or `max_new_tokens`.
 
     Args:
-        decoder: of as many sequences as there are prompts, none of which has had a token.
-        on_token: called with row and token as soon as each is known.
+        decoder: a new decoder for as many sequences as there are prompts.
+        on_token: called with the row and the token as soon as a token is chosen.
     """
     batch = len(request.prompts)
-    done = Generation([[] for _ in range(batch)], prompt_tokens=sum(map(len, request.prompts)))
+    result = GenerationResult([[] for _ in range(batch)], prompt_tokens=sum(map(len, request.prompts)))
     generators = [request.sampling.generator(row) for row in range(batch)]
-    going = set(range(batch))
+    active = set(range(batch))
 
-    def take(row: int, logits: Tensor) -> None:
+    def append_token(row: int, logits: Tensor) -> None:
         token = request.sampling.choose(logits, generators[row])
-        done.rows[row].append(token)
+        result.rows[row].append(token)
         on_token(row, token)
-        if token in request.stop or len(done.rows[row]) == request.max_new_tokens:
-            going.discard(row)
+        if token in request.stop or len(result.rows[row]) == request.max_new_tokens:
+            active.discard(row)
 
     start = time.perf_counter()
-    after = _prefill(decoder, request.prompts)
-    done.prefill_seconds = time.perf_counter() - start
+    prompt_logits = _prefill(decoder, request.prompts)
+    result.prefill_seconds = time.perf_counter() - start
     for row in range(batch):
-        take(row, after[row])
+        append_token(row, prompt_logits[row])
     start = time.perf_counter()
-    while going:
-        logits = decoder.feed([done.rows[row][-1:] if row in going else [] for row in range(batch)])
-        done.decoded_tokens += len(going)
-        for row in sorted(going):
-            take(row, logits[row])
-    done.decode_seconds = time.perf_counter() - start
+    while active:
+        logits = decoder.feed([result.rows[row][-1:] if row in active else [] for row in range(batch)])
+        result.decoded_tokens += len(active)
+        for row in sorted(active):
+            append_token(row, logits[row])
+    result.decode_seconds = time.perf_counter() - start
     for cache in decoder.caches:
-        done.kept_bytes += cache.bytes
-        done.dense_bytes += cache.dense_bytes
-        done.capacity_bytes += cache.capacity_bytes
-    return done
+        result.kept_bytes += cache.bytes
+        result.dense_bytes += cache.dense_bytes
+        result.capacity_bytes += cache.capacity_bytes
+    return result
 
 
 def _prefill(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Logits `[vocabulary]` after each prompt."""
+    """Returns the logits `[vocabulary]` after each prompt."""
     after: dict[int, Tensor] = {}
-    for first in range(0, max(map(len, prompts)), CHUNK):
-        rows = [prompt[first : first + CHUNK] for prompt in prompts]
+    for start in range(0, max(map(len, prompts)), PREFILL_CHUNK):
+        rows = [prompt[start : start + PREFILL_CHUNK] for prompt in prompts]
         logits = decoder.feed(rows)
-        # Moved to the CPU: then the computation has ended when the time is taken.
+        # The copy to the CPU waits for the GPU, so that the measured time includes its work.
         after |= {row: logits[row].cpu() for row, tokens in enumerate(rows) if tokens}
     return [after[row] for row in range(len(prompts))]

@@ -1,7 +1,8 @@
-"""The loss of a model on a data set, so that a conversion or an attention pattern can be judged.
+"""The loss of a model on a dataset, to compare the two sides of a conversion or two attention patterns.
 
-The data set is one stream of tokens, in the order of its documents, cut into windows of `seq_length` tokens
-that follow one another; each predicts its next tokens. Nothing is shuffled, no token is predicted twice.
+The dataset is one stream of tokens, in the order of its documents, cut into consecutive windows of
+`seq_length` tokens; each token of a window predicts the next one. Nothing is shuffled, and no token is
+predicted twice.
 """
 
 from __future__ import annotations
@@ -17,26 +18,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_s2.checkpoint.model import FAMILIES
+from megatron_s2.checkpoint.families import FAMILIES
 
-# Tokens whose logits exist at a time: of 32768 tokens and 128256 words they would take 17 GB in float32.
-PIECE = 1024
+# Tokens whose logits are in memory at a time. Those of 32768 tokens and a vocabulary of 128256 would take
+# 17 GB in float32.
+LOGITS_CHUNK = 1024
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean cross entropy over tokens, in nats.
+    """The loss of a model on a dataset.
 
     Args:
-        loss: in nats per token.
-        tokens: predicted.
+        loss: mean cross entropy in nats per token.
+        tokens: number of predicted tokens.
     """
 
     loss: float
     tokens: int
 
     def __str__(self) -> str:
-        """One line."""
         perplexity = math.exp(self.loss) if self.loss < 700 else math.inf
         return f"loss {self.loss:.6f}, perplexity {perplexity:.4f}, over {self.tokens} tokens"
 
@@ -44,17 +45,19 @@ class Evaluation:
 def windows(
     prefix: str | Path, seq_length: int, samples: int | None = None, batch: int = 1
 ) -> Iterator[Tensor]:
-    """Batches of windows of an indexed data set, each with the token after it: int64
-    `[<= batch, seq_length + 1]`.
+    """Yields windows of an indexed dataset, each with the token after it.
 
     Args:
-        prefix: of the `.bin` and `.idx` files that scripts/preprocess_data.py wrote.
-        seq_length: tokens of a window.
-        samples: the first so many windows; None for all whole ones.
-        batch: windows at a time.
+        prefix: path of the `.bin` and `.idx` files without suffix, as scripts/preprocess_data.py prints it.
+        seq_length: number of tokens of a window.
+        samples: number of windows; None for all complete windows.
+        batch: number of windows per batch.
+
+    Yields:
+        Batches of tokens, int64 `[<= batch, seq_length + 1]`.
 
     Raises:
-        ValueError: an argument is not positive, the files are not there, or hold too few tokens.
+        ValueError: an argument is not positive, or the files are missing, damaged or too short.
     """
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
@@ -64,32 +67,32 @@ def windows(
     for suffix in (".bin", ".idx"):
         path = Path(f"{prefix}{suffix}")
         if not path.is_file():
-            raise ValueError(f"--data-path {prefix}: there is no file {path}")
+            raise ValueError(f"--data-path {prefix}: there is not a file {path}")
         if path.stat().st_size == 0:
             raise ValueError(f"--data-path {prefix}: {path} is empty")
     try:
-        data = IndexedDataset(str(prefix))
+        dataset = IndexedDataset(str(prefix))
     except (AssertionError, struct.error, ValueError, IndexError) as error:
         raise ValueError(f"--data-path {prefix}: {prefix}.idx is damaged: {error}") from error
-    size = int(np.sum(data.sequence_lengths)) * np.dtype(data.index.dtype).itemsize
+    tokens = int(np.sum(dataset.sequence_lengths))
+    size = tokens * np.dtype(dataset.index.dtype).itemsize
     if Path(f"{prefix}.bin").stat().st_size < size:
         raise ValueError(f"--data-path {prefix}: {prefix}.bin is shorter than the {size} bytes of its index")
-    there = max(int(np.sum(data.sequence_lengths)) - 1, 0) // seq_length
-    wanted = there if samples is None else samples
-    if not 1 <= wanted <= there:
+    available = max(tokens - 1, 0) // seq_length
+    count = available if samples is None else samples
+    if not 1 <= count <= available:
         raise ValueError(
-            f"--data-path {prefix}: has {there} windows of {seq_length} tokens, not {max(wanted, 1)}"
+            f"--data-path {prefix}: has {available} windows of {seq_length} tokens, not {max(count, 1)}"
         )
-    return _batches(data, seq_length, wanted, batch)
+    return _batches(dataset, seq_length, count, batch)
 
 
 def evaluate(token_losses: Callable[[Tensor], Tensor], batches: Iterator[Tensor]) -> Evaluation:
-    """The mean over all tokens of all batches.
+    """Returns the mean loss over all tokens of all batches.
 
     Args:
-        token_losses: of `[batch, tokens + 1]` int64 on the CPU, the cross entropy of each next token,
-            `[batch, tokens]`.
-        batches: of whole windows.
+        token_losses: as `ScoredModel.token_losses`.
+        batches: batches from `windows`.
     """
     total, count = 0.0, 0
     for tokens in batches:
@@ -101,79 +104,80 @@ def evaluate(token_losses: Callable[[Tensor], Tensor], batches: Iterator[Tensor]
 
 
 @dataclass(frozen=True)
-class Judged:
-    """A model whose loss can be asked for.
+class ScoredModel:
+    """A model whose loss can be computed.
 
     Args:
-        losses: of `[batch, tokens + 1]` int64 on the CPU, the cross entropy of each next token,
-            `[batch, tokens]`; raises ValueError for a token that is not in the vocabulary.
-        positions: that the model knows; beyond them its loss means nothing.
-        notes: what to know of the model before its loss is compared with another's.
+        token_losses: maps tokens, int64 `[batch, tokens + 1]` on the CPU, to the cross entropy of each next
+            token, `[batch, tokens]`. Raises ValueError for a token that is not in the vocabulary.
+        positions: number of positions that the model was made for; losses beyond it are meaningless.
+        notes: what makes the loss incomparable with that of another model.
     """
 
-    losses: Callable[[Tensor], Tensor]
+    token_losses: Callable[[Tensor], Tensor]
     positions: int
     notes: tuple[str, ...] = ()
 
 
-def hugging_face_model(directory: str | Path, dtype: str = "auto") -> Judged:
-    """A transformers model of one of the families that are converted; with S2 attention where its config.json
-    says so.
+def load_hugging_face(directory: str | Path, dtype: str = "auto") -> ScoredModel:
+    """Loads a transformers model of a family that is converted, with S2 attention if its config.json has S2
+    settings.
 
     Raises:
-        ValueError: the directory holds no such model, or not all of it.
+        ValueError: the directory has no such model, or an incomplete one.
     """
     from megatron_s2.generation.hugging_face import load_pretrained
 
     model = load_pretrained(directory, dtype)
     config = model.config
     if config.model_type not in FAMILIES:
-        # What others do to logits (scale them, say) is not known here.
+        # Other families may transform the logits, for example scale them.
         raise ValueError(
             f"--hf {directory}: model_type {config.model_type}: must be one of {', '.join(FAMILIES)}"
         )
 
-    def losses(tokens: Tensor) -> Tensor:
-        tokens = _known(tokens, config.vocab_size).to(model.device)
+    def token_losses(tokens: Tensor) -> Tensor:
+        _check_tokens(tokens, config.vocab_size)
+        tokens = tokens.to(model.device)
         hidden = model.base_model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
-        pieces = [
-            F.cross_entropy(model.lm_head(states).float().transpose(1, 2), next_tokens, reduction="none")
-            for states, next_tokens in zip(hidden.split(PIECE, 1), tokens[:, 1:].split(PIECE, 1))
+        losses = [
+            F.cross_entropy(model.lm_head(states).float().transpose(1, 2), labels, reduction="none")
+            for states, labels in zip(hidden.split(LOGITS_CHUNK, 1), tokens[:, 1:].split(LOGITS_CHUNK, 1))
         ]
-        return torch.cat(pieces, 1)
+        return torch.cat(losses, 1)
 
-    return Judged(losses, config.max_position_embeddings)
+    return ScoredModel(token_losses, config.max_position_embeddings)
 
 
-def megatron_model(directory: str | Path) -> Judged:
-    """The GPTModel of a checkpoint, whose losses are those that its training computes.
+def load_megatron(directory: str | Path) -> ScoredModel:
+    """Loads the GPTModel of a checkpoint; its losses are those that training computes.
 
     Raises:
-        ValueError: the directory holds no checkpoint that can be loaded.
+        ValueError: the directory has no checkpoint that can be loaded.
     """
     from megatron_s2.generation.loading import load_gpt
 
     if not Path(directory).is_dir():
-        raise ValueError(f"--load {directory}: is no directory")
+        raise ValueError(f"--load {directory}: is not a directory")
     loaded = load_gpt(Path(directory), needs_cache=False, needs_tokenizer=False)
     device = next(loaded.model.parameters()).device
+    has_position_table = loaded.model.position_embedding_type == "learned_absolute"
 
-    has_table = loaded.model.position_embedding_type == "learned_absolute"
-
-    def losses(tokens: Tensor) -> Tensor:
-        tokens = _known(tokens, loaded.vocab_size).to(device)
-        if has_table and tokens.shape[1] - 1 > loaded.positions:
+    def token_losses(tokens: Tensor) -> Tensor:
+        _check_tokens(tokens, loaded.vocab_size)
+        tokens = tokens.to(device)
+        length = tokens.shape[1] - 1
+        if has_position_table and length > loaded.positions:
             raise ValueError(
-                f"--seq-length {tokens.shape[1] - 1}: must be at most {loaded.positions}, its positions"
+                f"--seq-length {length}: must be at most {loaded.positions}, the model's positions"
             )
-        positions = torch.arange(tokens.shape[1] - 1, device=device).expand(tokens.shape[0], -1)
         return loaded.model(
             tokens[:, :-1],
-            positions,
+            torch.arange(length, device=device).expand(tokens.shape[0], -1),
             None,
             labels=tokens[:, 1:],
             runtime_gather_output=True,
-            output_processor=_losses_in_pieces,
+            output_processor=_losses_in_chunks,
         )
 
     notes = [] if loaded.note is None else [loaded.note]
@@ -181,42 +185,43 @@ def megatron_model(directory: str | Path) -> Judged:
         notes.append(
             f"the loss counts {padding} rows of vocabulary padding, as its training does and --hf does not"
         )
-    return Judged(losses, loaded.positions, tuple(notes))
+    return ScoredModel(token_losses, loaded.positions, tuple(notes))
 
 
-def _losses_in_pieces(
+def _losses_in_chunks(
     *, hidden_states, output_layer, output_weight, scale_logits, compute_language_model_loss, labels, **_
 ) -> Tensor:
-    """`[batch, tokens]` of hidden states `[tokens, batch, hidden]`."""
-    pieces = []
-    for states, next_tokens in zip(hidden_states.split(PIECE), labels.split(PIECE, 1)):
+    """Returns the losses `[batch, tokens]` of hidden states `[tokens, batch, hidden]`."""
+    losses = []
+    for states, next_tokens in zip(hidden_states.split(LOGITS_CHUNK), labels.split(LOGITS_CHUNK, 1)):
         logits, _ = output_layer(states, weight=output_weight)
-        pieces.append(compute_language_model_loss(next_tokens.contiguous(), scale_logits(logits)))
-    return torch.cat(pieces, 1)
+        losses.append(compute_language_model_loss(next_tokens.contiguous(), scale_logits(logits)))
+    return torch.cat(losses, 1)
 
 
-def _known(tokens: Tensor, vocab_size: int) -> Tensor:
-    least, most = (int(token) for token in tokens.aminmax())
-    if least < 0 or most >= vocab_size:
-        bad = least if least < 0 else most
-        raise ValueError(f"--data-path: has token {bad}, which is none of the model's {vocab_size}")
-    return tokens
+def _check_tokens(tokens: Tensor, vocab_size: int) -> None:
+    smallest, largest = (int(token) for token in tokens.aminmax())
+    if smallest < 0 or largest >= vocab_size:
+        bad = smallest if smallest < 0 else largest
+        raise ValueError(
+            f"--data-path: has token {bad}, which is not in the model's vocabulary of {vocab_size}"
+        )
 
 
-def _batches(data, seq_length: int, samples: int, batch: int) -> Iterator[Tensor]:
-    """Windows of the stream, of which only what is needed is in memory."""
+def _batches(dataset, seq_length: int, count: int, batch: int) -> Iterator[Tensor]:
+    """Yields `count` windows in batches, with only the sequences of one batch in memory."""
     rows: list[np.ndarray] = []
-    stream, held = _tokens(data), np.empty(0, dtype=np.int64)
-    for left in range(samples, 0, -1):
-        while held.size < seq_length + 1:
-            held = np.concatenate([held, next(stream)])
-        rows.append(held[: seq_length + 1])
-        held = held[seq_length:]
-        if len(rows) == batch or left == 1:
+    sequences, buffer = _sequences(dataset), np.empty(0, dtype=np.int64)
+    for remaining in range(count, 0, -1):
+        while buffer.size < seq_length + 1:
+            buffer = np.concatenate([buffer, next(sequences)])
+        rows.append(buffer[: seq_length + 1])
+        buffer = buffer[seq_length:]
+        if len(rows) == batch or remaining == 1:
             yield torch.from_numpy(np.stack(rows))
             rows = []
 
 
-def _tokens(data) -> Iterator[np.ndarray]:
-    for sequence in range(len(data)):
-        yield data[sequence].astype(np.int64)
+def _sequences(dataset) -> Iterator[np.ndarray]:
+    for index in range(len(dataset)):
+        yield dataset[index].astype(np.int64)

@@ -1,4 +1,4 @@
-"""Hugging Face models from directories, and generation with one whose attention is S2."""
+"""Loads Hugging Face models, and generates with one whose attention is S2."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ from megatron_s2.kv_cache.cache import KVCache
 
 
 def load_pretrained(directory: str | Path, dtype: str = "auto", *, needs_s2: bool = False) -> PreTrainedModel:
-    """The causal language model in a directory, from safetensors, onto this machine's GPU or its CPU; with S2
-    attention where its config.json says so, else SDPA.
+    """Loads a causal language model from safetensors onto the GPU, or the CPU where there is none.
+
+    It runs with S2 attention if its config.json has S2 settings, else with SDPA.
 
     Args:
-        dtype: of the weights, as transformers names it; auto for that of the files.
-        needs_s2: refuse a model without S2 attention.
+        dtype: dtype of the weights, as transformers names it; "auto" for that of the files.
+        needs_s2: whether to refuse a model without S2 settings.
 
     Raises:
-        ValueError: there is none, or not all of it.
+        ValueError: the directory has no such model, or an incomplete one.
     """
     if not (Path(directory) / "config.json").is_file():
-        raise ValueError(f"--hf {directory}: is no directory with a config.json")
+        raise ValueError(f"--hf {directory}: is not a directory with a config.json")
     disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(directory)
         sparse = needs_s2 or getattr(config, "s2_attention", None) is not None
         if sparse:
             settings_of(config)
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=dtype,
             attn_implementation=NAME if sparse else "sdpa",
@@ -43,8 +44,10 @@ def load_pretrained(directory: str | Path, dtype: str = "auto", *, needs_s2: boo
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"--hf {directory}: {error}") from error
-    if missing := found["missing_keys"]:
-        raise ValueError(f"--hf {directory}: has no {min(missing)}; transformers would make it up")
+    if missing := report["missing_keys"]:
+        raise ValueError(
+            f"--hf {directory}: has no {min(missing)}; transformers would initialize it randomly"
+        )
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
@@ -52,12 +55,12 @@ class HuggingFaceDecoder:
     """A `Decoder` (decoding.py) over a causal language model of transformers.
 
     Args:
-        model: with `attn_implementation="s2"`; put into evaluation mode.
-        batch: sequences.
-        max_tokens: most tokens that a sequence will be fed.
+        model: model with `attn_implementation="s2"`; set to evaluation mode.
+        batch: number of sequences.
+        max_tokens: largest number of tokens of a sequence.
 
     Raises:
-        ValueError: the model runs with another attention, or has no S2 settings.
+        ValueError: the model has another attention, or no S2 settings.
     """
 
     def __init__(self, model: PreTrainedModel, batch: int, max_tokens: int) -> None:
@@ -72,7 +75,7 @@ class HuggingFaceDecoder:
 
     @torch.no_grad()
     def feed(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """See `Decoder`."""
+        """See `Decoder.feed`. Rows are padded on the left."""
         width, device = max(map(len, rows)), self._model.device
         padding = [width - len(row) for row in rows]
         tokens = torch.tensor([[*[0] * pad, *row] for pad, row in zip(padding, rows)], device=device)

@@ -1,4 +1,4 @@
-"""The GPTModel in a Megatron checkpoint, built from the arguments that the checkpoint holds."""
+"""Loads the GPTModel of a Megatron checkpoint, built from the arguments in the checkpoint."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_s2.checkpoint.convert import COMPANIONS
-from megatron_s2.checkpoint.megatron_args import flags
-from megatron_s2.checkpoint.torch_dist import Checkpoint
+from megatron_s2.checkpoint.convert import HF_FILES
+from megatron_s2.checkpoint.families import EMBEDDING
+from megatron_s2.checkpoint.megatron_args import flags_from_args
+from megatron_s2.checkpoint.torch_dist import CheckpointReader
+from megatron_s2.data.tokenizer import has_tokenizer
 from megatron_s2.errors import InputError
-from megatron_s2.generation.text import Text, has_tokenizer, megatron_text, stop_tokens
+from megatron_s2.generation.text_codec import TextCodec, megatron_codec, stop_tokens
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
-# What describes a model, or its tokenizer, and Megatron's --use-checkpoint-args does not take over.
-_DESCRIBING = (
+# Arguments that describe a model or its tokenizer and that --use-checkpoint-args does not restore.
+_NOT_RESTORED = (
     "activation_func_clamp_value",
     "apply_residual_connection_post_layernorm",
     "attention_output_gate",
@@ -38,12 +40,11 @@ _DESCRIBING = (
     "use_rope_scaling",
     "vocab_size",
 )
-_TOKEN_IDS = "NullTokenizer"
-_EMBEDDING = "embedding.word_embeddings.weight"
-_RUN = [
+_NO_TOKENIZER = "NullTokenizer"
+_LOAD_FLAGS = [
     *("--use-checkpoint-args", "--no-load-optim", "--no-load-rng", "--exit-on-missing-checkpoint"),
-    "--no-use-tokenizer-model-from-checkpoint-args",  # it may lie elsewhere
-    # Megatron's parser wants a training; none takes place.
+    "--no-use-tokenizer-model-from-checkpoint-args",  # the tokenizer may have been moved
+    # Megatron's parser requires the flags of a training.
     *("--skip-train", "--train-iters", "1", "--eval-iters", "0", "--lr", "1", "--mock-data"),
     *("--micro-batch-size", "1", "--global-batch-size", "1", "--num-workers", "0", "--no-rope-fusion"),
 ]
@@ -54,14 +55,14 @@ class LoadedGPT:
     """A model in evaluation mode and its tokenizer.
 
     Args:
-        vocab_size: tokens, without the padding of the vocabulary.
-        padded_vocab_size: with it.
-        positions: that the model was made for, `--max-position-embeddings`.
-        note: what a user should know of its attention: that it is still being annealed; None for nothing.
+        vocab_size: number of tokens, without padding.
+        padded_vocab_size: number of rows of the embedding.
+        positions: `--max-position-embeddings`.
+        note: a message for the user if the attention is still being annealed; None otherwise.
     """
 
     model: GPTModel
-    text: Text
+    codec: TextCodec
     vocab_size: int
     padded_vocab_size: int
     positions: int
@@ -75,83 +76,73 @@ def load_gpt(
     needs_cache: bool = True,
     needs_tokenizer: bool = True,
 ) -> LoadedGPT:
-    """Loads a `torch_dist` checkpoint onto this machine's GPU, or its CPU, as one rank.
+    """Loads a `torch_dist` checkpoint as one rank onto the GPU, or the CPU where there is none.
 
-    Megatron's own loader reads it, which trusts the file as `--load` of a training does. Megatron's global
-    state and a process group are there until the process ends: once per process.
+    Megatron's own loader reads it, which trusts the file, as `--load` of a training does. Megatron's global
+    state and a process group stay until the process ends, so that a process can load only one checkpoint.
 
     Args:
-        directory: what was given to the training as `--save`.
+        directory: the directory of Megatron's `--save`.
         tokenizer_model: replaces the checkpoint's `--tokenizer-model`.
-        needs_cache: refuse a model without S2 attention, which has no small cache.
-        needs_tokenizer: False reads token ids only.
+        needs_cache: whether to refuse a model without S2 attention, which has no small cache.
+        needs_tokenizer: False to encode and decode token ids only.
 
     Raises:
-        ValueError: it is no checkpoint, or one of a model that cannot be built here.
+        ValueError: the directory has no checkpoint, or one whose model cannot be built.
     """
     try:
-        checkpoint = Checkpoint(directory)
+        checkpoint = CheckpointReader(directory)
         saved, tensors = checkpoint.args, checkpoint.tensors()
     except InputError as error:
         raise ValueError(str(error).replace("--input", "--load", 1)) from None
     is_dense = not getattr(saved, "s2_attention", False) and getattr(saved, "spec", None) is None
     if needs_cache and is_dense:
         raise ValueError(f"--load {directory}: was trained without S2 attention, and has no small cache")
-    kind, place = _tokenizer_of(directory, saved, tokenizer_model) if needs_tokenizer else (_TOKEN_IDS, None)
-    companions = Path(place) if place is not None and Path(place).is_dir() else directory / COMPANIONS
-    stop = stop_tokens(companions)
-    # Megatron tells what it does in dozens of lines; what is wrong, it raises.
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-        return _build(arguments_of(directory, saved, _dtype(directory, tensors), kind, place), stop)
+    if EMBEDDING.key not in tensors:
+        raise ValueError(f"--load {directory}: has no {EMBEDDING.key}: it is not a checkpoint of a GPT")
+    _, dtype = tensors[EMBEDDING.key]
+    tokenizer = (
+        _choose_tokenizer(directory, saved, tokenizer_model) if needs_tokenizer else (_NO_TOKENIZER, None)
+    )
+    _, path = tokenizer
+    hf_files = Path(path) if path is not None and Path(path).is_dir() else directory / HF_FILES
+    stop = stop_tokens(hf_files)
+    # Megatron prints dozens of lines; errors are raised.
+    with open(os.devnull, "w") as devnull, redirect_stdout(devnull):
+        return _build(_command_line(directory, saved, dtype, *tokenizer), stop)
 
 
-def _tokenizer_of(directory: Path, saved: Namespace, given: str | None) -> tuple[str, str | None]:
-    """`--tokenizer-type` and `--tokenizer-model`: of the given one, or the run's, or the one that lies beside
-    the checkpoint, where that was moved."""
-    kind, place = getattr(saved, "tokenizer_type", None), getattr(saved, "tokenizer_model", None)
-    beside = directory / COMPANIONS
-    if given is not None:
-        place = given
-    elif place is not None and not Path(place).exists() and has_tokenizer(beside):
-        place = str(beside)
-    if kind in (None, _TOKEN_IDS):
-        kind = _TOKEN_IDS if place is None else "HuggingFaceTokenizer"
-    return kind, place
+def _choose_tokenizer(
+    directory: Path, saved: Namespace, tokenizer_model: str | None
+) -> tuple[str, str | None]:
+    """Returns `--tokenizer-type` and `--tokenizer-model`: the given one; or that of the training; or, if that
+    does not exist, the one in the checkpoint."""
+    tokenizer_type = getattr(saved, "tokenizer_type", None)
+    path = getattr(saved, "tokenizer_model", None) if tokenizer_model is None else tokenizer_model
+    is_moved = tokenizer_model is None and path is not None and not Path(path).exists()
+    if is_moved and has_tokenizer(directory / HF_FILES):
+        path = str(directory / HF_FILES)
+    if tokenizer_type in (None, _NO_TOKENIZER):
+        tokenizer_type = _NO_TOKENIZER if path is None else "HuggingFaceTokenizer"
+    return tokenizer_type, path
 
 
-def _dtype(directory: Path, tensors: dict) -> torch.dtype:
-    if _EMBEDDING not in tensors:
-        raise ValueError(f"--load {directory}: has no {_EMBEDDING}: it is no checkpoint of a GPT")
-    _, dtype = tensors[_EMBEDDING]
-    return dtype
-
-
-def arguments_of(
-    directory: Path,
-    saved: Namespace,
-    dtype: torch.dtype,
-    tokenizer_type: str = _TOKEN_IDS,
-    tokenizer_model: str | None = None,
+def _command_line(
+    directory: Path, saved: Namespace, dtype: torch.dtype, tokenizer_type: str, tokenizer_model: str | None
 ) -> list[str]:
-    """The command line of a run that loads a checkpoint.
-
-    Args:
-        saved: the arguments that the checkpoint holds.
-        dtype: of its weights.
-        tokenizer_type, tokenizer_model: of the run.
-    """
-    describing = {name: getattr(saved, name, None) for name in _DESCRIBING}
-    if tokenizer_type == _TOKEN_IDS:
-        describing["vocab_size"] = describing["vocab_size"] or saved.padded_vocab_size
-    describing |= {
+    """Returns the flags that load a checkpoint, given the arguments and the dtype stored in it."""
+    args = {name: getattr(saved, name, None) for name in _NOT_RESTORED}
+    if tokenizer_type == _NO_TOKENIZER:
+        args["vocab_size"] = args["vocab_size"] or saved.padded_vocab_size
+    args |= {
+        "load": str(directory),
+        "seq_length": getattr(saved, "seq_length", None) or saved.max_position_embeddings,
         "tokenizer_type": tokenizer_type,
         "tokenizer_model": tokenizer_model,
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
     }
-    length = getattr(saved, "seq_length", None) or saved.max_position_embeddings
-    given = [word for words in flags(describing) for word in words]
-    return [*_RUN, "--load", str(directory), "--seq-length", str(length), *given]
+    return [*_LOAD_FLAGS, *(word for words in flags_from_args(args) for word in words)]
 
 
 def _build(argv: list[str], stop: frozenset[int]) -> LoadedGPT:
@@ -172,45 +163,45 @@ def _build(argv: list[str], stop: frozenset[int]) -> LoadedGPT:
     from megatron.training.checkpointing import load_checkpoint
     from megatron.training.initialize import initialize_megatron
 
-    from megatron_s2.pretrain import configure
+    from megatron_s2.training.configure import configure
 
     try:
         args, container = configure(argv)
     except AssertionError as error:
         raise ValueError(f"--load: Megatron refuses the checkpoint's arguments: {error}") from error
     initialize_megatron(allow_no_cuda=not machine.gpu, store=torch.distributed.HashStore())
-    atexit.register(_leave_process_group)
+    atexit.register(_destroy_process_group)
     builder = container.model.get_builder_cls()(container.model)
     models = builder.build_distributed_models(
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
     )
     try:
         load_checkpoint(models, None, None)
-    except CheckpointException as error:  # no Exception
+    except CheckpointException as error:  # a BaseException
         reasons = "; ".join(str(failure[0]) for failure in error.failures.values())
         raise ValueError(f"--load {args.load}: Megatron does not read it: {reasons}") from error
     [model] = (unwrap_model(model).eval() for model in models)
     tokenizer = get_tokenizer()
     return LoadedGPT(
         model,
-        megatron_text(tokenizer, args.tokenizer_type, stop),
+        megatron_codec(tokenizer, args.tokenizer_type, stop),
         min(args.vocab_size or tokenizer.vocab_size, args.padded_vocab_size),
         args.padded_vocab_size,
         args.max_position_embeddings,
-        _note(model),
+        _annealing_note(model),
     )
 
 
-def _leave_process_group() -> None:
-    """While the interpreter is whole: later NCCL's threads are ended in any order, with a warning."""
+def _destroy_process_group() -> None:
+    """Destroys the process group before the interpreter shuts down; later, NCCL would print a warning."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
-def _note(model: GPTModel) -> str | None:
+def _annealing_note(model: GPTModel) -> str | None:
     from megatron_s2.layers.core_attention import S2CoreAttention
 
     layers = (module for module in model.modules() if isinstance(module, S2CoreAttention))
     annealings = {layer.annealing for layer in layers}
-    notes = {annealing.note() for annealing in annealings if annealing is not None}
+    notes = {annealing.progress() for annealing in annealings if annealing is not None}
     return next(iter(notes), None)

@@ -1,4 +1,4 @@
-"""Which token comes next: greedy, or drawn with temperature, top-k and top-p."""
+"""Chooses the next token: greedily, or by sampling with temperature, top-k and top-p."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class Sampling:
     """How the next token is chosen from logits.
 
     Args:
-        temperature: divides the logits; 0 takes the most likely token.
-        top_k: only so many most likely tokens may be drawn; 0 for all.
-        top_p: of these only the most likely ones whose probabilities reach this sum; 1 for all.
-        seed: of the draws; each row of a batch has its own, so that the others do not change it.
+        temperature: divisor of the logits; 0 chooses the most likely token.
+        top_k: number of most likely tokens to sample from; 0 for all.
+        top_p: of these, sample from the most likely ones whose probabilities reach this sum; 1 for all.
+        seed: seed of the first row of a batch. Each row has its own, so that rows do not affect each other.
 
     Raises:
         ValueError: a field is out of range; the message starts with its flag.
@@ -39,22 +39,22 @@ class Sampling:
                 raise ValueError(f"{flag} {value}: must be {allowed}")
 
     def generator(self, row: int) -> torch.Generator:
-        """What row `row` of a batch is drawn with."""
+        """Returns the random generator of row `row` of a batch."""
         return torch.Generator().manual_seed(self.seed + row)
 
     def choose(self, logits: Tensor, generator: torch.Generator) -> int:
-        """The next token after `logits` `[vocabulary]`."""
+        """Returns the next token for `logits` `[vocabulary]`."""
         if self.temperature == 0:
             return int(logits.argmax())
         return int(torch.multinomial(self.probabilities(logits), 1, generator=generator))
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """With which probability each token is drawn, `[vocabulary]`, on the CPU in float32."""
+        """Returns the probability of each token `[vocabulary]`, float32 on the CPU."""
         logits, tokens = logits.double().cpu().sort(descending=True, stable=True)
-        logits = (logits - logits[0]) / self.temperature  # at most 0: however low the temperature, finite
+        logits = (logits - logits[0]) / self.temperature  # at most 0, so finite at any temperature
         if self.top_k:
             logits[self.top_k :] = float("-inf")
         p = logits.softmax(0)
-        # A token stays when those before it have not reached the sum, so the first always does.
+        # A token is kept if the tokens before it have not reached the sum, so the first is always kept.
         p[p.cumsum(0) - p >= self.top_p] = 0
         return torch.zeros_like(p).scatter_(0, tokens, p / p.sum()).float()

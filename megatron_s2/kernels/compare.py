@@ -1,4 +1,4 @@
-"""The one rule by which attention results are judged, in tests and before every benchmark."""
+"""Comparison of attention results with exact ones, by one rule for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def attention_results(
     dout: Tensor | None,
     dlse: Tensor | None,
 ) -> Results:
-    """Everything that `attention(q, k, v, sink_logits)` -> (out, lse) computes, by name.
+    """Returns the results and gradients of `attention(q, k, v, sink_logits)` -> (out, lse), by name.
 
     Args:
-        dout, dlse: upstream gradients of out and lse; None sends none through that result.
+        dout, dlse: upstream gradients of out and lse; None sends no gradient through that result.
 
     Returns:
-        out, lse, dq, dk, dv and with `sink_logits` dsink_logits.
+        out, lse, dq, dk, dv and, with `sink_logits`, dsink_logits.
     """
     inputs = {"q": q, "k": k, "v": v} | ({} if sink_logits is None else {"sink_logits": sink_logits})
     inputs = {name: x.detach().requires_grad_() for name, x in inputs.items()}
@@ -42,28 +42,28 @@ def attention_results(
 
 
 def max_error(got: Tensor, exact: Tensor) -> float:
-    """Largest absolute difference, computed in float64; NaN where `got` has one."""
+    """Returns the largest absolute difference, computed in float64; NaN if `got` has a NaN."""
     return (got.double() - exact.double()).abs().max().item() if got.numel() else 0.0
 
 
 def require_equal(got: Results, exact: Results, most: float = 1e-10) -> None:
-    """Every error is at most `most`: for float64 against float64.
+    """Requires that every error is at most `most`, by default for float64 against float64.
 
     Raises:
-        AssertionError: naming the results that are further off, or that are missing.
+        AssertionError: a result has a larger error; the message names each such result.
     """
     _require({name: (max_error(got[name], exact[name]), most) for name in exact})
 
 
 def require_as_exact_as_plain(got: Results, plain: Results, exact: Results) -> None:
-    """Every error is at most twice that of plain PyTorch in the same dtype (flash-attention's rule).
+    """Requires errors of at most twice those of plain PyTorch in the same dtype (flash-attention's rule).
 
-    Both errors are taken against `exact`, from float64. One unit in the last place of the largest value is
-    allowed beside, for results that plain PyTorch happens to hit exactly: a gradient through one visible key
-    is a mere copy.
+    Both errors are against `exact`, computed in float64. One unit in the last place of the largest value is
+    allowed in addition, because plain PyTorch computes some results exactly: a gradient through a single
+    visible key is a copy.
 
     Raises:
-        AssertionError: naming the results that are further off, or that are missing.
+        AssertionError: a result has a larger error; the message names each such result.
     """
     errors = {}
     for name, truth in exact.items():
@@ -77,7 +77,7 @@ def _require(errors: dict[str, tuple[float, float]]) -> None:
     wrong = [
         f"{name} is off by {error:.3g}, allowed {allowed:.3g}"
         for name, (error, allowed) in errors.items()
-        if not error <= allowed  # also when the error is NaN
+        if not error <= allowed  # true for a NaN error, too
     ]
     if wrong:
         raise AssertionError("; ".join(wrong))

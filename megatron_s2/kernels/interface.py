@@ -1,24 +1,19 @@
-"""The public attention function: arguments checked once, documents cut apart, a backend chosen."""
+"""`s2_attention`, the public function: checks its arguments, splits documents and calls a backend."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from megatron_s2.kernels.reference import reference_attention
-from megatron_s2.kernels.torch_backend import blocked_attention
-from megatron_s2.kernels.triton_backend import triton_attention
+from megatron_s2.kernels.backends import attention_function, choose_backend
 from megatron_s2.kernels.tuning import Tuning
-from megatron_s2.pattern.block_pattern import BlockPattern
-from megatron_s2.pattern.mask_pattern import BlockMaskPattern
+from megatron_s2.pattern import BlockMaskPattern, BlockPattern
 
-_BACKENDS = ("reference", "torch", "triton")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -35,34 +30,34 @@ def s2_attention(
     backend: str = "auto",
     tuning: Tuning | Literal["autotune"] | None = None,
 ) -> tuple[Tensor, Tensor] | Tensor:
-    """Causal attention in which each head sees the key blocks its `pattern` shows it (arXiv 2407.17678).
+    """Causal attention in which each head sees the key blocks that its pattern shows (arXiv 2407.17678).
 
     Args:
-        q: queries `[batch, seq_q, heads, head_dim]`, any strides; packed `[tokens, heads, head_dim]` when
-            `cu_seqlens` is given. float16, bfloat16, float32 or float64.
-        k: keys `[batch, seq_k, kv_heads, head_dim]` (packed `[tokens, kv_heads, head_dim]`). Never expanded:
-            query head h reads KV head h // (heads / kv_heads).
-        v: values, as `k`, with a head_dim of their own if need be.
-        pattern: which key blocks a query block of each KV head sees.
-        softmax_scale: factor on the scores; 1 / sqrt(head_dim) by default.
-        sink_logits: `[heads]`, a logit per query head that joins the softmax with no value (attention may
-            go nowhere). It counts in `lse`.
-        cu_seqlens: int `[documents + 1]`, token offsets of packed documents, from 0 to `tokens`,
-            non-decreasing: Megatron fills them up by repeating the last, and an empty document has no
-            tokens. A sequence of ints spares the device synchronisation that a tensor costs. The pattern
-            restarts at each document's first token.
-        q_start: position in tokens of the first query; keys start at 0. Not with `cu_seqlens`.
+        q: queries `[batch, seq_q, heads, head_dim]`, any strides; `[tokens, heads, head_dim]` if packed, that
+            is with `cu_seqlens`. float16, bfloat16, float32 or float64.
+        k: keys `[batch, seq_k, kv_heads, head_dim]`; packed `[tokens, kv_heads, head_dim]`. They are never
+            expanded: query head h reads KV head h // (heads / kv_heads).
+        v: values, with the shape of `k` except that head_dim may differ.
+        pattern: key blocks that each query block of each KV head sees.
+        softmax_scale: factor on the scores; default 1 / sqrt(head_dim).
+        sink_logits: `[heads]`, a logit per query head that joins the softmax with no value, so that attention
+            may go nowhere. `lse` includes it.
+        cu_seqlens: int `[documents + 1]`, token offsets of packed documents, non-decreasing from 0 to
+            `tokens`. The pattern restarts at the first token of each document. Repeated offsets, with which
+            Megatron fills up the array, are empty documents. A tensor costs a device synchronization, a
+            sequence of ints does not.
+        q_start: position of the first query in tokens, where keys start at 0. Must be 0 with `cu_seqlens`.
         return_lse: also return the log-sum-exp.
-        backend: `triton` (CUDA), `torch` (any device), `reference` (quadratic; for tests), or `auto`: triton
-            where it can, else torch.
-        tuning: pins how the Triton kernels are cut. By default the shipped choice, the same bits everywhere;
-            with `autotune` the fastest of a few, measured on this GPU when first needed and kept in a file
-            (`megatron_s2.kernels.autotune`). Ranks on unlike GPUs, or without a common cache, may choose
-            differently, and bits depend on the choice. Nothing to do with another backend.
+        backend: `triton` (CUDA), `torch` (any device), `reference` (quadratic memory, for tests) or `auto`:
+            triton on a GPU where its kernels support the inputs, else torch.
+        tuning: tile sizes of the Triton kernels. By default the shipped ones, which give the same bits on
+            every run. `autotune` measures a few candidates on this GPU when first needed and stores the
+            fastest in a file (`megatron_s2.kernels.autotune`). Bits depend on the choice, which may differ
+            between ranks on different GPUs or without a common file system. Other backends have no tuning.
 
     Returns:
-        `out` `[batch, seq_q, heads, v_head_dim]` (packed: `[tokens, heads, v_head_dim]`) in the dtype of `q`,
-        and with `return_lse` the natural-log `lse` of the scaled scores, `[batch, heads, seq_q]` (packed:
+        `out` `[batch, seq_q, heads, v_head_dim]` (packed `[tokens, heads, v_head_dim]`) in the dtype of `q`
+        and, with `return_lse`, the natural-log `lse` of the scaled scores `[batch, heads, seq_q]` (packed
         `[heads, tokens]`) in float32 (float64 for float64 inputs). Both are differentiable.
 
     Raises:
@@ -71,15 +66,10 @@ def s2_attention(
     _check_tensors(q, k, v, pattern, packed=cu_seqlens is not None)
     if sink_logits is not None:
         _check_sinks(sink_logits, q)
-    if backend != "auto" and backend not in _BACKENDS:
-        raise ValueError(f"backend {backend!r}: must be auto, {', '.join(_BACKENDS[:-1])} or {_BACKENDS[-1]}")
+    backend = choose_backend(backend, q, v)
+    _check_tuning(tuning, backend)
+    attention = attention_function(backend, tuning)
     scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
-    backend = choose_backend(q, v) if backend == "auto" else backend
-    if isinstance(tuning, str) and tuning != "autotune":
-        raise ValueError(f"tuning {tuning!r}: must be a Tuning, autotune or None")
-    if isinstance(tuning, Tuning) and backend != "triton":
-        raise ValueError(f"tuning {tuning}: must be None with backend {backend}, which has nothing to tune")
-    attention = _implementation(backend, tuning)
 
     if cu_seqlens is None:
         if q_start < 0 or q_start + q.shape[1] > k.shape[1]:
@@ -95,18 +85,6 @@ def s2_attention(
         out, lse = attention(q[None], k[None], v[None], pattern, scale, sink_logits, documents, 0)
         out, lse = out[0], lse[0]
     return (out, lse) if return_lse else out
-
-
-def choose_backend(q: Tensor, v: Tensor) -> str:
-    """What `auto` means: triton on a GPU, for what its kernels take; torch for everything else."""
-    takes = q.dtype != torch.float64 and max(q.shape[-1], v.shape[-1]) <= 256
-    return "triton" if q.is_cuda and takes else "torch"
-
-
-def _implementation(backend: str, tuning: Tuning | str | None) -> Callable[..., tuple[Tensor, Tensor]]:
-    if backend == "triton":
-        return partial(triton_attention, tuning=tuning)
-    return reference_attention if backend == "reference" else blocked_attention
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, packed: bool) -> None:
@@ -140,6 +118,13 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, packe
         raise ValueError(f"k with {kv_heads} heads: must divide the {heads} heads of q")
 
 
+def _check_tuning(tuning: Tuning | str | None, backend: str) -> None:
+    if isinstance(tuning, str) and tuning != "autotune":
+        raise ValueError(f"tuning {tuning!r}: must be a Tuning, autotune or None")
+    if isinstance(tuning, Tuning) and backend != "triton":
+        raise ValueError(f"tuning {tuning}: must be None with backend {backend}, which has nothing to tune")
+
+
 def _check_size(pattern: BlockPattern, tokens: int) -> None:
     if isinstance(pattern, BlockMaskPattern) and pattern.num_blocks(tokens) > pattern.max_blocks:
         raise ValueError(
@@ -158,6 +143,7 @@ def _check_sinks(sink_logits: Tensor, q: Tensor) -> None:
 
 
 def _documents(cu_seqlens: Tensor | Sequence[int], tokens: int, q_start: int) -> list[tuple[int, int]]:
+    """Returns start and stop of each document that has tokens."""
     if q_start:
         raise ValueError(f"q_start {q_start}: must be 0 with cu_seqlens")
     if isinstance(cu_seqlens, Tensor):

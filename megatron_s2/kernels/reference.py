@@ -1,11 +1,12 @@
-"""Dense masked S2 attention, written from the definition: the truth that every fast path is compared with."""
+"""Dense masked S2 attention, written from the definition; tests compare every other backend with it."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from megatron_s2.pattern.block_pattern import BlockPattern
+from megatron_s2.kernels.numerics import compute_dtype
+from megatron_s2.pattern import BlockPattern
 
 
 def reference_attention(
@@ -18,7 +19,7 @@ def reference_attention(
     documents: list[tuple[int, int]],
     q_start: int,
 ) -> tuple[Tensor, Tensor]:
-    """S2 attention through a full score matrix, in float32 (float64 for float64 inputs).
+    """S2 attention through a full score matrix, in `compute_dtype`.
 
     Args:
         q: `[batch, seq_q, heads, head_dim]`.
@@ -27,18 +28,18 @@ def reference_attention(
         pattern: block visibility, restarting at each document.
         softmax_scale: factor on the scores.
         sink_logits: `[heads]` or None.
-        documents: token ranges (start, stop) of the packed documents.
-        q_start: position of the first query; with several documents 0.
+        documents: token range (start, stop) of each packed document.
+        q_start: position of the first query; 0 if there are several documents.
 
     Returns:
-        out `[batch, seq_q, heads, v_head_dim]` in the dtype of q, lse `[batch, heads, seq_q]`.
+        out `[batch, seq_q, heads, v_head_dim]` in the dtype of q, and lse `[batch, heads, seq_q]`.
     """
-    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(q.dtype)
     out, lse = masked_attention(
-        *(x.to(compute) for x in (q, k, v)),
+        *(x.to(dtype) for x in (q, k, v)),
         visible_tokens(pattern, q.shape[1], k.shape[1], documents, q_start).to(q.device),
         softmax_scale,
-        None if sink_logits is None else sink_logits.to(compute),
+        None if sink_logits is None else sink_logits.to(dtype),
     )
     return out.to(q.dtype), lse
 
@@ -46,7 +47,7 @@ def reference_attention(
 def visible_tokens(
     pattern: BlockPattern, seq_q: int, seq_k: int, documents: list[tuple[int, int]], q_start: int
 ) -> Tensor:
-    """Bool `[kv_heads, seq_q, seq_k]`: which key each query sees."""
+    """Returns bool `[kv_heads, seq_q, seq_k]`: which keys each query sees."""
     visible = torch.zeros(pattern.num_kv_heads, seq_q, seq_k, dtype=torch.bool)
     for start, stop in documents:
         length = stop - start + q_start
@@ -60,7 +61,7 @@ def visible_tokens(
 def masked_attention(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor, softmax_scale: float, sink_logits: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Plain masked softmax attention in the dtype of its inputs; shapes as in `reference_attention`."""
+    """Masked softmax attention in the dtype of its inputs; shapes as in `reference_attention`."""
     group = q.shape[2] // k.shape[2]
     k, v, visible = (
         k.repeat_interleave(group, 2),

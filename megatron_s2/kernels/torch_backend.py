@@ -1,15 +1,15 @@
-"""S2 attention in plain PyTorch: blocked, linear memory, forward and backward.
+"""S2 attention in PyTorch with linear memory, forward and backward.
 
-What a query sees is cut into calls that need (almost) no mask (`torch_plan`). A Band reads its keys through
-an overlapping view of K/V, masked in the diagonal block alone.
+The visible keys of the queries are split into calls that need hardly any mask (`torch_plan`): only Band calls
+have one, in the diagonal block. They read their keys through an overlapping view of K and V.
 
-Each call is one flash attention over its keys; results merge by log-sum-exp. The backward of a flash kernel
-needs only the *merged* output and log-sum-exp to give the part of the gradient that its keys contribute, so
-backward runs the same calls and adds up. Nothing is kept but q, k, v, out and lse, and no array grows with
-the square of the sequence.
+Each call is one flash attention over its keys, and results merge by log-sum-exp. Given the *merged* output
+and log-sum-exp, the backward of a flash kernel computes exactly the gradients that its keys contribute.
+Backward therefore runs the same calls and adds up their gradients. It needs q, k, v, out and lse alone, and
+no tensor grows with the square of the sequence.
 
-Calls work on views of the tensors that came in, and copy at most a slice of them: beside gradients, backward
-allocates little. K/V are never expanded to the query heads.
+Calls work on views of the inputs and copy at most a slice of them, so backward allocates little beside the
+gradients. K and V are never expanded to the query heads.
 """
 
 from __future__ import annotations
@@ -23,114 +23,28 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_s2.kernels.torch_plan import (
-    Band,
-    Call,
-    Causal,
-    Gathered,
-    Past,
-    equal_runs,
-    plan_head,
-)
-from megatron_s2.pattern.block_pattern import BlockPattern
-from megatron_s2.pattern.s2_pattern import S2Pattern
-
-# ---------------------------------------------------------------------------------------------------------
-# One flash attention, q [batch, heads, rows, dim], k and v [batch, kv_heads, keys, dim], any strides (K/V may
-# be overlapping views); query head h reads KV head h // (heads / kv_heads). `mask` is additive.
-
-_MAX_SCORES = 1 << 24  # elements of one score matrix where PyTorch has no flash kernel to call
-
-
-def _flash_forward(q, k, v, scale, causal=False, mask=None) -> tuple[Tensor, Tensor]:
-    forward = _cpu_forward if q.device.type == "cpu" else _matmul_forward
-    return forward(q, k, v, scale, causal, mask)
-
-
-def _flash_backward(dout, q, k, v, out, lse, scale, causal=False, mask=None) -> tuple[Tensor, Tensor, Tensor]:
-    backward = _cpu_backward if q.device.type == "cpu" else _matmul_backward
-    return backward(dout, q, k, v, out, lse, scale, causal, mask)
-
-
-def _cpu_forward(q, k, v, scale, causal, mask):
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, causal, attn_mask=mask, scale=scale
-    )
-
-
-def _cpu_backward(dout, q, k, v, out, lse, scale, causal, mask):
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale
-    )
-
-
-def _matmul_forward(q, k, v, scale, causal, mask):
-    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:-1])
-    k, v = (_spread(x, q.shape[1]) for x in (k, v))
-    for rows in _row_chunks(q, k):
-        scores = _scores(q, k, scale, causal, mask, rows)
-        lse[:, :, rows] = scores.logsumexp(-1)
-        out[:, :, rows] = (scores - lse[:, :, rows, None]).exp() @ v
-    return out, lse
-
-
-def _matmul_backward(dout, q, k, v, out, lse, scale, causal, mask):
-    kv_heads = k.shape[1]
-    k, v = (_spread(x, q.shape[1]) for x in (k, v))
-    dq, dk, dv = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
-    for rows in _row_chunks(q, k):
-        do = dout[:, :, rows]
-        delta = (do * out[:, :, rows]).sum(-1, keepdim=True)
-        p = (_scores(q, k, scale, causal, mask, rows) - lse[:, :, rows, None]).exp()
-        ds = p * (do @ v.transpose(-1, -2) - delta) * scale
-        dq[:, :, rows] = ds @ k
-        dk += ds.transpose(-1, -2) @ q[:, :, rows]
-        dv += p.transpose(-1, -2) @ do
-    return dq, _collected(dk, kv_heads), _collected(dv, kv_heads)
-
-
-def _row_chunks(q: Tensor, k: Tensor) -> Iterator[slice]:
-    rows = max(1, _MAX_SCORES // (q.shape[0] * q.shape[1] * k.shape[2]))
-    return (slice(a, min(a + rows, q.shape[2])) for a in range(0, q.shape[2], rows))
-
-
-def _scores(q: Tensor, k: Tensor, scale: float, causal: bool, mask: Tensor | None, rows: slice) -> Tensor:
-    scores = q[:, :, rows] @ k.transpose(-1, -2) * scale
-    if mask is not None:
-        scores += mask[:, :, rows]
-    if causal:
-        queries = torch.arange(rows.start, rows.stop, device=q.device)
-        keys = torch.arange(k.shape[2], device=q.device)
-        scores.masked_fill_(keys > queries[:, None], float("-inf"))
-    return scores
-
-
-def _spread(x: Tensor, heads: int) -> Tensor:
-    """K or V with each KV head repeated for `heads` query heads; a view where x has one KV head."""
-    return x[:, :, None].expand(-1, -1, heads // x.shape[1], -1, -1).flatten(1, 2)
-
-
-def _collected(grad: Tensor, kv_heads: int) -> Tensor:
-    """The gradient of x from that of `_spread(x, heads)`."""
-    return grad.unflatten(1, (kv_heads, -1)).sum(2)
-
+from megatron_s2.kernels.numerics import compute_dtype, merge_sink, sink_gradient
+from megatron_s2.kernels.torch_flash import expand_heads, flash_backward, flash_forward, sum_heads
+from megatron_s2.kernels.torch_plan import Band, Call, Causal, Gathered, Past, equal_heads, plan_head
+from megatron_s2.pattern import BlockPattern, S2Pattern
 
 # ---------------------------------------------------------------------------------------------------------
 # The calls of one plan over the two sources, for KV heads of equal pattern. Query-side tensors are
-# [batch, heads, queries, dim] (lse without dim) of any strides and may have less than K's dim and precision.
+# [batch, heads, queries, dim] (lse without dim), any strides; their dim may be smaller than that of K and
+# their precision lower.
 
-_MAX_WINDOW_ELEMENTS = 1 << 18  # of K in one Band call: windows overlap, so their gradients take memory
+_MAX_WINDOW_ELEMENTS = 1 << 18  # elements of K in one Band call: gradients of overlapping windows take memory
 _MIN_BACKWARD_HEADS = 4  # PyTorch's backward gives each thread whole heads
 
 
 @dataclass
 class Sources:
-    """Keys and values that a run of equal heads reads (or, in backward, their gradients).
+    """Keys and values that equal heads read, or in backward their gradients.
 
     Args:
-        k, v: the window source `[batch, kv_heads, tokens, dim]`, any strides, from position `start` on.
-        k_shard, v_shard: the shard source `[batch, kv_heads, blocks * block_size, dim]`, any strides.
-        start: position of the window source's first token.
+        k, v: window source `[batch, kv_heads, tokens, dim]`, any strides.
+        k_shard, v_shard: shard source `[batch, kv_heads, blocks * block_size, dim]`, any strides.
+        start: position of the first token of the window source.
     """
 
     k: Tensor
@@ -139,13 +53,14 @@ class Sources:
     v_shard: Tensor
     start: int = 0
 
-    def pair(self, source: str) -> tuple[Tensor, Tensor, int]:
+    def select(self, source: str) -> tuple[Tensor, Tensor, int]:
+        """Returns keys, values and the position of the first token of a source."""
         return (self.k, self.v, self.start) if source == "window" else (self.k_shard, self.v_shard, 0)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run of equal heads computes: `calls` of `plan_head`, for queries that begin at `q_start`."""
+    """Calls of equal heads (`plan_head`), for queries that begin at position `q_start`."""
 
     calls: list[Call]
     pattern: BlockPattern
@@ -153,27 +68,27 @@ class Plan:
     q_start: int
 
     def queries(self, start: int, stop: int) -> slice:
-        """Where positions start .. stop-1 lie in the query-side tensors."""
+        """Returns the indices of positions start .. stop-1 in the query-side tensors."""
         return slice(start - self.q_start, stop - self.q_start)
 
 
 def forward_calls(plan: Plan, q: Tensor, sources: Sources, out: Tensor, lse: Tensor) -> None:
-    """Writes attention over the keys of all calls to `out` and `lse`, both in the precision of K."""
+    """Writes attention over the keys of all calls to `out` and `lse`, both in the dtype of K."""
     for call in plan.calls:
         if isinstance(call, Causal):
             t = plan.queries(call.start, call.stop)
             k, v = _causal_keys(call, sources)
-            o, logsum = _flash_forward(_queries(q, t, sources), k, v, plan.scale, causal=True)
+            o, logsum = flash_forward(_queries(q, t, sources), k, v, plan.scale, causal=True)
             out[:, :, t], lse[:, :, t] = o[..., : out.shape[-1]], logsum
         elif isinstance(call, Band):
             mask, fold = _band_mask(plan, q, sources), _band_fold(plan, sources)
             for part, t in _band_parts(call, plan, sources):
                 k, v = _windows(part, plan, sources)
-                o, logsum = _flash_forward(fold(_queries(q, t, sources)), k, v, plan.scale, mask=mask)
+                o, logsum = flash_forward(fold(_queries(q, t, sources)), k, v, plan.scale, mask=mask)
                 out[:, :, t], lse[:, :, t] = fold(o)[..., : out.shape[-1]], fold(logsum)
         else:
             t = plan.queries(call.start, call.stop)
-            o, logsum = _flash_forward(_queries(q, t, sources), *_past_keys(call, plan, sources), plan.scale)
+            o, logsum = flash_forward(_queries(q, t, sources), *_past_keys(call, plan, sources), plan.scale)
             _merge(out[:, :, t], lse[:, :, t], o[..., : out.shape[-1]], logsum)
 
 
@@ -193,7 +108,7 @@ def backward_calls(
             t = plan.queries(call.start, call.stop)
             dout_t, q_t, out_t = (_queries(x, t, sources) for x in (dout, q, out))
             k, v = _causal_keys(call, sources)
-            dq_t, *dkv = _flash_backward(dout_t, q_t, k, v, out_t, lse[:, :, t], plan.scale, causal=True)
+            dq_t, *dkv = flash_backward(dout_t, q_t, k, v, out_t, lse[:, :, t], plan.scale, causal=True)
             _add(dq[:, :, t], dq_t)
             for grad, part in zip(_causal_keys(call, grads), dkv):
                 _add(grad, part)
@@ -202,19 +117,19 @@ def backward_calls(
             for part, t in _band_parts(call, plan, sources):
                 dout_t, q_t, out_t = (fold(_queries(x, t, sources)) for x in (dout, q, out))
                 k, v = _windows(part, plan, sources)
-                dq_t, *dkv = _flash_backward(
+                dq_t, *dkv = flash_backward(
                     dout_t, q_t, k, v, out_t, fold(lse[:, :, t]), plan.scale, mask=mask
                 )
                 _add(dq[:, :, t], fold(dq_t))
                 _add_windows(part, plan, grads, dkv)
         else:
             t = plan.queries(call.start, call.stop)
-            cut = _query_cut(q, t)
-            dout_t, q_t, out_t = (cut(_queries(x, t, sources)) for x in (dout, q, out))
-            k, v = (_spread(x, q_t.shape[1]) for x in _past_keys(call, plan, sources))
-            dq_t, *dkv = _flash_backward(dout_t, q_t, k, v, out_t, cut(lse[:, :, t]), plan.scale)
+            split = _query_split(q, t)
+            dout_t, q_t, out_t = (split(_queries(x, t, sources)) for x in (dout, q, out))
+            k, v = (expand_heads(x, q_t.shape[1]) for x in _past_keys(call, plan, sources))
+            dq_t, *dkv = flash_backward(dout_t, q_t, k, v, out_t, split(lse[:, :, t]), plan.scale)
             _add(dq[:, :, t], dq_t.reshape(*q.shape[:2], -1, dq_t.shape[-1]))
-            _add_past(call, plan, grads, [_collected(part, sources.k.shape[1]) for part in dkv])
+            _add_past(call, plan, grads, [sum_heads(part, sources.k.shape[1]) for part in dkv])
 
 
 def _queries(x: Tensor, t: slice, sources: Sources) -> Tensor:
@@ -222,7 +137,7 @@ def _queries(x: Tensor, t: slice, sources: Sources) -> Tensor:
 
 
 def fitted(x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """x in this width and precision, the elements of a token side by side (the CPU kernel assumes it)."""
+    """Returns x with dim `width` and this dtype, and stride 1 in dim, which PyTorch's CPU kernel assumes."""
     x = _padded(x.to(dtype), width)
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -232,14 +147,15 @@ def _padded(x: Tensor, width: int) -> Tensor:
 
 
 def _add(total: Tensor, part: Tensor) -> None:
-    """Adds a part that may be wider by padding."""
+    """Adds a part whose dim may be padded."""
     total += part[..., : total.shape[-1]]
 
 
 def _merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
-    """Folds attention over further keys into (out, lse), in place.
+    """Merges attention over further keys into `out` and `lse`, in place.
 
-    The weights exp(lse_i - logaddexp(lse, more_lse)) are the two values of a sigmoid.
+    The weights exp(lse - total) and exp(more_lse - total) with total = logaddexp(lse, more_lse) are
+    sigmoids.
     """
     out.lerp_(more, torch.sigmoid(more_lse - lse)[..., None])
     torch.logaddexp(lse, more_lse, out=lse)
@@ -250,12 +166,12 @@ def _causal_keys(call: Causal, sources: Sources) -> tuple[Tensor, Tensor]:
     return sources.k[:, :, keys], sources.v[:, :, keys]
 
 
-# Band: each row of a KV head becomes a KV head of its own, with its window as keys and the row's queries of
-# the whole group as rows.
+# Band: each row of a KV head becomes a KV head of its own. Its keys are the row's window, its rows the
+# queries of the row in all query heads of the group.
 
 
 def _band_parts(call: Band, plan: Plan, sources: Sources) -> Iterator[tuple[Band, slice]]:
-    """The rows in parts of bounded size, each with its place in the query-side tensors."""
+    """Splits a call into parts of bounded size; yields each with the indices of its queries."""
     B = plan.pattern.block_size
     batch, kv_heads, _, dim = sources.k.shape
     most = max(1, _MAX_WINDOW_ELEMENTS // (batch * kv_heads * plan.pattern.local_blocks * B * dim))
@@ -265,7 +181,8 @@ def _band_parts(call: Band, plan: Plan, sources: Sources) -> Iterator[tuple[Band
 
 
 def _band_fold(plan: Plan, sources: Sources) -> Callable[[Tensor], Tensor]:
-    """`[batch, kv_heads * group, rows * B, …]` to `[batch, kv_heads * rows, group * B, …]`, and back."""
+    """Returns a function that reshapes `[batch, kv_heads * group, rows * B, …]` to
+    `[batch, kv_heads * rows, group * B, …]`, and back."""
 
     def fold(x: Tensor) -> Tensor:
         x = x.unflatten(1, (sources.k.shape[1], -1)).unflatten(3, (-1, plan.pattern.block_size))
@@ -275,7 +192,7 @@ def _band_fold(plan: Plan, sources: Sources) -> Callable[[Tensor], Tensor]:
 
 
 def _windows(part: Band, plan: Plan, sources: Sources) -> Iterator[Tensor]:
-    """K and V as overlapping windows `[batch, kv_heads * rows, local_blocks * B, dim]`."""
+    """Yields K and V as overlapping windows `[batch, kv_heads * rows, local_blocks * B, dim]`."""
     B, L = plan.pattern.block_size, plan.pattern.local_blocks
     first, last = ((row - L + 1) * B - sources.start for row in (part.first, part.last))
     for x in (sources.k, sources.v):
@@ -294,7 +211,7 @@ def _add_windows(part: Band, plan: Plan, grads: Sources, parts: list[Tensor]) ->
 
 
 def _band_mask(plan: Plan, q: Tensor, sources: Sources) -> Tensor:
-    """Additive `[1, 1, group * B, local_blocks * B]`: minus infinity above the last block's diagonal."""
+    """Additive `[1, 1, group * B, local_blocks * B]`: minus infinity above the diagonal of the last block."""
     B, L = plan.pattern.block_size, plan.pattern.local_blocks
     mask = sources.k.new_full((B, L * B), float("-inf")).triu((L - 1) * B + 1)
     return mask.repeat(q.shape[1] // sources.k.shape[1], 1)[None, None]
@@ -307,7 +224,7 @@ def _past_keys(call: Past | Gathered, plan: Plan, sources: Sources) -> Iterable[
     if isinstance(call, Gathered):
         B = plan.pattern.block_size
         return (_blocks(x, B)[:, :, list(call.blocks)].flatten(2, 3) for x in (sources.k, sources.v))
-    k, v, start = sources.pair(call.source)
+    k, v, start = sources.select(call.source)
     keys = slice(call.keys_start - start, call.keys_stop - start)
     return k[:, :, keys], v[:, :, keys]
 
@@ -321,28 +238,29 @@ def _add_past(call: Past | Gathered, plan: Plan, grads: Sources, parts: list[Ten
             _add(grad, part)
 
 
-def _query_cut(q: Tensor, t: slice) -> Callable[[Tensor], Tensor]:
-    """Cuts `[batch, heads, rows, …]` into `[batch, heads * pieces, rows / pieces, …]`."""
+def _query_split(q: Tensor, t: slice) -> Callable[[Tensor], Tensor]:
+    """Returns a function that reshapes `[batch, heads, rows, …]` to `[batch, heads * parts, rows / parts, …]`
+    with a head for each thread."""
     batch, heads = q.shape[:2]
-    pieces = max(1, math.gcd(t.stop - t.start, _MIN_BACKWARD_HEADS) // (batch * heads))
-    return lambda x: x.unflatten(2, (pieces, -1)).flatten(1, 2)
+    parts = max(1, math.gcd(t.stop - t.start, _MIN_BACKWARD_HEADS) // (batch * heads))
+    return lambda x: x.unflatten(2, (parts, -1)).flatten(1, 2)
 
 
 def _blocks(x: Tensor, block_size: int) -> Tensor:
-    """`[batch, kv_heads, tokens, dim]` as `[…, full blocks, block_size, dim]`, a view without the tail."""
+    """Views the full blocks of `[batch, kv_heads, tokens, dim]` as `[…, blocks, block_size, dim]`."""
     blocks = x.shape[2] // block_size
     return x[:, :, : blocks * block_size].unflatten(2, (blocks, block_size))
 
 
 def _add_blocks(x: Tensor, blocks: Sequence[int], values: Tensor, block_size: int) -> None:
-    """Adds values `[batch, kv_heads, len(blocks) * block_size, dim]` to blocks of x."""
+    """Adds `values` `[batch, kv_heads, len(blocks) * block_size, dim]` to blocks of x."""
     index = torch.tensor(blocks, device=x.device)
     values = values[..., : x.shape[-1]].unflatten(2, (len(blocks), block_size))
     _blocks(x, block_size).index_add_(2, index, values)
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The whole op: documents x runs of equal heads, with autograd around it.
+# All documents and heads, with autograd.
 
 
 def blocked_attention(
@@ -355,15 +273,13 @@ def blocked_attention(
     documents: list[tuple[int, int]],
     q_start: int,
 ) -> tuple[Tensor, Tensor]:
-    """S2 attention with linear memory; arguments and results as in `reference_attention`.
-
-    Computes in float32 (float64 for float64 inputs) whatever the inputs are.
-    """
+    """S2 attention with linear memory, summed in `compute_dtype`; arguments and results as in
+    `reference_attention`."""
     return _BlockedAttention.apply(q, k, v, sink_logits, pattern, softmax_scale, documents, q_start)
 
 
-class _Part:
-    """One document and one run of equal heads, as views of the whole tensors."""
+class _EqualHeads:
+    """Equal KV heads in one document, as views of the whole tensors."""
 
     def __init__(self, q, k, pattern, heads: range, document: tuple[int, int], scale: float, q_start: int):
         start, stop = document
@@ -378,7 +294,7 @@ class _Part:
             self._shard = [pattern.shard_block(heads.start, n) for n in range(size)]
 
     def query_side(self, x: Tensor) -> Tensor:
-        """`[batch, seq, heads, dim]` as `[batch, heads, queries, dim]`."""
+        """Views `[batch, seq, heads, dim]` as `[batch, heads, queries, dim]`."""
         return x[:, self._queries, self._heads].transpose(1, 2)
 
     def lse(self, x: Tensor) -> Tensor:
@@ -387,48 +303,47 @@ class _Part:
     def _window(self, x: Tensor) -> Tensor:
         return x[:, self._keys, self._kv_heads].transpose(1, 2)
 
-    def sources(self, k: Tensor, v: Tensor, width: int, compute: torch.dtype) -> Sources:
-        k, v = (fitted(self._window(x), width, compute) for x in (k, v))
+    def sources(self, k: Tensor, v: Tensor, width: int, dtype: torch.dtype) -> Sources:
+        k, v = (fitted(self._window(x), width, dtype) for x in (k, v))
         B = self.plan.pattern.block_size
         return Sources(k, v, *(_blocks(x, B)[:, :, self._shard].flatten(2, 3) for x in (k, v)))
 
     def gradients(self, dk: Tensor, dv: Tensor) -> Sources:
-        """Where to add the sources' gradients: views of dk and dv, zeros for the shard (see `add_shard`)."""
+        """Returns the tensors to which the gradients of `sources` are added: views of dk and dv and, for the
+        shard, zeros that `add_shard` adds to dk and dv."""
         dk, dv = self._window(dk), self._window(dv)
         size = len(self._shard) * self.plan.pattern.block_size
         return Sources(dk, dv, *(x.new_zeros(*x.shape[:2], size, x.shape[3]) for x in (dk, dv)))
 
     def add_shard(self, grads: Sources) -> None:
-        """Adds the gradients of the shard to those of the tokens it was picked from."""
+        """Adds the gradients of the shard to the gradients of its tokens in dk and dv."""
         if self._shard:
             B = self.plan.pattern.block_size
             _add_blocks(grads.k, self._shard, grads.k_shard, B)
             _add_blocks(grads.v, self._shard, grads.v_shard, B)
 
 
-def _parts(q, k, pattern, scale, documents, q_start) -> Iterator[_Part]:
+def _parts(q, k, pattern, scale, documents, q_start) -> Iterator[_EqualHeads]:
     for document in documents if q.numel() else ():
-        for heads in equal_runs(pattern):
-            yield _Part(q, k, pattern, heads, document, scale, q_start)
+        for heads in equal_heads(pattern):
+            yield _EqualHeads(q, k, pattern, heads, document, scale, q_start)
 
 
 class _BlockedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, sink_logits, pattern, scale, documents, q_start):
-        compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+        dtype = compute_dtype(q.dtype)
         width = max(q.shape[-1], v.shape[-1])
-        out = q.new_empty(*q.shape[:-1], v.shape[-1], dtype=compute)
-        lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=compute)
+        out = q.new_empty(*q.shape[:-1], v.shape[-1], dtype=dtype)
+        lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=dtype)
         for part in _parts(q, k, pattern, scale, documents, q_start):
-            sources = part.sources(k, v, width, compute)
+            sources = part.sources(k, v, width, dtype)
             forward_calls(part.plan, part.query_side(q), sources, part.query_side(out), part.lse(lse))
         if sink_logits is not None:
-            total = torch.logaddexp(lse, sink_logits.to(compute)[None, :, None])
-            out *= torch.exp(lse - total).transpose(1, 2)[..., None]
-            lse = total
+            lse = merge_sink(out, lse, sink_logits)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, sink_logits, out, lse)
-        ctx.rest = pattern, scale, documents, q_start
+        ctx.constants = pattern, scale, documents, q_start
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -436,20 +351,19 @@ class _BlockedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout, dlse):
         q, k, v, sink_logits, out, lse = ctx.saved_tensors
-        pattern, scale, documents, q_start = ctx.rest
-        compute, width = lse.dtype, max(q.shape[-1], v.shape[-1])
+        pattern, scale, documents, q_start = ctx.constants
+        dtype, width = lse.dtype, max(q.shape[-1], v.shape[-1])
         if dout is None:
             dout = torch.zeros_like(out)
         if dlse is not None:
-            # Softmax backward subtracts delta = sum(dout * out) from dP; a gradient of lse makes that
-            # delta - dlse. One more column, 1 in dout and -dlse in out, turns the kernel's own sum into it
-            # (V is zero there).
+            # Softmax backward subtracts delta = sum(dout * out) from dP. With a gradient of lse it subtracts
+            # delta - dlse: a further column, 1 in dout, -dlse in out and 0 in V, makes the kernel do that.
             dout = torch.cat([_padded(dout, width), torch.ones_like(dout[..., :1])], -1)
-            out = torch.cat([_padded(out.to(compute), width), -dlse.transpose(1, 2)[..., None]], -1)
+            out = torch.cat([_padded(out.to(dtype), width), -dlse.transpose(1, 2)[..., None]], -1)
             width += 1
-        dq, dk, dv = (torch.zeros_like(x, dtype=compute) for x in (q, k, v))
+        dq, dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (q, k, v))
         for part in _parts(q, k, pattern, scale, documents, q_start):
-            sources, grads = part.sources(k, v, width, compute), part.gradients(dk, dv)
+            sources, grads = part.sources(k, v, width, dtype), part.gradients(dk, dv)
             query_side = [part.query_side(x) for x in (dout, q, out, dq)]
             backward_calls(
                 part.plan, *query_side[:2], sources, query_side[2], part.lse(lse), query_side[3], grads
@@ -457,8 +371,6 @@ class _BlockedAttention(torch.autograd.Function):
             part.add_shard(grads)
         dsinks = None
         if sink_logits is not None and ctx.needs_input_grad[3]:
-            # The sink has no value, so its dP is 0: dS = P (0 - delta).
-            delta = (dout.to(compute) * out).sum(-1).transpose(1, 2)  # [batch, heads, seq]
-            sink_p = torch.exp(sink_logits.to(compute)[None, :, None] - lse)
-            dsinks = -(sink_p * delta).sum((0, 2)).to(sink_logits.dtype)
+            delta = (dout.to(dtype) * out).sum(-1).transpose(1, 2)  # [batch, heads, seq]
+            dsinks = sink_gradient(sink_logits, lse, delta)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks, None, None, None, None

@@ -1,13 +1,13 @@
-"""What the torch backend computes, as integers: the attention calls that cover what each query sees.
+"""Plan of the torch backend, in integers: attention calls that cover the visible keys of each query.
 
-    Causal    queries and keys over the same tokens: where the window still reaches the sequence's start,
-              dense heads, and ragged ends
-    Band      full rows with a full window: one batched call, row i against its `local_blocks` key blocks
-    Past      queries against keys they see all of. Between two consecutive blocks of the shard every row
-              sees the same *prefix* of it, so a segment of `vert_stride` rows is one call without a mask
-    Gathered  the same for one row of an arbitrary mask, its blocks picked by index
+    Causal    queries and keys over the same tokens: where the window reaches back to the start of the
+              sequence, in dense heads, and at ragged ends
+    Band      full rows with a full window, in one batched call: row i and its `local_blocks` key blocks
+    Past      queries and keys that all of these queries see. Between two consecutive blocks of the shard,
+              every row sees the same *prefix* of it: a segment of `vert_stride` rows is one call without mask
+    Gathered  the same for one row of an arbitrary mask, whose blocks are selected by index
 
-Positions are tokens from the start of the document; shard keys count in the shard.
+Positions are tokens from the start of the document, or in the shard tokens from its start.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 
-from megatron_s2.pattern.block_pattern import BlockPattern
-from megatron_s2.pattern.s2_pattern import S2Pattern
+from megatron_s2.pattern import BlockPattern, S2Pattern
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Causal:
 
 @dataclass(frozen=True)
 class Band:
-    """Full query blocks `first` .. `last`-1, each against the window that ends with it."""
+    """Full query blocks `first` .. `last`-1, each with the window that ends with it."""
 
     first: int
     last: int
@@ -38,7 +37,7 @@ class Band:
 
 @dataclass(frozen=True)
 class Past:
-    """Queries `start` .. `stop`-1 against all of keys `keys_start` .. `keys_stop`-1 of a source."""
+    """Queries `start` .. `stop`-1 and all keys `keys_start` .. `keys_stop`-1 of a source."""
 
     start: int
     stop: int
@@ -49,7 +48,7 @@ class Past:
 
 @dataclass(frozen=True)
 class Gathered:
-    """Queries `start` .. `stop`-1 (of one row) against all of some key blocks."""
+    """Queries `start` .. `stop`-1 of one row and all keys of some blocks."""
 
     start: int
     stop: int
@@ -60,7 +59,7 @@ Call = Causal | Band | Past | Gathered
 
 
 def plan_head(pattern: BlockPattern, head: int, q_start: int, q_stop: int) -> list[Call]:
-    """The attention calls of KV head `head` for the queries at positions `q_start` .. `q_stop`-1.
+    """Returns the attention calls of a KV head for the queries at positions `q_start` .. `q_stop`-1.
 
     Every visible (query, key) pair is in exactly one call, and every query is in a Causal or a Band call
     before any other.
@@ -73,17 +72,17 @@ def plan_head(pattern: BlockPattern, head: int, q_start: int, q_stop: int) -> li
 
 
 def plan_window(pattern: S2Pattern, head: int, q_start: int, q_stop: int) -> list[Call]:
-    """The part of `plan_head` that reads the window source, where that does not hold the whole past."""
+    """Returns the part of `plan_head` that reads the window, where that does not hold the whole past."""
     if pattern.is_dense(head):
         return list(_plan_start(q_start, q_stop, pattern.window_start(q_start)))
     return list(_plan_window(pattern, q_start, q_stop))
 
 
 def plan_shard(pattern: S2Pattern, head: int, q_start: int, q_stop: int) -> list[Call]:
-    """The part of `plan_head` that reads the shard source: what `plan_window` leaves out."""
+    """Returns the part of `plan_head` that reads the shard: what `plan_window` leaves out."""
     if not pattern.is_dense(head):
         return list(_plan_shard(pattern, head, q_start, q_stop))
-    # A dense head's shard is every block in order, so its places are positions.
+    # The shard of a dense head is every block in order, so an index in it is a position.
     seen = pattern.window_start(q_start)
     return [Past(q_start, q_stop, "shard", 0, seen)] if seen else []
 
@@ -128,10 +127,10 @@ def _plan_rows(pattern: BlockPattern, head: int, q_start: int, q_stop: int) -> I
             yield Gathered(start, stop, tuple(blocks))
 
 
-def equal_runs(pattern: BlockPattern) -> list[range]:
-    """Neighbouring KV heads of equal pattern: each run is computed as one."""
+def equal_heads(pattern: BlockPattern) -> list[range]:
+    """Returns ranges of neighbouring KV heads of equal pattern, each of which is computed as one."""
     if not isinstance(pattern, S2Pattern):
         return [range(g, g + 1) for g in range(pattern.num_kv_heads)]
     alike = groupby(range(pattern.num_kv_heads), lambda g: (pattern.strides[g], pattern.head_phases[g]))
-    runs = (list(run) for _, run in alike)
-    return [range(run[0], run[-1] + 1) for run in runs]
+    groups = (list(group) for _, group in alike)
+    return [range(group[0], group[-1] + 1) for group in groups]

@@ -1,14 +1,21 @@
-"""How the Triton kernels are cut into tiles: the shipped table, what autotuning may try beside it, or one
-configuration that a caller pins."""
+"""Tile sizes of the Triton kernels: the shipped ones for each chip, and the candidates of autotuning."""
 
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass
 
+KERNELS = ("forward", "dq", "dkv")
+
 
 @dataclass(frozen=True)
 class Tiles:
-    """One kernel's launch: query rows and keys of a tile (powers of two >= 16), Triton's warps and stages.
+    """Launch configuration of one kernel.
+
+    Args:
+        rows: query rows of a tile, a power of two >= 16.
+        keys: keys of a tile, a power of two >= 16.
+        warps: Triton's num_warps.
+        stages: Triton's num_stages.
 
     Raises:
         ValueError: a field is out of range; the message starts with its name.
@@ -32,12 +39,12 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Tuning:
-    """One call's launches. Results do not depend on it but for rounding; the same one gives the same bits.
+    """Launch configuration of one call. It affects the rounding of results: equal ones give equal bits.
 
     Args:
         forward, dq, dkv: tiles of the kernels.
-        span: query rows of one program of a shard column of dK/dV; by default so many that there are about
-            `_COLUMN_PROGRAMS` programs, and never fewer than `_SHORTEST_SPAN`.
+        span: query rows of one program of a shard column of dK/dV. By default it makes about
+            `_COLUMN_PROGRAMS` programs of at least `_SHORTEST_SPAN` rows.
     """
 
     forward: Tiles
@@ -50,51 +57,48 @@ class Tuning:
             raise ValueError(f"span {self.span}: must be >= 1")
 
     def encode(self) -> list[int]:
-        """As the custom operators take it: plain integers."""
+        """Returns plain integers, which the custom operators take."""
         return [*astuple(self.forward), *astuple(self.dq), *astuple(self.dkv), self.span or 0]
 
     @classmethod
     def decode(cls, code: list[int]) -> Tuning:
-        """What `encode` gave."""
+        """Returns the tuning that `encode` was called on."""
         return cls(*(Tiles(*code[i : i + 4]) for i in (0, 4, 8)), span=code[12] or None)
 
     def splits(self, columns: int, rows: int) -> int:
-        """Into how many programs each of `columns` shard tiles is cut, that up to `rows` query rows see."""
+        """Returns the number of programs per shard tile: `columns` tiles that up to `rows` query rows see."""
         if self.span is not None:
             return -(-rows // self.span)
         return max(1, min(-(-_COLUMN_PROGRAMS // max(columns, 1)), -(-rows // _SHORTEST_SPAN)))
 
 
-# Constants, not properties of the chip: the order of summation, and so the bits, stay the same everywhere.
+# Constants, not properties of the chip: the order of summation, and with it the bits, does not depend on it.
 _COLUMN_PROGRAMS = 2048
 _SHORTEST_SPAN = 1024
 
-# By largest head_dim: forward, dQ, dK/dV, each (rows, keys, warps, stages). None spills registers at head_dim
-# 64 and 128 in 16 bits with the Triton of docs/kernel-resources.md.
-_HOPPER_ON = {
+# Tables by largest head_dim, for kernels in 16 bits. None of these spills registers at head_dim 64 and 128
+# with the Triton of docs/kernel-resources.md.
+_HOPPER = {
     64: Tuning(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2)),
     128: Tuning(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2)),
     256: Tuning(Tiles(64, 32, 8, 2), Tiles(64, 16, 8, 2), Tiles(32, 32, 8, 2)),
 }
-_AMPERE = _HOPPER_ON | {
+_AMPERE = _HOPPER | {
     128: Tuning(Tiles(128, 32, 8, 3), Tiles(128, 32, 8, 2), Tiles(64, 64, 8, 2)),
 }
+# Window and shard in two passes take a few registers more.
 _AMPERE_PASSES = _AMPERE | {
     64: Tuning(Tiles(128, 64, 8, 3), Tiles(128, 32, 8, 3), Tiles(32, 64, 4, 3)),
 }
-
-
-KERNELS = ("forward", "dq", "dkv")
-
-# Multiplied without tensor cores, for full precision.
+# float32 is multiplied in full precision, without tensor cores.
 _FLOAT32 = {
     64: Tuning(Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2), Tiles(32, 16, 8, 2)),
     128: Tuning(Tiles(32, 16, 8, 2), Tiles(32, 16, 8, 2), Tiles(32, 16, 8, 2)),
     256: Tuning(Tiles(32, 16, 8, 2), Tiles(32, 16, 8, 2), Tiles(16, 16, 8, 2)),
 }
 
-# What autotuning tries after the shipped choice, by the same head_dim, under the same limits.
-_HOPPER_ALSO = {
+# Further candidates of autotuning, by largest head_dim. They spill no registers either.
+_HOPPER_CANDIDATES = {
     64: {
         "forward": (Tiles(128, 128, 8, 2), Tiles(64, 64, 4, 3)),
         "dq": (Tiles(128, 32, 8, 3), Tiles(64, 64, 4, 3)),
@@ -106,7 +110,7 @@ _HOPPER_ALSO = {
         "dkv": (Tiles(32, 64, 8, 2),),
     },
 }
-_AMPERE_ALSO = {
+_AMPERE_CANDIDATES = {
     64: {
         "forward": (Tiles(64, 64, 4, 3),),
         "dq": (Tiles(128, 32, 8, 3), Tiles(64, 64, 4, 3)),
@@ -121,17 +125,21 @@ _AMPERE_ALSO = {
 
 
 def tuning_for(capability: int, head_dim: int, element_size: int, passes: bool = False) -> Tuning:
-    """The shipped choice for a chip (major compute capability), larger head_dim and bytes per element.
+    """Returns the shipped tuning.
 
-    `passes`: for window and shard one after the other, which takes a few registers more.
+    Args:
+        capability: major compute capability of the GPU; 9 (Hopper) stands for later ones, too.
+        head_dim: the larger head_dim of K and V.
+        element_size: bytes per element of q, k and v.
+        passes: whether window and shard are read in two passes.
     """
     ampere = _AMPERE_PASSES if passes else _AMPERE
-    tunings = _FLOAT32 if element_size > 2 else _HOPPER_ON if capability >= 9 else ampere
+    tunings = _FLOAT32 if element_size > 2 else _HOPPER if capability >= 9 else ampere
     return tunings[min(d for d in tunings if d >= head_dim)]
 
 
 def candidates(kernel: str, capability: int, head_dim: int, element_size: int) -> tuple[Tiles, ...]:
-    """The tiles among which autotuning chooses, the shipped ones first; arguments as of `tuning_for`."""
-    by_head_dim = {} if element_size > 2 else _HOPPER_ALSO if capability >= 9 else _AMPERE_ALSO
-    more = next((tiles[kernel] for most, tiles in by_head_dim.items() if head_dim <= most), ())
+    """Returns the tiles that autotuning measures, the shipped ones first; arguments as in `tuning_for`."""
+    tables = {} if element_size > 2 else _HOPPER_CANDIDATES if capability >= 9 else _AMPERE_CANDIDATES
+    more = next((tiles[kernel] for most, tiles in tables.items() if head_dim <= most), ())
     return (getattr(tuning_for(capability, head_dim, element_size), kernel), *more)

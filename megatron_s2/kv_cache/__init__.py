@@ -1,1 +1,1 @@
-"""The KV cache that keeps what later tokens see, and attention over it."""
+"""KV cache that stores only what later tokens see, and attention over it."""

@@ -1,9 +1,9 @@
-"""Attention of new tokens to themselves and to what a KV cache holds, which takes them up on the way.
+"""Attention of new tokens to themselves and to a KV cache, which stores them.
 
-One token of each sequence is read against the cache as it lies there (`_decode`), on a GPU by the kernels of
-`triton_decode`. Several tokens of an empty sequence are plain `s2_attention`; several behind cached ones are
-two sources (`torch_pieces`, `triton_pieces`): the cached window with the new tokens behind it, and the shards
-as they will be.
+One token per sequence reads the cache as it is stored (`_decode`), on a GPU with the kernels of
+`triton_decode`. Several tokens of an empty sequence are a call of `s2_attention`. Several tokens that follow
+cached ones are a `SequenceSlice`: its window is the cached window followed by the new tokens, and its shards
+are those that the new tokens will see.
 """
 
 from __future__ import annotations
@@ -15,12 +15,10 @@ import torch
 from torch import Tensor
 
 from megatron_s2.kernels import s2_attention
-from megatron_s2.kernels.interface import choose_backend
-from megatron_s2.kernels.torch_slice import TorchSlice
-from megatron_s2.kernels.triton_backend import require_supported
-from megatron_s2.kv_cache.cache import KVCache, Run
-
-_BACKENDS = ("auto", "reference", "torch", "triton")
+from megatron_s2.kernels.backends import choose_backend, slice_class
+from megatron_s2.kernels.numerics import compute_dtype
+from megatron_s2.kernels.triton_support import require_supported
+from megatron_s2.kv_cache.cache import HeadStorage, KVCache
 
 
 def cached_attention(
@@ -33,19 +31,17 @@ def cached_attention(
     new: Sequence[int] | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """What `s2_attention` would give for new tokens at the end of all that their sequences have had.
-
-    Without gradients.
+    """Returns what `s2_attention` over the whole sequences returns for their new tokens, without gradients.
 
     Args:
         q: queries of the new tokens `[batch, tokens, heads, head_dim]`.
-        k, v: their keys and values `[batch, tokens, kv_heads, head_dim]`; what later tokens see of them stays
-            in the cache.
-        cache: what there is of the tokens before; changed in place.
-        softmax_scale: factor on the scores; 1 / sqrt(head_dim) by default.
+        k, v: keys and values of the new tokens `[batch, tokens, kv_heads, head_dim]`; the cache stores what
+            later tokens see of them.
+        cache: the tokens so far; changed in place.
+        softmax_scale: factor on the scores; default 1 / sqrt(head_dim).
         sink_logits: `[heads]`, a logit per query head that joins the softmax with no value.
-        new: how many of the tokens are real in each row, the first ones; None for all.
-        backend: as in `s2_attention`; what `reference` has no code for, cached tokens, is left to PyTorch.
+        new: number of real tokens of each row, the first ones of the row; None if all are real.
+        backend: as in `s2_attention`. `reference` cannot read cached tokens; the torch backend reads them.
 
     Returns:
         `[batch, tokens, heads, head_dim]` in the dtype of `q`; zeros for tokens that are not real.
@@ -53,7 +49,7 @@ def cached_attention(
     Raises:
         ValueError: an argument does not fit the others; the message starts with its name.
     """
-    counts = cache.counts(k, v, new)
+    counts = cache.new_counts(k, v, new)
     if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
         raise ValueError(
             f"q {tuple(q.shape)}: must be [batch, tokens, heads, head_dim] for k {tuple(k.shape)}"
@@ -62,9 +58,7 @@ def cached_attention(
         raise ValueError(f"q {q.dtype}: must have the cache's {cache.dtype}")
     if sink_logits is not None and sink_logits.shape != q.shape[2:3]:
         raise ValueError(f"sink_logits {tuple(sink_logits.shape)}: must be [heads] = [{q.shape[2]}]")
-    if backend not in _BACKENDS:
-        raise ValueError(f"backend {backend!r}: must be {', '.join(_BACKENDS[:-1])} or {_BACKENDS[-1]}")
-    backend = choose_backend(q, v) if backend == "auto" else backend
+    backend = choose_backend(backend, q, v)
     if backend == "triton":
         require_supported(q, v)
     scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
@@ -72,24 +66,25 @@ def cached_attention(
         if q.shape[1] == 1:
             return _decode(q, k, v, cache, scale, sink_logits, counts, backend)
         if not any(cache.lengths) and min(counts) == q.shape[1]:
-            out = _whole(q, k, v, cache, scale, sink_logits, backend)
+            out = _attend_from_start(q, k, v, cache, scale, sink_logits, backend)
             cache.append(k, v)
             return out
         out = torch.zeros_like(q)
         for row, count in enumerate(counts):
             if count:
                 part = slice(row, row + 1), slice(count)
-                begun = cache.lengths[row] > 0
                 window = cache.window(row, k[row, :count], v[row, :count])
-                if begun:
-                    out[part] = _behind(q[part], window, row, cache, scale, sink_logits, backend)
+                if cache.lengths[row]:
+                    out[part] = _attend_from_cache(q[part], window, row, cache, scale, sink_logits, backend)
                 else:
-                    out[part] = _whole(q[part], k[part], v[part], cache, scale, sink_logits, backend)
-                cache.settle(row, window, count)
+                    out[part] = _attend_from_start(
+                        q[part], k[part], v[part], cache, scale, sink_logits, backend
+                    )
+                cache.commit(row, window, count)
         return out
 
 
-def _whole(q, k, v, cache, scale, sink_logits, backend) -> Tensor:
+def _attend_from_start(q, k, v, cache, scale, sink_logits, backend) -> Tensor:
     return s2_attention(
         q, k, v, cache.pattern, scale, sink_logits=sink_logits, return_lse=False, backend=backend
     )
@@ -108,105 +103,107 @@ def _decode(q, k, v, cache: KVCache, scale, sink_logits, counts: list[int], back
     heads = range(cache.pattern.num_kv_heads)
     kept = [[cache.kept(row, g) if count else 0 for g in heads] for row, count in enumerate(counts)]
     decode = _decode_in_triton if backend == "triton" else _decode_in_torch
-    out = decode(q[:, 0], cache.runs, kept, scale, sink_logits)
-    cache.forget()
+    out = decode(q[:, 0], cache.storages, kept, scale, sink_logits)
+    cache.evict()
     return out[:, None]
 
 
-def _decode_in_triton(q: Tensor, runs: list[Run], kept: list[list[int]], scale, sink_logits) -> Tensor:
-    """As `_decode_in_torch`, with one small copy to the GPU that the host does not wait for."""
+def _decode_in_triton(
+    q: Tensor, storages: list[HeadStorage], kept: list[list[int]], scale, sink_logits
+) -> Tensor:
+    """`_decode_in_torch` in Triton, with one small copy to the GPU for which the host does not wait."""
+    # Imported here because it imports Triton.
     from megatron_s2.kernels.triton_decode import decode_attention
 
     counts = torch.tensor(kept, dtype=torch.int32, pin_memory=q.is_cuda).to(q.device, non_blocking=True)
-    return decode_attention(q, [(run.k, run.v) for run in runs], counts, scale, sink_logits)
+    return decode_attention(q, [(x.k, x.v) for x in storages], counts, scale, sink_logits)
 
 
-def _decode_in_torch(q: Tensor, runs: list[Run], kept: list[list[int]], scale, sink_logits) -> Tensor:
-    """Attention of `[batch, heads, head_dim]` to the first `kept` entries of each row and KV head; zeros for
-    a row that has none."""
+def _decode_in_torch(
+    q: Tensor, storages: list[HeadStorage], kept: list[list[int]], scale, sink_logits
+) -> Tensor:
+    """Attention of q `[batch, heads, head_dim]` to the first `kept` entries of each row and KV head.
+
+    A row without entries gets zeros.
+    """
     out = torch.zeros_like(q)
     grouped, result = (x.unflatten(1, (len(kept[0]), -1)) for x in (q, out))  # [batch, kv_heads, group, dim]
     sinks = None if sink_logits is None else sink_logits.unflatten(0, (len(kept[0]), -1))
-    for run in runs:
-        heads = slice(run.heads.start, run.heads.stop)
-        of_run = [of_row[heads] for of_row in kept]
-        longest = max(map(max, of_run))
+    for storage in storages:
+        heads = slice(storage.heads.start, storage.heads.stop)
+        counts = [row[heads] for row in kept]
+        longest = max(map(max, counts))
         mask = None
-        if longest > min(map(min, of_run)):
-            mask = _beyond(torch.tensor(of_run, device=q.device), longest, q.dtype)
-        part, lse = _attend(grouped[:, heads], run.k[:, :, :longest], run.v[:, :, :longest], mask, scale)
+        if longest > min(map(min, counts)):
+            mask = _padding_mask(torch.tensor(counts, device=q.device), longest, q.dtype)
+        part, lse = _attend(
+            grouped[:, heads], storage.k[:, :, :longest], storage.v[:, :, :longest], mask, scale
+        )
         if sinks is not None:
-            part = part * _share(lse, sinks[heads]).to(part.dtype)
+            part = part * _key_share(lse, sinks[heads]).to(part.dtype)
         result[:, heads] = part
-    nothing = [row for row, of_row in enumerate(kept) if not any(of_row)]
-    if nothing:
-        out[nothing] = 0
+    empty = [row for row, counts in enumerate(kept) if not any(counts)]
+    if empty:
+        out[empty] = 0
     return out
 
 
-def _beyond(kept: Tensor, longest: int, dtype: torch.dtype) -> Tensor:
-    """Additive `[batch, heads, 1, longest]`: minus infinity beyond what each row and head holds."""
-    empty = torch.arange(longest, device=kept.device) >= kept[..., None]
-    return torch.zeros(empty.shape, dtype=dtype, device=kept.device).masked_fill_(empty, float("-inf"))[
-        :, :, None
-    ]
+def _padding_mask(kept: Tensor, longest: int, dtype: torch.dtype) -> Tensor:
+    """Additive `[batch, heads, 1, longest]`: minus infinity behind the first `kept` entries."""
+    padding = torch.arange(longest, device=kept.device) >= kept[..., None]
+    mask = torch.zeros(padding.shape, dtype=dtype, device=kept.device)
+    return mask.masked_fill_(padding, float("-inf"))[:, :, None]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention `[batch, heads, rows, head_dim]` to all keys that `mask` leaves, and its log-sum-exp."""
+    """Attention of q `[batch, heads, rows, head_dim]` to all keys under an additive mask, and its lse."""
     if q.device.type == "cpu":
-        # It takes strides as they are, but wants the elements of a head side by side.
+        # The CPU kernel takes any strides, except that head_dim must be contiguous.
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q.contiguous(), k, v, 0.0, False, attn_mask=mask, scale=scale
         )
-    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-    scores = q.to(compute) @ k.to(compute).transpose(-1, -2) * scale
+    dtype = compute_dtype(q.dtype)
+    scores = q.to(dtype) @ k.to(dtype).transpose(-1, -2) * scale
     if mask is not None:
         scores += mask
     lse = scores.logsumexp(-1)
-    return ((scores - lse[..., None]).exp() @ v.to(compute)).to(q.dtype), lse
+    return ((scores - lse[..., None]).exp() @ v.to(dtype)).to(q.dtype), lse
 
 
-def _share(lse: Tensor, sink_logits: Tensor) -> Tensor:
-    """The share of the softmax that keys keep beside a sink: exp(lse) / (exp(lse) + exp(sink))."""
+def _key_share(lse: Tensor, sink_logits: Tensor) -> Tensor:
+    """Share of the softmax that keys keep beside a sink: exp(lse) / (exp(lse) + exp(sink))."""
     return torch.sigmoid(lse - sink_logits.to(lse.dtype))[..., None]
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Several tokens of one sequence behind cached ones.
+# Several tokens of one sequence that follow cached ones.
 
 
-def _behind(q, window, row: int, cache: KVCache, scale, sink_logits, backend: str) -> Tensor:
+def _attend_from_cache(q, window, row: int, cache: KVCache, scale, sink_logits, backend: str) -> Tensor:
     q_start = cache.lengths[row]
-    shards, places = _shards(window, row, cache, q.shape[1])
-    piece = _kind_of_piece(backend)(
-        cache.pattern, scale, q_start, q_start + q.shape[1], cache.window_start(row), places
+    shards, bounds = _shards(window, row, cache, q.shape[1])
+    queries = slice_class("torch" if backend == "reference" else backend)(
+        cache.pattern, scale, q_start, q_start + q.shape[1], cache.window_start(row), bounds
     )
-    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out = q.new_empty(q.shape, dtype=compute)
-    lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=compute)
-    piece.forward("window", q, *(x.transpose(0, 1)[None] for x in window), out, lse)
-    piece.forward("shard", q, *shards, out, lse)
+    dtype = compute_dtype(q.dtype)
+    out = q.new_empty(q.shape, dtype=dtype)
+    lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=dtype)
+    queries.forward("window", q, *(x.transpose(0, 1)[None] for x in window), out, lse)
+    queries.forward("shard", q, *shards, out, lse)
     if sink_logits is not None:
-        out *= _share(lse, sink_logits[:, None]).transpose(1, 2)
+        out *= _key_share(lse, sink_logits[:, None]).transpose(1, 2)
     return out.to(q.dtype)
 
 
-def _kind_of_piece(backend: str) -> type:
-    if backend == "triton":
-        from megatron_s2.kernels.triton_slice import TritonSlice
-
-        return TritonSlice
-    return TorchSlice
-
-
 def _shards(window, row: int, cache: KVCache, tokens: int) -> tuple[list[Tensor], list[tuple[int, int]]]:
-    """What the new queries see beyond their windows, `[1, tokens, head_dim]` with the heads one after
-    another, and where each head's begins and ends: what is cached of the shard, and the blocks that the
-    window passes on the way."""
+    """Returns the shards that the new tokens see beyond their windows, and start and stop of each head's.
+
+    The shard of a head consists of the cached shard blocks and the blocks that the window passes meanwhile.
+    Keys and values are `[1, tokens, head_dim]`, the shards of the heads one after another.
+    """
     p, B, start = cache.pattern, cache.pattern.block_size, cache.window_start(row)
     last = (cache.lengths[row] + tokens - 1) // B
-    parts, places, place = ([], []), [], 0
+    parts, bounds, offset = ([], []), [], 0
     for g in range(p.num_kv_heads):
         cached = cache.shard_tokens(row, g)
         stop = p.shard_prefix(g, last)
@@ -216,6 +213,6 @@ def _shards(window, row: int, cache: KVCache, tokens: int) -> tuple[list[Tensor]
             if passed:
                 whole = new.shape[1] // B * B
                 part.append(new[g, :whole].unflatten(0, (-1, B))[passed].flatten(0, 1))
-        places.append((place, place + stop * B))
-        place += stop * B
-    return [torch.cat(part)[None] for part in parts], places
+        bounds.append((offset, offset + stop * B))
+        offset += stop * B
+    return [torch.cat(part)[None] for part in parts], bounds

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 
 from megatron_s2.errors import flag_name
-from megatron_s2.pattern.settings import S2Settings
+from megatron_s2.pattern import S2Settings
 
 # Megatron paths that attend without asking core attention, or ask it for what S2 has no meaning for. With
 # them a model would train or run dense, or wrong, without a word.

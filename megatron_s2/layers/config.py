@@ -10,27 +10,30 @@ from dataclasses import dataclass
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_s2.parallel.planner import Cluster
-from megatron_s2.pattern.settings import S2Settings
+from megatron_s2.parallel.time_model import Cluster
+from megatron_s2.pattern import S2Settings
 
 
 @dataclass
 class S2TransformerConfig(TransformerConfig):
     """Megatron's `TransformerConfig` with S2 attention: fields of `S2Settings` and `Cluster`, prefixed `s2_`.
 
+    `seq_length` (`--seq-length`) lets layers choose their context-parallel schedules when they are built.
+
     Raises:
         ValueError: as `S2Settings`.
     """
 
+    seq_length: int | None = None
     s2_attention: bool = False
-    s2_block_size: int = 64
-    s2_local_blocks: int = 8
-    s2_vert_stride: int | tuple[int, ...] = 16
-    s2_sink_blocks: int = 0
-    s2_phases: tuple[int, ...] | None = None
-    s2_num_dense_heads: int = 0
-    s2_dense_layers: tuple[int, ...] = ()
-    s2_dense_layer_freq: int = 0
+    s2_block_size: int = S2Settings.block_size
+    s2_local_blocks: int = S2Settings.local_blocks
+    s2_vert_stride: int | tuple[int, ...] = S2Settings.vert_stride
+    s2_sink_blocks: int = S2Settings.sink_blocks
+    s2_phases: tuple[int, ...] | None = S2Settings.phases
+    s2_num_dense_heads: int = S2Settings.num_dense_heads
+    s2_dense_layers: tuple[int, ...] = S2Settings.dense_layers
+    s2_dense_layer_freq: int = S2Settings.dense_layer_freq
     s2_anneal_steps: int = 0
     s2_backend: str = "auto"
     s2_autotune: bool = False

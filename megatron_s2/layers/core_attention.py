@@ -20,13 +20,13 @@ from torch import Tensor
 from megatron_s2.kernels import s2_attention
 from megatron_s2.kv_cache.cache import KVCache
 from megatron_s2.kv_cache.cached_attention import cached_attention
-from megatron_s2.parallel.assignment import Documents
-from megatron_s2.parallel.context_parallel_attention import call_of, context_parallel_attention
+from megatron_s2.parallel.context_parallel_attention import context_parallel_attention
 from megatron_s2.parallel.exchange import Exchange, Traffic
-from megatron_s2.parallel.planner import Cluster, choose
+from megatron_s2.parallel.gather_plan import Documents
+from megatron_s2.parallel.planner import LayerSchedules
+from megatron_s2.parallel.time_model import Cluster
+from megatron_s2.pattern import S2Pattern, S2Settings
 from megatron_s2.pattern.annealing import Annealing, stages
-from megatron_s2.pattern.s2_pattern import S2Pattern
-from megatron_s2.pattern.settings import S2Settings
 
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 
@@ -84,11 +84,6 @@ class S2CoreAttention(MegatronModule):
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
         self.tp_group = pg_collection.tp
-        self.context_parallel = None
-        if config.context_parallel_size > 1:
-            self.context_parallel = Exchange(pg_collection.cp, layer_number, traffic or Traffic())
-        self.cp_schedule = cp_schedule
-        self.cluster = cluster or Cluster()
         self.layer_number = layer_number
         self.attn_mask_type = attn_mask_type
         self.softmax_scale = softmax_scale
@@ -96,19 +91,37 @@ class S2CoreAttention(MegatronModule):
         self.tuning = "autotune" if autotune else None
         self.is_dense = settings.is_dense(layer_number)
         self.annealing = annealing
-        target = settings.pattern(layer_number)
+        target, tensor_parallel = settings.pattern(layer_number), get_pg_size(self.tp_group)
         self._stages = tuple(
-            pattern.tp_slice(get_pg_rank(self.tp_group), get_pg_size(self.tp_group))
+            pattern.tp_slice(get_pg_rank(self.tp_group), tensor_parallel)
             for pattern in (stages(target) if annealing else (target,))
         )
+        heads = divide(config.num_attention_heads, tensor_parallel)
+        self.context_parallel = None
+        if config.context_parallel_size > 1:
+            self.context_parallel = Exchange(pg_collection.cp, layer_number, traffic or Traffic())
+            self.schedules = LayerSchedules(
+                cp_schedule,
+                ranks=config.context_parallel_size,
+                query_heads=heads,
+                head_dim=config.kv_channels,
+                v_head_dim=config.kv_channels,
+                element_size=config.params_dtype.itemsize,
+                cluster=cluster or Cluster(),
+                tensor_parallel=tensor_parallel,
+            )
+            # A plain `TransformerConfig` has no sequence length: then the first call of a length chooses.
+            if (seq_length := getattr(config, "seq_length", None)) is not None:
+                for pattern in self._stages:
+                    self.schedules.choose(pattern, seq_length)
         self.kv_cache: KVCache | None = None
         self.current_max_attn_logits = None  # read by Megatron's qk-clip, which is refused with S2
-        self._add_sink_logits(divide(config.num_attention_heads, get_pg_size(self.tp_group)))
+        self._add_sink_logits(heads)
 
     @property
     def pattern(self) -> S2Pattern:
         """Of this tensor-parallel rank's KV heads, at this step."""
-        return self.annealing.now(self._stages) if self.annealing else self._stages[-1]
+        return self.annealing.current(self._stages) if self.annealing else self._stages[-1]
 
     def _add_sink_logits(self, heads: int) -> None:
         """Sink logits under Megatron's name, `[heads of this rank]`; learned ones start at 0."""
@@ -191,15 +204,13 @@ class S2CoreAttention(MegatronModule):
         exchange = self.context_parallel
         if not self.training:
             exchange = replace(exchange, traffic=Traffic())
-        call = call_of(q, v, exchange.ranks)
-        tensor_parallel = get_pg_size(self.tp_group)
         return context_parallel_attention(
             q,
             k,
             v,
             self.pattern,
             exchange,
-            choose(self.cp_schedule, self.pattern, call, self.cluster, tensor_parallel).schedule,
+            self.schedules.choose(self.pattern, tokens=q.shape[1] * exchange.ranks),
             softmax_scale=self.softmax_scale,
             sink_logits=self.softmax_offset,
             documents=documents,

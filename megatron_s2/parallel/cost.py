@@ -1,6 +1,6 @@
-"""What one attention call moves, computes and keeps on each context-parallel rank: exact, in closed form.
+"""Cost of one attention call on each context-parallel rank: bytes moved, pairs computed, keys held.
 
-Nothing here grows with the sequence: a chunk's share of a shard, of a window or of the visible pairs is the
+All counts are exact and in closed form: a chunk's part of a shard, of a window or of the visible pairs is the
 difference of a count at its two ends. The largest arrays have one entry per chunk.
 """
 
@@ -11,27 +11,28 @@ from functools import lru_cache
 
 import numpy as np
 
-from megatron_s2.parallel.assignment import HeadPlan, assign_heads
+from megatron_s2.parallel.head_plan import HeadPlan, assign_heads
 from megatron_s2.parallel.layout import Zigzag
-from megatron_s2.pattern.s2_pattern import S2Pattern
+from megatron_s2.pattern import S2Pattern
 
 SCHEDULES = ("gather", "a2a", "ring", "all_gather")
 
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """The shapes of one attention call under context parallelism, as one tensor-parallel rank sees them.
+    """The shapes of one attention call of one tensor-parallel rank under context parallelism.
 
     Args:
-        ranks: context-parallel ranks.
-        tokens: tokens of a sequence, over all ranks; a multiple of 2 * ranks.
-        batch: sequences.
-        query_heads: query heads of one tensor-parallel rank.
-        head_dim, v_head_dim: elements of a query or key, and of a value, per head.
-        element_size: bytes of an element.
+        ranks: number of context-parallel ranks.
+        tokens: tokens per sequence, over all ranks; a multiple of 2 * ranks.
+        batch: number of sequences.
+        query_heads: number of query heads of one tensor-parallel rank.
+        head_dim: elements per head of a query or key.
+        v_head_dim: elements per head of a value.
+        element_size: bytes per element.
 
     Raises:
-        ValueError: a field is not positive, or the tokens do not make two chunks per rank.
+        ValueError: a field is not positive, or `tokens` is not a multiple of 2 * ranks.
     """
 
     ranks: int
@@ -50,18 +51,18 @@ class AttentionCall:
 
     @property
     def zigzag(self) -> Zigzag:
-        """Who holds which tokens."""
+        """Layout of the tokens over the ranks."""
         return Zigzag(self.ranks, self.tokens)
 
     @property
     def key_value_bytes(self) -> int:
-        """Bytes of one token's key and value of one KV head, over the batch."""
+        """Bytes of the keys and values of one token and KV head, over the batch."""
         return self.batch * (self.head_dim + self.v_head_dim) * self.element_size
 
 
 @dataclass(frozen=True)
 class ExchangeBytes:
-    """Bytes between one rank and the others in one attention call. What a rank keeps is not counted."""
+    """Bytes that one rank exchanges with the other ranks in one attention call."""
 
     forward_received: int
     forward_sent: int
@@ -70,25 +71,28 @@ class ExchangeBytes:
 
 
 def exchange_bytes(schedule: str, pattern: S2Pattern, call: AttentionCall, rank: int) -> ExchangeBytes:
-    """What `rank` receives from the others and sends to them, for sequences of one document each.
+    """Returns the bytes that `rank` receives and sends, for sequences of one document each.
 
-    gather: every rank adds equally much to the all-gather of the shards, as much as the fullest needs; each
-    chunk gets the keys and values of the window before it. Backward, gradients go the way back.
-    a2a: queries, keys and values of a rank's heads come from all others, outputs go back. Backward mirrors.
-    ring, all_gather (what Transformer Engine has, for comparison): all keys and values reach every rank;
-    backward they do so again, and their gradients return.
+    gather: every rank contributes as much to the all-gather of the shards as the rank that owns most, and
+    each chunk receives the keys and values of the window before it. The backward sends gradients back.
+    a2a: each rank receives queries, keys and values of its heads from all others, and sends outputs back. The
+    backward does the same with gradients.
+    ring, all_gather (offered by Transformer Engine, for comparison): every rank receives all keys and values;
+    the backward moves them again, and their gradients as well.
 
     Args:
         schedule: one of `SCHEDULES`.
-        pattern: the pattern of the KV heads of one tensor-parallel rank.
+        pattern: pattern of the KV heads of one tensor-parallel rank.
+        call: shapes of the call.
+        rank: context-parallel rank.
 
     Raises:
-        ValueError: another schedule; query heads that are no multiple of the KV heads; or, for `a2a`, fewer
-            query heads than ranks.
+        ValueError: another schedule; the query heads are not a multiple of the KV heads; or, for `a2a`, there
+            are fewer query heads than ranks.
     """
     moved = transfers(schedule, pattern, call)
     gathered = (call.ranks - 1) * moved.gathered
-    received, sent = (gathered + int(way[:, rank].sum()) for way in (moved.received, moved.sent))
+    received, sent = (gathered + int(count[:, rank].sum()) for count in (moved.received, moved.sent))
     if schedule in ("ring", "all_gather"):
         return ExchangeBytes(received, sent, 2 * received, 2 * sent)
     return ExchangeBytes(received, sent, backward_received=sent, backward_sent=received)
@@ -96,11 +100,11 @@ def exchange_bytes(schedule: str, pattern: S2Pattern, call: AttentionCall, rank:
 
 @dataclass(frozen=True, eq=False)
 class Transfers:
-    """Bytes of one forward, of all ranks.
+    """Bytes that all ranks move in one forward.
 
     Args:
-        gathered: what every rank adds to the all-gather (or passes round the ring).
-        received, sent: `[2, ranks]`, what goes from rank to rank besides: within a node, between nodes.
+        gathered: bytes that every rank contributes to the all-gather, or passes round the ring.
+        received, sent: `[2, ranks]`, all other bytes of each rank, within its node and between nodes.
     """
 
     gathered: int
@@ -110,10 +114,10 @@ class Transfers:
 
 @lru_cache(maxsize=256)
 def transfers(schedule: str, pattern: S2Pattern, call: AttentionCall, node_ranks: int = 1) -> Transfers:
-    """The bytes of one forward when nodes hold `node_ranks` neighbouring ranks each.
+    """Returns the bytes of one forward on nodes of `node_ranks` neighbouring ranks.
 
     Raises:
-        ValueError: as `exchange_bytes`.
+        ValueError: as for `exchange_bytes`.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule {schedule}: must be one of {', '.join(SCHEDULES)}")
@@ -122,122 +126,109 @@ def transfers(schedule: str, pattern: S2Pattern, call: AttentionCall, node_ranks
             f"query_heads {call.query_heads}: must be a multiple of the {pattern.num_kv_heads} KV heads"
         )
     if schedule == "a2a":
-        return _a2a_transfers(head_plan(pattern, call), call, node_ranks)
+        return _a2a_transfers(plan_heads(pattern, call), call, node_ranks)
     token_bytes = call.key_value_bytes
     if schedule == "gather":
         halo = token_bytes * pattern.num_kv_heads * _halo_tokens(pattern, call.zigzag, node_ranks)
-        return Transfers(token_bytes * gathered_tokens(pattern, call.zigzag), *halo)
+        return Transfers(token_bytes * int(_shard_tokens(pattern, call.zigzag).max()), *halo)
     nothing = np.zeros((2, call.ranks), dtype=np.int64)
     return Transfers(token_bytes * pattern.num_kv_heads * call.zigzag.local_tokens, nothing, nothing)
 
 
 @dataclass(frozen=True, eq=False)
-class Work:
-    """Visible pairs that each rank computes, `[ranks]`, over its query heads and the batch.
+class AttentionWork:
+    """Query-key pairs that each rank computes, over its query heads and the batch.
 
     Args:
-        pairs: all of them.
-        window: those of the windows alone, in the schedules where queries stay; nothing in `a2a`.
+        pairs: `[ranks]`, all visible pairs.
+        window_pairs: `[ranks]`, pairs inside the windows in the schedules in which queries stay; 0 in `a2a`.
     """
 
     pairs: np.ndarray
-    window: np.ndarray
+    window_pairs: np.ndarray
 
     @property
     def imbalance(self) -> float:
-        """The largest number of pairs over the mean."""
+        """Largest number of pairs of a rank divided by the mean."""
         return float(self.pairs.max() / self.pairs.mean())
 
 
-def work(schedule: str, pattern: S2Pattern, call: AttentionCall) -> Work:
-    """What each rank computes. The schedules in which queries stay where they are share one answer.
+def attention_work(schedule: str, pattern: S2Pattern, call: AttentionCall) -> AttentionWork:
+    """Returns the pairs that each rank computes; they are equal in all schedules in which queries stay.
 
     Raises:
-        ValueError: as `exchange_bytes`.
+        ValueError: as for `exchange_bytes`.
     """
     if schedule == "a2a":
-        costs = call.batch * np.array(head_plan(pattern, call).costs)
-        return Work(costs, np.zeros_like(costs))
+        costs = call.batch * np.array(plan_heads(pattern, call).costs)
+        return AttentionWork(costs, np.zeros_like(costs))
     heads = call.batch * call.query_heads // pattern.num_kv_heads
-    pairs = sum(_chunk_pairs(head, call.zigzag) for head in _heads(pattern))
-    window = pattern.num_kv_heads * _chunk_pairs(_window_alone(pattern, call.tokens), call.zigzag)
-    return Work(heads * _per_rank(pairs), heads * _per_rank(window))
+    pairs = sum(_chunk_pairs(head, call.zigzag) for head in _single_heads(pattern))
+    window = pattern.num_kv_heads * _chunk_pairs(_window_only(pattern, call.tokens), call.zigzag)
+    return AttentionWork(heads * _per_rank(pairs), heads * _per_rank(window))
 
 
 def key_value_tokens(schedule: str, pattern: S2Pattern, call: AttentionCall) -> np.ndarray:
-    """`[ranks]`, tokens of keys and values, over the KV heads, that a rank holds for the attention of one
-    sequence.
+    """`[ranks]`, tokens of keys and values, summed over KV heads, that a rank holds for one sequence.
 
-    gather: its own, the gathered shards, the halo. a2a: the whole sequence of its heads. Both keep them for
-    the backward. ring: its own and those passing by. all_gather: all.
+    gather: its tokens, the gathered shards and the halos. a2a: the whole sequence of its heads. Both keep
+    them for the backward. ring: its tokens and those passing by. all_gather: the whole sequence.
     """
     zigzag, heads = call.zigzag, pattern.num_kv_heads
     if schedule == "gather":
-        shards = shard_tokens(pattern, zigzag)
-        return heads * (zigzag.local_tokens + halo_tokens(pattern, zigzag)) + shards
+        halos = _per_rank(_edges(zigzag)[:-1] - _window_starts(pattern, zigzag))
+        return heads * (zigzag.local_tokens + halos) + _shard_tokens(pattern, zigzag).sum()
     if schedule == "a2a":
-        plan = head_plan(pattern, call)
+        plan = plan_heads(pattern, call)
         return call.tokens * np.array([len(plan.kv_heads(rank)) for rank in range(call.ranks)])
     held = {"ring": 2 * zigzag.local_tokens, "all_gather": call.tokens}[schedule]
     return np.full(call.ranks, heads * held)
 
 
 def query_tokens(schedule: str, pattern: S2Pattern, call: AttentionCall) -> np.ndarray:
-    """`[ranks]`, tokens of queries (and outputs), over the query heads, that a rank computes."""
+    """`[ranks]`, tokens of queries, summed over query heads, that a rank computes."""
     if schedule == "a2a":
-        plan = head_plan(pattern, call)
+        plan = plan_heads(pattern, call)
         return call.tokens * np.array([len(plan.query_heads(rank)) for rank in range(call.ranks)])
     return np.full(call.ranks, call.zigzag.local_tokens * call.query_heads)
 
 
 @lru_cache(maxsize=256)
-def head_plan(pattern: S2Pattern, call: AttentionCall) -> HeadPlan:
-    """Which heads each rank computes in the a2a schedule.
+def plan_heads(pattern: S2Pattern, call: AttentionCall) -> HeadPlan:
+    """Returns the heads that each rank computes in the a2a schedule.
 
     Raises:
         ValueError: fewer query heads than ranks.
     """
-    pairs = tuple(int(_chunk_pairs(head, call.zigzag).sum()) for head in _heads(pattern))
+    pairs = tuple(int(_chunk_pairs(head, call.zigzag).sum()) for head in _single_heads(pattern))
     return assign_heads(pairs, call.query_heads, call.ranks)
 
 
-def gathered_tokens(pattern: S2Pattern, zigzag: Zigzag) -> int:
-    """Tokens that each rank adds to the all-gather of the shards, summed over the KV heads: as many as the
-    rank that holds most."""
-    return int(_per_rank(sum(_chunk_shard_tokens(head, zigzag) for head in _heads(pattern))).max())
+def _shard_tokens(pattern: S2Pattern, zigzag: Zigzag) -> np.ndarray:
+    """`[ranks]`, tokens of the shards of all KV heads that each rank owns."""
+    return _per_rank(sum(_chunk_shard_tokens(head, zigzag) for head in _single_heads(pattern)))
 
 
-def shard_tokens(pattern: S2Pattern, zigzag: Zigzag) -> int:
-    """Tokens of all KV heads' shards over the whole sequence."""
-    return int(sum(_chunk_shard_tokens(head, zigzag).sum() for head in _heads(pattern)))
-
-
-def halo_tokens(pattern: S2Pattern, zigzag: Zigzag) -> np.ndarray:
-    """`[ranks]`, tokens before the two chunks of each rank that its windows reach, its own included."""
-    chunks = np.arange(2 * zigzag.ranks)
-    return _per_rank(chunks * zigzag.chunk - _window_starts(pattern, zigzag))
-
-
-def _heads(pattern: S2Pattern) -> list[S2Pattern]:
-    """Each KV head as a pattern of its own; heads that see the same are equal, in whatever layer."""
+def _single_heads(pattern: S2Pattern) -> list[S2Pattern]:
+    """Each KV head as a pattern of one head; heads that see the same blocks are equal in all layers."""
     return [replace(pattern.slice_heads(g, g + 1), layer=0) for g in range(pattern.num_kv_heads)]
 
 
-def _window_alone(pattern: S2Pattern, tokens: int) -> S2Pattern:
-    """One head with the window and an empty shard."""
+def _window_only(pattern: S2Pattern, tokens: int) -> S2Pattern:
+    """A pattern of one head with the same window and an empty shard."""
     blocks = pattern.num_blocks(tokens)
     fields = {"num_kv_heads": 1, "vert_stride": blocks + 1, "phases": (1,), "num_dense_heads": 0}
     return replace(pattern, **fields, sink_blocks=0, layer=0, warn_lost=False)
 
 
-def _per_rank(of_chunks: np.ndarray) -> np.ndarray:
+def _per_rank(per_chunk: np.ndarray) -> np.ndarray:
     """Sums over the two chunks of each rank."""
-    ranks = len(of_chunks) // 2
-    return of_chunks[:ranks] + of_chunks[: ranks - 1 : -1]
+    ranks = len(per_chunk) // 2
+    return per_chunk[:ranks] + per_chunk[: ranks - 1 : -1]
 
 
 def _edges(zigzag: Zigzag) -> np.ndarray:
-    """Where chunks begin, and the end of the last."""
+    """`[chunks + 1]`, the position at which each chunk begins, and the end of the sequence."""
     return np.arange(2 * zigzag.ranks + 1) * zigzag.chunk
 
 
@@ -251,8 +242,8 @@ def _shard_sizes(head: S2Pattern, blocks: np.ndarray) -> np.ndarray:
 def _chunk_pairs(head: S2Pattern, zigzag: Zigzag) -> np.ndarray:
     """`[chunks]`, visible pairs of the queries of each chunk, for one query head.
 
-    Pairs before a position are those of its whole rows and those of the row it cuts. The n-th shard block, j,
-    is seen beyond the window by all rows from j + L on.
+    The pairs of all queries before a position are those of the whole rows before it and of the row that it
+    cuts. All rows from j + L on see shard block j beyond their windows.
     """
     B, L, sinks, first, stride = (
         head.block_size,
@@ -263,10 +254,10 @@ def _chunk_pairs(head: S2Pattern, zigzag: Zigzag) -> np.ndarray:
     )
     rows, cut = np.divmod(_edges(zigzag), B)
 
-    seen = _shard_sizes(head, rows - L)  # shard blocks beyond the window of the last whole row
-    from_sinks = np.minimum(seen, sinks)
-    strided = seen - from_sinks
-    positions = from_sinks * (from_sinks - 1) // 2 + strided * first + stride * (strided * (strided - 1) // 2)
+    seen = _shard_sizes(head, rows - L)  # shard blocks that the last whole row sees beyond its window
+    seen_sinks = np.minimum(seen, sinks)
+    strided = seen - seen_sinks
+    positions = seen_sinks * (seen_sinks - 1) // 2 + strided * first + stride * (strided * (strided - 1) // 2)
     ramp = np.minimum(rows, L)
     window = ramp * (ramp - 1) // 2 + (rows - ramp) * (L - 1)
     past = window + seen * (rows - L) - positions
@@ -277,7 +268,7 @@ def _chunk_pairs(head: S2Pattern, zigzag: Zigzag) -> np.ndarray:
 
 @lru_cache(maxsize=1024)
 def _chunk_shard_tokens(head: S2Pattern, zigzag: Zigzag) -> np.ndarray:
-    """`[chunks]`, tokens of the head's shard in each chunk. The shard ends where the last window starts."""
+    """`[chunks]`, tokens of the head's shard in each chunk; the shard ends where the last window begins."""
     B = head.block_size
     whole = head.shard_prefix(0, head.num_blocks(zigzag.tokens) - 1)
     blocks, cut = np.divmod(_edges(zigzag), B)
@@ -286,38 +277,44 @@ def _chunk_shard_tokens(head: S2Pattern, zigzag: Zigzag) -> np.ndarray:
 
 
 def _window_starts(pattern: S2Pattern, zigzag: Zigzag) -> np.ndarray:
-    """`[chunks]`, the first position that the window of each chunk's first query reaches."""
+    """`[chunks]`, the first position in the window of each chunk's first query."""
     return np.array([pattern.window_start(edge) for edge in _edges(zigzag)[:-1].tolist()])
 
 
 def _halo_tokens(pattern: S2Pattern, zigzag: Zigzag, node_ranks: int) -> np.ndarray:
-    """`[2, 2, ranks]`, halo tokens received and sent, within a node and between nodes, by each rank."""
+    """`[2, 2, ranks]`, halo tokens that each rank receives and sends, within its node and between nodes."""
     starts = _window_starts(pattern, zigzag)
-    own, node, all_ranks = (
+    within_rank, within_node, everywhere = (
         _halo_within(starts, zigzag, group) for group in (1, node_ranks, max(node_ranks, zigzag.ranks))
     )
-    return np.stack([node - own, all_ranks - node], axis=1)
+    return np.stack([within_node - within_rank, everywhere - within_node], axis=1)
 
 
 def _halo_within(starts: np.ndarray, zigzag: Zigzag, group: int) -> np.ndarray:
     """`[2, ranks]`, halo tokens that each rank receives from and sends to its group of neighbouring ranks,
-    itself included. `starts` is where each chunk's halo begins."""
+    including itself.
+
+    Args:
+        starts: `[chunks]`, the position at which the halo of each chunk begins.
+        group: ranks per group.
+    """
     P, C = zigzag.ranks, zigzag.chunk
     chunk = np.arange(2 * P)
     rank = np.minimum(chunk, 2 * P - 1 - chunk)
     first = rank // group * group
     last = np.minimum(first + group, P)
     begin, end = chunk * C, (chunk + 1) * C
-    # Halos that begin before a chunk or at its first token take all of it, those that begin inside a part.
+    # The halos of the chunks below `whole` begin before a chunk or at its first token and take all of it;
+    # those from `whole` to `partly` begin inside the chunk and take a part.
     whole = np.searchsorted(starts, begin, side="right")
-    some = np.searchsorted(starts, end, side="left")
+    partly = np.searchsorted(starts, end, side="left")
     summed = np.concatenate([[0], np.cumsum(starts)])
 
     def sent_before(limit: np.ndarray) -> np.ndarray:
-        """Tokens that each chunk gives to later chunks before `limit`."""
-        upto, inside = np.minimum(limit, whole), np.minimum(limit, some)
-        parts = (inside - upto) * end - (summed[inside] - summed[upto])
-        return np.maximum(upto - chunk - 1, 0) * C + parts
+        """Tokens that each chunk sends to later chunks before `limit`."""
+        taking_all, taking_any = np.minimum(limit, whole), np.minimum(limit, partly)
+        parts = (taking_any - taking_all) * end - (summed[taking_any] - summed[taking_all])
+        return np.maximum(taking_all - chunk - 1, 0) * C + parts
 
     received = np.zeros(2 * P, dtype=np.int64)
     sent = np.zeros(2 * P, dtype=np.int64)
@@ -328,7 +325,7 @@ def _halo_within(starts: np.ndarray, zigzag: Zigzag, group: int) -> np.ndarray:
 
 
 def _a2a_transfers(plan: HeadPlan, call: AttentionCall, node_ranks: int) -> Transfers:
-    """Each rank gets the queries, keys and values of its heads from every other; their outputs go back."""
+    """Each rank receives queries, keys and values of its heads from all others, and sends outputs back."""
     rank = np.arange(call.ranks)
     first = rank // node_ranks * node_ranks
     last = np.minimum(first + node_ranks, call.ranks)
@@ -339,7 +336,7 @@ def _a2a_transfers(plan: HeadPlan, call: AttentionCall, node_ranks: int) -> Tran
     inputs = token * (heads * call.head_dim + kv_heads * (call.head_dim + call.v_head_dim))
 
     def from_others(values: np.ndarray) -> np.ndarray:
-        """Sums over the other ranks of the node, and over those of other nodes."""
+        """`[2, ranks]`, sums over the other ranks of the node, and over the ranks of other nodes."""
         summed = np.concatenate([[0], np.cumsum(values)])
         node = summed[last] - summed[first]
         return np.stack([node - values, summed[-1] - node])

@@ -1,8 +1,8 @@
-"""Zigzag: which tokens of a sequence each context-parallel rank holds, in integers.
+"""The zigzag layout: which tokens of a sequence each context-parallel rank holds.
 
-The sequence is cut into 2P equal chunks and rank r of P holds chunks r and 2P-1-r, one after the other
-(Megatron's data loader deals them out so). A query's cost grows with its position, and every rank gets one
-early and one late chunk.
+The sequence is cut into 2P equal chunks, and rank r of P holds chunks r and 2P-1-r, as in Megatron's data
+loader. The cost of a query grows with its position, so one early and one late chunk per rank balance the
+work.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class Zigzag:
     """The layout of `tokens` positions over `ranks` ranks.
 
     Raises:
-        ValueError: the positions do not make 2 * ranks equal chunks.
+        ValueError: `ranks` is not positive, or `tokens` is not a multiple of 2 * ranks.
     """
 
     ranks: int
@@ -34,16 +34,16 @@ class Zigzag:
 
     @property
     def chunk(self) -> int:
-        """Tokens of a chunk."""
+        """Tokens per chunk."""
         return self.tokens // (2 * self.ranks)
 
     @property
     def local_tokens(self) -> int:
-        """Tokens of a rank."""
+        """Tokens per rank."""
         return 2 * self.chunk
 
     def chunks(self, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """The (start, stop) of both chunks of a rank, in the order in which it holds them."""
+        """The (start, stop) of the two chunks of a rank, in the order in which it holds them."""
         C = self.chunk
         late = 2 * self.ranks - 1 - rank
         return (rank * C, (rank + 1) * C), (late * C, (late + 1) * C)
@@ -54,7 +54,7 @@ class Zigzag:
         return np.minimum(chunk, 2 * self.ranks - 1 - chunk)
 
     def local(self, position: np.ndarray) -> np.ndarray:
-        """Where each position lies among the tokens of its owner."""
+        """The index of each position among the tokens of its owner."""
         chunk, offset = np.divmod(np.asarray(position), max(self.chunk, 1))
         return offset + np.where(chunk < self.ranks, 0, self.chunk)
 
@@ -62,7 +62,7 @@ class Zigzag:
         """The positions that a rank holds, in order."""
         return np.concatenate([np.arange(start, stop) for start, stop in self.chunks(rank)])
 
-    def chunk_places(self) -> list[int]:
-        """For each chunk of the sequence, its place among all ranks' chunks, rank after rank."""
+    def chunk_order(self) -> list[int]:
+        """For each chunk of the sequence, its index among the chunks of all ranks, rank after rank."""
         P = self.ranks
         return [2 * c if c < P else 2 * (2 * P - 1 - c) + 1 for c in range(2 * P)]

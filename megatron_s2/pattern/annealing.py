@@ -1,9 +1,9 @@
-"""From dense attention to S2: a pattern that narrows in stages while a dense model is trained on.
+"""Annealing from dense attention to S2: a pattern that narrows in stages while a dense model trains on.
 
-With strides up to v there are K = ceil(log2 v) stages before the target, of equal length. In stage k (from 0)
-each head's stride is 2^k, or its own where that is smaller, and the window is 2^(K-k) times its own. Stage 0
-is dense. Phases are the target's modulo the stride, so that with strides of powers of two each stage sees a
-part of what the stage before saw.
+A target whose largest stride is v has K = ceil(log2 v) stages before it, of equal length. In stage k (from 0)
+each head has stride 2^k, or its target stride where that is smaller, and a window 2^(K-k) times the target's.
+Stage 0 is dense. Phases are the target's modulo the stride, so with strides that are powers of two each stage
+sees a subset of what the previous stage saw.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from megatron_s2.pattern.block_pattern import dense_pairs
 from megatron_s2.pattern.s2_pattern import S2Pattern
 from megatron_s2.pattern.settings import S2Settings
 
 
 @lru_cache(maxsize=1024)
 def stages(target: S2Pattern) -> tuple[S2Pattern, ...]:
-    """The patterns from dense to `target`, which is the last."""
+    """The patterns of all stages, from dense to `target`."""
     before = (max(target.strides) - 1).bit_length()
     narrowing = []
     for k in range(before):
@@ -39,15 +38,15 @@ def stages(target: S2Pattern) -> tuple[S2Pattern, ...]:
 
 @dataclass(frozen=True)
 class Annealing:
-    """Where a run is between dense attention and the target.
+    """The annealing schedule of a run, and the stage that the run is in.
 
     Args:
-        settings: the target.
-        steps: of training until the target is reached.
-        iteration: says how many steps have been taken.
+        settings: S2 settings of the target.
+        steps: number of training steps until the target is reached.
+        iteration: function that returns the number of training steps completed so far.
 
     Raises:
-        ValueError: steps are not positive, or the target is dense.
+        ValueError: `steps` is not positive, or the target is dense.
     """
 
     settings: S2Settings
@@ -57,52 +56,50 @@ class Annealing:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"--s2-anneal-steps {self.steps}: must be >= 1")
-        if len(self._all) == 1:
+        if self._last == 0:
             raise ValueError(f"--s2-anneal-steps {self.steps}: the pattern is dense already (stride 1)")
 
-    def now(self, patterns: Sequence[S2Pattern]) -> S2Pattern:
-        """The one of a layer's `stages` in force; the same stage in all layers."""
-        return patterns[min(self._stage, len(patterns) - 1)]
+    def current[T](self, by_stage: Sequence[T]) -> T:
+        """Returns the item of the current stage; a dense layer has a single stage."""
+        return by_stage[min(self._stage, len(by_stage) - 1)]
 
     def mean_pairs(self, seq_len: int) -> float:
-        """Query-key pairs of core attention now, mean over layers and heads: as `S2Settings.mean_pairs`."""
+        """`S2Settings.mean_pairs` of the current stage."""
         return _mean_pairs(self.settings, self._stage, seq_len)
 
-    def note(self) -> str | None:
-        """Says what attention is before the target is reached; None from then on."""
-        if self._stage == len(self._all) - 1:
+    def progress(self) -> str | None:
+        """Describes how far the current stage is from the target; None once the target is reached."""
+        if self._stage == self._last:
             return None
-        now, target = self.now(self._all), self._all[-1]
+        pattern, target = self._patterns[self._stage], self._patterns[-1]
         return (
             f"step {self.iteration()} of --s2-anneal-steps {self.steps}: attention has stride "
-            f"{max(now.strides)} and window {now.local_blocks}, not yet {max(target.strides)} and "
+            f"{max(pattern.strides)} and window {pattern.local_blocks}, not yet {max(target.strides)} and "
             f"{target.local_blocks}"
         )
 
     def __str__(self) -> str:
-        """The schedule, stage by stage."""
-        last = len(self._all) - 1
-        begins = [-(-n * self.steps // last) for n in range(len(self._all))]
-        parts = [
-            f"stride {max(pattern.strides)}, window {pattern.local_blocks} from step {begin}"
-            for begin, pattern in zip(begins, self._all)
-        ]
-        return "; ".join(parts)
+        """The stages and the step at which each begins."""
+        return "; ".join(
+            f"stride {max(pattern.strides)}, window {pattern.local_blocks} from step "
+            f"{-(-stage * self.steps // self._last)}"
+            for stage, pattern in enumerate(self._patterns)
+        )
 
     @property
-    def _all(self) -> tuple[S2Pattern, ...]:
+    def _patterns(self) -> tuple[S2Pattern, ...]:
         return stages(self.settings.first_pattern)
 
     @property
+    def _last(self) -> int:
+        return len(self._patterns) - 1
+
+    @property
     def _stage(self) -> int:
-        last = len(self._all) - 1
-        return min(self.iteration() * last // self.steps, last)
+        return min(self.iteration() * self._last // self.steps, self._last)
 
 
 @lru_cache(maxsize=4096)
 def _mean_pairs(settings: S2Settings, stage: int, seq_len: int) -> float:
-    sparse = sum(
-        sum(stages(settings.pattern(layer))[stage].visible_pairs(seq_len)) for layer in settings.sparse_layers
-    )
-    dense = (settings.num_layers - len(settings.sparse_layers)) * dense_pairs(seq_len)
-    return (sparse / settings.num_kv_heads + dense) / settings.num_layers
+    narrowed = [(stages(pattern)[stage], layers) for pattern, layers in settings.distinct_patterns]
+    return settings.mean_pairs_of(narrowed, seq_len)

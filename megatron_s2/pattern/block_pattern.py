@@ -1,4 +1,4 @@
-"""What every causal block pattern has in common: pairs, FLOPs and bytes, from counts of blocks."""
+"""The base class of causal block patterns: pairs, FLOPs and bytes from counts of visible blocks."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
 
 
 def require(ok: bool, name: str, value: object, allowed: str) -> None:
-    """Raises ValueError about an argument unless `ok`."""
+    """Raises ValueError `name value: must be allowed` unless `ok`."""
     if not ok:
         raise ValueError(f"{name} {value}: must be {allowed}")
 
 
 class AttentionFlops(NamedTuple):
-    """Floating-point operations of one attention call on one sequence, counted on visible pairs only."""
+    """FLOPs of attention over the visible query-key pairs, forward and backward."""
 
     forward: int
     backward: int
@@ -33,10 +33,10 @@ def dense_pairs(seq_len: int) -> int:
 
 
 def attention_flops(pairs: int, head_dim: int, v_head_dim: int | None = None) -> AttentionFlops:
-    """FLOPs of attention on `pairs` query-key pairs.
+    """FLOPs of attention over `pairs` query-key pairs.
 
-    Forward is the two products QK and PV. Backward is five: QK again, dP = dO V, dV = P dO, dQ = dS K,
-    dK = dS Q. A multiply-add counts as two; softmax is not counted (the field's convention).
+    The forward has two matrix products, QK and PV. The backward has five: QK again, dP = dO V, dV = P dO,
+    dQ = dS K and dK = dS Q. A multiply-add counts as two FLOPs; softmax is not counted, as is usual.
     """
     v_head_dim = head_dim if v_head_dim is None else v_head_dim
     return AttentionFlops(
@@ -46,10 +46,10 @@ def attention_flops(pairs: int, head_dim: int, v_head_dim: int | None = None) ->
 
 
 class BlockPattern(ABC):
-    """A causal block-sparse attention pattern: for each KV head, the key blocks each query block sees.
+    """A causal block-sparse attention pattern: for each KV head, the key blocks that each query block sees.
 
-    Blocks are numbered from 0 at the start of the sequence (of the document, when packed). All query heads
-    of a GQA group share the pattern of their KV head. The diagonal block is always visible.
+    Blocks are numbered from 0 at the start of the sequence, or of the document in packed sequences. All
+    query heads of a GQA group share the pattern of their KV head. The diagonal block is always visible.
     """
 
     num_kv_heads: int
@@ -57,40 +57,40 @@ class BlockPattern(ABC):
 
     @abstractmethod
     def row_blocks(self, head: int, row: int) -> list[int]:
-        """Key blocks that query block `row` of KV head `head` sees, ascending, the last being `row`."""
+        """Key blocks that query block `row` of KV head `head` sees, in ascending order; the last is `row`."""
 
     @abstractmethod
     def column_rows(self, head: int, block: int, num_blocks: int) -> Sequence[int]:
-        """Query blocks among the first `num_blocks` that see key block `block`, ascending."""
+        """Query blocks among the first `num_blocks` that see key block `block`, in ascending order."""
 
     @abstractmethod
     def visible_blocks(self, head: int, row: int) -> int:
-        """How many key blocks query block `row` of KV head `head` sees, the diagonal included."""
+        """Number of key blocks that query block `row` of KV head `head` sees, including the diagonal."""
 
     @abstractmethod
     def _past_blocks(self, head: int, num_rows: int) -> int:
-        """Visible key blocks before the diagonal, summed over query blocks 0 .. num_rows-1."""
+        """Number of visible key blocks before the diagonal, summed over query blocks 0 .. num_rows-1."""
 
     @abstractmethod
     def slice_heads(self, start: int, stop: int) -> BlockPattern:
-        """The pattern of KV heads `start` .. `stop`-1 alone."""
+        """Returns the pattern of KV heads `start` .. `stop`-1."""
 
     @abstractmethod
     def block_mask(self, num_blocks: int) -> torch.Tensor:
-        """The whole pattern as bool `[num_kv_heads, num_blocks, num_blocks]` (query, key).
+        """The whole pattern as a bool tensor `[num_kv_heads, num_blocks, num_blocks]` (query, key).
 
-        For looking and testing only: its size is quadratic.
+        For plots and tests only: its size is quadratic in the sequence length.
         """
 
     def num_blocks(self, seq_len: int) -> int:
-        """Blocks that `seq_len` tokens occupy; the last may be ragged."""
+        """Number of blocks that `seq_len` tokens occupy; the last one may be partly filled."""
         return -(-seq_len // self.block_size)
 
     def visible_pairs(self, seq_len: int) -> tuple[int, ...]:
-        """Exact number of query-key token pairs per KV head (for each query head of its group).
+        """Exact number of visible query-key token pairs per KV head, for one query head of its group.
 
-        Full rows of B tokens see their past blocks whole; a ragged last row of r tokens sees the same
-        blocks with r queries; the diagonal adds a triangle.
+        Each full row of B queries sees all keys of its past blocks. A last row of r < B tokens sees its past
+        blocks with r queries. The diagonal block adds a triangle.
         """
         _require_seq_len(seq_len)
         B = self.block_size
@@ -106,10 +106,10 @@ class BlockPattern(ABC):
     def flops(
         self, seq_len: int, num_query_heads: int, head_dim: int, v_head_dim: int | None = None
     ) -> AttentionFlops:
-        """FLOPs of one sequence of `seq_len` tokens over `num_query_heads` query heads of `head_dim`.
+        """FLOPs of attention over one sequence of `seq_len` tokens, with `num_query_heads` query heads.
 
         Raises:
-            ValueError: `num_query_heads` is no multiple of the pattern's KV heads.
+            ValueError: `num_query_heads` is not a multiple of the pattern's KV heads.
         """
         require(
             num_query_heads >= 1 and num_query_heads % self.num_kv_heads == 0,
@@ -121,9 +121,9 @@ class BlockPattern(ABC):
         return attention_flops(group * sum(self.visible_pairs(seq_len)), head_dim, v_head_dim)
 
     def kv_tokens(self, seq_len: int) -> tuple[int, ...]:
-        """Keys per KV head that the last of `seq_len` tokens sees.
+        """Number of keys per KV head that the last of `seq_len` tokens sees.
 
-        For an S2 pattern this is all that generation must keep: shard + window instead of `seq_len`.
+        For an S2 pattern this is all that generation must keep: shard and window instead of `seq_len` keys.
         """
         _require_seq_len(seq_len)
         if seq_len == 0:
@@ -135,17 +135,17 @@ class BlockPattern(ABC):
         )
 
     def kv_bytes(self, seq_len: int, head_dim: int, bytes_per_element: int) -> int:
-        """Bytes of keys and values that the last of `seq_len` tokens sees, over all KV heads."""
+        """Bytes of the keys and values that the last of `seq_len` tokens sees, over all KV heads."""
         return 2 * head_dim * bytes_per_element * sum(self.kv_tokens(seq_len))
 
     def tp_slice(self, rank: int, size: int) -> BlockPattern:
-        """What tensor-parallel rank `rank` of `size` computes of this (global) pattern.
+        """Returns the part of this global pattern that tensor-parallel rank `rank` of `size` computes.
 
         With fewer KV heads than ranks, `size / num_kv_heads` neighbouring ranks hold the same KV head, as
-        in Megatron. The model is therefore the same at every size.
+        in Megatron. The model is therefore the same at every tensor-parallel size.
 
         Raises:
-            ValueError: KV heads and ranks do not divide evenly, or `rank` is no rank of `size`.
+            ValueError: neither of KV heads and ranks divides the other, or `rank` is not below `size`.
         """
         H = self.num_kv_heads
         require(

@@ -1,4 +1,4 @@
-"""A pattern given as a block mask, for what no formula describes."""
+"""A pattern given as a block mask, for patterns that S2's formula cannot describe."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class BlockMaskPattern(BlockPattern):
-    """Any causal block mask, held as one compressed sparse row (CSR) table per KV head.
+    """Any causal block mask, stored as one compressed sparse row (CSR) table per KV head.
 
     Args:
         mask: bool `[num_kv_heads, num_blocks, num_blocks]` (query, key): a tensor, array or nested lists.
@@ -20,7 +20,7 @@ class BlockMaskPattern(BlockPattern):
         block_size: tokens per block, a power of two >= 16.
 
     Raises:
-        ValueError: the mask has another shape, looks ahead, or hides a diagonal block.
+        ValueError: the mask has another shape, shows a later block, or hides a diagonal block.
     """
 
     def __init__(self, mask: torch.Tensor, block_size: int) -> None:
@@ -64,7 +64,7 @@ class BlockMaskPattern(BlockPattern):
 
     def column_rows(self, head: int, block: int, num_blocks: int) -> list[int]:
         self._check_size(num_blocks)
-        return self._rows[head].rows_of(block, num_blocks)
+        return self._rows[head].column(block, num_blocks)
 
     def visible_blocks(self, head: int, row: int) -> int:
         self._check_row(row)
@@ -86,11 +86,12 @@ class BlockMaskPattern(BlockPattern):
         return part
 
     def past_lists(self) -> CsrTable:
-        """What is visible before the diagonal, for kernels that walk along rows and along columns.
+        """The visible blocks before the diagonal by row and by column, in the layout that the kernels read.
 
         Returns:
-            `starts` int64 `[2, num_kv_heads, max_blocks + 1]`: [0, g, i] is where in `blocks` the key blocks
-            of row i of KV head g begin, [1, g, j] where the rows of key block j do. The next one ends them.
+            `starts` is int64 `[2, num_kv_heads, max_blocks + 1]`. For KV head g, the key blocks of row i are
+            `blocks[starts[0, g, i] : starts[0, g, i + 1]]`, and the rows that see key block j are
+            `blocks[starts[1, g, j] : starts[1, g, j + 1]]`.
         """
         import numpy as np
 
@@ -115,7 +116,7 @@ class BlockMaskPattern(BlockPattern):
 
 
 class CsrTable(NamedTuple):
-    """Visible key blocks of every row of one head, one row after another."""
+    """The visible key blocks of each row of one head, row after row."""
 
     starts: Sequence[int]  # [num_blocks + 1]
     blocks: Sequence[int]  # [visible blocks], ascending within a row
@@ -128,14 +129,14 @@ class CsrTable(NamedTuple):
 
     @classmethod
     def from_pairs(cls, rows, blocks, num_rows: int) -> CsrTable:
-        """From one array of each; where blocks are equal, or rows, the other ascends."""
+        """From arrays of the row and the block of each entry, sorted by row and block or block and row."""
         import numpy as np
 
         starts = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=num_rows))])
         return cls(starts, blocks[np.argsort(rows, kind="stable")].astype(np.int32))
 
     def past_pairs(self):
-        """Row and block, an array of each, of everything but the diagonal."""
+        """Two arrays with the row and the block of each entry before the diagonal."""
         import numpy as np
 
         rows = np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
@@ -145,7 +146,8 @@ class CsrTable(NamedTuple):
     def row(self, row: int) -> list[int]:
         return self.blocks[self.starts[row] : self.starts[row + 1]].tolist()
 
-    def rows_of(self, block: int, num_blocks: int) -> list[int]:
+    def column(self, block: int, num_blocks: int) -> list[int]:
+        """The rows below `num_blocks` that hold `block`, in ascending order."""
         import numpy as np
 
         hits = np.flatnonzero(self.blocks[: self.starts[num_blocks]] == block)

@@ -1,16 +1,16 @@
-"""Which key block each query block sees: the one source of truth about S2 sparsity, in integers.
+"""The S2 pattern: which key blocks each query block sees, in closed form.
 
-The sequence is cut into blocks of `block_size` tokens. Query block i of KV head g sees key block j when
+The sequence is cut into blocks of `block_size` tokens. Query block i of KV head g sees key block j if
 (arXiv 2407.17678, section 3, with always-visible first blocks added)
 
     j <= i  and  ( i - j < local_blocks                            the window, diagonal block included
                    or j < sink_blocks                              the sinks
                    or (j + phase[g]) % vert_stride[g] == 0 )       the head's shard of the past
 
-and the diagonal block itself is causal token by token. Positions are absolute: a block outside the shard
-is dead once the window has passed it, so what row i sees beyond its window is a *prefix* of one ascending
-list of blocks, the head's shard (sinks included). Every count below follows from that in closed form;
-nothing here holds an array that grows with the square of the sequence.
+Inside the diagonal block attention is causal token by token. Positions are absolute: a block outside the
+shard is never seen again once the window has passed it. So the blocks that row i sees beyond its window are a
+*prefix* of one ascending list of blocks, the head's shard (sinks included). All counts below follow from that
+in closed form; no array grows with the square of the sequence length.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _MAX_COVERAGE_PERIOD = 1 << 20
 
 
 class Coverage(NamedTuple):
-    """How much of the distant past (beyond every window) at least one head sees.
+    """The share of the distant past (beyond every window) that at least one head sees.
 
-    `lost` of every `period` consecutive distant blocks are seen by no head.
+    No head sees `lost` of every `period` consecutive distant blocks.
     """
 
     period: int
@@ -41,7 +41,7 @@ class Coverage(NamedTuple):
 
     @property
     def fraction(self) -> float:
-        """Seen share of the distant past, 0 to 1."""
+        """Share of the distant past that is seen, between 0 and 1."""
         return 1 - self.lost / self.period
 
 
@@ -50,19 +50,18 @@ class S2Pattern(BlockPattern):
     """The S2 pattern of one layer: a window, sinks, and for each KV head its strided shard of the past.
 
     Args:
-        num_kv_heads: KV heads of the whole layer (of all tensor-parallel ranks together).
+        num_kv_heads: number of KV heads of the layer, over all tensor-parallel ranks.
         block_size: tokens per block, a power of two >= 16.
-        local_blocks: window in blocks, the diagonal block included, >= 1.
-        vert_stride: distance in blocks between two shard blocks, for all heads or one per KV head; 1 is a
+        local_blocks: size of the window in blocks, including the diagonal block, >= 1.
+        vert_stride: distance in blocks between two shard blocks, one for all heads or one per KV head; 1 is a
             dense head.
-        sink_blocks: first blocks of the sequence that every head always sees.
-        phases: for each KV head, which residue its shard has: it sees j with (j + phase) % stride == 0.
-            By default phases spread evenly over the heads of equal stride, and where there are fewer such
-            heads than the stride v they rotate with `layer`, so that any ceil(v / heads) consecutive layers
-            see everything.
-        num_dense_heads: the last KV heads that are dense whatever `vert_stride` says.
-        layer: index of the layer from 0; it moves default phases only.
-        warn_lost: warn when given `phases` leave distant blocks that no head sees.
+        sink_blocks: number of blocks at the start of the sequence that every head always sees.
+        phases: phase of each KV head: its shard holds the blocks j with (j + phase) % stride == 0. By default
+            phases spread evenly over the heads of equal stride v. If there are fewer such heads than v,
+            phases rotate with `layer`, so that any ceil(v / heads) consecutive layers see everything.
+        num_dense_heads: number of dense KV heads, which are the last ones, for any `vert_stride`.
+        layer: index of the layer from 0; it rotates default phases and has no effect on given ones.
+        warn_lost: whether to warn if given `phases` leave distant blocks that no head sees.
 
     Raises:
         ValueError: a field is out of range; the message starts with its name.
@@ -119,15 +118,15 @@ class S2Pattern(BlockPattern):
         num_dense_heads: int = 0,
         head_sliding_offset: int = 0,
     ) -> S2Pattern:
-        """The pattern that DKernel (the authors' code, github.com/linxihui/dkernel) builds from the same
-        arguments, for checkpoints trained with it.
+        """Returns the pattern that DKernel (the authors' code, github.com/linxihui/dkernel) builds from the
+        same arguments, for checkpoints trained with DKernel.
 
-        Its phase step is `vert_stride // num_heads` (at least 1) counted in *query* heads but applied to KV
-        heads, so under GQA part of the past may be lost: that warns. `homo_head` gives every head the phase
-        of head 0.
+        DKernel computes its phase step, `vert_stride // num_heads` but at least 1, from *query* heads and
+        applies it to KV heads. With GQA part of the past may therefore be seen by no head, which warns.
+        `homo_head` gives every head the phase of head 0.
 
         Raises:
-            ValueError: as `S2Pattern`, or `homo_head` together with dense heads.
+            ValueError: as for `S2Pattern`, or `homo_head` is combined with dense heads.
         """
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         require(
@@ -172,36 +171,36 @@ class S2Pattern(BlockPattern):
         return tuple(phases)
 
     def is_dense(self, head: int) -> bool:
-        """Whether KV head `head` sees its whole past."""
+        """Whether KV head `head` sees the whole past."""
         return self.strides[head] == 1
 
     def for_layer(self, layer: int) -> S2Pattern:
-        """The same pattern at layer index `layer` (from 0): default phases rotate, given ones stay."""
+        """Returns the pattern of layer index `layer` (from 0): default phases rotate, given phases stay."""
         return replace(self, layer=layer, warn_lost=False)
 
     def slice_heads(self, start: int, stop: int) -> S2Pattern:
-        """The pattern of KV heads `start` .. `stop`-1 alone, with the phases they have in the whole."""
+        """Returns the pattern of KV heads `start` .. `stop`-1, with their phases in this pattern."""
         require(
             0 <= start < stop <= self.num_kv_heads, "heads", f"{start}:{stop}", f"in 0:{self.num_kv_heads}"
         )
         return self.select_heads(range(start, stop))
 
     def select_heads(self, heads: Sequence[int]) -> S2Pattern:
-        """The pattern of some KV heads alone, in this order, with the phases they have in the whole."""
+        """Returns the pattern of the KV heads `heads`, in this order, with their phases in this pattern."""
         return replace(
             self,
             num_kv_heads=len(heads),
             vert_stride=tuple(self.strides[g] for g in heads),
             phases=tuple(self.head_phases[g] for g in heads),
             num_dense_heads=0,
-            layer=0,  # it moves default phases only, and these are given: equal heads make equal patterns
+            layer=0,  # has no effect on given phases, and equal heads then make equal patterns
             warn_lost=False,
         )
 
     # A head's shard: the sinks 0 .. sink_blocks-1, then every stride-th block from `first_strided` on.
 
     def first_strided(self, head: int) -> int:
-        """First block of the head's shard that is no sink."""
+        """The first block of the head's shard that is not a sink."""
         return self.sink_blocks + -(self.sink_blocks + self.head_phases[head]) % self.strides[head]
 
     def shard_block(self, head: int, index: int) -> int:
@@ -211,12 +210,12 @@ class S2Pattern(BlockPattern):
         return self.first_strided(head) + (index - self.sink_blocks) * self.strides[head]
 
     def shard_size(self, head: int, num_blocks: int) -> int:
-        """How many of the head's shard blocks lie among key blocks 0 .. num_blocks-1."""
+        """Number of the head's shard blocks among key blocks 0 .. num_blocks-1."""
         first, stride = self.first_strided(head), self.strides[head]
         return min(max(num_blocks, 0), self.sink_blocks) + max(0, -(-(num_blocks - first) // stride))
 
     def shard_prefix(self, head: int, row: int) -> int:
-        """How many shard blocks query block `row` sees beyond its window: those before the window."""
+        """Number of shard blocks that query block `row` sees before its window."""
         return self.shard_size(head, row - self.local_blocks + 1)
 
     def window_start(self, position: int) -> int:
@@ -235,8 +234,8 @@ class S2Pattern(BlockPattern):
         return self.shard_prefix(head, row) + min(row + 1, self.local_blocks)
 
     def _past_blocks(self, head: int, num_rows: int) -> int:
-        # Rows 0 .. num_rows-1 see min(row, L-1) window blocks before the diagonal, and shard block j is
-        # seen beyond the window by the rows from j + L on.
+        # Row i sees min(i, L-1) window blocks before the diagonal. The rows from j + L on see shard block j
+        # beyond their windows.
         L = self.local_blocks
         ramp = min(num_rows, L)
         window = ramp * (ramp - 1) // 2 + (num_rows - ramp) * (L - 1)
@@ -252,10 +251,9 @@ class S2Pattern(BlockPattern):
         return window + shard
 
     def coverage(self, num_layers: int = 1) -> Coverage:
-        """Which share of the distant past the heads of `num_layers` consecutive layers see together.
+        """The share of the distant past that the heads of `num_layers` consecutive layers see together.
 
-        Counted over one period of the strides (their least common multiple; over the first 2**20 blocks
-        where that is longer).
+        Counted over one period, the least common multiple of the strides, but at most 2**20 blocks.
         """
         require(num_layers >= 1, "num_layers", num_layers, ">= 1")
         period = min(math.lcm(*self.strides), _MAX_COVERAGE_PERIOD)
@@ -283,7 +281,7 @@ class S2Pattern(BlockPattern):
         return visible & (cols <= rows)
 
     def describe(self) -> str:
-        """One line for people, without the phases: `block 64, window 8 (512 tokens), stride 16`."""
+        """The pattern without its phases as text: `block 64, window 8 (512 tokens), stride 16`."""
         stride = str(self.vert_stride) if isinstance(self.vert_stride, int) else _short(self.strides)
         parts = [
             f"block {self.block_size}",
@@ -297,9 +295,9 @@ class S2Pattern(BlockPattern):
         return ", ".join(parts)
 
     def describe_phases(self) -> str:
-        """The phases of the KV heads for people: `phases 0 2 4 6`."""
+        """The phases of the KV heads as text: `phases 0 2 4 6`."""
         return f"phases {_short(self.head_phases)}"
 
 
-def _short(values: Sequence[int], most: int = 8) -> str:
-    return " ".join(map(str, values[:most])) + (" …" if len(values) > most else "")
+def _short(values: Sequence[int], limit: int = 8) -> str:
+    return " ".join(map(str, values[:limit])) + (" …" if len(values) > limit else "")

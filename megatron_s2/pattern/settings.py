@@ -1,10 +1,11 @@
-"""What the user chose about S2 attention for a whole model, and the pattern of each layer that follows.
+"""S2 settings of a whole model, and the pattern of each layer that follows from them.
 
-Pure: the flags, the Megatron configuration, the startup table and the planners all speak through it.
+Flags, Megatron's configuration, the startup table and the planners all exchange this one dataclass.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
@@ -14,14 +15,14 @@ from megatron_s2.pattern.s2_pattern import Coverage, S2Pattern
 
 @dataclass(frozen=True)
 class S2Settings:
-    """S2 attention of one model. Layers are numbered from 1, as in Megatron.
+    """S2 settings of one model. Layers are numbered from 1, as in Megatron.
 
     Args:
-        num_layers: transformer layers of the whole model.
-        num_kv_heads: KV heads (query groups) of a layer, over all tensor-parallel ranks.
+        num_layers: number of transformer layers of the whole model.
+        num_kv_heads: number of KV heads (query groups) of a layer, over all tensor-parallel ranks.
         block_size, local_blocks, vert_stride, sink_blocks, phases, num_dense_heads: as in `S2Pattern`.
         dense_layers: numbers of the layers that keep dense attention.
-        dense_layer_freq: every so many layers one is dense as well; 0 for none.
+        dense_layer_freq: n also keeps every n-th layer dense; 0 keeps none.
 
     Raises:
         ValueError: a field is out of range; the message starts with its name.
@@ -48,7 +49,7 @@ class S2Settings:
 
     @cached_property
     def first_pattern(self) -> S2Pattern:
-        """The pattern of the first S2 layer; the others differ by their rotation."""
+        """The pattern of the first S2 layer; other layers differ only in the rotation of their phases."""
         return S2Pattern(
             num_kv_heads=self.num_kv_heads,
             block_size=self.block_size,
@@ -61,7 +62,7 @@ class S2Settings:
 
     @cached_property
     def dense_pattern(self) -> S2Pattern:
-        """What a dense layer computes, as a pattern."""
+        """The pattern of a layer that keeps dense attention."""
         return replace(self.first_pattern, vert_stride=1, phases=None, num_dense_heads=0)
 
     def is_dense(self, layer_number: int) -> bool:
@@ -70,9 +71,9 @@ class S2Settings:
         return bool(every) or layer_number in self.dense_layers
 
     def pattern(self, layer_number: int) -> S2Pattern:
-        """The pattern of layer `layer_number` (from 1), over all KV heads of the model.
+        """The pattern of layer `layer_number` (from 1), over all KV heads of the layer.
 
-        Default phases rotate from S2 layer to S2 layer, whatever dense layers lie between.
+        Default phases rotate from one S2 layer to the next; dense layers in between do not count.
         """
         if self.is_dense(layer_number):
             return self.dense_pattern
@@ -84,26 +85,34 @@ class S2Settings:
         return [layer for layer in range(1, self.num_layers + 1) if not self.is_dense(layer)]
 
     def coverage(self) -> Coverage:
-        """Which share of the distant past the S2 layers of the model see together."""
+        """The share of the distant past that the S2 layers of the model see together."""
         return self.first_pattern.coverage(max(1, len(self.sparse_layers)))
 
     @cached_property
     def distinct_patterns(self) -> list[tuple[S2Pattern, int]]:
-        """The patterns of the S2 layers that differ, and how many layers have each."""
+        """The distinct patterns of the S2 layers, each with the number of layers that have it."""
         patterns = [self.pattern(layer) for layer in self.sparse_layers]
         first_with = {pattern.head_phases: pattern for pattern in reversed(patterns)}
         phases = [pattern.head_phases for pattern in patterns]
         return [(first_with[p], phases.count(p)) for p in dict.fromkeys(phases)]
 
     def mean_pairs(self, seq_len: int) -> float:
-        """Query-key pairs of core attention on `seq_len` tokens, mean over layers and heads."""
+        """Mean number of query-key pairs of core attention per layer and head, on `seq_len` tokens."""
         return _mean_pairs(self, seq_len)
+
+    def mean_pairs_of(self, patterns: Iterable[tuple[S2Pattern, int]], seq_len: int) -> float:
+        """`mean_pairs` if the S2 layers had these patterns, each with the number of layers that have it."""
+        sparse = sum(layers * sum(pattern.visible_pairs(seq_len)) for pattern, layers in patterns)
+        dense = (self.num_layers - len(self.sparse_layers)) * dense_pairs(seq_len)
+        return (sparse / self.num_kv_heads + dense) / self.num_layers
+
+
+# The fields that describe the pattern; a model's configuration has the other two anyway.
+PATTERN_FIELDS = tuple(
+    name for name in S2Settings.__dataclass_fields__ if name not in ("num_layers", "num_kv_heads")
+)
 
 
 @lru_cache(maxsize=4096)
 def _mean_pairs(settings: S2Settings, seq_len: int) -> float:
-    sparse = sum(
-        layers * sum(pattern.visible_pairs(seq_len)) for pattern, layers in settings.distinct_patterns
-    )
-    dense = (settings.num_layers - len(settings.sparse_layers)) * dense_pairs(seq_len)
-    return (sparse / settings.num_kv_heads + dense) / settings.num_layers
+    return settings.mean_pairs_of(settings.distinct_patterns, seq_len)

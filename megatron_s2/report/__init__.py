@@ -1,1 +1,1 @@
-"""Tables and pictures."""
+"""Every table and every picture: startup table, pattern, plans, timelines, losses."""

@@ -1,4 +1,4 @@
-"""Pictures of context parallelism: what reaches a rank from whom, and plans over the number of ranks.
+"""Pictures of context parallelism: the keys that a rank receives, and plans over the number of ranks.
 
 Needs matplotlib (the extra `megatron-s2[plot]`), imported when the first picture is drawn.
 """
@@ -12,24 +12,31 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_s2.parallel.cost import head_plan
+from megatron_s2.parallel.cost import SCHEDULES, AttentionCall, exchange_bytes, plan_heads
 from megatron_s2.parallel.layout import Zigzag
-from megatron_s2.parallel.planner import SCHEDULES, AttentionCall, ModelPlan, exchange_bytes
-from megatron_s2.pattern.s2_pattern import S2Pattern
-from megatron_s2.report.pattern_picture import new_figure, save_figure
+from megatron_s2.parallel.planner import ModelPlan
+from megatron_s2.pattern import S2Pattern
+from megatron_s2.report.figure import Colour, draw_cells, draw_legend, draw_title, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_RANK_COLOURS = ("#5b9bd5", "#f28c28", "#3c9d6b", "#b05bb5", "#c9a227", "#d62839", "#12355b", "#8a8a8a")
-_ABSENT = "#e9edf2"
-_INK = "#12355b"
+_RANK_COLOURS = (
+    Colour.BLUE,
+    Colour.ORANGE,
+    Colour.GREEN,
+    Colour.PURPLE,
+    "#c9a227",
+    Colour.RED,
+    Colour.NAVY,
+    Colour.GREY,
+)
 _LINES = {
-    "gather": ("#12355b", "-", "gather (shards, halos)"),
-    "a2a": ("#f28c28", "-", "a2a (heads)"),
-    "ring": ("#3c9d6b", "--", "ring"),
-    "all_gather": ("#8a8a8a", ":", "all_gather (everything)"),
+    "gather": (Colour.NAVY, "-", "gather (shards, halos)"),
+    "a2a": (Colour.ORANGE, "-", "a2a (heads)"),
+    "ring": (Colour.GREEN, "--", "ring"),
+    "all_gather": (Colour.GREY, ":", "all_gather (everything)"),
 }
 _HALO_HATCH = "/////"
 
@@ -37,22 +44,22 @@ _HALO_HATCH = "/////"
 def draw_exchange(
     pattern: S2Pattern, path: str | Path, ranks: int = 4, rank: int = 1, chunk_blocks: int = 8
 ) -> None:
-    """Draw which keys and values reach one rank under each schedule, coloured by the rank they come from.
+    """Draws the keys and values that one rank receives in each schedule, coloured by the sending rank.
 
-    One query head per KV head. `path` ends in .png or .svg.
+    There is one query head per KV head. `path` is a PNG or an SVG by its suffix.
 
     Raises:
-        ValueError: another suffix, more ranks than KV heads or than colours, or no such rank.
+        ValueError: another suffix, more ranks than KV heads or than colours, or `rank` is not below `ranks`.
         ImportError: matplotlib is not installed.
     """
     save_figure(exchange_figure(pattern, ranks, rank, chunk_blocks), path)
 
 
 def exchange_figure(pattern: S2Pattern, ranks: int = 4, rank: int = 1, chunk_blocks: int = 8) -> Figure:
-    """The figure that `draw_exchange` writes."""
-    most = min(pattern.num_kv_heads, len(_RANK_COLOURS))
-    if not 1 <= ranks <= most:
-        raise ValueError(f"ranks {ranks}: must be between 1 and {most}")
+    """Returns the figure that `draw_exchange` writes."""
+    limit = min(pattern.num_kv_heads, len(_RANK_COLOURS))
+    if not 1 <= ranks <= limit:
+        raise ValueError(f"ranks {ranks}: must be between 1 and {limit}")
     if not 0 <= rank < ranks:
         raise ValueError(f"rank {rank}: must be between 0 and {ranks - 1}")
     heads, blocks = pattern.num_kv_heads, 2 * ranks * chunk_blocks
@@ -66,10 +73,10 @@ def exchange_figure(pattern: S2Pattern, ranks: int = 4, rank: int = 1, chunk_blo
         ("all_gather", "ring, all_gather: everything comes"),
     ):
         held, halo = _keys_held(schedule, pattern, call, zigzag, rank)
-        moved = exchange_bytes(schedule, pattern, call, rank).forward_received / (2 * heads * call.tokens)
+        received = exchange_bytes(schedule, pattern, call, rank).forward_received / (2 * heads * call.tokens)
         if schedule == "a2a":
-            moved = (held.sum() - 2 * chunk_blocks * held.any(1).sum()) / held.size
-        text = f"{title} ({moved:.0%} of keys and values received)"
+            received = (held.sum() - 2 * chunk_blocks * held.any(1).sum()) / held.size
+        text = f"{title} ({received:.0%} of keys and values received)"
         strips.append((text, [f"KV head {g}" for g in range(heads)], np.where(held, owner, -1), halo))
     return _draw_strips(strips, zigzag, rank)
 
@@ -77,13 +84,13 @@ def exchange_figure(pattern: S2Pattern, ranks: int = 4, rank: int = 1, chunk_blo
 def _keys_held(
     schedule: str, pattern: S2Pattern, call: AttentionCall, zigzag: Zigzag, rank: int
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """`[heads, blocks]`: which keys a rank attends to are there, and which of them are halo."""
+    """`[heads, blocks]`: the key blocks that a rank attends to, and which of them are halo."""
     heads, blocks = pattern.num_kv_heads, zigzag.tokens
     if schedule == "all_gather":
         return np.ones((heads, blocks), dtype=bool), None
     held = np.zeros((heads, blocks), dtype=bool)
     if schedule == "a2a":
-        held[head_plan(pattern, call).kv_heads(rank)] = True
+        held[plan_heads(pattern, call).kv_heads(rank)] = True
         return held, None
     halo = np.zeros_like(held)
     for start, stop in zigzag.chunks(rank):
@@ -102,14 +109,8 @@ def _draw_strips(strips: list, zigzag: Zigzag, rank: int) -> Figure:
     height = sum(row * len(names) + gap for _, names, _, _ in strips) + 0.85
     figure = new_figure(width, height)
     top = height - 0.36
-    figure.text(
-        left / width,
-        1 - 0.1 / height,
-        f"The keys that rank {rank} of {zigzag.ranks} attends to, by who sends them",
-        fontsize=11.5,
-        weight="bold",
-        va="top",
-    )
+    heading = f"The keys that rank {rank} of {zigzag.ranks} attends to, by who sends them"
+    draw_title(figure, heading, left, 0.1)
     for title, names, cells, halo in strips:
         top -= gap
         size = row * len(names)
@@ -122,44 +123,23 @@ def _draw_strips(strips: list, zigzag: Zigzag, rank: int) -> Figure:
         top -= size
     patches = [Patch(facecolor=_RANK_COLOURS[r], label=f"from rank {r}") for r in range(zigzag.ranks)]
     patches[rank].set_label(f"its own (rank {rank})")
-    patches.append(Patch(facecolor="white", edgecolor=_INK, hatch=_HALO_HATCH, label="halo"))
-    patches.append(Patch(facecolor=_ABSENT, label="not needed here"))
-    figure.legend(
-        handles=patches,
-        loc="lower left",
-        bbox_to_anchor=(left / width, 0.08 / height),
-        borderaxespad=0,
-        borderpad=0,
-        ncols=len(patches),
-        frameon=False,
-        fontsize=9,
-        handlelength=1.2,
-        columnspacing=1.3,
-    )
+    patches.append(Patch(facecolor="white", edgecolor=Colour.NAVY, hatch=_HALO_HATCH, label="halo"))
+    patches.append(Patch(facecolor=Colour.PALE, label="not needed here"))
+    draw_legend(figure, patches, left, 0.08, columnspacing=1.3)
     return figure
 
 
 def _draw_strip(
     axes: Axes, names: list[str], cells: np.ndarray, halo: np.ndarray | None, zigzag: Zigzag, rank: int
 ) -> None:
-    from matplotlib.colors import BoundaryNorm, ListedColormap
     from matplotlib.patches import Rectangle
 
-    colours = [_ABSENT, *_RANK_COLOURS[: zigzag.ranks]]
-    norm = BoundaryNorm([n - 1.5 for n in range(len(colours) + 1)], len(colours))
-    axes.imshow(cells, cmap=ListedColormap(colours), norm=norm, interpolation="nearest", aspect="auto")
-    rows, blocks = cells.shape
-    axes.set_xticks([b - 0.5 for b in range(1, blocks)], minor=True)
-    axes.set_yticks([r - 0.5 for r in range(1, rows)], minor=True)
-    axes.grid(which="minor", color="white", linewidth=0.6)
-    axes.tick_params(which="both", length=0)
-    axes.set_yticks(range(rows), names, fontsize=8)
+    draw_cells(axes, cells, [Colour.PALE, *_RANK_COLOURS[: zigzag.ranks]], grid=0.6, aspect="auto")
+    axes.set_yticks(range(len(cells)), names, fontsize=8)
     axes.set_xticks([])
-    axes.spines[:].set_visible(False)
     for start, stop in zigzag.chunks(rank):
-        axes.add_patch(
-            Rectangle((start - 0.5, -0.5), stop - start, rows, fill=False, edgecolor=_INK, linewidth=1.6)
-        )
+        corner, size = (start - 0.5, -0.5), (stop - start, len(cells))
+        axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor=Colour.NAVY, linewidth=1.6))
     if halo is not None:
         for g, block in zip(*np.nonzero(halo)):
             axes.add_patch(
@@ -182,20 +162,20 @@ def _label_chunks(axes: Axes, zigzag: Zigzag) -> None:
         )
 
 
-def plan_sizes(most: int, seq_length: int) -> list[int]:
-    """The context-parallel sizes to draw: powers of two that the sequence allows, and `most`.
+def plan_sizes(largest: int, seq_length: int) -> list[int]:
+    """The context-parallel sizes to draw: `largest`, and the smaller powers of two that fit the sequence.
 
     Raises:
-        ValueError: a single rank, which exchanges nothing.
+        ValueError: `largest` is 1; a single rank exchanges nothing.
     """
-    if most < 2:
-        raise ValueError(f"--context-parallel-size {most}: must be at least 2 with --plot")
-    powers = [1 << n for n in range(1, most.bit_length()) if 1 << n < most]
-    return [*(size for size in powers if seq_length % (2 * size) == 0), most]
+    if largest < 2:
+        raise ValueError(f"--context-parallel-size {largest}: must be at least 2 with --plot")
+    powers = [1 << n for n in range(1, largest.bit_length()) if 1 << n < largest]
+    return [*(size for size in powers if seq_length % (2 * size) == 0), largest]
 
 
 def draw_plans(plans: Sequence[ModelPlan], path: str | Path) -> None:
-    """Draw bytes and predicted time of every schedule over the number of ranks, one plan for each.
+    """Draws bytes and predicted time of every schedule over the number of ranks, from one plan for each.
 
     Raises:
         ValueError: the suffix of `path` is not .png or .svg.
@@ -205,7 +185,7 @@ def draw_plans(plans: Sequence[ModelPlan], path: str | Path) -> None:
 
 
 def plans_figure(plans: Sequence[ModelPlan]) -> Figure:
-    """The figure that `draw_plans` writes."""
+    """Returns the figure that `draw_plans` writes."""
     figure = new_figure(9.6, 4.3)
     from matplotlib.ticker import LogLocator
 
@@ -229,7 +209,7 @@ def plans_figure(plans: Sequence[ModelPlan]) -> Figure:
         axes.tick_params(axis="y", labelsize=8)
         axes.minorticks_off()
         axes.set_xlabel("context-parallel ranks", fontsize=9)
-        axes.grid(color=_ABSENT)
+        axes.grid(color=Colour.PALE)
         axes.spines[["top", "right"]].set_visible(False)
     title = f"{plans[-1].call.tokens} tokens, {plans[-1].settings.first_pattern.describe()}"
     figure.suptitle(title, fontsize=11, weight="bold")
@@ -240,7 +220,7 @@ def plans_figure(plans: Sequence[ModelPlan]) -> Figure:
 
 
 def _received_per_layer(plan: ModelPlan, schedule: str) -> float | None:
-    of_layers = [(len(group.layers), group.plan.schedules[schedule]) for group in plan.groups]
-    if any(one is None for _, one in of_layers):
+    groups = [(len(group.layers), group.plan.schedules[schedule]) for group in plan.groups]
+    if any(one is None for _, one in groups):
         return None
-    return sum(n * one.received_forward.most for n, one in of_layers) / plan.settings.num_layers
+    return sum(layers * one.received_forward.most for layers, one in groups) / plan.settings.num_layers

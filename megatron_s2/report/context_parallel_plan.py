@@ -1,11 +1,14 @@
-"""A plan for people and for programs: the table and the JSON of `scripts/plan.py`."""
+"""A context-parallel plan as text and as JSON: the output of `scripts/plan.py`."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 
-from megatron_s2.parallel.planner import SCHEDULES, LayerGroup, ModelPlan, SchedulePlan, Spread, time_text
+from megatron_s2.parallel.cost import SCHEDULES
+from megatron_s2.parallel.planner import LayerGroup, ModelPlan, time_text
+from megatron_s2.parallel.time_model import SchedulePlan, Spread
 from megatron_s2.report.startup_table import ranges
+from megatron_s2.report.table import aligned
 
 _HEADINGS = (
     ("schedule", ""),
@@ -21,7 +24,7 @@ _HEADINGS = (
 
 
 def table(plan: ModelPlan) -> str:
-    """Every schedule for each group of equal layers, what is chosen and why, and the time of all layers."""
+    """Returns the plan as text: every schedule of each group of layers, the one chosen, and the reason."""
     call, cluster = plan.call, plan.cluster
     kv_heads = plan.groups[0].plan.pattern.num_kv_heads
     lines = [
@@ -41,23 +44,17 @@ def table(plan: ModelPlan) -> str:
 
 
 def _group_lines(plan: ModelPlan, group: LayerGroup) -> list[str]:
-    what = "dense" if group.dense else plan.settings.first_pattern.describe()
+    pattern = "dense" if group.dense else plan.settings.first_pattern.describe()
     chosen = group.plan.choice
-    rows = [list(column) for column in zip(*_HEADINGS)]
-    rows += [_row(name, group.plan.schedules[name], name == chosen.schedule) for name in SCHEDULES]
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows = [
+        *zip(*_HEADINGS),
+        *(_row(name, group.plan.schedules[name], name == chosen.schedule) for name in SCHEDULES),
+    ]
     return [
-        f"layers {ranges(group.layers)}: {what}",
-        *(_aligned(row, widths) for row in rows),
+        f"layers {ranges(group.layers)}: {pattern}",
+        *aligned(rows, indent="  "),
         f"  {chosen.schedule}: {chosen.why}",
     ]
-
-
-def _aligned(row: list[str], widths: list[int]) -> str:
-    first, *rest = (
-        text.ljust(width) if n == 0 else text.rjust(width) for n, (text, width) in enumerate(zip(row, widths))
-    )
-    return "  " + "  ".join([first, *rest]).rstrip()
 
 
 def _row(name: str, plan: SchedulePlan | None, chosen: bool) -> list[str]:
@@ -95,10 +92,10 @@ def _totals(plan: ModelPlan) -> str:
 
 
 def as_json(plan: ModelPlan) -> dict:
-    """The plan as JSON values: `layers`, one entry each in order, and what they share.
+    """Returns the plan as JSON values, with one entry of `layers` for each layer, in order.
 
-    Bytes and FLOPs are those of the rank that has most, where `least` and `most` do not say otherwise; a
-    schedule that cannot be had is null.
+    Bytes and FLOPs are those of the rank that has most, unless they are given as `least` and `most`. A
+    schedule that is not possible is null.
     """
     layers = [
         {

@@ -1,4 +1,4 @@
-"""Pictures of timelines: one panel each, one row per queue, all to the same scale.
+"""Pictures of timelines of the optimizer step: one panel each, one row per queue, all to the same scale.
 
 Needs matplotlib (the extra `megatron-s2[plot]`), imported when the first picture is drawn.
 """
@@ -10,25 +10,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_s2.offload.trace import QUEUE_NAMES, QUEUES, Event, bottleneck
-from megatron_s2.report.pattern_picture import new_figure, save_figure
+from megatron_s2.report.figure import Colour, draw_legend, draw_title, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
 _COLOURS = {
-    "update": "#5b9bd5",
-    "state": "#f28c28",
-    "weights": "#3c9d6b",
-    "gradients": "#b05bb5",
+    "update": Colour.BLUE,
+    "state": Colour.ORANGE,
+    "weights": Colour.GREEN,
+    "gradients": Colour.PURPLE,
     "backward": "#c9d3df",
 }
-_OTHER = "#8a8a8a"
 _ROW, _TITLE, _WIDTH, _LEFT, _RIGHT = 0.19, 0.4, 9.6, 1.05, 0.15  # inches
 _LABELS = {"state": "state", "update": "update", "weights": "16-bit weights", "gradients": "gradients"}
-_NARROWEST_EDGED = 250  # to the width of the picture; in more, edges would hide the events
-
-_SEAM = 1e-6  # of a bar's width, between bars that touch
+_MAX_EDGED_BARS = 250  # number of bars of mean width across the picture; edges would hide narrower bars
+_SEAM = 1e-6  # largest gap between bars that touch, as a share of a bar's width
 
 
 def draw_timelines(
@@ -37,13 +36,13 @@ def draw_timelines(
     title: str | None = None,
     captions: Mapping[str, str] | None = None,
 ) -> None:
-    """Draw timelines below one another to a PNG or an SVG by its suffix.
+    """Draws timelines below one another to `path`, a PNG or an SVG by its suffix.
 
     Args:
-        captions: behind a timeline's name; which queue is busiest where there is none.
+        captions: text behind the name of a timeline; by default its bottleneck.
 
     Raises:
-        ValueError: another suffix, or no events.
+        ValueError: another suffix, or there are no events.
         ImportError: matplotlib is not installed.
     """
     save_figure(timelines_figure(timelines, title, captions), path)
@@ -54,7 +53,7 @@ def timelines_figure(
     title: str | None = None,
     captions: Mapping[str, str] | None = None,
 ) -> Figure:
-    """The figure that `draw_timelines` writes."""
+    """Returns the figure that `draw_timelines` writes."""
     timelines = {name: events for name, events in timelines.items() if events}
     if not timelines:
         raise ValueError("there are no events to draw")
@@ -66,7 +65,7 @@ def timelines_figure(
     height = top + sum(_TITLE + _ROW * len(queues) for queues in rows.values()) + 0.72
     figure = new_figure(_WIDTH, height)
     if title:
-        figure.text(_LEFT / _WIDTH, 1 - 0.12 / height, title, fontsize=11.5, weight="bold", va="top")
+        draw_title(figure, title, _LEFT, 0.12)
     longest = max(event.end for events in timelines.values() for event in events)
     y = height - top
     for name, events in timelines.items():
@@ -88,12 +87,12 @@ def timelines_figure(
             axes.set_xlabel("seconds", fontsize=9)
         else:
             axes.tick_params(labelbottom=False)
-    _draw_legend(figure, timelines)
+    draw_legend(figure, _legend(timelines), _LEFT, 0.08)
     return figure
 
 
 def kind_of(event: Event) -> str:
-    """What an event is about, without its subgroup."""
+    """The kind of an event: its name without the subgroup."""
     return event.name.split(maxsplit=1)[0] if event.name else ""
 
 
@@ -105,10 +104,10 @@ def _draw_panel(axes: Axes, events: Sequence[Event], queues: list[str], longest:
                 for event in events
                 if event.queue == queue and kind_of(event) == kind
             ]
-            wide = sum(width for _, width in bars) / len(bars) * _NARROWEST_EDGED > longest
+            wide = sum(width for _, width in bars) / len(bars) * _MAX_EDGED_BARS > longest
             edge = {"edgecolor": "white", "linewidth": 0.4} if wide else {"linewidth": 0}
-            colour = _COLOURS.get(kind, _OTHER)
-            # Not snapped to pixels: bars narrower than one would vanish or grow.
+            colour = _COLOURS.get(kind, Colour.GREY)
+            # Snapping to pixels would make bars narrower than a pixel vanish or grow.
             axes.broken_barh(
                 bars if wide else _joined(bars), (row - 0.42, 0.84), facecolor=colour, snap=False, **edge
             )
@@ -121,7 +120,7 @@ def _draw_panel(axes: Axes, events: Sequence[Event], queues: list[str], longest:
 
 
 def _joined(bars: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Bars (start, width) with those that touch made one, so that no seams are drawn between them."""
+    """Joins bars (start, width) that touch, so that no seams are drawn between them."""
     joined: list[tuple[float, float]] = []
     for start, width in sorted(bars):
         if joined and start <= sum(joined[-1]) + _SEAM * width:
@@ -131,22 +130,9 @@ def _joined(bars: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return joined
 
 
-def _draw_legend(figure: Figure, timelines: Mapping[str, Sequence[Event]]) -> None:
+def _legend(timelines: Mapping[str, Sequence[Event]]) -> list[Patch]:
     from matplotlib.patches import Patch
 
     kinds = {kind_of(event) for events in timelines.values() for event in events}
     shown = [kind for kind in _COLOURS if kind in kinds] + sorted(kinds - set(_COLOURS))
-    figure.legend(
-        handles=[
-            Patch(facecolor=_COLOURS.get(kind, _OTHER), label=_LABELS.get(kind, kind)) for kind in shown
-        ],
-        loc="lower left",
-        bbox_to_anchor=(_LEFT / _WIDTH, 0.08 / figure.get_figheight()),
-        borderaxespad=0,
-        borderpad=0,
-        ncols=len(shown),
-        frameon=False,
-        fontsize=9,
-        handlelength=1.2,
-        columnspacing=1.4,
-    )
+    return [Patch(facecolor=_COLOURS.get(kind, Colour.GREY), label=_LABELS.get(kind, kind)) for kind in shown]

@@ -8,19 +8,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from megatron_s2.pattern.block_pattern import BlockPattern
-from megatron_s2.pattern.s2_pattern import S2Pattern
+from megatron_s2.pattern import BlockPattern, S2Pattern
+from megatron_s2.report.figure import Colour, draw_cells, draw_legend, draw_title, new_figure, save_figure
 
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
-SUFFIXES = (".png", ".svg")
-MOST_HEAD_PANELS = 8
-
-_DPI = 150
-_MOST_GRID_BLOCKS = 64  # beyond, lines between blocks would hide the blocks
+_MAX_HEAD_PANELS = 8
+_MAX_GRID_BLOCKS = 64  # with more blocks the lines between them would hide them
 
 # Inches.
 _GAP = 0.14
@@ -30,21 +28,21 @@ _BETWEEN_HEADS_AND_UNION = 0.5
 
 
 class _Kind(NamedTuple):
-    """What a block is to a head, and how that looks."""
+    """A kind of block, with its label and colour in the picture."""
 
     label: str
     colour: str
 
 
-_UNSEEN = _Kind("not seen by this head", "#e9edf2")
-_SHARD = _Kind("the head's shard", "#f28c28")
-_SINK = _Kind("sink", "#3c9d6b")
-_WINDOW = _Kind("window", "#5b9bd5")
-_DIAGONAL = _Kind("diagonal, causal inside", "#12355b")
-_SEEN = _Kind("seen", "#5b9bd5")
-_LOST = _Kind("seen by no head", "#d62839")
+_UNSEEN = _Kind("not seen by this head", Colour.PALE)
+_SHARD = _Kind("the head's shard", Colour.ORANGE)
+_SINK = _Kind("sink", Colour.GREEN)
+_WINDOW = _Kind("window", Colour.BLUE)
+_DIAGONAL = _Kind("diagonal, causal inside", Colour.NAVY)
+_SEEN = _Kind("seen", Colour.BLUE)
+_LOST = _Kind("seen by no head", Colour.RED)
 _FUTURE_COLOUR = "#ffffff"
-_FEW_TO_ALL_HEADS = ("#fbd5a0", "#7fb2dd", "#12355b")
+_FEW_TO_ALL_HEADS = ("#fbd5a0", "#7fb2dd", Colour.NAVY)
 
 
 def draw_pattern(
@@ -54,57 +52,27 @@ def draw_pattern(
     title: str | None = None,
     num_layers: int = 1,
 ) -> None:
-    """Draw the first `num_blocks` blocks of `pattern` to `path`, a PNG or an SVG by its suffix.
+    """Draws the first `num_blocks` blocks of `pattern` to `path`, a PNG or an SVG by its suffix.
 
-    One panel per KV head (the first seven and the last where there are more than eight), and one for all
-    heads together: how many of them see each block, counted over `num_layers` consecutive layers that
-    begin with the pattern's own.
+    The picture has one panel per KV head (with more than eight heads, the first seven and the last), and one
+    with the number of heads that see each block, counted over `num_layers` consecutive layers from
+    the pattern's layer on.
 
     Raises:
-        ValueError: another suffix, or a number that `pattern_figure` refuses.
+        ValueError: another suffix, or as for `pattern_figure`.
         ImportError: matplotlib is not installed.
     """
     save_figure(pattern_figure(pattern, num_blocks, title, num_layers), path)
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """An empty white figure, sizes in inches.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("drawing needs matplotlib: python -m pip install 'megatron-s2[plot]'") from error
-    return Figure(figsize=(width, height), facecolor="white")
-
-
-def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write a figure to a PNG or an SVG by its suffix; the same figure gives the same bytes.
-
-    Raises:
-        ValueError: another suffix.
-    """
-    path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise ValueError(f"path {path}: must end in {' or '.join(SUFFIXES)}")
-    import matplotlib
-
-    # So that stored pictures change only when they must.
-    with matplotlib.rc_context({"svg.hashsalt": "megatron-s2"}):
-        figure.savefig(path, dpi=_DPI, metadata={"Date": None} if suffix == ".svg" else None)
-
-
 def pattern_figure(
     pattern: BlockPattern, num_blocks: int = 32, title: str | None = None, num_layers: int = 1
 ) -> Figure:
-    """The figure that `draw_pattern` writes.
+    """Returns the figure that `draw_pattern` writes.
 
     Raises:
         ValueError: `num_blocks` or `num_layers` is not positive, or `num_layers` is more than 1 for a
-            pattern that is the same in every layer.
+            pattern that is not an `S2Pattern`.
         ImportError: matplotlib is not installed.
     """
     if num_blocks < 1:
@@ -128,12 +96,12 @@ def pattern_figure(
         return figure.add_axes((left / width, bottom / height, size / width, size / height))
 
     shown: list[_Kind] = []
-    for place, head in enumerate(heads):
-        row, column = divmod(place, columns)
+    for panel, head in enumerate(heads):
+        row, column = divmod(panel, columns)
         axes = square(_LEFT + column * (side + _GAP), _BOTTOM + (rows - 1 - row) * (side + _TITLED_GAP), side)
         kinds, cells = _cells_of_head(pattern, head, num_blocks)
         _draw_head(axes, cells, kinds, _head_title(pattern, head))
-        _label_blocks(axes, num_blocks, x=place + columns >= len(heads), y=column == 0)
+        _label_blocks(axes, num_blocks, x=panel + columns >= len(heads), y=column == 0)
         shown.extend(kind for kind in kinds if kind not in shown)
 
     counts = _heads_that_see(pattern, num_blocks, num_layers)
@@ -144,14 +112,7 @@ def pattern_figure(
     _draw_union(axes, bar_axes, counts, _union_title(pattern, num_layers))
     _label_blocks(axes, num_blocks, x=True, y=False)
 
-    figure.text(
-        _LEFT / width,
-        1 - 0.16 / height,
-        title or _default_title(pattern),
-        fontsize=11.5,
-        weight="bold",
-        va="top",
-    )
+    draw_title(figure, title or _default_title(pattern), _LEFT, 0.16)
     if len(heads) < pattern.num_kv_heads:
         figure.text(
             _LEFT / width,
@@ -160,19 +121,19 @@ def pattern_figure(
             fontsize=9,
             va="top",
         )
-    _draw_legend(figure, shown, some_lost=bool((counts == 0).any()))
+    entries = _legend(shown, some_lost=bool((counts == 0).any()))
+    draw_legend(figure, entries, _LEFT, 0.1, handlelength=1, handleheight=1)
     return figure
 
 
 def _heads_to_show(num_kv_heads: int) -> list[int]:
-    if num_kv_heads <= MOST_HEAD_PANELS:
+    if num_kv_heads <= _MAX_HEAD_PANELS:
         return list(range(num_kv_heads))
-    return [*range(MOST_HEAD_PANELS - 1), num_kv_heads - 1]  # the last is the one that may be dense
+    return [*range(_MAX_HEAD_PANELS - 1), num_kv_heads - 1]  # dense heads are the last ones
 
 
 def _cells_of_head(pattern: BlockPattern, head: int, num_blocks: int) -> tuple[list[_Kind], np.ndarray]:
-    """The kinds of block there are, and `[query, key]` the kind of each: an index into them, -1 for the
-    future."""
+    """The kinds that occur, and for each block `[query, key]` the index of its kind, -1 in the future."""
     import numpy as np
 
     is_s2 = isinstance(pattern, S2Pattern)
@@ -195,7 +156,7 @@ def _cells_of_head(pattern: BlockPattern, head: int, num_blocks: int) -> tuple[l
 
 
 def _heads_that_see(pattern: BlockPattern, num_blocks: int, num_layers: int) -> np.ndarray:
-    """`[query, key]` how many heads of `num_layers` layers see each block, -1 for the future."""
+    """`[query, key]`, the number of heads in `num_layers` layers that see each block, -1 in the future."""
     import numpy as np
 
     counts = np.tril(np.ones((num_blocks, num_blocks), dtype=int)) - 1
@@ -210,7 +171,7 @@ def _heads_that_see(pattern: BlockPattern, num_blocks: int, num_layers: int) -> 
 
 
 def _draw_head(axes: Axes, cells: np.ndarray, kinds: list[_Kind], title: str) -> None:
-    _draw_cells(axes, cells, [kind.colour for kind in kinds])
+    draw_cells(axes, cells, [_FUTURE_COLOUR, *(kind.colour for kind in kinds)], _grid(len(cells)))
     axes.set_title(title, fontsize=9, pad=4)
     unseen = kinds.index(_UNSEEN) if _UNSEEN in kinds else -1
     _write_share(axes, seen=(cells >= 0) & (cells != unseen), past=cells >= 0, fontsize=9)
@@ -220,38 +181,28 @@ def _draw_union(axes: Axes, bar_axes: Axes, counts: np.ndarray, title: str) -> N
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import BoundaryNorm, LinearSegmentedColormap, ListedColormap
 
-    most = int(counts.max())
+    heads = int(counts.max())
     few_to_all = LinearSegmentedColormap.from_list("heads", _FEW_TO_ALL_HEADS)
-    # The root keeps one head and two apart where there are many.
-    colours = [few_to_all((n / max(most - 1, 1)) ** 0.6) for n in range(most)]
-    _draw_cells(axes, counts, [_LOST.colour, *colours])
+    # The exponent below 1 keeps one head and two heads apart when there are many.
+    colours = [few_to_all((n / max(heads - 1, 1)) ** 0.6) for n in range(heads)]
+    draw_cells(axes, counts, [_FUTURE_COLOUR, _LOST.colour, *colours], _grid(len(counts)))
     axes.set_title(title, fontsize=10, pad=5)
     _write_share(axes, seen=counts > 0, past=counts >= 0, fontsize=12)
 
-    edges = [n + 0.5 for n in range(most + 1)]
-    scale = ScalarMappable(BoundaryNorm(edges, most), ListedColormap(colours))
-    step = -(-most // 8)
-    bar = axes.figure.colorbar(scale, cax=bar_axes, ticks=[1, *range(2 * step - step % 2, most, step), most])
+    edges = [n + 0.5 for n in range(heads + 1)]
+    scale = ScalarMappable(BoundaryNorm(edges, heads), ListedColormap(colours))
+    step = -(-heads // 8)
+    bar = axes.figure.colorbar(
+        scale, cax=bar_axes, ticks=[1, *range(2 * step - step % 2, heads, step), heads]
+    )
     bar.set_label("heads that see the block", fontsize=9)
     bar.ax.tick_params(labelsize=8, length=0)
     bar.ax.minorticks_off()
     bar.outline.set_visible(False)
 
 
-def _draw_cells(axes: Axes, cells: np.ndarray, colours: list) -> None:
-    from matplotlib.colors import BoundaryNorm, ListedColormap
-
-    levels = [_FUTURE_COLOUR, *colours]
-    norm = BoundaryNorm([index - 1.5 for index in range(len(levels) + 1)], len(levels))
-    axes.imshow(cells, cmap=ListedColormap(levels), norm=norm, interpolation="nearest")
-    num_blocks = len(cells)
-    if num_blocks <= _MOST_GRID_BLOCKS:
-        edges = [block - 0.5 for block in range(1, num_blocks)]
-        axes.set_xticks(edges, minor=True)
-        axes.set_yticks(edges, minor=True)
-        axes.grid(which="minor", color="white", linewidth=0.5)
-    axes.tick_params(which="both", length=0)
-    axes.spines[:].set_visible(False)
+def _grid(num_blocks: int) -> float:
+    return 0.5 if num_blocks <= _MAX_GRID_BLOCKS else 0
 
 
 def _label_blocks(axes: Axes, num_blocks: int, x: bool, y: bool) -> None:
@@ -268,7 +219,7 @@ def _label_blocks(axes: Axes, num_blocks: int, x: bool, y: bool) -> None:
 
 
 def _write_share(axes: Axes, seen: np.ndarray, past: np.ndarray, fontsize: float) -> None:
-    percent = 100 * int(seen.sum()) // int(past.sum())  # rounded down: 100 means all
+    percent = 100 * int(seen.sum()) // int(past.sum())  # rounded down, so that 100 means all
     axes.text(
         0.97,
         0.96,
@@ -282,25 +233,13 @@ def _write_share(axes: Axes, seen: np.ndarray, past: np.ndarray, fontsize: float
     )
 
 
-def _draw_legend(figure: Figure, kinds: list[_Kind], some_lost: bool) -> None:
+def _legend(kinds: list[_Kind], some_lost: bool) -> list[Patch]:
     from matplotlib.patches import Patch
 
     in_order = [kind for kind in (_DIAGONAL, _WINDOW, _SEEN, _SINK, _SHARD, _UNSEEN) if kind in kinds]
     if some_lost:
         in_order.append(_LOST)
-    figure.legend(
-        handles=[Patch(facecolor=kind.colour, label=kind.label) for kind in in_order],
-        loc="lower left",
-        bbox_to_anchor=(_LEFT / figure.get_figwidth(), 0.1 / figure.get_figheight()),
-        borderaxespad=0,
-        ncols=len(in_order),
-        frameon=False,
-        fontsize=9,
-        handlelength=1,
-        handleheight=1,
-        columnspacing=1.4,
-        borderpad=0,
-    )
+    return [Patch(facecolor=kind.colour, label=kind.label) for kind in in_order]
 
 
 def _head_title(pattern: BlockPattern, head: int) -> str:

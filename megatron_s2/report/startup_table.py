@@ -1,12 +1,13 @@
-"""The table that a run prints at its start: what S2 attention replaced, and what that saves."""
+"""The table that a run prints at its start: the layers that S2 attention replaces, and what it saves."""
 
 from __future__ import annotations
 
 from itertools import groupby
 
 from megatron_s2.parallel.planner import ModelPlan
+from megatron_s2.pattern import S2Settings
 from megatron_s2.pattern.block_pattern import dense_pairs
-from megatron_s2.pattern.settings import S2Settings
+from megatron_s2.report.table import aligned
 
 
 def startup_table(
@@ -16,14 +17,14 @@ def startup_table(
     bytes_per_element: int,
     context_parallel: ModelPlan | None = None,
 ) -> str:
-    """What replaced dense attention, the pattern of each group of layers, and the cost beside dense.
+    """Returns the table as text: replaced layers, pattern of each group of layers, cost compared to dense.
 
     Args:
-        context_parallel: what the ranks of context parallelism do, where there are several.
-        settings: S2 attention of the model.
+        settings: S2 settings of the model.
         seq_len: tokens per sequence.
-        head_dim: size of one head of keys and values.
-        bytes_per_element: of a cached key or value.
+        head_dim: elements per head of a key or value.
+        bytes_per_element: bytes per element of a cached key or value.
+        context_parallel: plan of context parallelism, if there is more than one rank.
     """
     sparse = settings.sparse_layers
     dense = [n for n in range(1, settings.num_layers + 1) if settings.is_dense(n)]
@@ -38,7 +39,7 @@ def startup_table(
     rows += [(f"layers {ranges(layers)}", text) for text, layers in groups.items()]
     rows += [
         ("distant past seen", _coverage(settings)),
-        ("attention FLOPs", _beside(settings.mean_pairs(seq_len), dense_pairs(seq_len), seq_len)),
+        ("attention FLOPs", _flops(settings.mean_pairs(seq_len), dense_pairs(seq_len), seq_len)),
         ("keys and values", _kv_bytes(settings, seq_len, head_dim, bytes_per_element)),
     ]
     if context_parallel is not None:
@@ -46,9 +47,7 @@ def startup_table(
             (f"{context_parallel.call.ranks} ranks, layers {ranges(list(group.layers))}", str(group.plan))
             for group in context_parallel.groups
         ]
-    width = max(len(name) for name, _ in rows)
-    lines = [f"  {name:<{width}}  {text}" for name, text in rows]
-    return "\n".join(["S2 attention (arXiv 2407.17678)", *lines])
+    return "\n".join(["S2 attention (arXiv 2407.17678)", *aligned(rows, left=(0, 1), indent="  ")])
 
 
 def _coverage(settings: S2Settings) -> str:
@@ -59,12 +58,12 @@ def _coverage(settings: S2Settings) -> str:
     return text
 
 
-def _beside(ours: float, dense: float, seq_len: int) -> str:
+def _flops(ours: float, dense: float, seq_len: int) -> str:
     return f"{ours / dense:.1%} of dense at {seq_len} tokens ({dense / ours:.1f}x fewer)"
 
 
 def _kv_bytes(settings: S2Settings, seq_len: int, head_dim: int, bytes_per_element: int) -> str:
-    """What the last query of a sequence reads, over all layers: the KV cache of generation."""
+    """Size of the KV cache in generation: the keys and values that the last query reads, over all layers."""
     ours = sum(
         settings.pattern(n).kv_bytes(seq_len, head_dim, bytes_per_element)
         for n in range(1, settings.num_layers + 1)
@@ -81,7 +80,7 @@ def _bytes(count: float) -> str:
 
 
 def ranges(numbers: list[int]) -> str:
-    """`1-3, 7` for [1, 2, 3, 7]; steps of a rotation as `1, 3, 5, …`."""
+    """Numbers as text: `1-3, 7` for [1, 2, 3, 7], cut off with `…` after six ranges."""
     runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
     parts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
     return ", ".join(parts[:6]) + (", …" if len(parts) > 6 else "")

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from megatron_s2.errors import flag_name
 from megatron_s2.layers.arguments import refuse_bypasses, settings_from_args
-from megatron_s2.parallel.planner import OURS, Cluster
-from megatron_s2.pattern.settings import S2Settings
+from megatron_s2.parallel.time_model import OURS, Cluster
+from megatron_s2.pattern import S2Settings
 from megatron_s2.training.offload_arguments import add_offload_args
 
 _S2_FLAG = "--s2-attention"
@@ -33,20 +33,29 @@ def add_s2_args(parser: ArgumentParser) -> ArgumentParser:
         action="store_true",
         help="Replace core attention by S2 attention (Sparsely-Sharded, arXiv 2407.17678).",
     )
-    add("--s2-block-size", type=int, help="Tokens per block, a power of two >= 16. Default 64.")
+    add(
+        "--s2-block-size",
+        type=int,
+        help=f"Tokens per block, a power of two >= 16. Default {S2Settings.block_size}.",
+    )
     add(
         "--s2-local-blocks",
         type=int,
-        help="Window of every head in blocks, the query's own block included. Default 8.",
+        help="Window of every head in blocks, the query's own block included. "
+        f"Default {S2Settings.local_blocks}.",
     )
     add(
         "--s2-vert-stride",
         type=int,
         nargs="+",
         help="Every so many blocks of the past one is in a head's shard; one number, or one per KV head. "
-        "1 is dense. Default 16.",
+        f"1 is dense. Default {S2Settings.vert_stride}.",
     )
-    add("--s2-sink-blocks", type=int, help="First blocks that every head always sees. Default 0.")
+    add(
+        "--s2-sink-blocks",
+        type=int,
+        help=f"First blocks that every head always sees. Default {S2Settings.sink_blocks}.",
+    )
     add(
         "--s2-phases",
         type=int,
@@ -54,7 +63,11 @@ def add_s2_args(parser: ArgumentParser) -> ArgumentParser:
         help="Residue of each KV head's shard: it sees block j when (j + phase) %% stride is 0. By default "
         "phases spread over the KV heads and, where these are fewer than the stride, rotate with the layer.",
     )
-    add("--s2-num-dense-heads", type=int, help="Last KV heads of each S2 layer that stay dense. Default 0.")
+    add(
+        "--s2-num-dense-heads",
+        type=int,
+        help=f"Last KV heads of each S2 layer that stay dense. Default {S2Settings.num_dense_heads}.",
+    )
     add(
         "--s2-dense-layers",
         type=_layer_numbers,

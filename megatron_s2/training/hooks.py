@@ -5,8 +5,6 @@ Each function names what it touches. Another call replaces what the previous one
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
 from types import SimpleNamespace
 
 import torch
@@ -14,8 +12,9 @@ import torch
 from megatron_s2.offload.manager import OffloadManager
 from megatron_s2.offload.optimizer import OffloadedAdamW
 from megatron_s2.parallel.exchange import Traffic
+from megatron_s2.pattern import S2Settings
 from megatron_s2.pattern.annealing import Annealing
-from megatron_s2.pattern.settings import S2Settings
+from megatron_s2.training.wrap import replace_class, unwrap, wrap_once
 
 
 def use_offload(offload: OffloadManager | None) -> None:
@@ -39,8 +38,6 @@ def use_offload(offload: OffloadManager | None) -> None:
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
     from megatron.core.optimizer import distrib_optimizer, optimizer
-
-    distributed = distrib_optimizer.DistributedOptimizer
 
     class OffloadedOptimizer(OffloadedAdamW):
         def __init__(self, params, *, lr, betas, eps, weight_decay, **of_hybrid_device_optimizer):
@@ -103,37 +100,26 @@ def use_offload(offload: OffloadManager | None) -> None:
         original(self, *args, **kwargs)
         offload.gradients_reduced(self)
 
-    for owner, name, ours in (
-        (package, "HybridDeviceOptimizer", OffloadedOptimizer),
-        (distrib_optimizer, "HybridDeviceOptimizer", OffloadedOptimizer),
-        (distributed, "__init__", construct),
-        (distributed, "zero_grad", zero_grad),
-        (distributed, "_get_main_param_and_optimizer_states", copies_of_state),
-        (distributed, "_unscale_main_grads_and_check_for_nan", check_for_inf),
-        (optimizer, "get_grad_norm_fp32", norm),
-        (optimizer, "clip_grad_by_total_norm_fp32", clip),
-        (DistributedDataParallel, "scale_gradients", scale),
-        (_ParamAndGradBucketGroup, "start_grad_sync", start_grad_sync),
-    ):
-        original = getattr(owner, name)
-        original = getattr(original, "before_megatron_s2_offload", original)
-        if offload is None:
-            setattr(owner, name, original)
-            continue
-        if not isinstance(ours, type):
-            ours = _around(original, ours)
-        ours.before_megatron_s2_offload = original
-        setattr(owner, name, ours)
-
-
-def _around(original: Callable, ours: Callable) -> Callable:
-    """Returns a function that calls `ours` with the original as its first argument."""
-
-    @wraps(original)
-    def wrapper(*args, **kwargs):
-        return ours(original, *args, **kwargs)
-
-    return wrapper
+    distributed = distrib_optimizer.DistributedOptimizer
+    classes = [(package, "HybridDeviceOptimizer"), (distrib_optimizer, "HybridDeviceOptimizer")]
+    wrappers = {
+        (distributed, "__init__"): construct,
+        (distributed, "zero_grad"): zero_grad,
+        (distributed, "_get_main_param_and_optimizer_states"): copies_of_state,
+        (distributed, "_unscale_main_grads_and_check_for_nan"): check_for_inf,
+        (optimizer, "get_grad_norm_fp32"): norm,
+        (optimizer, "clip_grad_by_total_norm_fp32"): clip,
+        (DistributedDataParallel, "scale_gradients"): scale,
+        (_ParamAndGradBucketGroup, "start_grad_sync"): start_grad_sync,
+    }
+    if offload is None:
+        for owner, name in [*classes, *wrappers]:
+            unwrap(owner, name)
+        return
+    for owner, name in classes:
+        replace_class(owner, name, OffloadedOptimizer)
+    for (owner, name), wrapper in wrappers.items():
+        wrap_once(owner, name, wrapper)
 
 
 def count_s2_flops(settings: S2Settings | Annealing) -> None:
@@ -146,25 +132,21 @@ def count_s2_flops(settings: S2Settings | Annealing) -> None:
     """
     from megatron.training import training
 
-    count, update = (
-        getattr(function, "before_megatron_s2", function)
-        for function in (training.num_floating_point_operations, training.update_seqlen_stats_from_cu_seqlens)
-    )
-
-    def count_visible(args, batch_size, seqlen_squared_sum_in_batch=None, total_real_tokens_in_batch=None):
+    def count_visible(
+        original, args, batch_size, seqlen_squared_sum_in_batch=None, total_real_tokens_in_batch=None
+    ):
         if seqlen_squared_sum_in_batch is None:
             seqlen_squared_sum_in_batch = batch_size * 2 * settings.mean_pairs(args.seq_length)
-        return count(args, batch_size, seqlen_squared_sum_in_batch, total_real_tokens_in_batch)
+        return original(args, batch_size, seqlen_squared_sum_in_batch, total_real_tokens_in_batch)
 
-    def update_visible(cu_seqlens):
-        update(cu_seqlens)
+    def update_visible(original, cu_seqlens):
+        original(cu_seqlens)
         if cu_seqlens is not None and cu_seqlens.numel() > 1:
             lengths = cu_seqlens.diff().tolist()
             training._seqlen_stats_in_iteration[1] += sum(2 * settings.mean_pairs(n) - n * n for n in lengths)
 
-    count_visible.before_megatron_s2, update_visible.before_megatron_s2 = count, update
-    training.num_floating_point_operations = count_visible
-    training.update_seqlen_stats_from_cu_seqlens = update_visible
+    wrap_once(training, "num_floating_point_operations", count_visible)
+    wrap_once(training, "update_seqlen_stats_from_cu_seqlens", update_visible)
 
 
 def log_context_parallel_traffic(traffic: Traffic) -> None:
@@ -178,8 +160,6 @@ def log_context_parallel_traffic(traffic: Traffic) -> None:
     from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer, training
     from megatron.training.utils import print_rank_last
 
-    original = getattr(training.training_log, "before_megatron_s2", training.training_log)
-
     def of_all_stages(layers: int) -> Traffic:
         counts = [[of_layer.get(n, 0) for n in range(1, layers + 1)] for of_layer in vars(traffic).values()]
         table = torch.tensor(counts, device=torch.cuda.current_device())
@@ -187,7 +167,7 @@ def log_context_parallel_traffic(traffic: Traffic) -> None:
             torch.distributed.all_reduce(table, group=mpu.get_pipeline_model_parallel_group())
         return Traffic(*({n: count for n, count in enumerate(row, 1) if count} for row in table.tolist()))
 
-    def log_traffic_too(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs):
+    def log_traffic_too(original, loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs):
         result = original(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs)
         settings = get_args()
         prints = settings.log_throughput and iteration % settings.log_interval == 0
@@ -216,5 +196,4 @@ def log_context_parallel_traffic(traffic: Traffic) -> None:
         if (writer := get_wandb_writer()) is not None:
             writer.log(values, iteration)
 
-    log_traffic_too.before_megatron_s2 = original
-    training.training_log = log_traffic_too
+    wrap_once(training, "training_log", log_traffic_too)

@@ -10,10 +10,11 @@ import logging
 import sys
 import warnings
 from argparse import ArgumentParser, Namespace
-from functools import wraps
 from importlib.util import find_spec
 
 import torch
+
+from megatron_s2.training.wrap import wrap_once
 
 
 class EmptySplitError(ValueError):
@@ -94,11 +95,10 @@ def let_distributed_optimizer_resume_with_torch_adam() -> None:
     """
     from megatron.core.optimizer import distrib_optimizer
 
-    original = distrib_optimizer.DistributedOptimizer.state_dict
-    if distrib_optimizer.HAVE_APEX_OR_TE or hasattr(original, "before_megatron_s2"):
+    if distrib_optimizer.HAVE_APEX_OR_TE:
         return
 
-    def state_dict(self):
+    def state_dict(original, self):
         if self.optimizer.state:
             return original(self)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -109,8 +109,7 @@ def let_distributed_optimizer_resume_with_torch_adam() -> None:
         finally:
             self.optimizer.state.clear()
 
-    state_dict.before_megatron_s2 = original
-    distrib_optimizer.DistributedOptimizer.state_dict = state_dict
+    wrap_once(distrib_optimizer.DistributedOptimizer, "state_dict", state_dict)
 
 
 def keep_adam_step_when_distributed_optimizer_resumes() -> None:
@@ -125,11 +124,7 @@ def keep_adam_step_when_distributed_optimizer_resumes() -> None:
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    original = DistributedOptimizer._set_main_param_and_optimizer_states
-    if hasattr(original, "before_megatron_s2"):
-        return
-
-    def set_states(self, model_param, tensors):
+    def set_states(original, self, model_param, tensors):
         group, order = self.model_param_group_index_map[model_param]
         state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
         tensors = {name: tensor for name, tensor in tensors.items() if name != "step"}
@@ -138,8 +133,7 @@ def keep_adam_step_when_distributed_optimizer_resumes() -> None:
         with torch.no_grad():
             original(self, model_param, tensors)
 
-    set_states.before_megatron_s2 = original
-    DistributedOptimizer._set_main_param_and_optimizer_states = set_states
+    wrap_once(DistributedOptimizer, "_set_main_param_and_optimizer_states", set_states)
 
 
 def refuse_empty_splits() -> None:
@@ -151,11 +145,7 @@ def refuse_empty_splits() -> None:
     """
     from megatron.core.datasets.gpt_dataset import GPTDataset
 
-    original = GPTDataset._get_num_epochs
-    if hasattr(original, "before_megatron_s2"):
-        return
-
-    def num_epochs(self, num_tokens_per_epoch):
+    def num_epochs(original, self, num_tokens_per_epoch):
         if num_tokens_per_epoch == 0:
             split = f"--split {self.config.split}: " if self.config.split else ""
             raise EmptySplitError(
@@ -164,8 +154,7 @@ def refuse_empty_splits() -> None:
             )
         return original(self, num_tokens_per_epoch)
 
-    num_epochs.before_megatron_s2 = original
-    GPTDataset._get_num_epochs = num_epochs
+    wrap_once(GPTDataset, "_get_num_epochs", num_epochs)
 
 
 def keep_padding_to_its_own_sample() -> None:
@@ -178,20 +167,14 @@ def keep_padding_to_its_own_sample() -> None:
     """
     from megatron.core.datasets.gpt_dataset import GPTDataset
 
-    original = GPTDataset.__getitem__
-    if hasattr(original, "before_megatron_s2"):
-        return
-
-    @wraps(original)
-    def get_item(self, index):
+    def get_item(original, self, index):
         was_cached = self.masks_and_position_ids_are_cached
         sample = original(self, index)
         if self.masks_and_position_ids_are_cached and not was_cached:
             self.cached_loss_mask = torch.ones_like(self.cached_loss_mask)
         return sample
 
-    get_item.before_megatron_s2 = original
-    GPTDataset.__getitem__ = get_item
+    wrap_once(GPTDataset, "__getitem__", get_item)
 
 
 def let_eval_interval_be_unset(args: Namespace) -> None:
@@ -210,12 +193,12 @@ def let_pretrain_start_without_cuda() -> None:
 
     So the call asserts that CUDA is available. Touches `megatron.training.training.initialize_megatron`.
     """
-    from functools import partial
-
     from megatron.training import training
 
-    if not isinstance(training.initialize_megatron, partial):
-        training.initialize_megatron = partial(training.initialize_megatron, allow_no_cuda=True)
+    def initialize_megatron(original, *args, **kwargs):
+        return original(*args, **kwargs | {"allow_no_cuda": True})
+
+    wrap_once(training, "initialize_megatron", initialize_megatron)
 
 
 def skip_jit_warmup() -> None:
@@ -243,11 +226,7 @@ def rotate_packed_tokens_of_a_row() -> None:
 
     from megatron_s2.parallel.layout import Zigzag
 
-    original = rope_utils._apply_rotary_pos_emb_thd
-    if hasattr(original, "before_megatron_s2"):
-        return
-
-    def rotate(t, cu_seqlens, freqs, *args, cp_group=None, **kwargs):
+    def rotate(original, t, cu_seqlens, freqs, *args, cp_group=None, **kwargs):
         if cp_group is None or cp_group.size() == 1:
             return original(t, cu_seqlens, freqs, *args, cp_group=cp_group, **kwargs)
         zigzag = Zigzag(cp_group.size(), t.shape[0] * cp_group.size())
@@ -257,8 +236,7 @@ def rotate_packed_tokens_of_a_row() -> None:
         rotated = rope_utils._apply_rotary_pos_emb_bshd(t[:, None], freqs[rows - starts], *args, **kwargs)
         return rotated[:, 0]
 
-    rotate.before_megatron_s2 = original
-    rope_utils._apply_rotary_pos_emb_thd = rotate
+    wrap_once(rope_utils, "_apply_rotary_pos_emb_thd", rotate)
 
 
 def pass_rope_scaling_factor_on() -> None:
@@ -269,18 +247,12 @@ def pass_rope_scaling_factor_on() -> None:
     """
     from megatron.training import argument_utils
 
-    original = argument_utils.gpt_config_from_args
-    if hasattr(original, "before_megatron_s2"):
-        return
-
-    @wraps(original)
-    def gpt_config_from_args(args, *others, **named):
+    def gpt_config_from_args(original, args, *others, **named):
         config = original(args, *others, **named)
         config.rope_scaling_factor = args.rope_scaling_factor
         return config
 
-    gpt_config_from_args.before_megatron_s2 = original
-    argument_utils.gpt_config_from_args = gpt_config_from_args
+    wrap_once(argument_utils, "gpt_config_from_args", gpt_config_from_args)
 
 
 def escape_help_texts(parser: ArgumentParser) -> None:

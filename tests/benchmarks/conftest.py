@@ -1,6 +1,7 @@
-"""The benchmark runner, loaded as the script it is."""
+"""The benchmark runner, loaded as the script it is, and the rows that it stores."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,15 @@ def bench():
         yield module
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def same_threads():
-    """The runner's `--threads` does not outlive a file's tests."""
+    """Undoes the runner's `--threads`."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+def rows_in(directory: Path, benchmark: str = "*") -> list[dict]:
+    """Returns the stored rows of a benchmark, oldest run first."""
+    files = sorted(directory.glob(f"*/{benchmark}-*.jsonl"))
+    return [json.loads(line) for path in files for line in path.read_text().splitlines()]

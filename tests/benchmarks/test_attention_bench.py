@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import rows_in
 
 from megatron_s2 import S2Pattern, s2_attention
 
@@ -22,13 +23,6 @@ KEYS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def same_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def attention(bench):
     from benchmarks import attention
@@ -37,15 +31,17 @@ def attention(bench):
 
 
 @pytest.fixture
-def toy(bench, attention, monkeypatch, tmp_path):
+def trials(bench):
+    from benchmarks import attention_trial
+
+    return attention_trial
+
+
+@pytest.fixture
+def toy(bench, trials, monkeypatch, tmp_path):
     """Runs a toy case, without the peak memory, which takes fresh processes; returns the exit status."""
-    monkeypatch.setattr(attention, "peak_memory", lambda prepare, arguments: None)
+    monkeypatch.setattr(trials, "peak_memory", lambda prepare, arguments: None)
     return lambda *options: bench.main([*TOY, "--out", str(tmp_path), *options])
-
-
-def rows_in(directory: Path) -> list[dict]:
-    files = sorted(directory.glob("*/*.jsonl"))
-    return [json.loads(line) for path in files for line in path.read_text().splitlines()]
 
 
 def measured_in(directory: Path) -> list[tuple]:
@@ -54,12 +50,15 @@ def measured_in(directory: Path) -> list[tuple]:
 
 @pytest.fixture(scope="module")
 def run(bench, tmp_path_factory):
-    """One run over two lengths, the longer without dense attention."""
-    threads = torch.get_num_threads()
+    """One run over two lengths, the longer without dense attention. Peak memory, which takes fresh processes,
+    test_measure measures."""
+    from benchmarks import attention
+
     out = tmp_path_factory.mktemp("results")
     options = ["--seq-lengths", "100,200", "--dense-up-to", "150", "--out", str(out)]
-    assert bench.main([*TOY, *BOTH, *options]) == 0
-    torch.set_num_threads(threads)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "peak_memory", lambda prepare, arguments: 2**20)
+        assert bench.main([*TOY, *BOTH, *options]) == 0
     return out
 
 
@@ -111,9 +110,9 @@ def test_the_table_shows_speed_ups_and_what_was_not_measured(run, attention):
 
 def test_the_table_says_when_others_were_at_work(run, attention):
     rows = [{**row, "other_cpus": 0.0} for row in rows_in(run)]
-    assert "others" not in attention.BENCHMARK.table(rows)
+    assert "other processes" not in attention.BENCHMARK.table(rows)
     rows[0]["other_cpus"] = 0.75
-    assert attention.BENCHMARK.table(rows).endswith("others kept 0.75 cores busy meanwhile")
+    assert attention.BENCHMARK.table(rows).endswith("other processes kept 0.75 cores busy")
 
 
 def test_pictures_come_from_the_stored_rows(run, bench, capsys):
@@ -230,45 +229,45 @@ def test_ours_that_fails_at_one_length_leaves_the_others(toy, attention, monkeyp
 class AsOnCuda:
     """A case of the CPU that is measured as those of CUDA are, a pass at a time."""
 
-    def __init__(self, attention, monkeypatch, fails_at: str | None = None, says: str = ""):
+    def __init__(self, trials, monkeypatch, fails_at: str | None = None, says: str = ""):
         self.timed = []
-        monkeypatch.setattr(attention, "cuda_peak_memory", lambda run: 0)
+        monkeypatch.setattr(trials, "cuda_peak_memory", lambda run: 0)
 
         def times(run, repeats):
-            which = attention.PASSES[len(self.timed) % 2]
+            which = trials.PASSES[len(self.timed) % 2]
             self.timed.append(which)
             if which == fails_at:
                 raise RuntimeError(says)
             return torch.ones(repeats).numpy()
 
-        monkeypatch.setattr(attention, "cuda_times", times)
+        monkeypatch.setattr(trials, "cuda_times", times)
 
 
-def measured_on_cuda(attention, passes=None):
+def measured_on_cuda(trials, passes=None):
     from benchmarks.cases import Case, Shape
 
     case = Case(Shape(S2Pattern(2, 16, 2, 4), 1, 4, 16, "float32"), 100, "cpu")
-    trial = attention.Trial(attention.IMPLEMENTATIONS["s2-torch"], case)
-    return trial, attention._measured_on_cuda(trial, passes or attention.PASSES, 2)
+    trial = trials.Trial(trials.IMPLEMENTATIONS["s2-torch"], case)
+    return trial, trials.measure_on_cuda(trial, passes or trials.PASSES, 2)
 
 
-def test_on_cuda_a_pass_has_its_row_before_the_next_begins(attention, monkeypatch):
-    cuda = AsOnCuda(attention, monkeypatch)
-    trial, rows = measured_on_cuda(attention)
+def test_on_cuda_a_pass_has_its_row_before_the_next_begins(trials, monkeypatch):
+    cuda = AsOnCuda(trials, monkeypatch)
+    trial, rows = measured_on_cuda(trials)
     first = next(rows)
     assert first["pass"] == "forward" and first["seconds"] and cuda.timed == ["forward"]
     assert trial.stored([first]) == [first]
     (second,) = rows
     assert second["pass"] == "forward+backward" and len(trial.stored([first, second])) == 2
-    _, rest = measured_on_cuda(attention, ["forward+backward"])
+    _, rest = measured_on_cuda(trials, ["forward+backward"])
     assert [row["pass"] for row in rest] == ["forward+backward"], "what is stored is not measured again"
 
 
-def test_a_gpu_that_is_lost_is_said_of_the_pass_that_lost_it_alone(attention, monkeypatch):
-    AsOnCuda(attention, monkeypatch, "forward", "CUDA error: an illegal memory access was encountered")
-    trial, rows = measured_on_cuda(attention)
+def test_a_gpu_that_is_lost_is_said_of_the_pass_that_lost_it_alone(trials, monkeypatch):
+    AsOnCuda(trials, monkeypatch, "forward", "CUDA error: an illegal memory access was encountered")
+    trial, rows = measured_on_cuda(trials)
     (row,) = rows
-    assert trial.is_broken and row["pass"] == "forward"
+    assert trial.lost_gpu and row["pass"] == "forward"
     assert "wrong: s2-torch at 100 tokens: RuntimeError: CUDA error" in row["not_measured"]
 
 
@@ -357,8 +356,8 @@ def test_too_long_a_comparison_is_made_at_a_shorter_length(bench):
 # A second call.
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(toy, attention, monkeypatch, tmp_path, capsys):
-    check = attention.check
+def test_an_interrupted_run_goes_on_where_it_stopped(toy, trials, monkeypatch, tmp_path, capsys):
+    check = trials.check
 
     def check_until_200(implementation, case):
         if case.seq_length == 200:
@@ -367,18 +366,18 @@ def test_an_interrupted_run_goes_on_where_it_stopped(toy, attention, monkeypatch
 
     lengths = [*BOTH, "--seq-lengths", "100,200"]
     with monkeypatch.context() as patch:
-        patch.setattr(attention, "check", check_until_200)
+        patch.setattr(trials, "check", check_until_200)
         assert toy(*lengths) == 130
     first = rows_in(tmp_path)
     assert {row["seq_length"] for row in first} == {100} and len(first) == 4
     assert capsys.readouterr().err.endswith(
-        "interrupted: what was measured is stored, the same command goes on\n"
+        "interrupted: what was measured is stored; the same command continues\n"
     )
     assert toy(*lengths) == 0
     assert rows_in(tmp_path)[:4] == first
     assert [row["seq_length"] for row in rows_in(tmp_path)[4:]] == [200] * 4
     assert " 100 sdpa" in capsys.readouterr().out
-    monkeypatch.setattr(attention, "check", fails(RuntimeError("measured again")))
+    monkeypatch.setattr(trials, "check", fails(RuntimeError("measured again")))
     assert toy(*lengths) == 0
     assert "nothing new" in capsys.readouterr().out and len(rows_in(tmp_path)) == 8
 

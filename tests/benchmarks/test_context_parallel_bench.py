@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RUNNER
+from conftest import RUNNER, rows_in
 from waiting import PATIENCE, wait_until
 
 TOY = ["context-parallel", "--seq-length", "2048", "--threads", "1", "--device", "cpu"]
@@ -29,11 +29,6 @@ def benchmark(bench):
     from benchmarks import context_parallel
 
     return context_parallel
-
-
-def rows_in(directory: Path) -> list[dict]:
-    files = sorted(directory.glob("*/*.jsonl"))
-    return [json.loads(line) for path in files for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +68,7 @@ def test_the_table_shows_what_the_rows_say(run, benchmark):
         assert f" {most:.2f} " in line and f" {1e3 * row['seconds']['median']:.1f} ms" in line
     assert table.endswith(benchmark.NOTE) and "cores busy" not in table
     busy = benchmark.BENCHMARK.table([{**row, "other_cpus": 0.7} for row in rows])
-    assert busy.count("2 ranks") == 1 and "others kept 0.7 cores busy" in busy
+    assert busy.count("2 ranks") == 1 and "other processes kept 0.7 cores busy" in busy
 
 
 def test_the_picture_comes_from_the_stored_rows(run, bench, capsys):
@@ -91,7 +86,7 @@ def test_what_is_stored_is_not_measured_again_unless_the_code_is_another(run, be
     monkeypatch.setattr(benchmark, "LocalRanks", no_ranks)
     assert bench.main([*TOY, *options]) == 0
     assert len(rows_in(out)) == 2
-    monkeypatch.setattr(benchmark, "parallel_code", lambda: "another")
+    monkeypatch.setattr(benchmark, "code_hash", lambda patterns: "another")
     with pytest.raises(AssertionError, match="ranks were started"):
         bench.main([*TOY, *options])
 
@@ -153,11 +148,19 @@ def case(benchmark):
 
 @pytest.fixture(scope="module")
 def reference(benchmark, case):
-    return benchmark.Reference.of(case)
+    return benchmark.reference_of(case)
 
 
-@pytest.mark.parametrize("schedule", ["gather", "a2a"])
-@pytest.mark.parametrize("field", ["forward_received", "forward_sent", "backward_received", "backward_sent"])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    ("schedule", "field"),
+    [
+        ("gather", "forward_received"),
+        ("a2a", "forward_sent"),
+        ("gather", "backward_sent"),
+        ("a2a", "backward_received"),
+    ],
+)
 def test_bytes_that_were_not_predicted_are_an_error(
     benchmark, ranks, case, reference, monkeypatch, field, schedule
 ):
@@ -173,6 +176,7 @@ def test_bytes_that_were_not_predicted_are_an_error(
         next(benchmark.measure(ranks, case, reference, [schedule], repeats=1))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["out", "dq", "dk", "dv"])
 def test_wrong_results_are_never_timed(benchmark, ranks, case, reference, name):
     exact, plain = ({**x, name: x[name] + 1e-2} for x in (reference.exact, reference.plain))
@@ -181,6 +185,7 @@ def test_wrong_results_are_never_timed(benchmark, ranks, case, reference, name):
         next(benchmark.measure(ranks, case, wrong, ["gather"], repeats=1))
 
 
+@pytest.mark.exhaustive
 def test_a_rank_that_dies_is_named(benchmark):
     with (
         benchmark.LocalRanks(1, "cpu", threads=1) as ranks,
@@ -203,6 +208,7 @@ def runs(pid: int) -> bool:
     return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 def test_an_interrupted_run_keeps_its_rows_and_leaves_no_process(tmp_path):
     options = ["--ranks", "2", "--repeats", "2", "--out", str(tmp_path)]

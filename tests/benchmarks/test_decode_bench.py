@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import RUNNER
+from conftest import RUNNER, rows_in
 
 from megatron_s2.kv_cache.cache import cache_bytes, dense_cache_bytes
 
@@ -22,11 +22,6 @@ def decode(bench):
     from benchmarks import decode
 
     return decode
-
-
-def rows_in(directory) -> list[dict]:
-    files = sorted(directory.glob("*/decode-*.jsonl"))
-    return [json.loads(line) for path in files for line in path.read_text().splitlines()]
 
 
 def test_rows_say_all_there_is_to_say(bench, decode, tmp_path, capsys):

@@ -28,21 +28,22 @@ def test_the_work_of_others_is_counted_and_ones_own_is_not(bench, monkeypatch, t
     ticks, stat = measure.os.sysconf("SC_CLK_TCK"), tmp_path / "stat"
     monkeypatch.setattr(measure, "_STAT", stat)
     monkeypatch.setattr(measure.time, "perf_counter", iter([0.0, 10.0]).__next__)
-    own = iter([SimpleNamespace(user=1.0, system=1.0), SimpleNamespace(user=8.0, system=2.0)])
+    names = ("user", "system", "children_user", "children_system")
+    own = iter([SimpleNamespace(**dict(zip(names, x))) for x in ((1.0, 1.0, 0.0, 0.0), (5.0, 2.0, 2.0, 1.0))])
     monkeypatch.setattr(measure.os, "times", own.__next__)
     stat.write_text(f"cpu {2 * ticks} 0 0 {50 * ticks} 0 0 0 0 0 0\ncpu0 1\n")
-    with measure.Company() as company:  # 15 seconds more of user and system, 8 of them one's own, in 10
+    with measure.OtherLoad() as load:  # 15 seconds more of user and system, 8 of them one's own, in 10
         stat.write_text(f"cpu {14 * ticks} 0 {3 * ticks} {99 * ticks} {9 * ticks} 0 0 0 0 0\ncpu0 1\n")
-    assert company.cpus == 0.7
+    assert (load.cpus(), load.cpus(own_seconds=3.0)) == (0.7, 0.4)
 
 
 def test_a_system_that_does_not_tell_how_busy_it_is(bench, monkeypatch, tmp_path):
     from benchmarks import measure
 
     monkeypatch.setattr(measure, "_STAT", tmp_path / "absent")
-    with measure.Company() as company:
+    with measure.OtherLoad() as load:
         pass
-    assert company.cpus is None
+    assert load.cpus(1.0) is None
 
 
 def allocate_64_mib(inputs_mib: int):

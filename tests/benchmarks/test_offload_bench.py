@@ -1,6 +1,5 @@
 """The offload benchmark: what fails or has other losses has no row, each gain comes from its own rows."""
 
-import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RUNNER
+from conftest import RUNNER, rows_in
 
 ROOT = RUNNER.parents[1]
 TOY = ["offload", "--device", "cpu", "--threads", "1", "--repeats", "2", "--accumulation", "1"]
@@ -62,11 +61,6 @@ class Trainings:
         return self.benchmark.Training(**(left | self.left.get(case.name, {})))
 
 
-def rows_in(directory: Path) -> list[dict]:
-    files = sorted(directory.glob("*/*.jsonl"))
-    return [json.loads(line) for path in files for line in path.read_text().splitlines()]
-
-
 # Trainings.
 
 
@@ -84,6 +78,7 @@ def trained(benchmark):
         return {name: run.result() for name, run in zip(names, runs)} | {"alone": left.returncode}
 
 
+@pytest.mark.exhaustive
 def test_a_training_says_what_it_took(benchmark, trained):
     training = trained["s2-0.5-flush"]
     assert training.status == 0, training.output
@@ -92,17 +87,19 @@ def test_a_training_says_what_it_took(benchmark, trained):
     assert all(0 < seconds < 10 for seconds in training.step_seconds + training.optimizer_seconds)
     assert training.gpu_peak_bytes is None and 2**27 < training.host_peak_bytes < 2**32
     assert "gradients leave during backward" in training.output
-    row = benchmark._results(training)
+    row = benchmark.results(training)
     assert row["parameters"] == 2 * 256 * 64 + 4 * 64 * 64 + 3 * 128 * 64 + 3 * 64
-    assert benchmark._printed(benchmark.SHARE, training) == pytest.approx(50, abs=5)
+    assert benchmark.printed(benchmark.SHARE, training) == pytest.approx(50, abs=5)
 
 
+@pytest.mark.exhaustive
 def test_a_training_ends_with_what_began_it(trained):
     assert trained["alone"] == 1 and not (ROOT / "report.json").exists()
 
 
+@pytest.mark.exhaustive
 def test_megatrons_offload_says_why_it_does_not_run_without_a_gpu(benchmark, trained):
-    row = benchmark._results(trained["hybrid"])
+    row = benchmark.results(trained["hybrid"])
     assert trained["hybrid"].status == 2
     assert row["not_measured"] == (
         "error: --optimizer-cpu-offload: needs a GPU, and there is none here; remove it"
@@ -174,7 +171,7 @@ def test_what_is_stored_is_not_measured_again_unless_the_code_is_another(
     assert trainings.ran == ["none", "s2-0.5"]
     assert bench.main([*options, "s2-0.5", "s2-1"]) == 0
     assert trainings.ran == ["none", "s2-0.5", "s2-1"]
-    monkeypatch.setattr(trainings.benchmark, "offload_code", lambda: "another")
+    monkeypatch.setattr(trainings.benchmark, "code_hash", lambda patterns: "another")
     assert bench.main([*options, "s2-1"]) == 0
     assert trainings.ran[3:] == ["none", "s2-1"]
 
@@ -294,7 +291,7 @@ def test_without_its_rows_a_gain_is_not_told(benchmark, rows):
         "1.50x over 1", ""
     )
     busy = table([row | {"other_cpus": 0.7} for row in rows])
-    assert busy.count("others kept 0.7 cores busy") == len(rows)
+    assert busy.count("other processes kept 0.7 cores busy") == len(rows)
 
 
 def test_pictures_come_from_the_stored_rows(bench, rows, trainings, tmp_path, capsys):

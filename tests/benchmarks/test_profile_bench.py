@@ -1,9 +1,9 @@
 """The profile of an attention call: kernels of every pass, counters as ncu prints them, or the reason."""
 
-import json
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
+from conftest import rows_in
 
 TOY = ["profile", "--device", "cpu", "--threads", "1", "--cases", "cpu", "--seq-lengths", "100"]
 PRINTED = """==PROF== Connected to process 7
@@ -21,11 +21,6 @@ def profile(bench):
     from benchmarks import attention_profile
 
     return attention_profile
-
-
-def rows_in(directory: Path) -> list[dict]:
-    files = sorted(directory.glob("*/profile-*.jsonl"))
-    return [json.loads(line) for path in files for line in path.read_text().splitlines()]
 
 
 def test_each_pass_has_its_kernels_and_says_why_there_are_no_counters(bench, profile, tmp_path, capsys):
@@ -47,8 +42,6 @@ def test_each_pass_has_its_kernels_and_says_why_there_are_no_counters(bench, pro
 
 
 def test_a_wrong_result_has_no_profile(bench, profile, tmp_path, monkeypatch, capsys):
-    from dataclasses import replace
-
     right = profile.IMPLEMENTATIONS["s2-torch"]
     wrong = replace(right, prepare=lambda case: lambda q, k, v: right.prepare(case)(q, k, v) * 1.001)
     monkeypatch.setitem(profile.IMPLEMENTATIONS, "s2-torch", wrong)
@@ -58,7 +51,7 @@ def test_a_wrong_result_has_no_profile(bench, profile, tmp_path, monkeypatch, ca
 
 
 def test_counters_are_read_by_kernel(profile):
-    counters, reason = profile.parsed_counters(PRINTED, 0)
+    counters, reason = profile.parse_counters(PRINTED, 0)
     assert reason is None
     assert counters == [
         {"name": "fwd_kernel", "dram_percent": 31.7, "seconds": 1.25e-3, "tensor_percent": 45.2},
@@ -75,7 +68,7 @@ def test_counters_are_read_by_kernel(profile):
     ],
 )
 def test_counters_that_cannot_be_read_are_named_with_the_reason(profile, output, status, reason):
-    assert profile.parsed_counters(output, status) == (None, f"ncu, status {status}: {reason}")
+    assert profile.parse_counters(output, status) == (None, f"ncu, status {status}: {reason}")
 
 
 def test_ncu_is_asked_for_one_pass_of_one_implementation(profile, tmp_path, monkeypatch):

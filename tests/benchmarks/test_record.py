@@ -1,62 +1,172 @@
-"""The record: stages run in order inside a budget, none twice, none stops the others, what lacks is said."""
+"""The record: stages run in order inside a budget, none twice, none stops the others, none outlives it."""
 
-import json
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import RUNNER
+from conftest import RUNNER, rows_in
 from waiting import PATIENCE, wait_until
 
 ROOT = RUNNER.parents[1]
 SCRIPT = ROOT / "scripts" / "gpu_record.sh"
+FIELDS = ("date", "setting", "stage", "words", "result", "seconds", "limit", "reason")
 
 
-@pytest.fixture(scope="module")
-def record(bench):
-    from benchmarks import record
+def logged(directory: Path) -> list[dict]:
+    """Returns what the record has logged of its stages."""
+    lines = [line for path in directory.glob("**/record.tsv") for line in path.read_text().splitlines()]
+    return [dict(zip(FIELDS, line.split("\t"), strict=True)) for line in lines]
 
-    return record
+
+def results(directory: Path) -> list[tuple[str, str]]:
+    return [(row["stage"], row["result"]) for row in logged(directory)]
 
 
-FACTS = {
-    "date": "2026-11-21T12:00:00+00:00",
-    "machine": {"name": "a-machine", "gpu": None},
-    "versions": {"torch": "2"},
-    "commit": {"code": "x"},
-}
+# Stages of a few lines, in Bash.
+
+
+def record_of(directory: Path, stages: dict[str, str], most: int = 300, setting: str = "same") -> list[str]:
+    """Returns the command of a record of some stages, given by their code; `page` is drawn at the end."""
+    lines = [
+        *("set -euo pipefail", "source scripts/lib/env.sh", "source scripts/lib/record.sh", "GRACE=1"),
+        f"INTERPRETER=bash LOG={directory}/a-machine/record.tsv SETTING={setting}",
+        "DEADLINE=$((SECONDS + 600))",
+    ]
+    for name, code in stages.items():
+        (directory / name).write_text(code)
+        lines.append(f"{'drawing page' if name == 'page' else f'stage {name} 5 {most}'} {directory}/{name}")
+    return ["bash", "-c", "\n".join([*lines, "run_stages"])]
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess:
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_a_failed_stage_is_named_and_stops_no_other(tmp_path):
+    stages = {
+        "first": "echo one",
+        "second": "echo broken; echo '  pipe'; exit 3",
+        "third": "echo three",
+        "page": "echo drawn",
+    }
+    command = record_of(tmp_path, stages)
+    done = run(command)
+    assert done.returncode == 1 and done.stderr.endswith(
+        f"error: failed: second; see above and {tmp_path}/a-machine/record.tsv\n"
+    )
+    assert done.stdout == "   one\n   broken\n     pipe\n   three\n   drawn\n"
+    assert results(tmp_path) == [("first", "done"), ("second", "failed"), ("third", "done")]
+    assert logged(tmp_path)[1]["reason"] == "exit status 3: broken | pipe"
+    again = run(command)
+    assert again.stdout == "   broken\n     pipe\n   drawn\n" and "first: done before" in again.stderr
+    assert results(tmp_path)[3:] == [("second", "failed")], "what is done is not repeated"
+
+
+def test_a_stage_is_done_for_its_words_and_setting(tmp_path):
+    assert run(record_of(tmp_path, {"first": "echo one"})).stdout == "   one\n"
+    assert run(record_of(tmp_path, {"first": "echo one"})).stdout == ""
+    assert run(record_of(tmp_path, {"first": "echo one"}, setting="other")).stdout == "   one\n"
+    command = record_of(tmp_path, {"first": "echo $1"})
+    command[-1] = command[-1].replace(f"{tmp_path}/first", f"{tmp_path}/first word")
+    assert run(command).stdout == "   word\n"
+
+
+def test_a_stage_takes_what_is_left_up_to_its_most_or_is_not_begun(tmp_path):
+    """The seconds may tick on meanwhile."""
+    command = record_of(tmp_path, {"first": "echo one", "page": "echo drawn"})
+    for left, most in ((500, 300), (100, 100), (5, None), (-1, None)):
+        change = f"LEAST[first]=6 DEADLINE=$((SECONDS + {left})); limit_of first || echo none"
+        limit = run([*command[:2], command[2].replace("run_stages", change)]).stdout.strip()
+        assert limit == "none" if most is None else most - 60 <= int(limit) <= most
+    done = run([*command[:2], command[2].replace("run_stages", "DEADLINE=0; run_stages")])
+    assert done.returncode == 0 and done.stdout == "   drawn\n"
+    assert "not finished: first; the same command continues" in done.stderr
+    assert [(row["result"], row["reason"]) for row in logged(tmp_path)] == [("not measured", "no time left")]
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process has ended; one that nobody waits for has no memory left."""
+    status = Path(f"/proc/{pid}/status")
+    return not status.exists() or "VmRSS" not in status.read_text()
+
+
+def test_a_stage_whose_time_is_up_ends_with_all_that_it_started(tmp_path):
+    pid = tmp_path / "pid"
+    deaf = f"trap '' INT; sleep 100000 & echo $! >{pid}; wait"
+    for most in (2**n for n in range(10)):  # on a busy machine the time may be up before the stage begins
+        done = run(record_of(tmp_path, {"deaf": deaf, "next": "echo next"}, most))
+        if pid.exists():
+            break
+    wait_until(lambda: has_ended(int(pid.read_text())))
+    assert done.returncode == 0 and done.stdout.endswith("next\n") and "not finished: deaf" in done.stderr
+    assert results(tmp_path)[-1] == ("next", "done") and ("deaf", "out of time") in results(tmp_path)
+
+
+WAITING = "trap 'echo stopped; exit 1' INT; sleep 100000 & echo $! >{pid}; wait"
+
+
+def start(command: list[str], pid: Path) -> subprocess.Popen:
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    wait_until(lambda: process.poll() is not None or (pid.exists() and pid.read_text()))
+    assert process.poll() is None
+    return process
+
+
+def test_a_stage_does_not_outlive_a_record_that_is_killed(tmp_path):
+    pid = tmp_path / "pid"
+    process = start(record_of(tmp_path, {"first": WAITING.format(pid=pid)}), pid)
+    process.kill()
+    process.communicate(timeout=PATIENCE)
+    wait_until(lambda: has_ended(int(pid.read_text())))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_record_keeps_what_is_done_and_goes_on(tmp_path, number):
+    pid = tmp_path / "pid"
+    command = record_of(tmp_path, {"first": "echo one", "second": WAITING.format(pid=pid)})
+    if number == signal.SIGTERM:  # a background job of a script ignores SIGINT; its stages must not
+        command = ["bash", "-c", "trap '' INT; exec \"$@\"", "-", *command]
+    process = start(command, pid)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130 and "   stopped\n" in out
+    assert err.endswith("interrupted: what was measured is stored; the same command continues\n")
+    wait_until(lambda: has_ended(int(pid.read_text())))
+    assert results(tmp_path) == [("first", "done"), ("second", "interrupted")]
+    assert run(record_of(tmp_path, {"first": "echo one", "second": "echo two"})).stdout == "   two\n"
+
+
+# The command, with a Python that runs nothing.
 
 
 @pytest.fixture
-def code(record, monkeypatch):
-    """One code on one machine, whatever happens to the checkout meanwhile."""
-    monkeypatch.setattr(record, "code_hash", lambda patterns: "same")
-    monkeypatch.setattr(record, "facts", lambda device: FACTS)
+def fake(tmp_path):
+    """Returns a function that runs the command with a Python that shows its arguments, on a machine with a
+    GPU, with packages as they are named."""
+
+    def command(*words: str, device: str = "cuda", packages: str = "megatron xdist"):
+        python = tmp_path / "python"
+        python.write_text(
+            f"""#!/bin/bash
+            case "$*" in
+                *find_spec*) for name in {packages}; do [[ "$*" != *"'$name'"* ]] || exit 0; done; exit 1 ;;
+                *benchmarks.environment*) echo {device} a-machine same ;;
+                *) echo "$*" ;;
+            esac"""
+        )
+        python.chmod(0o755)
+        return run(["bash", str(SCRIPT), "--python", str(python), *words])
+
+    return command
 
 
-def rows_in(directory: Path, benchmark: str = "record") -> list[dict]:
-    files = sorted(directory.glob(f"*/{benchmark}-*.jsonl"))
-    return [json.loads(line) for path in files for line in path.read_text().splitlines()]
-
-
-def prints(record, name: str, text: str, **more):
-    return record.Stage(name, ("-c", text), **more)
-
-
-# Decisions.
-
-
-def test_a_stage_takes_what_is_left_up_to_its_own_most_or_is_not_begun(record):
-    stage = prints(record, "a", "", least=30, most=200)
-    assert [record.seconds_for(stage, left) for left in (500, 100, 30, 29, -1)] == [200, 100, 30, None, None]
-    assert record.seconds_for(prints(record, "page", "", always=True), -1) > 0
-
-
-# Seconds of what each stage of one GPU does, each piece stored at its end; as the pieces were measured, or by
-# the FLOPs, with what a process takes to start and kernels to compile.
-PIECES = {
+# Seconds of the parts of each stage on one GPU, each stored at its end: measured, or estimated by the FLOPs.
+PARTS = {
     "device": [6],
     "tests": [2] * 150,
     "attention": [25] * 20,
@@ -69,168 +179,124 @@ PIECES = {
     "decode": [5] * 5,
     "attention-256k": [40, 40, 60, 60],
 }
-START = 8
+START, DRAWING = 8, 40  # a process starts and compiles; the script keeps some for pictures
 
 
-def one_call(record, plan, left: dict, minutes: float, hanging: str | None = None) -> list[str]:
-    """Takes from `left` what a call finishes; the stages that it began."""
-    seconds, begun = 60 * minutes - record._DRAWING, []
-    for stage in plan:
-        limit = None if stage.always or not left[stage.name] else record.seconds_for(stage, seconds)
-        if limit is None:
+def limits() -> dict[str, tuple[int, int]]:
+    """Returns least and most seconds of each stage of one GPU, as the script has them."""
+    text = SCRIPT.read_text()
+    body = text.partition("gpu_stages() {")[2].partition("\n}")[0]
+    stages = re.findall(r"^ +(?:bench|train) (\S+) +(\d+) +(\d+)", body, re.MULTILINE)
+    tests = re.findall(r"stage (tests) (\d+) (\d+)", text)
+    return {name: (int(least), int(most)) for name, least, most in (stages[0], *tests, *stages[1:])}
+
+
+def one_call(left: dict[str, list], seconds: float, hanging: str | None) -> list[str]:
+    """Takes from `left` the parts that a call of some seconds finishes; returns the stages that it began."""
+    begun = []
+    for name, (least, most) in limits().items():
+        if not left[name] or seconds < least:
             continue
-        begun.append(stage.name)
-        taken = START
-        while left[stage.name] and stage.name != hanging and taken + left[stage.name][0] <= limit:
-            taken += left[stage.name].pop(0)
-        seconds -= limit if left[stage.name] else taken
+        begun.append(name)
+        limit, taken = min(most, seconds), START
+        while left[name] and name != hanging and taken + left[name][0] <= limit:
+            taken += left[name].pop(0)
+        seconds -= limit if left[name] else taken
     return begun
 
 
 @pytest.mark.parametrize("hanging", [None, "tests", "attention"])
-def test_some_calls_of_nine_minutes_finish_every_stage(record, hanging):
-    plan = record.stages(record.COMMITTED, toy=False)
-    left = {name: list(pieces) for name, pieces in PIECES.items()}
-    assert list(left) == [stage.name for stage in plan if not stage.always]
+def test_some_calls_of_nine_minutes_finish_every_stage(hanging):
+    left = {name: list(parts) for name, parts in PARTS.items()}
+    assert list(left) == list(limits())
     calls = 0
-    while any(pieces for name, pieces in left.items() if name != hanging):
-        before = {name: len(pieces) for name, pieces in left.items()}
-        begun = one_call(record, plan, left, 9, hanging)
+    while any(parts for name, parts in left.items() if name != hanging):
+        before = {name: len(parts) for name, parts in left.items()}
+        begun = one_call(left, 9 * 60 - DRAWING, hanging)
         calls += 1
         for name in begun:
             assert name == hanging or len(left[name]) < before[name], (calls, name, "got nowhere")
-        assert calls < 20
     assert calls <= (8 if hanging else 6)
 
 
-def test_some_stages_alone_can_be_asked_for(record, capsys, tmp_path):
-    plan = record.stages(record.COMMITTED, toy=False)
-    names = [stage.name for stage in record.chosen(plan, ["decode", "step"])]
-    assert names == ["step", "decode", "plots", "page"]
-    assert record.chosen(plan, None) == plan
-    assert record.main(["--toy", "--out", str(tmp_path), "--stages", "step", "speed"]) == 2
-    assert capsys.readouterr().err.startswith("error: --stages speed: must be of device, tests, attention,")
+def test_stages_run_in_order_then_pictures_and_page(fake, tmp_path):
+    done = fake("--out", str(tmp_path / "rows"))
+    assert done.returncode == 0, done.stderr
+    assert results(tmp_path) == [(name, "done") for name in limits()]
+    lines = [line.strip() for line in done.stdout.splitlines()]
+    assert lines[:2] == [
+        f"scripts/bench.py device --device cuda --out {tmp_path}/rows",
+        "-m pytest -m gpu -q -p no:cacheprovider --continue-on-collection-errors "
+        f"-p benchmarks.tests_passed --tests-passed {tmp_path}/rows -n auto",
+    ]
+    assert lines[-2:] == [
+        f"scripts/bench.py plot --out {tmp_path}/rows",
+        f"-m benchmarks.results_page --results {tmp_path}/rows --page {tmp_path}/rows/results.md",
+    ]
+    some = fake("--out", str(tmp_path / "some"), "--stages", "decode", "step")
+    assert results(tmp_path / "some") == [("step", "done"), ("decode", "done")] and some.returncode == 0
+    assert len(some.stdout.splitlines()) == 4
 
 
-def test_a_stage_is_done_for_its_words_code_machine_and_versions(record):
-    stage = prints(record, "a", "pass")
-    setting = {"machine": {"name": "m", "load": 1.0}, "versions": {"torch": "2"}, "commit": {"code": "x"}}
-    now = {**setting, "record_code": "c"}
-    done = {**now, "stage": "a", "words": ["-c", "pass"], "result": "done"}
-    assert record.is_done(stage, [done], {**now, "machine": {"name": "m", "load": 9.0}})
-    for other in (
-        {"result": "failed"},
-        {"words": ["-c", "other"]},
-        {"record_code": "d"},
-        {"versions": {"torch": "3"}},
-        {"machine": {"name": "n", "load": 1.0}},
+def test_without_megatron_what_trains_fails_with_the_reason(fake, tmp_path):
+    done = fake("--out", str(tmp_path / "rows"), packages="xdist")
+    assert done.returncode == 1 and "error: failed: step step-shorter offload timeline;" in done.stderr
+    reasons = {row["stage"]: row["reason"] for row in logged(tmp_path)}
+    assert reasons["step"] == f"megatron-core is not installed for {tmp_path}/python"
+    assert reasons["device"] == ""
+
+
+def test_every_command_is_one_that_the_runner_takes(fake, bench, tmp_path):
+    """Parsed only: those of a GPU cannot run here."""
+    for options in (["--plan"], ["--plan", "--toy", "--out", str(tmp_path)]):
+        lines = fake(*options).stdout.splitlines()
+        commands = [line.partition("scripts/bench.py ")[2].split() for line in lines]
+        assert sum(map(bool, commands)) == len(lines) - 2, "all but tests and page"
+        for words in filter(None, commands):
+            with pytest.raises(SystemExit) as ended:
+                bench.main([*words, "--help"])  # bad words end with status 2 before
+            assert ended.value.code == 0, words
+        if "--toy" not in options:
+            assert not any(str(ROOT) in line for line in lines), "the log names no one's folders"
+
+
+def test_the_plan_says_what_each_stage_may_take(fake, tmp_path):
+    out = tmp_path / "rows"
+    done = fake("--plan", "--toy", "--out", str(out), "--minutes", "11", device="cpu")
+    lines = {line.split()[0]: line for line in done.stdout.splitlines()}
+    assert list(lines)[:3] == ["device", "tests", "attention"] and list(lines)[-2:] == ["plots", "page"]
+    assert " 150 s " in lines["tests"] and " at the end " in lines["page"]
+    assert 560 <= int(lines["step"].split()[1]) <= 620, "of 660 some are kept for the pictures"
+    assert not out.exists()
+
+
+def test_what_does_not_fit_is_refused_by_name(fake, tmp_path):
+    shown = run(["bash", str(SCRIPT), "--help"]).stdout
+    assert all(f"--{flag}" in shown for flag in ("out", "minutes", "stages", "plan", "toy", "python"))
+    toy = ["--toy", "--out", str(tmp_path / "rows")]
+    for words, message in (
+        (
+            [],
+            "no CUDA device: this measures one GPU; --toy --out DIR runs all stages on the CPU at toy sizes",
+        ),
+        (["--toy"], "--toy: needs --out DIR, another than benchmarks/results, which is for measurements"),
+        (["--toy", "--out", str(ROOT / "benchmarks" / "results")], "--toy: needs --out DIR, another than"),
+        ([*toy, "--minutes", "-1"], "--minutes -1: must be a number >= 0"),
+        ([*toy, "--minutes"], "--minutes: needs a value"),
+        ([*toy, "--stages", "step", "speed"], "--stages speed: must be of device, tests, attention,"),
+        (["--fast"], "--fast: must be one of the options that --help lists"),
     ):
-        assert not record.is_done(stage, [done | other], now), other
-    assert not record.is_done(prints(record, "a", "pass", always=True), [done], now)
-
-
-def test_without_megatron_the_record_and_its_page_are_there_all_the_same():
-    modules = "benchmarks.record, benchmarks.registry, benchmarks.results_page"
-    code = f"import sys; sys.modules['megatron'] = None; import {modules}"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-
-
-def test_tests_without_megatron_say_so(record, monkeypatch):
-    tests = next(stage for stage in record.stages(record.COMMITTED, toy=False) if stage.name == "tests")
-    monkeypatch.setattr(record, "find_spec", lambda name: None)
-    told = record.judged(tests, 2, ["4 errors in 2 s"])
-    assert told["result"] == "failed" and "megatron-core is not installed" in told["reason"]
-    assert "4 errors in 2 s" in told["reason"]
-    step = next(stage for stage in record.stages(record.COMMITTED, toy=False) if stage.name == "step")
-    assert record.outcome_of(step, 100)["reason"] == f"megatron-core is not installed for {sys.executable}"
-    assert record.judged(tests, 5, [])["result"] == "not measured"
-
-
-def test_every_command_of_the_record_is_one_that_the_runner_takes(record, bench, capsys):
-    """Parsed only: those of the GPU cannot run here."""
-    for toy in (False, True):
-        for stage in record.stages(record.COMMITTED, toy):
-            script, *words = stage.words
-            if script == "scripts/bench.py":
-                with pytest.raises(SystemExit) as ended:
-                    bench.main([*words, "--help"])  # bad words end with status 2 before
-                assert ended.value.code == 0, stage.name
-    plan = record.stages(record.COMMITTED, toy=False)
-    assert [stage.name for stage in plan][:2] == ["device", "tests"]
-    assert [stage.name for stage in plan][-2:] == ["plots", "page"]
-    assert not any(str(ROOT) in word for stage in plan for word in stage.words), "rows name no one's folders"
-
-
-# Stages of a line each.
-
-
-def test_a_failed_stage_is_named_and_stops_no_other(record, code, tmp_path, capsys):
-    plan = [
-        prints(record, "first", "print('one')"),
-        prints(record, "second", "print('broken pipe'); raise SystemExit(3)"),
-        prints(record, "third", "print('three')"),
-        prints(record, "page", "print('drawn')", always=True),
-    ]
-    assert record.record(plan, tmp_path, 600, "cpu") == 1
-    out, err = capsys.readouterr()
-    assert err == "error: failed: second; why is said above and stored\n"
-    assert "   three" in out and "   drawn" in out
-    assert [(row["stage"], row["result"]) for row in rows_in(tmp_path)] == [
-        *(("first", "done"), ("second", "failed"), ("third", "done"), ("page", "done"))
-    ]
-    assert rows_in(tmp_path)[1]["reason"] == "exit status 3: broken pipe"
-    assert record.record(plan, tmp_path, 600, "cpu") == 1
-    assert [row["stage"] for row in rows_in(tmp_path)[4:]] == ["second", "page"], (
-        "what is done is not repeated"
+        refused = fake(*words, device="cpu")
+        assert refused.returncode == 2 and refused.stderr.startswith(f"error: {message}"), refused.stderr
+    refused = run(["bash", str(SCRIPT), "--python", "/nowhere/python"])
+    assert (refused.returncode, refused.stderr) == (
+        1,
+        "error: --python /nowhere/python: must be a Python that runs\n",
     )
+    assert not (tmp_path / "rows").exists()
 
 
-def test_without_time_nothing_is_begun_but_the_page_is_written(record, code, tmp_path, capsys):
-    plan = [prints(record, "first", "1"), prints(record, "page", "print('drawn')", always=True)]
-    assert record.record(plan, tmp_path, 0, "cpu") == 0
-    first, page = rows_in(tmp_path)
-    assert (first["result"], first["reason"], page["result"]) == ("not measured", "no time left", "done")
-    assert "not finished: first; the same command goes on" in capsys.readouterr().out
-
-
-def test_a_stage_whose_time_is_up_ends_with_all_it_began(record, code, tmp_path, monkeypatch):
-    monkeypatch.setattr(record, "_GRACE", 0.5)
-    limit, wait = 0.1, subprocess.Popen.wait
-
-    def wait_and_begin(process, timeout=None):
-        if timeout == limit:
-            wait_until(lambda: pid.exists() and pid.read_text())
-        return wait(process, timeout)
-
-    monkeypatch.setattr(subprocess.Popen, "wait", wait_and_begin)
-    child = "import os, time; open(r'{0}', 'w').write(str(os.getpid())); time.sleep(600)"
-    deaf = "import signal, subprocess, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
-    pid = tmp_path / "pid"
-    begin = f"subprocess.run([sys.executable, '-c', {child.format(pid)!r}])"
-    status, _ = record.run(["-c", deaf + begin], limit)
-    assert status is None
-    wait_until(lambda: ended(int(pid.read_text())))
-    stage = prints(record, "deaf", "")
-    assert record.judged(stage, status, [])["result"] == "out of time"
-
-
-def test_a_stage_does_not_outlive_a_record_that_is_killed(tmp_path):
-    pid = tmp_path / "pid"
-    child = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
-    code = f"from benchmarks import record; record.run(['-c', {child!r}], 600)"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
-    wait_until(lambda: process.poll() is not None or (pid.exists() and pid.read_text()))
-    assert process.poll() is None
-    process.kill()
-    process.wait()
-    wait_until(lambda: ended(int(pid.read_text())))
-
-
-def ended(pid: int) -> bool:
-    """Whether a process has ended; one that nobody waits for has no memory left."""
-    status = Path(f"/proc/{pid}/status")
-    return not status.exists() or "VmRSS" not in status.read_text()
-
+# Tests that passed.
 
 TESTS = """
 import pytest, time
@@ -242,8 +308,6 @@ def test_passes(n):
 def test_fails_while_there_is_no_file(pytestconfig):
     assert (pytestconfig.rootpath / "there").exists(), "no file"
 """
-
-
 SAME_CODE = """
 from benchmarks import tests_passed
 
@@ -256,128 +320,40 @@ def test_tests_that_passed_are_stored_one_by_one_and_not_run_again(tmp_path):
     (tmp_path / "test_some.py").write_text(TESTS)
     (tmp_path / "conftest.py").write_text(SAME_CODE)
     words = ["-m", "pytest", "-q", "--rootdir", str(tmp_path), "-p", "no:cacheprovider"]
-    words += ["-p", "benchmarks.tests_passed", "--tests-passed", str(tmp_path / "rows")]
-
-    def run(*more: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, *words, str(tmp_path), *more]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-
-    first = run()
+    words += ["-p", "benchmarks.tests_passed", "--tests-passed", str(tmp_path / "rows"), str(tmp_path)]
+    first = run([sys.executable, *words])
     assert first.returncode == 1, first.stdout + first.stderr
     rows = rows_in(tmp_path / "rows", "tests")
     assert [row["outcome"] for row in rows].count("passed") == 3 and len(rows) == 4
     (failed,) = (row for row in rows if row["outcome"] == "failed")
     assert failed["test"].endswith("::test_fails_while_there_is_no_file") and "no file" in failed["said"]
     (tmp_path / "there").touch()
-    second = run("-n", "1")
+    second = run([sys.executable, *words, "-n", "1"])
     assert second.returncode == 0 and "1 passed" in second.stdout, second.stdout + second.stderr
     assert len(rows_in(tmp_path / "rows", "tests")) == 5
-    third = run()
+    third = run([sys.executable, *words])
     assert third.returncode == 0, third.stdout + third.stderr
     assert len(rows_in(tmp_path / "rows", "tests")) == 5
 
 
-DRIVER = """
-import sys
-sys.path.insert(0, {root!r})
-from benchmarks import record
-record.code_hash, record.facts = lambda patterns: "same", lambda device: {facts!r}
-words = "print('one')", "import time; print('begun', flush=True); time.sleep(600)"
-plan = [record.Stage(name, ("-c", text)) for name, text in zip(("first", "second"), words)]
-record.stages = lambda out, toy: plan
-sys.exit(record.main(["--toy", "--out", {out!r}]))
-"""
+# All of it.
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_record_keeps_what_is_done_and_goes_on(record, code, tmp_path, number):
-    out = str(tmp_path / "rows")
-    driver = DRIVER.format(root=str(ROOT), out=out, facts=FACTS)
-    process = subprocess.Popen(
-        ["bash", "-c", 'trap "" INT; exec "$@"', "-", sys.executable, "-c", driver],  # as a background job
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    for line in process.stdout:
-        if "begun" in line:
-            break
-    process.send_signal(number)
-    _, err = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 130, err
-    assert err == "interrupted: what was measured is stored, the same command goes on\n"
-    assert [row["result"] for row in rows_in(tmp_path / "rows")] == ["done", "interrupted"]
-    plan = [prints(record, "first", "print('one')"), prints(record, "second", "print('two')")]
-    assert record.record(plan, tmp_path / "rows", 600, "cpu") == 0
-    assert [row["stage"] for row in rows_in(tmp_path / "rows")[2:]] == ["second"]
+def test_benchmarks_and_page_can_be_imported_without_megatron():
+    code = "import sys; sys.modules['megatron'] = None; import benchmarks.registry, benchmarks.results_page"
+    assert run([sys.executable, "-c", code]).returncode == 0
 
 
-# The command.
-
-
-def command(*words: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        ["bash", str(SCRIPT), "--python", sys.executable, *words],
-        capture_output=True,
-        text=True,
-        timeout=3600,
-        check=False,
-    )
-
-
-def test_the_script_shows_its_options_and_refuses_a_python_that_is_none():
-    shown = subprocess.run(["bash", str(SCRIPT), "--help"], capture_output=True, text=True, check=True).stdout
-    assert all(
-        flag in shown
-        for flag in ("--out DIR", "--minutes M", "--plan", "--toy", "--stages NAME", "--python PATH")
-    )
-    refused = subprocess.run(
-        ["bash", str(SCRIPT), "--python", "/nowhere/python"], capture_output=True, text=True, check=False
-    )
-    assert (refused.returncode, refused.stderr) == (
-        1,
-        "error: --python /nowhere/python: must be a Python that runs\n",
-    )
-
-
-def test_the_record_of_a_gpu_needs_one(record, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(record.torch.cuda, "is_available", lambda: False)
-    for words, message in (
-        (
-            [],
-            "no CUDA device: this measures one GPU; --toy --out DIR runs all stages on the CPU at toy sizes",
-        ),
-        (["--toy"], "--toy: needs --out DIR, another than benchmarks/results, which is for measurements"),
-        (["--toy", "--out", str(record.COMMITTED)], "--toy: needs --out DIR, another than"),
-        (["--toy", "--out", str(tmp_path), "--minutes", "-1"], "--minutes -1: must be >= 0"),
-    ):
-        assert record.main(words) == 2
-        assert capsys.readouterr().err.startswith(f"error: {message}")
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_plan_says_what_each_stage_may_take(record, code, capsys, tmp_path):
-    assert record.main(["--plan", "--toy", "--out", str(tmp_path), "--minutes", "11"]) == 0
-    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
-    assert list(lines) == [stage.name for stage in record.stages(tmp_path, toy=True)]
-    assert " at the end " in lines["page"]
-    seconds = {name: line.split()[1] for name, line in lines.items() if name not in ("plots", "page")}
-    assert seconds["tests"] == "150" and seconds["step"] == "620", "of 660 some are kept for the pictures"
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_toy_record_goes_through_its_stages(record, tmp_path):
+def test_the_toy_record_goes_through_its_stages(tmp_path):
     """All but those of the optimizer, whose trainings test_offload_bench starts."""
     names = ["device", "tests", "attention", "profile", "step", "decode"]
-    done = command("--toy", "--out", str(tmp_path), "--minutes", "60", "--stages", *names)
+    words = ["--toy", "--out", str(tmp_path), "--minutes", "60", "--stages", *names]
+    done = run(["bash", str(SCRIPT), "--python", sys.executable, *words])
     assert done.returncode == 0, done.stdout + done.stderr
-    stages = {row["stage"]: row for row in rows_in(tmp_path)}
-    assert list(stages) == [*names, "plots", "page"]
-    results = {name: row["result"] for name, row in stages.items()}
-    assert results.pop("tests") in ("done", "not measured")
-    assert set(results.values()) == {"done"}
-    for name in ("device", "attention", "profile", "step", "decode"):
+    stages = dict(results(tmp_path))
+    assert list(stages) == names and stages.pop("tests") in ("done", "not measured")
+    assert set(stages.values()) == {"done"}
+    for name in stages:
         assert rows_in(tmp_path, name), name
     assert [row["case"] for row in rows_in(tmp_path, "step") if row["seconds"]] == ["s2"]
     pictures = {path.name for path in tmp_path.glob("*/*.png")}

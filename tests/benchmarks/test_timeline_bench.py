@@ -4,16 +4,8 @@ import json
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 TOY = ["timeline", "--device", "cpu", "--threads", "1", "--hidden-size", "64", "--num-layers", "1"]
-
-
-@pytest.fixture(autouse=True)
-def same_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -1,9 +1,7 @@
 """The training step benchmark: dense and S2 agree where both see all, FLOPs are exact, failures have rows."""
 
-import json
-from pathlib import Path
-
 import pytest
+from conftest import rows_in
 
 SIZES = "--num-layers 4 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 --num-query-groups 2"
 TOY = ["step", "--device", "cpu", "--threads", "1", "--repeats", "2", "--warm-up", "1", *SIZES.split()]
@@ -56,11 +54,6 @@ def trainings(step, monkeypatch):
     fakes = Trainings(step)
     monkeypatch.setattr(step, "train", fakes)
     return fakes
-
-
-def rows_in(directory: Path) -> list[dict]:
-    files = sorted(directory.glob("*/step-*.jsonl"))
-    return [json.loads(line) for path in files for line in path.read_text().splitlines()]
 
 
 CHECK = [(128, "dense check"), (128, "s2 check"), (128, "own blocks")]

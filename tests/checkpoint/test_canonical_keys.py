@@ -1,4 +1,4 @@
-"""The keys that a conversion writes are those that Megatron's layers have, local or Transformer Engine's."""
+"""A conversion writes the keys of Megatron's layers, of the local and of the Transformer Engine specs."""
 
 from dataclasses import replace
 from functools import partial
@@ -9,10 +9,10 @@ from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from megatron_s2.checkpoint.model import Model
-from megatron_s2.checkpoint.tensors import LAYERS, placed_tensors
+from megatron_s2.checkpoint.families import LAYERS, model_tensors
+from megatron_s2.checkpoint.model_config import ModelConfig
 
-QWEN3 = Model("qwen3", 1, 64, 96, 4, 2, 32, 250, 128, 1e-6, 10000, None, None, True)
+QWEN3 = ModelConfig("qwen3", 1, 64, 96, 4, 2, 32, 250, 128, 1e-6, 10000, None, None, True)
 LLAMA = replace(QWEN3, family="llama")
 
 
@@ -25,26 +25,26 @@ class Norm:
 
 
 class LinearAfterNorm:
-    """Transformer Engine's `LayerNormLinear` has the weight of the norm as a parameter of its own."""
+    """Like Transformer Engine's `LayerNormLinear`, which also has the weight of the norm as a parameter."""
 
     weights = ("weight", "layer_norm_weight")
 
 
 def backend(fused: bool) -> SimpleNamespace:
-    """Stands in for the modules of Transformer Engine (`fused`) or for the local ones."""
+    """Returns a stand-in for the modules of Transformer Engine (`fused`) or for the local ones."""
     return SimpleNamespace(
         column_parallel_linear=lambda: Linear,
         row_parallel_linear=lambda: Linear,
         column_parallel_layer_norm_linear=lambda: LinearAfterNorm if fused else None,
         fuse_layernorm_and_linear=lambda: fused,
-        layer_norm=lambda **of: Norm,
+        layer_norm=lambda **kwargs: Norm,
         core_attention=lambda: IdentityOp,
         activation_func=lambda: None,
     )
 
 
 def submodules(node: object, path: str = "") -> dict[str, object]:
-    """The classes below a spec, by their place."""
+    """Returns the classes in a spec, by path."""
     if isinstance(node, partial):
         node = node.keywords.get("submodules")
     elif isinstance(node, ModuleSpec):
@@ -53,34 +53,34 @@ def submodules(node: object, path: str = "") -> dict[str, object]:
         return {path: node}
     fields = getattr(node, "__dataclass_fields__", {})
     return {
-        place: module
+        inner: module
         for name in fields
-        for place, module in submodules(getattr(node, name), f"{path}.{name}".lstrip(".")).items()
+        for inner, module in submodules(getattr(node, name), f"{path}.{name}".lstrip(".")).items()
     }
 
 
 def keys(spec: ModuleSpec) -> set[str]:
-    """What the parameters of a layer are called in a checkpoint, by the map of its spec."""
-    renamed = spec.submodules.sharded_state_dict_keys_map
+    """Returns the keys of the parameters of a layer in a checkpoint, by the map in its spec."""
+    keys_map = spec.submodules.sharded_state_dict_keys_map
     found = set()
-    for place, module in submodules(spec).items():
+    for path, module in submodules(spec).items():
         for parameter in module.weights:
-            key = f"{place}.{parameter}"
-            for prefix, other in renamed.items():
+            key = f"{path}.{parameter}"
+            for prefix, renamed in keys_map.items():
                 if key.startswith(prefix):
-                    key = other + key.removeprefix(prefix)
+                    key = renamed + key.removeprefix(prefix)
             found.add(key)
     return found
 
 
-@pytest.mark.parametrize(("model", "head_norms"), [(LLAMA, False), (QWEN3, True)], ids=["llama", "qwen3"])
+@pytest.mark.parametrize(("model", "qk_layernorm"), [(LLAMA, False), (QWEN3, True)], ids=["llama", "qwen3"])
 @pytest.mark.parametrize("kind", ["local", "Transformer Engine"])
-def test_the_keys_of_a_layer(monkeypatch, model, head_norms, kind):
+def test_the_keys_of_a_layer(monkeypatch, model, qk_layernorm, kind):
     if kind == "local":
         monkeypatch.setattr(gpt_layer_specs, "LocalSpecProvider", lambda: backend(fused=False))
-        spec = gpt_layer_specs.get_gpt_layer_local_spec(qk_layernorm=head_norms, normalization="RMSNorm")
+        spec = gpt_layer_specs.get_gpt_layer_local_spec(qk_layernorm=qk_layernorm, normalization="RMSNorm")
     else:
         monkeypatch.setattr(gpt_layer_specs, "TESpecProvider", lambda: backend(fused=True))
-        spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=head_norms)
-    written = {tensor.key for tensor in placed_tensors(model) if tensor.layer is not None}
+        spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
+    written = {tensor.key for tensor in model_tensors(model) if tensor.layer is not None}
     assert written == {LAYERS + key for key in keys(spec)}

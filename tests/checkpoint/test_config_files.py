@@ -1,13 +1,13 @@
-"""The config.json of published models is read alike as transformers 4 saved it and as 5 saves it."""
+"""The config.json of published models is read alike, whether transformers 4 or 5 saved it."""
 
 import json
 
 import pytest
 from transformers import AutoConfig
 
-from megatron_s2.checkpoint.hf_config import model_of, sliding_window
+from megatron_s2.checkpoint.hf_config import model_from_config, sliding_window
 
-# What transformers 4 saved, but for what says nothing of the model.
+# As saved by transformers 4, without the entries that do not describe the model.
 PUBLISHED = {
     "Llama 2": {
         "architectures": ["LlamaForCausalLM"],
@@ -112,35 +112,37 @@ LINEAR = {"factor": 4.0, "type": "linear"}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_both_versions_of_a_file_describe_one_model(tmp_path, name):
+def test_transformers_4_and_5_describe_the_same_model(tmp_path, name):
     older = PUBLISHED[name]
     (tmp_path / "config.json").write_text(json.dumps(older))
     AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "newer")
     newer = json.loads((tmp_path / "newer/config.json").read_text())
     assert "rope_parameters" in newer
-    assert model_of(newer) == model_of(older)
+    assert model_from_config(newer) == model_from_config(older)
     assert sliding_window(newer) is sliding_window(older) is None
 
 
 @pytest.mark.parametrize("scaling", [LINEAR, LINEAR | {"rope_type": "linear"}])
-def test_both_names_of_the_kind_of_scaling(scaling):
-    assert model_of(PUBLISHED["Llama 2"] | {"rope_scaling": scaling}).linear_factor == 4
+def test_both_names_of_the_rope_type(scaling):
+    assert model_from_config(PUBLISHED["Llama 2"] | {"rope_scaling": scaling}).linear_factor == 4
 
 
 @pytest.mark.parametrize(
     "name", ["attention_bias", "mlp_bias", "partial_rotary_factor", "quantization_config"]
 )
-def test_null_says_nothing(name):
-    of_llama = PUBLISHED["Llama 3.2"]
-    assert model_of(of_llama | {name: None}) == model_of(of_llama)
+def test_null_means_the_default(name):
+    llama = PUBLISHED["Llama 3.2"]
+    assert model_from_config(llama | {name: None}) == model_from_config(llama)
 
 
-def test_a_null_within_rope_parameters_says_nothing():
+def test_null_in_rope_parameters_means_the_default():
     rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": None}
-    assert model_of(PUBLISHED["Llama 2"] | {"rope_parameters": rope}) == model_of(PUBLISHED["Llama 2"])
+    assert model_from_config(PUBLISHED["Llama 2"] | {"rope_parameters": rope}) == model_from_config(
+        PUBLISHED["Llama 2"]
+    )
 
 
-def test_scaling_in_the_older_place_counts_more():
-    """As transformers does it, of any version."""
+def test_rope_scaling_takes_precedence_over_rope_parameters():
+    """As in every version of transformers."""
     both = {"rope_scaling": LINEAR, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
-    assert model_of(PUBLISHED["Llama 2"] | both).linear_factor == 4
+    assert model_from_config(PUBLISHED["Llama 2"] | both).linear_factor == 4

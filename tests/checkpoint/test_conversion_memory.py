@@ -1,6 +1,6 @@
-"""A conversion holds one file of weights at most, where one and the model in its own dtype would be allowed.
+"""A conversion holds at most one file of weights in memory.
 
-Measured is how far the resident memory of a process rises during a conversion, mapped files included.
+The tests measure how far the resident memory of a process rises during a conversion, mapped files included.
 """
 
 import json
@@ -12,14 +12,14 @@ import torch
 from megatron_run import ROOT
 from waiting import PATIENCE
 
-from megatron_s2.checkpoint import hf_config
-from megatron_s2.checkpoint.safetensors_files import write_weights
-from megatron_s2.checkpoint.tensors import placed_tensors
+from megatron_s2.checkpoint.families import model_tensors
+from megatron_s2.checkpoint.hf_config import model_from_config
+from megatron_s2.checkpoint.safetensors_files import write_safetensors
 
 SHARD = 40 * 10**6
-# Of allocators, of what libraries set up when they are first used, of a tensor that is cut or joined.
+# For allocators, for what libraries allocate when they are first used, for a tensor that is fused or split.
 SLACK = 40 * 10**6
-# Many small tensors, so that what is held of one weighs little.
+# Many small tensors, so that one in memory weighs little.
 CONFIG = {
     "model_type": "llama",
     "num_hidden_layers": 32,
@@ -45,15 +45,17 @@ def resident(name):
     lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     return 1024 * int(lines[name].split()[0])
 
-def risen(*words):
+def growth(*words):
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forgets VmHWM
     main(words)
     return resident("VmHWM") - before
 
-there = risen("hf-to-megatron", "--input", "hf", "--output", "megatron")
-back = risen("megatron-to-hf", "--input", "megatron", "--output", "back", "--max-shard-size", sys.argv[1])
-print(there, back)
+to_megatron = growth("hf-to-megatron", "--input", "hf", "--output", "megatron")
+to_hugging_face = growth(
+    "megatron-to-hf", "--input", "megatron", "--output", "back", "--max-shard-size", sys.argv[1]
+)
+print(to_megatron, to_hugging_face)
 """
 
 
@@ -62,14 +64,14 @@ def test_no_more_than_a_file_of_weights_is_held(tmp_path):
     source.mkdir()
     shapes = {
         name: shape
-        for placed in placed_tensors(hf_config.model_of(CONFIG))
-        for name, shape in placed.parts.items()
+        for tensor in model_tensors(model_from_config(CONFIG))
+        for name, shape in tensor.hf_shapes.items()
     }
     sizes = {name: 2 * math.prod(shape) for name, shape in shapes.items()}
-    whole = sum(sizes.values())
-    assert whole > 250e6
+    total = sum(sizes.values())
+    assert total > 250e6
     tensors = ((name, torch.full(shape, 0.5, dtype=torch.bfloat16)) for name, shape in shapes.items())
-    write_weights(source, sizes, tensors, SHARD)
+    write_safetensors(source, sizes, tensors, SHARD)
     (source / "config.json").write_text(json.dumps(CONFIG))
     done = subprocess.run(
         [
@@ -85,7 +87,7 @@ def test_no_more_than_a_file_of_weights_is_held(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     for directory in ("hf", "back"):
-        assert len(list((tmp_path / directory).glob("*.safetensors"))) == math.ceil(whole / SHARD)
-    there, back = map(int, done.stdout.splitlines()[-1].split())
-    assert there < SHARD + SLACK < whole / 3
-    assert back < SHARD + SLACK
+        assert len(list((tmp_path / directory).glob("*.safetensors"))) == math.ceil(total / SHARD)
+    to_megatron, to_hugging_face = map(int, done.stdout.splitlines()[-1].split())
+    assert to_megatron < SHARD + SLACK < total / 3
+    assert to_hugging_face < SHARD + SLACK

@@ -1,15 +1,27 @@
-"""A model goes to Megatron's format and comes back bit by bit, whatever family, dtype and files it has."""
+"""A model survives the conversion to Megatron and back bit by bit, in every family and dtype."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from hf_models import FAMILIES, assert_bit_equal, convert, edit_config, make_model, store, weights
+from hf_models import (
+    FAMILIES,
+    assert_bit_equal,
+    convert,
+    edit_config,
+    make_model,
+    run_conversion,
+    store,
+    weights,
+)
 from transformers import AutoModelForCausalLM
 from waiting import PATIENCE
+
+from megatron_s2.checkpoint import families
 
 S2 = ("--s2-attention", "--s2-block-size", "16", "--s2-local-blocks", "2", "--s2-vert-stride", "3", "4")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -22,7 +34,7 @@ def config(directory) -> dict:
 @pytest.mark.parametrize("shards", ["one file", "shards"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_there_and_back_changes_no_bit(tmp_path, family, dtype, shards):
+def test_a_round_trip_is_bit_exact(tmp_path, family, dtype, shards):
     size = "5GB" if shards == "one file" else "60KB"
     source = make_model(tmp_path / "hf", family, dtype, size)
     convert("hf-to-megatron", source, tmp_path / "megatron")
@@ -49,20 +61,20 @@ def test_each_tensor_keeps_its_dtype(tmp_path):
     assert config(tmp_path / "back") == config(source)
     assert max(file.stat().st_size for file in tmp_path.glob("back/*.safetensors")) < 70_000
 
-    convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "as asked", "--dtype", "float32")
+    convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "float32", "--dtype", "float32")
     widened = {name: tensor.float() for name, tensor in weights(source).items()}
-    assert_bit_equal(weights(tmp_path / "as asked"), widened)
-    assert config(tmp_path / "as asked")["dtype"] == "float32"
+    assert_bit_equal(weights(tmp_path / "float32"), widened)
+    assert config(tmp_path / "float32")["dtype"] == "float32"
 
 
 @pytest.mark.parametrize("flags", [(), S2], ids=["dense", "sparse"])
-def test_a_mistral_without_its_config_is_one_if_asked(tmp_path, flags):
+def test_family_of_a_mistral_whose_config_is_missing(tmp_path, flags):
     source = make_model(tmp_path / "hf", "mistral")
     convert("hf-to-megatron", source, tmp_path / "megatron", *flags)
     printed = convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "beside")
-    place = tmp_path / "megatron/huggingface/config.json"
-    assert f"beside: mistral (from {place}), 3 layers, " in printed
-    shutil.rmtree(tmp_path / "megatron/huggingface")  # as in what a training saves
+    config_path = tmp_path / "megatron/huggingface/config.json"
+    assert f"beside: mistral (from {config_path}), 3 layers, " in printed
+    shutil.rmtree(tmp_path / "megatron/huggingface")  # as in a checkpoint that a training saved
     printed = convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "plain")
     assert "plain: llama (or Mistral, the same in Megatron: --family mistral), 3 layers, " in printed
     printed = convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "asked", "--family", "mistral")
@@ -79,15 +91,21 @@ def test_a_mistral_without_its_config_is_one_if_asked(tmp_path, flags):
 
 
 @pytest.mark.parametrize(("family", "flag"), [("qwen2", "--add-qkv-bias"), ("qwen3, tied", "--qk-layernorm")])
-def test_a_family_that_the_arguments_tell(tmp_path, family, flag):
+def test_families_that_the_arguments_identify(tmp_path, family, flag):
     convert("hf-to-megatron", make_model(tmp_path / "hf", family), tmp_path / "megatron")
     shutil.rmtree(tmp_path / "megatron/huggingface")
     printed = convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "back")
     assert f"back: {family[:5]} (from the checkpoint's {flag}), 3 layers, dense attention, no tok" in printed
 
 
-def test_what_is_read_may_be_links_and_may_not_be_writable(tmp_path):
-    """As in a cache of downloads: links to files of other names, in directories that nobody writes to."""
+def test_family_offers_the_families_that_are_the_same_in_megatron(tmp_path):
+    _, _, errors = run_conversion("megatron-to-hf", tmp_path, tmp_path / "output", "--family", "none")
+    offered = re.findall(r"\w+", errors.partition("choose from")[2])
+    assert offered == [name for name, family in families.FAMILIES.items() if not family.megatron_args]
+
+
+def test_reads_symlinks_in_read_only_directories(tmp_path):
+    """As in the cache of the Hugging Face Hub: links to files with other names."""
     source = make_model(tmp_path / "hf", "llama3.1", shard_size="60KB")
     (source / "tokenizer.json").write_text("{}")
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
@@ -106,7 +124,7 @@ def test_what_is_read_may_be_links_and_may_not_be_writable(tmp_path):
     (tmp_path / "back/tokenizer.json").write_text("writable")
 
 
-def test_shards_are_those_that_transformers_reads(tmp_path):
+def test_transformers_reads_the_shards(tmp_path):
     source = make_model(tmp_path / "hf", "qwen2", shard_size="60KB")
     assert len(list(source.glob("*.safetensors"))) > 3
     convert("hf-to-megatron", source, tmp_path / "megatron")
@@ -117,14 +135,14 @@ def test_shards_are_those_that_transformers_reads(tmp_path):
     assert [file.name for file in files] == [
         f"model-{number:05}-of-{len(files):05}.safetensors" for number in range(1, len(files) + 1)
     ]
-    assert max(file.stat().st_size for file in files) < 110_000  # the file's head included
+    assert max(file.stat().st_size for file in files) < 110_000  # with the header of the file
     index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == weights(source).keys()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
     assert_bit_equal(dict(loaded.named_parameters()), {**weights(source)})
 
 
-def test_another_dtype_is_a_rounding_of_the_weights(tmp_path):
+def test_dtype_rounds_the_weights(tmp_path):
     source = make_model(tmp_path / "hf", "qwen3")
     convert("hf-to-megatron", source, tmp_path / "megatron")
     convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "back", "--dtype", "bfloat16")
@@ -133,7 +151,7 @@ def test_another_dtype_is_a_rounding_of_the_weights(tmp_path):
     assert config(tmp_path / "back")["dtype"] == "bfloat16"
 
 
-def test_a_tied_output_layer_may_be_stored_again(tmp_path):
+def test_a_tied_output_layer_may_be_stored_as_well(tmp_path):
     source = make_model(tmp_path / "hf", "qwen3, tied")
     stored = weights(source)
     store(source, {"lm_head.weight": stored["model.embed_tokens.weight"].clone()})
@@ -142,7 +160,7 @@ def test_a_tied_output_layer_may_be_stored_again(tmp_path):
     assert_bit_equal(weights(tmp_path / "back"), stored)
 
 
-def test_the_config_of_older_transformers_is_read(tmp_path):
+def test_the_config_of_transformers_4_is_read(tmp_path):
     source = make_model(tmp_path / "hf", "llama3.1")
     rope = config(source)["rope_parameters"]
     convert("hf-to-megatron", source, tmp_path / "new")
@@ -152,7 +170,7 @@ def test_the_config_of_older_transformers_is_read(tmp_path):
     assert (tmp_path / "old/resume.args").read_text() == (tmp_path / "new/resume.args").read_text()
 
 
-def test_the_pattern_is_part_of_the_config_and_comes_back(tmp_path):
+def test_the_pattern_survives_a_round_trip(tmp_path):
     source = make_model(tmp_path / "hf", "llama2", num_key_value_heads=2)
     convert("hf-to-megatron", source, tmp_path / "megatron", *S2, "--s2-dense-layers", "1,3")
     convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "sparse")
@@ -172,7 +190,7 @@ def test_the_pattern_is_part_of_the_config_and_comes_back(tmp_path):
     assert config(tmp_path / "twice") == config(tmp_path / "sparse")
 
 
-def test_flags_of_training_that_belong_to_the_model_are_printed(tmp_path):
+def test_the_flags_of_the_model_are_printed(tmp_path):
     source = make_model(tmp_path / "hf", "qwen3", torch.bfloat16)
     printed = convert("hf-to-megatron", source, tmp_path / "megatron", *S2, "--s2-anneal-steps", "100")
     for line in (
@@ -186,7 +204,7 @@ def test_flags_of_training_that_belong_to_the_model_are_printed(tmp_path):
 
 
 def test_transformers_refuses_a_sparse_model_where_s2_is_not_registered(tmp_path):
-    """An explicit None is the one way around, which docs/checkpoints.md tells of."""
+    """An explicit None is the one way around it, as docs/checkpoints.md says."""
     source = make_model(tmp_path / "hf", "qwen3")
     convert("hf-to-megatron", source, tmp_path / "megatron", *S2)
     convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "sparse")
@@ -210,14 +228,14 @@ def test_a_sliding_window_is_replaced_by_the_pattern(tmp_path):
     assert config(tmp_path / "sparse")["sliding_window"] is None
 
 
-def test_tokenizer_files_go_along(tmp_path):
+def test_tokenizer_files_are_copied(tmp_path):
     source = make_model(tmp_path / "hf", "llama3.1")
     (source / "tokenizer.json").write_text("{}")
     (source / "tokenizer_config.json").write_text('{"chat_template": "yes"}')
     printed = convert("hf-to-megatron", source, tmp_path / "megatron")
-    place = tmp_path / "megatron" / "huggingface"
-    assert f"--tokenizer-type HuggingFaceTokenizer\n--tokenizer-model {place}\n" in printed
+    tokenizer = tmp_path / "megatron" / "huggingface"
+    assert f"--tokenizer-type HuggingFaceTokenizer\n--tokenizer-model {tokenizer}\n" in printed
     printed = convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "back")
-    assert printed.endswith(f", dense attention, tokenizer from {place}\n")
+    assert printed.endswith(f", dense attention, tokenizer from {tokenizer}\n")
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()

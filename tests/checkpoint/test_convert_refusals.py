@@ -1,23 +1,19 @@
-"""What cannot be converted is refused in one line, with status 2, and nothing is left of the output."""
+"""Input that cannot be converted is refused in one line with status 2, and no output is left."""
 
 import os
 import pickle
 import resource
 import signal
-import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
-from hf_models import assert_refused, convert, convert_in_vain, edit_config, make_model, store
-from waiting import PATIENCE
+from hf_models import assert_refused, convert, edit_config, make_model, run_conversion, store
 
+from megatron_s2.checkpoint import atomic_directory, torch_dist
 from megatron_s2.checkpoint import convert as conversion
-from megatron_s2.checkpoint import torch_dist, whole
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "convert_checkpoint.py"
 S2 = ("--s2-attention", "--s2-block-size", "16", "--s2-local-blocks", "2", "--s2-vert-stride", "4")
 
 
@@ -32,9 +28,9 @@ def trained(source, tmp_path) -> Path:
     return tmp_path / "megatron"
 
 
-def write_checkpoint_of(trained: Path, **changes) -> None:
-    """Gives a checkpoint other arguments, in the place where Megatron's older versions had them."""
-    common = torch_dist.Checkpoint(trained).common
+def change_arguments(trained: Path, **changes) -> None:
+    """Changes arguments in a checkpoint, in the file where older versions of Megatron stored them."""
+    common = torch_dist.CheckpointReader(trained).common
     vars(common["args"]).update(changes)
     torch.save(common, trained / "release" / "common.pt")
 
@@ -82,7 +78,7 @@ def write_checkpoint_of(trained: Path, **changes) -> None:
             {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 2.0}},
             "low_freq_factor 2.0: must be 1, fixed in Megatron",
         ),
-        ({"s2_attention": {"stride": 4}}, "s2_attention stride: is no setting of S2 attention"),
+        ({"s2_attention": {"stride": 4}}, "s2_attention stride: is not a setting of S2 attention"),
         ({"s2_attention": {"block_size": 48}}, "s2_attention: block_size 48: must be a power of two"),
         ({"s2_attention": {"block_size": "16"}}, "s2_attention: block_size '16': must be a whole number"),
         ({"s2_attention": {"block_size": 16.0}}, "s2_attention: block_size 16.0: must be a whole number"),
@@ -99,7 +95,7 @@ def write_checkpoint_of(trained: Path, **changes) -> None:
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_a_model_that_megatron_or_we_do_not_have(source, entries, message):
+def test_an_unsupported_config(source, entries, message):
     edit_config(source, **entries)
     assert_refused("hf-to-megatron", source, message)
 
@@ -136,7 +132,7 @@ def test_a_sliding_window_without_s2(tmp_path, family):
     ],
     ids=["missing", "extra", "shape", "dtype", "layers of two dtypes", "query and key", "gate and up"],
 )
-def test_weights_that_are_not_those_of_the_config(source, changed, message):
+def test_weights_that_contradict_the_config(source, changed, message):
     store(source, changed)
     assert_refused("hf-to-megatron", source, message)
 
@@ -154,12 +150,12 @@ def test_pickled_weights_are_not_opened(source):
     assert_refused("hf-to-megatron", source, "pytorch_model.bin: is a pickle, which can run code")
 
 
-def test_what_is_no_model_directory(tmp_path):
+def test_a_directory_without_a_model(tmp_path):
     assert_refused("hf-to-megatron", tmp_path / "nowhere", "nowhere: there is no such directory")
     assert_refused("megatron-to-hf", tmp_path / "nowhere", "nowhere: there is no such directory")
     (tmp_path / "empty").mkdir()
     assert_refused("hf-to-megatron", tmp_path / "empty", "config.json: there is no such file")
-    assert_refused("megatron-to-hf", tmp_path / "empty", "empty: is no checkpoint: it has no latest_chec")
+    assert_refused("megatron-to-hf", tmp_path / "empty", "empty: is not a checkpoint: it has no latest_chec")
 
 
 @pytest.mark.parametrize(
@@ -171,11 +167,11 @@ def test_what_is_no_model_directory(tmp_path):
         (("--s2-attention", "--s2-backend", "torch"), "--s2-backend: must not be set: it is for training"),
     ],
 )
-def test_s2_flags_that_say_nothing_about_a_model(source, flags, message):
+def test_s2_flags_that_do_not_describe_a_model(source, flags, message):
     assert_refused("hf-to-megatron", source, message, *flags)
 
 
-def test_another_pattern_than_the_models_own(source, trained, tmp_path):
+def test_a_pattern_that_differs_from_the_models(source, trained, tmp_path):
     convert("megatron-to-hf", trained, tmp_path / "sparse")
     message = "--s2-vert-stride 8: the model was trained with 4; give the same"
     assert_refused("hf-to-megatron", tmp_path / "sparse", message, *S2, "--s2-vert-stride", "8")
@@ -192,28 +188,28 @@ def test_another_pattern_than_the_models_own(source, trained, tmp_path):
         ({"ffn_hidden_size": 48}, "linear_fc1.weight: has shape [2, 192, 64]; its arguments say [2, 96, 64]"),
         ({"qk_layernorm": True}, "q_layernorm.weight: missing; the checkpoint's arguments say"),
         ({"untie_embeddings_and_output_weights": False}, "output_layer.weight: no llama model has it"),
-        ({"kv_channels": None}, "--kv-channels: the checkpoint's arguments do not say it"),
+        ({"kv_channels": None}, "--kv-channels: missing from the checkpoint's arguments"),
         ({"s2_anneal_steps": 100}, "the checkpoint is of step 7, before its attention is the pattern"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_a_checkpoint_of_a_model_that_no_family_is(trained, changes, message):
-    write_checkpoint_of(trained, **changes)
+def test_a_checkpoint_that_fits_no_family(trained, changes, message):
+    change_arguments(trained, **changes)
     if "s2_anneal_steps" in changes:
         common = torch.load(trained / "release/common.pt", weights_only=False)
         torch.save(common | {"iteration": 7}, trained / "release/common.pt")
     assert_refused("megatron-to-hf", trained, message)
 
 
-def test_a_checkpoint_that_is_to_be_annealed_and_was_never_trained(source, tmp_path):
-    """Its attention is dense still, whatever pattern its arguments name."""
+def test_a_checkpoint_with_annealing_that_was_never_trained(source, tmp_path):
+    """Its attention is still dense, whatever pattern its arguments name."""
     convert("hf-to-megatron", source, tmp_path / "megatron", *S2, "--s2-anneal-steps", "100")
     message = "is of step 0, before its attention is the pattern; take one from step 100 on, or convert the"
     assert_refused("megatron-to-hf", tmp_path / "megatron", message)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
-def test_a_family_that_the_arguments_contradict(tmp_path, family):
+def test_a_family_that_contradicts_the_arguments(tmp_path, family):
     convert("hf-to-megatron", make_model(tmp_path / "hf", family), tmp_path / "megatron")
     flags = ("--family", "mistral")
     assert_refused(
@@ -221,8 +217,8 @@ def test_a_family_that_the_arguments_contradict(tmp_path, family):
     )
 
 
-def test_a_vocabulary_that_nobody_says(trained):
-    write_checkpoint_of(trained, vocab_size=None)
+def test_an_unknown_vocabulary_size(trained):
+    change_arguments(trained, vocab_size=None)
     (trained / "huggingface" / "config.json").unlink()
     assert_refused("megatron-to-hf", trained, "--vocab-size: must be given")
     assert_refused("megatron-to-hf", trained, "(tokens: --vocab-size)", "--vocab-size", "400")
@@ -230,10 +226,10 @@ def test_a_vocabulary_that_nobody_says(trained):
     assert convert("megatron-to-hf", trained, trained.parent / "output", "--vocab-size", "250")
 
 
-def test_another_vocabulary_than_the_one_that_is_known(trained):
-    message = "--vocab-size 200: the checkpoint, or the model that it began with, says 250; leave it out"
+def test_a_vocabulary_size_that_contradicts_the_known_one(trained):
+    message = "--vocab-size 200: the checkpoint, or the model that it began with, has 250; leave it out"
     assert_refused("megatron-to-hf", trained, message, "--vocab-size", "200")
-    write_checkpoint_of(trained, vocab_size=None)  # now only its config.json says it
+    change_arguments(trained, vocab_size=None)  # now only its config.json contains it
     assert_refused("megatron-to-hf", trained, message, "--vocab-size", "200")
     assert convert("megatron-to-hf", trained, trained.parent / "output", "--vocab-size", "250")
 
@@ -244,7 +240,7 @@ class _Harmful:
 
 
 @pytest.mark.parametrize("file", [".metadata", "common.pt"])
-def test_a_pickle_that_runs_code_does_not_run(trained, tmp_path, monkeypatch, file):
+def test_code_in_a_pickle_is_not_run(trained, tmp_path, monkeypatch, file):
     monkeypatch.setenv("HARM", str(tmp_path / "harm"))
     harmful = {"args": Namespace(harm=_Harmful())}
     if file == "common.pt":
@@ -256,7 +252,7 @@ def test_a_pickle_that_runs_code_does_not_run(trained, tmp_path, monkeypatch, fi
 
 
 @pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
-def test_an_output_that_exists_is_left_alone(source, trained, tmp_path, direction):
+def test_an_existing_output_is_not_touched(source, trained, tmp_path, direction):
     given = source if direction == "hf-to-megatron" else trained
     (tmp_path / "output").mkdir()
     (tmp_path / "output" / "precious").touch()
@@ -265,8 +261,8 @@ def test_an_output_that_exists_is_left_alone(source, trained, tmp_path, directio
 
 
 @pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
-def test_the_unfinished_output_of_another_is_left_alone(source, trained, tmp_path, direction):
-    """Another machine may have a process of the same number that writes to the same disk."""
+def test_the_unfinished_output_of_another_process_is_not_touched(source, trained, tmp_path, direction):
+    """A process with the same id may write to the same disk from another machine."""
     given = source if direction == "hf-to-megatron" else trained
     unfinished = tmp_path / f".output.{os.getpid()}.part"
     unfinished.mkdir()
@@ -275,68 +271,67 @@ def test_the_unfinished_output_of_another_is_left_alone(source, trained, tmp_pat
     assert [path.name for path in unfinished.iterdir()] == ["precious"]
 
 
-def test_numbers_that_a_dtype_does_not_have(source, tmp_path):
+def test_values_beyond_the_range_of_a_dtype(source, tmp_path):
     store(source, {"model.layers.1.mlp.up_proj.weight": torch.full((96, 64), 70_000.0)})
     convert("hf-to-megatron", source, tmp_path / "megatron")
-    message = "--dtype float16: model.layers.1.mlp.up_proj.weight has numbers beyond its largest, 65504"
+    message = "--dtype float16: model.layers.1.mlp.up_proj.weight has values beyond its maximum, 65504"
     assert_refused("megatron-to-hf", tmp_path / "megatron", message, "--dtype", "float16")
 
 
-def test_an_output_whose_flags_a_shell_would_take_apart(source):
-    status, _, errors = convert_in_vain("hf-to-megatron", source, source.parent / "two words")
+def test_an_output_path_that_a_shell_would_split(source):
+    status, _, errors = run_conversion("hf-to-megatron", source, source.parent / "two words")
     assert status == 2
     assert "must be a path without spaces" in errors
 
 
 @pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
-def test_a_disk_that_is_too_small_is_seen_before(source, trained, monkeypatch, direction):
-    monkeypatch.setattr(whole.shutil, "disk_usage", lambda path: Namespace(free=1000))
+def test_a_disk_that_is_too_small(source, trained, monkeypatch, direction):
+    monkeypatch.setattr(atomic_directory.shutil, "disk_usage", lambda path: Namespace(free=1000))
     given = source if direction == "hf-to-megatron" else trained
     assert_refused(direction, given, "GB and its disk has 1e-06 GB left")
 
 
 @pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
-def test_a_disk_that_fills_up_half_way(source, trained, tmp_path, direction):
-    """The limit of a file's size stands in for it: the kernel ends a write in the middle."""
+def test_a_disk_that_fills_up(source, trained, tmp_path, direction):
+    """A limit on file sizes stands in for a full disk: the kernel stops a write half-way."""
     given = source if direction == "hf-to-megatron" else trained
-    before = sorted(tmp_path.iterdir())
-    done = subprocess.run(
-        [sys.executable, SCRIPT, direction, "--input", given, "--output", tmp_path / "output"],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)),
-    )
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    assert "File too large" in done.stderr and str(tmp_path / ".output.") in done.stderr
+    before, limit = sorted(tmp_path.iterdir()), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limit[1]))
+    try:
+        status, printed, errors = run_conversion(direction, given, tmp_path / "output")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert (status, printed) == (2, ""), errors
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    assert "File too large" in errors and str(tmp_path / ".output.") in errors
     assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
-def test_no_space_left_half_way(source, trained, monkeypatch, direction):
+def test_no_space_left_after_the_weights(source, trained, monkeypatch, direction):
     def write(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(conversion, "_copy", write)  # after the weights
+    monkeypatch.setattr(conversion, "_copy", write)
     given = source if direction == "hf-to-megatron" else trained
     assert_refused(direction, given, "No space left on device")
 
 
 @pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
-def test_ctrl_c_half_way_leaves_nothing(source, trained, tmp_path, monkeypatch, direction):
-    owner = conversion.Weights if direction == "hf-to-megatron" else conversion.Checkpoint
-    read, reads = owner.read, iter(range(1000))
+def test_ctrl_c_leaves_nothing(source, trained, tmp_path, monkeypatch, direction):
+    to_megatron = direction == "hf-to-megatron"
+    reader = conversion.SafetensorsReader if to_megatron else conversion.CheckpointReader
+    read, reads = reader.read, iter(range(1000))
 
     def interrupted_read(self, *wanted):
         if next(reads) == 5:
             signal.raise_signal(signal.SIGINT)
         return read(self, *wanted)
 
-    monkeypatch.setattr(owner, "read", interrupted_read)
-    given = source if direction == "hf-to-megatron" else trained
+    monkeypatch.setattr(reader, "read", interrupted_read)
+    given = source if to_megatron else trained
     before = sorted(tmp_path.iterdir())
-    status, printed, errors = convert_in_vain(direction, given, tmp_path / "output")
+    status, printed, errors = run_conversion(direction, given, tmp_path / "output")
     assert (status, printed, errors) == (130, "", "interrupted\n")
     assert sorted(tmp_path.iterdir()) == before

@@ -1,4 +1,4 @@
-"""A converted model computes in Megatron, through the user's command, what transformers computes."""
+"""A converted model computes the same logits in Megatron, run by the user's command, as in transformers."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ STRIDES = {  # one per KV head
     "llama, one KV head": ("3",),
     "qwen3, one KV head": ("3",),
 }
-# Long enough that slower rotary frequencies of the Llama 3 scaling show.
+# Long enough for the slower rotary frequencies of Llama 3 scaling to make a difference.
 LENGTH = 512
 
 
@@ -32,7 +32,7 @@ def sources(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def in_megatron(sources, tokens, tmp_path_factory):
+def logits_in_megatron(sources, tokens, tmp_path_factory):
     directory = tmp_path_factory.mktemp("megatron")
     outputs = {family: directory / str(number) for number, family in enumerate(sources)}
     for family, source in sources.items():
@@ -40,50 +40,52 @@ def in_megatron(sources, tokens, tmp_path_factory):
     for family, strides in STRIDES.items():
         outputs[f"sparse {family}"] = directory / f"sparse-{len(outputs)}"
         convert("hf-to-megatron", sources[family], outputs[f"sparse {family}"], *S2, *strides)
-    return logits(directory, outputs, tokens)
+    return logits(outputs, tokens)
 
 
-def in_transformers(source, tokens, **chosen) -> torch.Tensor:
-    model = AutoModelForCausalLM.from_pretrained(source, **chosen)
+def logits_in_transformers(source, tokens, **options) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(source, **options)
     with torch.no_grad():
         return model(tokens).logits
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_are_those_of_transformers(sources, in_megatron, tokens, family):
-    expected = in_transformers(sources[family], tokens, attn_implementation="eager")
+def test_logits_equal_those_of_transformers_dense(sources, logits_in_megatron, tokens, family):
+    expected = logits_in_transformers(sources[family], tokens, attn_implementation="eager")
     assert expected.std() > 0.3
-    torch.testing.assert_close(in_megatron[family][..., : TINY["vocab_size"]], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        logits_in_megatron[family][..., : TINY["vocab_size"]], expected, rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("family", STRIDES)
-def test_a_sparse_model_computes_the_same_in_transformers(sources, in_megatron, tokens, tmp_path, family):
+def test_logits_equal_those_of_transformers_sparse(sources, logits_in_megatron, tokens, tmp_path, family):
     import megatron_s2.hf  # noqa: F401 - registers the attention function
 
     convert("hf-to-megatron", sources[family], tmp_path / "megatron", *S2, *STRIDES[family])
     convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "sparse")
-    sparse = in_transformers(tmp_path / "sparse", tokens)
-    expected = in_megatron[f"sparse {family}"][..., : TINY["vocab_size"]]
+    sparse = logits_in_transformers(tmp_path / "sparse", tokens)
+    expected = logits_in_megatron[f"sparse {family}"][..., : TINY["vocab_size"]]
     torch.testing.assert_close(sparse, expected, rtol=1e-5, atol=1e-5)
-    assert (sparse - in_megatron[family][..., : TINY["vocab_size"]]).abs().max() > 1e-3
+    assert (sparse - logits_in_megatron[family][..., : TINY["vocab_size"]]).abs().max() > 1e-3
 
 
-def test_padded_tokens_have_no_weight(in_megatron):
-    for of_family in in_megatron.values():
-        assert of_family.shape[-1] == 256
-        assert not of_family[..., TINY["vocab_size"] :].any()
+def test_padded_tokens_have_zero_logits(logits_in_megatron):
+    for logits_of_model in logits_in_megatron.values():
+        assert logits_of_model.shape[-1] == 256
+        assert not logits_of_model[..., TINY["vocab_size"] :].any()
 
 
 @pytest.mark.parametrize(
-    ("family", "otherwise"),
+    ("family", "changes"),
     [
         ("llama3.1", {"rope_type": "default"}),
-        ("llama3.2, tied", {"factor": 8.0}),  # what Megatron computes whatever factor it is given
+        ("llama3.2, tied", {"factor": 8.0}),  # the factor that stock Megatron always uses
         ("llama, linear", {"rope_type": "default"}),
     ],
 )
-def test_rope_scaling_makes_a_difference_that_these_tests_see(sources, tokens, family, otherwise, tmp_path):
-    scaled = in_transformers(sources[family], tokens)
+def test_rope_scaling_changes_the_logits(sources, tokens, family, changes, tmp_path):
+    scaled = logits_in_transformers(sources[family], tokens)
     other = make_model(tmp_path / "other", family)
-    edit_config(other, rope_parameters=FAMILIES[family]["rope_parameters"] | otherwise)
-    assert (scaled - in_transformers(other, tokens)).abs().max() > 1e-3
+    edit_config(other, rope_parameters=FAMILIES[family]["rope_parameters"] | changes)
+    assert (scaled - logits_in_transformers(other, tokens)).abs().max() > 1e-3

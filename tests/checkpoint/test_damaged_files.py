@@ -1,4 +1,4 @@
-"""Damaged input is refused in one line that names the file, and nothing is left of the output."""
+"""Damaged input is refused in one line that names the file, and no output is left."""
 
 import io
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_models import assert_bit_equal, assert_refused, convert, convert_in_vain, make_model, weights
+from hf_models import assert_bit_equal, assert_refused, convert, make_model, run_conversion, weights
 
 from megatron_s2.checkpoint import torch_dist
 
@@ -39,98 +39,96 @@ def cut(file: Path, share: float = 0.5) -> None:
 
 
 def garble(file: Path, first: float, last: float) -> None:
-    """Overwrites a part, given as shares of the whole, with other bytes."""
+    """Overwrites a part of a file, given as shares of its size, with random bytes."""
     written = bytearray(file.read_bytes())
-    place = slice(int(first * len(written)), int(last * len(written)))
-    written[place] = random.Random(1).randbytes(len(written[place]))
+    part = slice(int(first * len(written)), int(last * len(written)))
+    written[part] = random.Random(1).randbytes(len(written[part]))
     file.write_bytes(written)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
-def test_a_file_of_tensors_that_is_cut_off(converted, release, share):
+def test_a_truncated_tensor_file(converted, release, share):
     file = release / "__0_0.distcp"
     size = file.stat().st_size
     cut(file, share)
-    message = f"{file}: is cut off at {int(size * share)} of {size} bytes"
+    message = f"{file}: is truncated at {int(size * share)} of {size} bytes"
     assert_refused("megatron-to-hf", converted, message)
 
 
-def test_a_file_of_tensors_that_is_missing(converted, release):
+def test_a_missing_tensor_file(converted, release):
     (release / "__0_0.distcp").unlink()
-    assert_refused(
-        "megatron-to-hf", converted, "__0_0.distcp: missing, though the checkpoint has a part in it"
-    )
+    assert_refused("megatron-to-hf", converted, "__0_0.distcp: missing, though .metadata lists it")
 
 
-def test_tensors_that_are_garbled_are_found_while_others_are_written(converted, release):
+def test_damaged_tensors_are_found_while_others_are_written(converted, release):
     garble(release / "__0_0.distcp", 0.7, 0.8)
     flags = ("--max-shard-size", "50KB")
     assert_refused("megatron-to-hf", converted, "__0_0.distcp: decoder.layers.", *flags)
 
 
-def test_one_bit_of_a_weight_that_is_another(converted, release):
-    """torch's reader takes what it finds."""
+def test_one_flipped_bit_of_a_weight(converted, release):
+    """torch's reader does not notice it."""
     key, file = "decoder.layers.mlp.linear_fc2.weight", release / "__0_0.distcp"
     metadata = torch_dist._read_metadata(release / ".metadata")
-    place = next(place for index, place in metadata.storage_data.items() if index.fqn == key)
+    location = next(value for index, value in metadata.storage_data.items() if index.fqn == key)
 
     def read() -> torch.Tensor:
-        return torch.load(io.BytesIO(file.read_bytes()[place.offset : place.offset + place.length]))
+        return torch.load(io.BytesIO(file.read_bytes()[location.offset : location.offset + location.length]))
 
     before, written = read(), bytearray(file.read_bytes())
-    written[place.offset + place.length // 2] ^= 1
+    written[location.offset + location.length // 2] ^= 1
     file.write_bytes(written)
     assert (read() != before).sum() == 1
     assert_refused(
-        "megatron-to-hf", converted, f"{file}: {key} is not read: it is damaged, or may run code: "
+        "megatron-to-hf", converted, f"{file}: {key} cannot be read: it is damaged, or may run code: "
     )
 
 
 @pytest.mark.parametrize("file", ["__0_0.distcp", "common.pt"])
-def test_an_argument_that_is_another_number(converted, release, file):
-    """Its arguments would be read, and say 251 tokens instead of 250."""
+def test_a_changed_argument(converted, release, file):
+    """The arguments could be read, with a vocabulary of 251 instead of 250 tokens."""
     if file == "common.pt":
-        torch.save(torch_dist.Checkpoint(converted).common, release / file)
+        torch.save(torch_dist.CheckpointReader(converted).common, release / file)
     written = (release / file).read_bytes()
     (release / file).write_bytes(written.replace(b"K\xfa", b"K\xfb", 1))
-    assert_refused("megatron-to-hf", converted, "data.pkl in it has not the CRC32 that it was written with")
+    assert_refused("megatron-to-hf", converted, "data.pkl in it does not match its CRC32")
 
 
-def test_arguments_that_are_garbled(converted, release):
+def test_damaged_arguments(converted, release):
     garble(release / "__0_0.distcp", 0.0, 0.02)
-    message = "__0_0.distcp: common_state/shard_0_1 is not read: it is damaged, or may run code: "
+    message = "__0_0.distcp: common_state/shard_0_1 cannot be read: it is damaged, or may run code: "
     assert_refused("megatron-to-hf", converted, message)
 
 
 @pytest.mark.parametrize("damage", [cut, lambda file: garble(file, 0.1, 0.6), lambda file: cut(file, 0)])
-def test_arguments_in_a_file_of_their_own_that_are_damaged(converted, release, damage):
-    torch.save(torch_dist.Checkpoint(converted).common, release / "common.pt")
+def test_damaged_arguments_in_a_separate_file(converted, release, damage):
+    torch.save(torch_dist.CheckpointReader(converted).common, release / "common.pt")
     damage(release / "common.pt")
-    message = f"{release}/common.pt: is not read: it is damaged, or may run code: "
+    message = f"{release}/common.pt: cannot be read: it is damaged, or may run code: "
     assert_refused("megatron-to-hf", converted, message)
 
 
 @pytest.mark.parametrize("common", [None, [], {"args": 1}])
-def test_arguments_that_are_none(converted, release, common):
+def test_missing_arguments(converted, release, common):
     torch.save(common, release / "common.pt")
-    assert_refused("megatron-to-hf", converted, f"{release}: holds no arguments")
+    assert_refused("megatron-to-hf", converted, f"{release}: contains no arguments")
 
 
 @pytest.mark.parametrize("damage", [cut, lambda file: garble(file, 0.1, 0.6), lambda file: cut(file, 0)])
-def test_the_list_of_tensors_that_is_damaged(converted, release, damage):
+def test_damaged_metadata(converted, release, damage):
     damage(release / ".metadata")
-    assert_refused("megatron-to-hf", converted, f"{release}/.metadata: is not read: ")
+    assert_refused("megatron-to-hf", converted, f"{release}/.metadata: cannot be read: ")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda stored: stored.chunks.pop(), "is not whole: a part of it is in none of the files"),
+        (lambda stored: stored.chunks.pop(), "is incomplete: no file contains a part of it"),
         (lambda stored: setattr(stored.properties, "dtype", torch.bfloat16), "has another shape or dtype in"),
     ],
-    ids=["a part in no file", "another dtype"],
+    ids=["missing chunk", "wrong dtype"],
 )
-def test_a_list_of_tensors_that_is_not_what_the_files_hold(converted, monkeypatch, change, message):
+def test_metadata_that_contradicts_the_files(converted, monkeypatch, change, message):
     read, key = torch_dist._read_metadata, "decoder.layers.mlp.linear_fc2.weight"
 
     def read_changed(path):
@@ -143,20 +141,18 @@ def test_a_list_of_tensors_that_is_not_what_the_files_hold(converted, monkeypatc
 
 
 @pytest.mark.parametrize("file", [".metadata", "__0_0.distcp", "common.pt"])
-def test_wherever_a_few_bytes_are_others_no_conversion_ends_in_a_traceback(
-    source, converted, release, tmp_path, file
-):
-    """Nor in other weights than those that were converted."""
-    torch.save(torch_dist.Checkpoint(converted).common, release / "common.pt")
-    whole, dice = (release / file).read_bytes(), random.Random(5)
+def test_random_damage_never_ends_in_a_traceback(source, converted, release, tmp_path, file):
+    """Nor in wrong weights."""
+    torch.save(torch_dist.CheckpointReader(converted).common, release / "common.pt")
+    intact, dice = (release / file).read_bytes(), random.Random(5)
     refused, expected = 0, weights(source)
     for number in range(40):
-        damaged = bytearray(whole)
+        damaged = bytearray(intact)
         for _ in range(4):
-            damaged[dice.randrange(len(whole))] = dice.randrange(256)
+            damaged[dice.randrange(len(intact))] = dice.randrange(256)
         (release / file).write_bytes(damaged)
         output = tmp_path / f"output-{number}"
-        status, _, errors = convert_in_vain("megatron-to-hf", converted, output)
+        status, _, errors = run_conversion("megatron-to-hf", converted, output)
         assert status == 0 or (status, errors.count("\n"), errors[:7]) == (2, 1, "error: ")
         if status == 0 and file != ".metadata":  # it has no checksum
             assert_bit_equal(weights(output), expected)
@@ -165,43 +161,43 @@ def test_wherever_a_few_bytes_are_others_no_conversion_ends_in_a_traceback(
 
 
 @pytest.mark.parametrize("text", [b"\xff\xfe", b"iter", b"", b"9" * 5000, "²".encode()])
-def test_a_tracker_that_says_no_iteration(converted, text):
+def test_a_tracker_without_an_iteration(converted, text):
     (converted / "latest_checkpointed_iteration.txt").write_bytes(text)
-    assert_refused("megatron-to-hf", converted, "iteration.txt: must say an iteration or release, not ")
+    assert_refused("megatron-to-hf", converted, "iteration.txt: must contain an iteration or release, not ")
 
 
-def test_ctrl_c_while_arguments_are_read(converted, tmp_path, monkeypatch):
+def test_ctrl_c_while_reading_arguments(converted, tmp_path, monkeypatch):
     monkeypatch.setattr(torch_dist, "_load_arguments", lambda stream: signal.raise_signal(signal.SIGINT))
-    status, printed, errors = convert_in_vain("megatron-to-hf", converted, tmp_path / "output")
+    status, printed, errors = run_conversion("megatron-to-hf", converted, tmp_path / "output")
     assert (status, printed, errors) == (130, "", "interrupted\n")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.99])
-def test_weights_that_are_cut_off(source, share):
+def test_a_truncated_safetensors_file(source, share):
     file = sorted(source.glob("*.safetensors"))[1]
     cut(file, share)
-    assert_refused("hf-to-megatron", source, f"{file}: is no safetensors file, or damaged")
+    assert_refused("hf-to-megatron", source, f"{file}: is not a safetensors file, or is damaged")
 
 
 @pytest.mark.parametrize(
-    ("places", "message"),
+    ("weight_map", "message"),
     [
-        (None, "weight_map must be an object"),
-        ([], "weight_map must be an object"),
-        ({}, "weight_map must be an object"),
-        (["a"], "weight_map must be an object"),
-        ({"a": 1}, "'a' is in 1, which is no file in"),
-        ({"a": ["b"]}, "'a' is in ['b'], which is no file in"),
-        ({"a": "none.safetensors"}, "'a' is in 'none.safetensors', which is no file in"),
-        ({"a": ""}, "'a' is in '', which is no file in"),
-        ({"a": ".."}, "'a' is in '..', which is no file in"),
-        ({"a": "../hf/config.json"}, "'a' is in '../hf/config.json', which is no file in"),
-        ({"a": "config.json"}, "config.json: is no safetensors file"),
+        (None, "weight_map must be an object that maps each tensor to its file"),
+        ([], "weight_map must be an object that maps each tensor to its file"),
+        ({}, "weight_map must be an object that maps each tensor to its file"),
+        (["a"], "weight_map must be an object that maps each tensor to its file"),
+        ({"a": 1}, "'a' is in 1, which is not a file in"),
+        ({"a": ["b"]}, "'a' is in ['b'], which is not a file in"),
+        ({"a": "none.safetensors"}, "'a' is in 'none.safetensors', which is not a file in"),
+        ({"a": ""}, "'a' is in '', which is not a file in"),
+        ({"a": ".."}, "'a' is in '..', which is not a file in"),
+        ({"a": "../hf/config.json"}, "'a' is in '../hf/config.json', which is not a file in"),
+        ({"a": "config.json"}, "config.json: is not a safetensors file"),
     ],
     ids=str,
 )
-def test_an_index_that_names_no_files_of_the_directory(source, places, message):
-    (source / INDEX).write_text(json.dumps({"weight_map": places}))
+def test_an_index_that_names_files_outside_the_directory(source, weight_map, message):
+    (source / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     assert_refused("hf-to-megatron", source, message)
 
 
@@ -212,6 +208,6 @@ def test_an_index_that_is_no_json_object(source, text):
 
 
 def test_an_index_beside_another_model(source, tmp_path):
-    whole = make_model(tmp_path / "whole", "qwen3")
-    shutil.copyfile(whole / WEIGHTS, source / WEIGHTS)
+    other = make_model(tmp_path / "other", "qwen3")
+    shutil.copyfile(other / WEIGHTS, source / WEIGHTS)
     assert_refused("hf-to-megatron", source, f"does not name {WEIGHTS}, which is there as well")

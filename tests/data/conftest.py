@@ -1,6 +1,5 @@
-"""A small corpus and a tokenizer trained on it, for the tests of the data commands."""
+"""A small corpus and a tokenizer trained on it."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -13,21 +12,8 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 @pytest.fixture(scope="session")
 def scripts():
-    """The directory of the commands."""
+    """The directory of the scripts."""
     return SCRIPTS
-
-
-@pytest.fixture(scope="session")
-def script_main():
-    """From the name of a script to its `main(argv)`, to be run in this process."""
-
-    def load(name):
-        spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module.main
-
-    return load
 
 
 @pytest.fixture(scope="session")

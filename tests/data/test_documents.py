@@ -1,4 +1,4 @@
-"""What counts as a document, in which order, and what is skipped and counted."""
+"""Documents of a corpus: their order, and what is skipped and counted."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def test_the_key_of_the_text_can_be_chosen(tmp_path):
     assert read(file, json_key="body")[0] == ["yes"]
 
 
-def test_a_byte_order_mark_before_the_first_line_is_no_error(tmp_path):
+def test_a_byte_order_mark_is_skipped(tmp_path):
     file = write_lines(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"text": "one"}')
     assert read(file)[0] == ["one"]
 
@@ -41,7 +41,7 @@ def test_a_directory_is_walked_depth_first_in_sorted_order(tmp_path):
     assert read(tmp_path)[0] == ["a/B.txt", "a/c/x.txt", "a/z.txt", "b.txt", "c.txt"]
 
 
-def test_text_comes_through_as_it_is(tmp_path):
+def test_text_is_not_changed(tmp_path):
     text = "\ufeffwindows\r\nold mac\rgrüße 🙂\t \n\n"
     (tmp_path / "a.txt").write_bytes(text.encode())
     assert read(tmp_path) == ([text], Tally(documents=1, bytes=len(text.encode())))
@@ -61,7 +61,7 @@ def test_pattern_exclude_and_hidden_names(tmp_path):
     assert read(tmp_path, pattern=".*.py")[0] == [".e.py"]
 
 
-def test_nothing_is_read_twice_through_symbolic_links(tmp_path):
+def test_symbolic_links_do_not_repeat_files(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "a.txt").write_text("a")
     (tmp_path / "sub" / "up").symlink_to(tmp_path)
@@ -80,12 +80,12 @@ def test_links_out_of_the_directory_are_followed(tmp_path):
     assert read(tmp_path / "inside")[0] == ["a"]
 
 
-def test_a_fifo_is_not_waited_for(tmp_path):
+def test_a_fifo_is_skipped(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     assert read(tmp_path) == ([], Tally())
 
 
-def test_what_is_no_text_is_skipped_and_counted(tmp_path):
+def test_files_without_text_are_skipped_and_counted(tmp_path):
     (tmp_path / "empty").write_bytes(b"")
     (tmp_path / "blank").write_bytes(b" \n\t\r\n")
     (tmp_path / "latin1").write_bytes("grüße".encode("latin-1"))
@@ -94,7 +94,7 @@ def test_what_is_no_text_is_skipped_and_counted(tmp_path):
     assert read(tmp_path) == (["text"], Tally(documents=1, bytes=4, empty=2, undecodable=2))
 
 
-def test_what_is_no_text_in_json_lines_is_skipped_and_counted(tmp_path):
+def test_json_lines_without_text_are_skipped_and_counted(tmp_path):
     lines = [json.dumps({"text": text}) for text in ("", " \n", "a\0b", "\ud800", "text")]
     assert read(write_lines(tmp_path / "a.jsonl", *lines)) == (
         ["text"],
@@ -102,12 +102,12 @@ def test_what_is_no_text_in_json_lines_is_skipped_and_counted(tmp_path):
     )
 
 
-def test_files_that_may_not_be_opened_are_skipped_and_counted(tmp_path, monkeypatch):
+def test_unreadable_files_are_skipped_and_counted(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "secret.txt").write_text("b")
     real_open = open
 
-    def refusing(path, *args):  # the mode bits would not stop a test run by root
+    def refusing(path, *args):  # permission bits do not stop a test that runs as root
         if str(path).endswith("secret.txt"):
             raise PermissionError(path)
         return real_open(path, *args)
@@ -149,7 +149,7 @@ def test_a_file_that_is_not_json_lines_is_refused(tmp_path):
         Corpus(str(tmp_path / "a.txt"))
 
 
-def test_size_is_what_the_files_take_on_disk(tmp_path):
+def test_size_is_that_of_the_files(tmp_path):
     (tmp_path / "a.txt").write_text("four")
     (tmp_path / "b.txt").write_bytes(b"\xff\xff")
     (tmp_path / "link.txt").symlink_to("a.txt")

@@ -1,4 +1,4 @@
-"""The indexed dataset: what Megatron reads is the text, whatever the workers; nothing half-made is left."""
+"""The indexed dataset decodes to the text, for any number of workers; no unfinished files are left."""
 
 import json
 import multiprocessing
@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from preprocess_data import main
+from script_main import exit_status
 from waiting import PATIENCE, wait_until
 
 from megatron_s2.data.command import run_command
@@ -43,7 +45,7 @@ def test_the_dataset_decodes_to_the_documents(corpus, texts, tokenizer_dir, tmp_
     assert sum(len(tokens) for tokens in dataset) == made.tokens
 
 
-def test_append_eod_ends_each_document_and_adds_nothing_else(corpus, tokenizer_dir, tmp_path):
+def test_append_eod_adds_one_token_to_each_document(corpus, tokenizer_dir, tmp_path):
     plain = IndexedDataset(preprocess(corpus, tokenizer_dir, tmp_path / "plain").prefix)
     ended = IndexedDataset(preprocess(corpus, tokenizer_dir, tmp_path / "ended", append_eod=True).prefix)
     assert [tokens.tolist() for tokens in ended] == [[*tokens, 0] for tokens in plain]
@@ -66,9 +68,7 @@ def test_the_json_key_names_the_dataset(tokenizer_dir, tmp_path):
 
 
 @pytest.mark.parametrize(("vocabulary", "dtype"), [(65_499, "uint16"), (65_500, "int32")])
-def test_token_ids_take_two_bytes_where_the_vocabulary_allows(
-    corpus, tmp_path, monkeypatch, vocabulary, dtype
-):
+def test_small_vocabularies_are_stored_in_two_bytes(corpus, tmp_path, monkeypatch, vocabulary, dtype):
     class Characters:
         vocab_size, eod = vocabulary, vocabulary - 1
 
@@ -78,12 +78,12 @@ def test_token_ids_take_two_bytes_where_the_vocabulary_allows(
     monkeypatch.setattr("megatron_s2.data.preprocess.load_tokenizer", lambda *model: Characters())
     made = preprocess(corpus, "unused", tmp_path / "py", append_eod=True)
     assert made.dtype == dtype
-    dataset = IndexedDataset(made.prefix)  # kept: its arrays are views of files that it closes when it goes
+    dataset = IndexedDataset(made.prefix)  # kept alive: its arrays are views of files that it closes
     assert dataset[0].dtype == numpy.dtype(dtype)
     assert dataset[0][-1] == vocabulary - 1
 
 
-def test_megatron_trains_from_it(corpus, tokenizer_dir, tmp_path):
+def test_megatron_builds_training_samples(corpus, tokenizer_dir, tmp_path):
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
@@ -104,13 +104,13 @@ def test_megatron_trains_from_it(corpus, tokenizer_dir, tmp_path):
     sample = train[0]
     assert sample["tokens"].shape == (64,)
     assert sample["tokens"][1:].equal(sample["labels"][:-1])
-    assert any((train[index]["labels"] == 0).any() for index in range(20)), "documents end within samples"
-    assert all(train[index]["loss_mask"].all() for index in range(20)), "ending a document is learnt too"
+    assert any((train[index]["labels"] == 0).any() for index in range(20)), "no document ends within a sample"
+    assert all(train[index]["loss_mask"].all() for index in range(20)), (
+        "the loss of the end of a document is masked"
+    )
 
 
-def test_an_old_dataset_is_replaced_only_when_asked_and_with_megatrons_cache_of_it(
-    corpus, tokenizer_dir, tmp_path
-):
+def test_overwrite_replaces_a_dataset_and_its_index_cache(corpus, tokenizer_dir, tmp_path):
     made = preprocess(corpus, tokenizer_dir, tmp_path / "py")
     before = Path(f"{made.prefix}.bin").read_bytes()
     stale = Path(made.prefix, "cache", "GPTDataset_indices", "hash-train-sample_index.npy")
@@ -149,9 +149,7 @@ def test_an_old_dataset_is_replaced_only_when_asked_and_with_megatrons_cache_of_
     ],
     ids=lambda value: "=".join(value) if isinstance(value, list) else "",
 )
-def test_bad_input_is_one_line_and_status_2(
-    tmp_path, monkeypatch, capfd, script_main, tokenizer_dir, changes, message
-):
+def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, capfd, tokenizer_dir, changes, message):
     monkeypatch.chdir(tmp_path)
     Path("fine.jsonl").write_text('{"text": "fine"}')
     Path("broken.jsonl").write_text('{"text": "fine"}\n{"text"')
@@ -160,10 +158,7 @@ def test_bad_input_is_one_line_and_status_2(
     Path("there_text_document.idx").touch()
     before = sorted(os.listdir())
     words = [*arguments(Corpus("fine.jsonl"), tokenizer_dir, "out"), *changes]
-    try:
-        status = run_command(script_main("preprocess_data"), words)
-    except SystemExit as stop:  # how argparse reports bad flags
-        status = stop.code
+    status = exit_status(main, words)
     *progress, last = capfd.readouterr().err.splitlines()
     assert status == 2
     assert last.startswith(f"error: {message}")
@@ -171,7 +166,7 @@ def test_bad_input_is_one_line_and_status_2(
     assert sorted(os.listdir()) == before
 
 
-def test_append_eod_needs_a_tokenizer_that_has_one(corpus, tokenizer_dir, tmp_path):
+def test_append_eod_needs_an_end_of_document_token(corpus, tokenizer_dir, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         content = json.loads(Path(tokenizer_dir, name).read_text())
         content.pop("eos_token", None)
@@ -181,17 +176,17 @@ def test_append_eod_needs_a_tokenizer_that_has_one(corpus, tokenizer_dir, tmp_pa
 
 
 @pytest.fixture
-def start(tmp_path, corpus, tokenizer_dir, script_main):
-    """Start the command in a process of its own, on endless input; wait until it writes."""
+def start(tmp_path, corpus, tokenizer_dir):
+    """Function that starts the command in a process on endless input and waits until it writes."""
     started = []
 
     def begin(workers):
         def command():
             os.setsid()
             sys.stderr = open(tmp_path / "stderr", "w")  # noqa: SIM115 (closed with the process)
-            Corpus.read = lambda self, tally: _without_end(tally)
+            Corpus.read = lambda self, tally: _endless(tally)
             words = arguments(corpus, tokenizer_dir, tmp_path / "out" / "py", "--workers", str(workers))
-            sys.exit(run_command(script_main("preprocess_data"), words))
+            sys.exit(run_command(main, words))
 
         process = multiprocessing.get_context("fork").Process(target=command)
         process.start()
@@ -209,7 +204,7 @@ def start(tmp_path, corpus, tokenizer_dir, script_main):
         process.join()
 
 
-def _without_end(tally):
+def _endless(tally):
     while True:
         tally.documents += 1
         tally.bytes += 50_000
@@ -232,7 +227,7 @@ def processes_in_session(session):
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_leaves_nothing_and_ends_quietly(start, tmp_path, workers, number, status):
     process = start(workers)
-    os.killpg(process.pid, number)  # as a terminal does: to the workers as well
+    os.killpg(process.pid, number)  # to the workers, too, as a terminal does
     process.join(PATIENCE)
     assert process.exitcode == status
     assert os.listdir(tmp_path / "out") == []
@@ -240,7 +235,7 @@ def test_an_interrupted_run_leaves_nothing_and_ends_quietly(start, tmp_path, wor
     wait_until(lambda: not processes_in_session(process.pid))
 
 
-def test_workers_end_with_a_parent_that_was_killed(start, tmp_path):
+def test_workers_end_when_their_parent_is_killed(start, tmp_path):
     process = start(workers=3)
     assert len(processes_in_session(process.pid)) == 4
     process.kill()
@@ -249,7 +244,7 @@ def test_workers_end_with_a_parent_that_was_killed(start, tmp_path):
     assert all(".partial." in name for name in os.listdir(tmp_path / "out"))
 
 
-def test_a_worker_that_was_killed_is_reported(start, tmp_path):
+def test_a_killed_worker_is_reported(start, tmp_path):
     process = start(workers=3)
     worker = next(pid for pid in processes_in_session(process.pid) if int(pid) != process.pid)
     os.kill(int(worker), signal.SIGKILL)
@@ -264,7 +259,7 @@ def test_a_worker_that_was_killed_is_reported(start, tmp_path):
     assert os.listdir(tmp_path / "out") == []
 
 
-def test_the_commands_say_only_what_the_user_needs(scripts, corpus, tmp_path):
+def test_each_command_prints_one_line(scripts, corpus, tmp_path):
     def run(script, *words):
         command = [sys.executable, scripts / script, "--input", corpus.path, *words]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""The tokenizer that is trained: loaded by Megatron, lossless, the same each time, safe to train with."""
+"""A trained tokenizer is lossless and reproducible, and Megatron loads it."""
 
 import json
 import multiprocessing
@@ -7,6 +7,8 @@ import signal
 from pathlib import Path
 
 import pytest
+from script_main import exit_status
+from train_tokenizer import main
 from waiting import PATIENCE
 
 from megatron_s2.data.command import run_command
@@ -21,7 +23,7 @@ def tokenizer(tokenizer_dir):
     return load_tokenizer("HuggingFaceTokenizer", tokenizer_dir)
 
 
-def test_megatron_loads_it_with_its_special_tokens(tokenizer):
+def test_megatron_loads_the_special_tokens(tokenizer):
     assert tokenizer.vocab_size == 400
     assert (tokenizer.eod, tokenizer.pad) == (0, 1)
 
@@ -42,13 +44,13 @@ def test_every_text_decodes_to_itself(tokenizer, text):
     assert not {tokenizer.eod, tokenizer.pad} & set(ids)
 
 
-def test_a_text_that_spells_a_special_token_does_not_become_one(tokenizer):
+def test_text_never_encodes_to_special_tokens(tokenizer):
     text = "before<|endoftext|>after<|padding|>"
     assert tokenizer.eod not in tokenizer.tokenize(text)
     assert tokenizer.detokenize(tokenizer.tokenize(text)) == text
 
 
-def test_the_same_corpus_gives_the_same_files(tokenizer_dir, corpus, tmp_path):
+def test_training_is_reproducible(tokenizer_dir, corpus, tmp_path):
     train_tokenizer(corpus, 400, str(tmp_path))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / name).read_bytes() == Path(tokenizer_dir, name).read_bytes()
@@ -64,7 +66,7 @@ def test_a_sample_is_spread_over_the_corpus(tmp_path):
     assert trained.tally.bytes == 50 * 100
 
 
-def test_a_small_corpus_gives_a_smaller_vocabulary_and_says_so(tmp_path, script_main, capsys):
+def test_a_small_corpus_results_in_a_smaller_vocabulary(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text('{"text": "abab"}')
     arguments = [
         "--input",
@@ -74,7 +76,7 @@ def test_a_small_corpus_gives_a_smaller_vocabulary_and_says_so(tmp_path, script_
         "--output",
         str(tmp_path / "tok"),
     ]
-    assert run_command(script_main("train_tokenizer"), arguments) == 0
+    assert run_command(main, arguments) == 0
     assert capsys.readouterr().out.startswith(f"{tmp_path / 'tok'}: 260 tokens learnt from 1 documents")
 
 
@@ -96,7 +98,7 @@ def test_a_small_corpus_gives_a_smaller_vocabulary_and_says_so(tmp_path, script_
     ],
     ids=lambda value: next(iter(value.items()))[1] if isinstance(value, dict) else "",
 )
-def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, capfd, script_main, changes, message):
+def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, capfd, changes, message):
     monkeypatch.chdir(tmp_path)
     Path("fine.jsonl").write_text('{"text": "fine"}')
     Path("broken.jsonl").write_text('{"text"')
@@ -105,7 +107,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, capfd, script
     Path("there").mkdir()
     Path("there/tokenizer.json").write_text("{}")
     flags = {"--input": "fine.jsonl", "--vocab-size": "300", "--output": "tok"} | changes
-    status = exit_status(script_main("train_tokenizer"), [word for pair in flags.items() for word in pair])
+    status = exit_status(main, [word for pair in flags.items() for word in pair])
     *progress, last = capfd.readouterr().err.splitlines()
     assert status == 2
     assert last.startswith(f"error: {message}")
@@ -114,14 +116,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, capfd, script
     assert Path("there/tokenizer.json").read_text() == "{}"
 
 
-def exit_status(main, argv):
-    try:
-        return run_command(main, argv)
-    except SystemExit as stop:  # how argparse reports bad flags
-        return stop.code
-
-
-def test_overwrite_replaces_it(tmp_path, corpus):
+def test_overwrite_replaces_a_tokenizer(tmp_path, corpus):
     train_tokenizer(corpus, 300, str(tmp_path))
     with pytest.raises(InputError, match="exists already"):
         train_tokenizer(corpus, 310, str(tmp_path))
@@ -131,22 +126,22 @@ def test_overwrite_replaces_it(tmp_path, corpus):
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_training_stops_at_once_and_leaves_nothing(tmp_path, corpus, script_main, number):
-    reading, tell = multiprocessing.Pipe(duplex=False)
+def test_interrupted_training_leaves_nothing(tmp_path, corpus, number):
+    receiver, sender = multiprocessing.Pipe(duplex=False)
 
     def command():
-        Corpus.read = lambda self, tally: without_end()
+        Corpus.read = lambda self, tally: endless()
         words = ["--input", corpus.path, "--vocab-size", "300", "--output", str(tmp_path / "tok")]
-        run_command(script_main("train_tokenizer"), words)
+        run_command(main, words)
 
-    def without_end():
-        tell.send(None)
+    def endless():
+        sender.send(None)
         while True:
             yield "x = 1\n" * 8_000
 
     process = multiprocessing.get_context("fork").Process(target=command)
     process.start()
-    reading.recv()
+    receiver.recv()
     os.kill(process.pid, number)
     process.join(PATIENCE)
     assert process.exitcode == -number

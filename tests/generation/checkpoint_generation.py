@@ -1,12 +1,10 @@
-"""What a trained checkpoint generates, three ways: our cache, no cache, Megatron's static inference engine.
+"""Generates from a trained checkpoint with our cache, without a cache, and with Megatron's static inference
+engine.
 
-A script, because a process can load one Megatron checkpoint: `checkpoint_generation.py CHECKPOINT REQUEST`.
+Called in a fork, because a process can load only one Megatron checkpoint.
 """
 
 import atexit
-import json
-import os
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -14,39 +12,32 @@ from unittest import mock
 import torch
 
 
-def main(directory: Path, request: dict) -> dict:
-    from megatron_s2.training.patches import quiet_known_warnings
-
-    quiet_known_warnings()
+def generated(directory: Path, prompts: list[list[int]], tokens: int) -> dict:
+    """Returns the continuations of `tokens` tokens in each way, and properties of the loaded model."""
     from gpt_models import greedy
 
-    from megatron_s2.generation.decoding import Request, generate
+    from megatron_s2.generation.decoding import GenerationRequest, generate
     from megatron_s2.generation.loading import load_gpt
     from megatron_s2.generation.megatron_model import GPTDecoder
 
-    torch.set_num_threads(1)
     loaded = load_gpt(directory)
-    todo = Request(request["prompts"], request["tokens"])
-    decoder = GPTDecoder(loaded.model, len(todo.prompts), todo.max_tokens)
-    done = generate(decoder, todo)
+    request = GenerationRequest(prompts, tokens)
+    decoder = GPTDecoder(loaded.model, len(request.prompts), request.max_tokens)
+    result = generate(decoder, request)
     decoder.close()
     sinks = [name for name, _ in loaded.model.named_parameters() if "softmax_offset" in name]
-    return {
-        "cache": done.rows,
-        "recomputed": [greedy(loaded.model, prompt, todo.max_new_tokens) for prompt in todo.prompts],
-        "static": _by_megatron(loaded.model, todo.prompts, todo.max_new_tokens),
-        "cache again": _again(loaded.model, todo),
+    found = {
+        "cache": result.rows,
+        "recomputed": [greedy(loaded.model, prompt, request.max_new_tokens) for prompt in request.prompts],
+        "static": _by_megatron(loaded.model, request.prompts, request.max_new_tokens),
+        "cache again": _again(loaded.model, request),
         "sinks": len(sinks),
         "epsilon": loaded.model.config.layernorm_epsilon,
-        "text": loaded.text.decode(loaded.text.encode("1 2 3")),
-        "stop": sorted(loaded.text.stop),
+        "text": loaded.codec.decode(loaded.codec.encode("1 2 3")),
+        "stop": sorted(loaded.codec.stop),
     }
-
-
-def _require_no_process_group() -> None:
-    sys.stdout.flush()
-    if torch.distributed.is_initialized():
-        os._exit(1)
+    atexit._run_exitfuncs()  # a forked process does not run them
+    return found | {"has process group": torch.distributed.is_initialized()}
 
 
 def _by_megatron(model, prompts: list[list[int]], tokens: int) -> list[list[int]]:
@@ -71,18 +62,13 @@ def _by_megatron(model, prompts: list[list[int]], tokens: int) -> list[list[int]
         controller = TextGenerationController(GPTInferenceWrapper(model, context), tokenizer)
     engine = StaticInferenceEngine(controller, legacy=True)
     sampling = SamplingParams(num_tokens_to_generate=tokens, top_k=1, termination_id=-1)
-    done = engine.generate([" ".join(map(str, prompt)) for prompt in prompts], sampling_params=sampling)
-    return [request.generated_tokens.tolist() for request in done]
+    results = engine.generate([" ".join(map(str, prompt)) for prompt in prompts], sampling_params=sampling)
+    return [result.generated_tokens.tolist() for result in results]
 
 
-def _again(model, todo) -> list[list[int]]:
-    """Where an engine of Megatron's has been."""
+def _again(model, request) -> list[list[int]]:
+    """Generates with our cache after an engine of Megatron has run."""
     from megatron_s2.generation.decoding import generate
     from megatron_s2.generation.megatron_model import GPTDecoder
 
-    return generate(GPTDecoder(model, len(todo.prompts), todo.max_tokens), todo).rows
-
-
-if __name__ == "__main__":
-    atexit.register(_require_no_process_group)  # what is registered first is called last
-    print(json.dumps(main(Path(sys.argv[1]), json.loads(sys.argv[2]))))
+    return generate(GPTDecoder(model, len(request.prompts), request.max_tokens), request).rows

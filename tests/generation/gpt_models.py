@@ -1,4 +1,4 @@
-"""Tiny Megatron GPTs with S2 attention, built on the CPU without a run."""
+"""Tiny Megatron GPTs with S2 attention, built on the CPU without Megatron's training loop."""
 
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ SHAPE = {
     "num_attention_heads": 4,
     "num_query_groups": 2,
     "kv_channels": 16,
-    "init_method_std": 0.2,  # logits far enough apart that greedy tokens are no matter of rounding
+    "init_method_std": 0.2,  # large enough that rounding does not change greedy tokens
     "attention_dropout": 0.0,
     "hidden_dropout": 0.0,
     "use_cpu_initialization": True,
@@ -41,7 +41,7 @@ MODERN = {"normalization": "RMSNorm", "gated_linear_unit": True, "add_bias_linea
 
 @contextmanager
 def one_rank():
-    """Process groups of one rank, and a CPU where Megatron asks for its GPU."""
+    """Sets up process groups of one rank, and returns the CPU where Megatron asks for a GPU."""
     from megatron.core import parallel_state, tensor_parallel
     from torch import distributed
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -63,7 +63,7 @@ def one_rank():
 
 
 def gpt(position: str = "rope", tied: bool = False, max_positions: int = 512, **config):
-    """A GPTModel in evaluation mode; call it inside `one_rank`."""
+    """Returns a GPTModel in evaluation mode; to be called inside `one_rank`."""
     from megatron.core.models.gpt import GPTModel
     from megatron.training.models.gpt import GPTModelConfig
 
@@ -88,13 +88,13 @@ def gpt(position: str = "rope", tied: bool = False, max_positions: int = 512, **
 
 @torch.no_grad()
 def logits_of(model, tokens: list[int]) -> torch.Tensor:
-    """`[tokens, vocabulary]` of one sequence, recomputed from nothing."""
+    """Returns the logits `[tokens, vocabulary]` of one sequence, without a cache."""
     ids = torch.tensor([tokens])
     return model(ids, torch.arange(len(tokens))[None], None)[0]
 
 
 def greedy(model, prompt: list[int], tokens: int) -> list[int]:
-    """The greedy continuation, every token from a full recompute."""
+    """Returns the greedy continuation, recomputing the whole sequence for every token."""
     sequence = list(prompt)
     for _ in range(tokens):
         sequence.append(int(logits_of(model, sequence)[-1].argmax()))
@@ -102,5 +102,5 @@ def greedy(model, prompt: list[int], tokens: int) -> list[int]:
 
 
 def prompts(*lengths: int) -> list[list[int]]:
-    draw = torch.Generator().manual_seed(1)
-    return [torch.randint(0, VOCAB, (length,), generator=draw).tolist() for length in lengths]
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, VOCAB, (length,), generator=generator).tolist() for length in lengths]

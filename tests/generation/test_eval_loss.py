@@ -1,4 +1,4 @@
-"""The loss of a data set, by scripts/eval_loss.py: the plain mean, and that of a training's first step."""
+"""scripts/eval_loss.py computes the mean loss of a dataset, which equals that of the first training step."""
 
 import math
 import re
@@ -11,23 +11,17 @@ import pytest
 import torch
 from eval_loss import main
 from hf_models import convert, make_model
-from megatron_run import ROOT, train_all
+from megatron_run import ROOT, call_in_fork, train_all
 from safetensors.torch import load_file, save_file
+from selection import exhaustive
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
-from waiting import PATIENCE
 
 from megatron_s2.data.command import run_command
 from megatron_s2.generation import evaluation
-from megatron_s2.generation.evaluation import Evaluation, evaluate, hugging_face_model, windows
+from megatron_s2.generation.evaluation import Evaluation, evaluate, load_hugging_face, windows
 
 S2 = ("--s2-attention", "--s2-block-size", "16", "--s2-local-blocks", "2", "--s2-vert-stride", "3")
 LENGTH, WINDOWS = 128, 8
-LAYOUTS = {
-    "TP1": "",
-    "TP2": "--tensor-model-parallel-size 2",
-    "PP2": "--pipeline-model-parallel-size 2",
-    "DP2": "--use-distributed-optimizer",
-}
 
 
 def write_documents(prefix: Path, documents: list[list[int]]) -> Path:
@@ -40,12 +34,10 @@ def write_documents(prefix: Path, documents: list[list[int]]) -> Path:
     return prefix
 
 
-def in_a_process(*words: object) -> tuple[str, str]:
-    """stdout and stderr of the command; a checkpoint's model leaves Megatron's global state behind."""
-    command = [sys.executable, str(ROOT / "scripts" / "eval_loss.py"), *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, done.stderr
+def run_in_process(*words: object) -> tuple[str, str]:
+    """Returns the last line and stderr of the command, run in a fork because of Megatron's global state."""
+    done = call_in_fork("eval_loss", "main", [*map(str, words)])
+    return done.out.splitlines(keepends=True)[-1], done.err
 
 
 def loss_of(printed: str) -> float:
@@ -60,14 +52,15 @@ def directory(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(directory) -> Path:
-    """One document of whole windows, so that an epoch of training sees just these, in any order."""
+    """One document of complete windows, so that one epoch of training consists of them, in any order."""
     tokens = np.random.default_rng(3).integers(0, 250, LENGTH * WINDOWS + 1)
     return write_documents(directory / "one", [tokens.tolist()])
 
 
-@pytest.fixture(scope="module", params=["dense", "sparse"])
+@pytest.fixture(scope="module", params=["sparse", *exhaustive("dense")])
 def model(request, directory) -> tuple[Path, Path]:
-    """Hugging Face directory and checkpoint; the vocabulary needs no padding, which Megatron would count."""
+    """Hugging Face directory and checkpoint of a model whose vocabulary needs no padding, which Megatron
+    would count."""
     sizes = {"num_hidden_layers": 2, "max_position_embeddings": LENGTH, "vocab_size": 256}
     name = request.param
     source = make_model(directory / f"{name}-hf", "qwen3", **sizes)
@@ -79,35 +72,44 @@ def model(request, directory) -> tuple[Path, Path]:
     return source, checkpoint
 
 
-def test_both_sides_of_a_conversion_and_the_first_step_of_training_agree(model, data, tmp_path, capsys):
+def test_a_conversion_and_the_first_training_step_agree(model, data, tmp_path, capsys):
     source, checkpoint = model
-    on = ("--data-path", str(data), "--seq-length", str(LENGTH), "--micro-batch-size", "3")
-    out, err = in_a_process("--load", checkpoint, *on)
+    data_flags = ("--data-path", str(data), "--seq-length", str(LENGTH), "--micro-batch-size", "3")
+    out, err = run_in_process("--load", checkpoint, *data_flags)
     assert err == ""
     loss = loss_of(out)
-    main(["--hf", str(source), *on])
+    main(["--hf", str(source), *data_flags])
     assert loss_of(capsys.readouterr().out) == pytest.approx(loss, rel=1e-5)
     flags = f"--load {checkpoint} {(checkpoint / 'resume.args').read_text()} --tokenizer-type NullTokenizer"
     flags += f" --train-iters 1 --micro-batch-size 2 --global-batch-size {WINDOWS} --eval-iters 0"
-    of_data = f"--data-path {data} --split 100,0,0"
-    for ranks in (1, 2):
-        chosen = {name: f"{flags} {more}" for name, more in LAYOUTS.items() if ranks == 1 + (name != "TP1")}
-        for name, run in train_all(tmp_path / str(ranks), chosen, ranks, model="", data=of_data).items():
-            assert run.losses == {1: pytest.approx(loss, rel=1e-4)}, name
+    split = f"--data-path {data} --split 100,0,0"
+    assert train_all(tmp_path, {"run": flags}, model="", data=split)["run"].losses == {
+        1: pytest.approx(loss, rel=1e-4)
+    }
 
 
-def test_what_makes_a_loss_another_is_noted(directory, data):
-    """Attention that is still being annealed, and padding of the vocabulary."""
+@pytest.mark.exhaustive
+def test_the_command_prints_only_the_loss(directory, data):
+    source = make_model(directory / "alone-hf", "qwen3", max_position_embeddings=LENGTH, vocab_size=256)
+    convert("hf-to-megatron", source, directory / "alone")
+    words = ["--load", directory / "alone", "--data-path", data, "--seq-length", str(LENGTH)]
+    command = [sys.executable, ROOT / "scripts" / "eval_loss.py", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert loss_of(done.stdout) > 0
+
+
+def test_notes_about_annealing_and_padding(directory, data):
     source = make_model(directory / "odd-hf", "qwen3", num_hidden_layers=2, vocab_size=250)
     convert("hf-to-megatron", source, directory / "odd", *S2, "--s2-anneal-steps", "10")
-    _, err = in_a_process("--load", directory / "odd", "--data-path", data, "--seq-length", LENGTH)
+    _, err = run_in_process("--load", directory / "odd", "--data-path", data, "--seq-length", LENGTH)
     assert err.splitlines() == [
         "note: step 0 of --s2-anneal-steps 10: attention has stride 1 and window 8, not yet 3 and 2",
         "note: the loss counts 6 rows of vocabulary padding, as its training does and --hf does not",
     ]
 
 
-def test_windows_follow_one_another_through_documents_of_any_length(tmp_path):
+def test_windows_are_consecutive_across_documents(tmp_path):
     stream = list(range(100))
     documents = [stream[:1], stream[1:40], [], stream[40:43], stream[43:]]
     prefix = write_documents(tmp_path / "text", [d for d in documents if d])
@@ -120,24 +122,24 @@ def test_windows_follow_one_another_through_documents_of_any_length(tmp_path):
 
 def test_the_loss_is_the_mean_over_tokens(directory, data, monkeypatch):
     source = make_model(directory / "plain", "llama2", vocab_size=256)
-    network = AutoModelForCausalLM.from_pretrained(source)
+    reference = AutoModelForCausalLM.from_pretrained(source)
     (tokens,) = windows(data, LENGTH, samples=3, batch=3)
     with torch.no_grad():
-        expected = network(input_ids=tokens[:, :-1]).logits.log_softmax(-1)
+        expected = reference(input_ids=tokens[:, :-1]).logits.log_softmax(-1)
     expected = -expected.gather(-1, tokens[:, 1:, None]).mean().item()
-    model = hugging_face_model(source)
-    found = evaluate(model.losses, windows(data, LENGTH, samples=3))
+    model = load_hugging_face(source)
+    found = evaluate(model.token_losses, windows(data, LENGTH, samples=3))
     assert found.tokens == 3 * LENGTH and found.loss == pytest.approx(expected, rel=1e-6)
-    monkeypatch.setattr(evaluation, "PIECE", 50)
-    in_pieces = evaluate(model.losses, windows(data, LENGTH, samples=3))
-    assert in_pieces.loss == pytest.approx(expected, rel=1e-6)
+    monkeypatch.setattr(evaluation, "LOGITS_CHUNK", 50)
+    in_chunks = evaluate(model.token_losses, windows(data, LENGTH, samples=3))
+    assert in_chunks.loss == pytest.approx(expected, rel=1e-6)
 
 
 def test_tokens_of_another_tokenizer_are_refused(directory, data, capsys):
     source = make_model(directory / "small", "llama2", vocab_size=200)
     words = ("--hf", str(source), "--data-path", str(data), "--seq-length", str(LENGTH))
     assert run_command(main, words) == 2
-    expected = r"error: --data-path: has token \d+, which is none of the model's 200\n"
+    expected = r"error: --data-path: has token \d+, which is not in the model's vocabulary of 200\n"
     assert re.fullmatch(expected, capsys.readouterr().err)
 
 
@@ -151,7 +153,7 @@ def test_tokens_of_another_tokenizer_are_refused(directory, data, capsys):
         (".bin", lambda old: old[:-4], "one.bin is shorter than"),
     ],
 )
-def test_damaged_data_is_one_line(data, tmp_path, capsys, suffix, damage, message):
+def test_damaged_data_is_refused(data, tmp_path, capsys, suffix, damage, message):
     for each in (".bin", ".idx"):
         old = Path(f"{data}{each}").read_bytes()
         (tmp_path / f"one{each}").write_bytes(damage(old) if each == suffix else old)
@@ -161,10 +163,10 @@ def test_damaged_data_is_one_line(data, tmp_path, capsys, suffix, damage, messag
     assert err.count("\n") == 1 and message in err
 
 
-def test_windows_beyond_the_models_positions_are_noted(directory, data, capsys):
+def test_windows_beyond_the_positions_are_noted(directory, data, capsys):
     source = make_model(directory / "short", "llama2", vocab_size=256, max_position_embeddings=64)
     main(["--hf", str(source), "--data-path", str(data), "--seq-length", str(LENGTH), "--samples", "1"])
-    assert capsys.readouterr().err.startswith(f"note: {LENGTH} tokens in a row: the model knows 64 positions")
+    assert capsys.readouterr().err.startswith(f"note: {LENGTH} tokens in a row: the model has 64 positions")
 
 
 def test_another_architecture_is_refused(directory, data, capsys):
@@ -175,7 +177,7 @@ def test_another_architecture_is_refused(directory, data, capsys):
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "pickled"])
-def test_a_model_that_is_not_whole_is_refused(directory, tmp_path, data, capsys, damage):
+def test_an_incomplete_model_is_refused(directory, tmp_path, data, capsys, damage):
     source = make_model(tmp_path / "model", "llama2", vocab_size=256)
     weights = source / "model.safetensors"
     if damage == "missing":
@@ -194,7 +196,7 @@ def test_a_model_that_is_not_whole_is_refused(directory, tmp_path, data, capsys,
     assert ("has no model.norm.weight" in err) is (damage == "missing")
 
 
-def test_the_line_it_prints():
+def test_the_printed_line():
     assert str(Evaluation(math.log(2), 10)) == "loss 0.693147, perplexity 2.0000, over 10 tokens"
     assert "perplexity inf" in str(Evaluation(1e4, 1))
 
@@ -202,17 +204,17 @@ def test_the_line_it_prints():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--hf", "/nowhere"], "--hf /nowhere: is no directory with a config.json"),
-        (["--load", "/nowhere"], "--load /nowhere: is no directory"),
+        (["--hf", "/nowhere"], "--hf /nowhere: is not a directory with a config.json"),
+        (["--load", "/nowhere"], "--load /nowhere: is not a directory"),
         (["--hf", "/nowhere", "--seq-length", "0"], "--seq-length 0: must be >= 1"),
         (["--hf", "/nowhere", "--samples", "9"], "has 8 windows of 128 tokens, not 9"),
         (
             ["--hf", "/nowhere", "--data-path", "/no/data"],
-            "--data-path /no/data: there is no file /no/data.bin",
+            "--data-path /no/data: there is not a file /no/data.bin",
         ),
     ],
 )
-def test_bad_input_is_one_line(data, words, message, capsys):
+def test_bad_input_is_refused(data, words, message, capsys):
     status = run_command(main, ["--data-path", str(data), "--seq-length", str(LENGTH), *words])
     printed = capsys.readouterr()
     assert status == 2 and printed.out == ""

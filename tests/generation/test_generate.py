@@ -1,6 +1,5 @@
-"""scripts/generate.py: both kinds of model give their text, bad input one line, Ctrl-C 130."""
+"""scripts/generate.py with both kinds of model, bad input and Ctrl-C."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -9,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from generate import main
 from generation_models import VOCAB, greedy, prompts, save_model
-from megatron_run import train_all
+from megatron_run import call_in_fork, train_all
+from script_main import exit_status
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import ByteLevel, Metaspace, WhitespaceSplit
@@ -19,7 +20,12 @@ from waiting import PATIENCE
 
 import megatron_s2.hf
 from megatron_s2.data.command import run_command
-from megatron_s2.generation.text import Stream, Text, hugging_face_text, megatron_text
+from megatron_s2.generation.text_codec import (
+    TextCodec,
+    TokenStreamer,
+    hugging_face_codec,
+    megatron_codec,
+)
 from megatron_s2.kv_cache.cache import cache_bytes
 
 ROOT = Path(__file__).parents[2]
@@ -32,16 +38,6 @@ TRAINED = """
 LENGTHS = (5, 100, 47)
 
 
-def load_main():
-    spec = importlib.util.spec_from_file_location("generate", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
-main = load_main()
-
-
 def process(*command) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     pipe = subprocess.PIPE
@@ -50,7 +46,7 @@ def process(*command) -> subprocess.Popen:
 
 @pytest.fixture(scope="module")
 def hugging_face(tmp_path_factory):
-    """With a tokenizer in which token n is the word `wn`."""
+    """A model with a tokenizer in which token n is the word `wn`."""
     directory = tmp_path_factory.mktemp("qwen3")
     save_model(directory, "qwen3")
     tokenizer = Tokenizer(WordLevel({f"w{n}": n for n in range(VOCAB)}, unk_token="w0"))
@@ -66,7 +62,7 @@ def model(hugging_face):
 
 @pytest.fixture(scope="module")
 def converted(hugging_face, tmp_path_factory):
-    """The same model as a Megatron checkpoint, moved after it was made: its tokenizer is beside it."""
+    """The same model as a Megatron checkpoint, moved after the conversion; it contains its tokenizer."""
     from megatron_s2.checkpoint.convert import to_megatron
     from megatron_s2.data.command import CommandParser
     from megatron_s2.training.arguments import add_s2_args
@@ -77,10 +73,10 @@ def converted(hugging_face, tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def from_converted(converted):
-    """The command on that checkpoint, started before the other tests."""
-    asked = ask(prompts(*LENGTHS), spelled)
-    with process(SCRIPT, "--load", converted, *asked, "--max-new-tokens", "12", "--ignore-eos") as running:
+def process_of_converted(converted):
+    """The command with that checkpoint, started before the other tests."""
+    given = prompt_flags(prompts(*LENGTHS), spelled)
+    with process(SCRIPT, "--load", converted, *given, "--max-new-tokens", "12", "--ignore-eos") as running:
         yield running
         running.kill()
 
@@ -101,12 +97,12 @@ def flags(*given) -> list[str]:
 
 
 def spelled(tokens: list[int]) -> str:
-    """As the tokenizer does."""
+    """The text of tokens, as the tokenizer spells it."""
     return " ".join(f"w{token}" for token in tokens)
 
 
-def ask(texts: list[list[int]], written=words) -> list[str]:
-    return [word for text in texts for word in ("--prompt", written(text))]
+def prompt_flags(texts: list[list[int]], spell=words) -> list[str]:
+    return [word for text in texts for word in ("--prompt", spell(text))]
 
 
 def output(capsys, *given) -> tuple[str, str]:
@@ -116,7 +112,7 @@ def output(capsys, *given) -> tuple[str, str]:
 
 def test_a_prompt_is_continued(capsys, hugging_face, model):
     [prompt] = prompts(100)
-    out, err = output(capsys, "--hf", hugging_face, *ask([prompt]), "--max-new-tokens", 12)
+    out, err = output(capsys, "--hf", hugging_face, *prompt_flags([prompt]), "--max-new-tokens", 12)
     assert out == words(greedy(model, prompt, 12)) + "\n"
     prefill, decode, cache = err.splitlines()
     assert prefill.startswith("prefill: 100 tokens in ") and prefill.endswith(" tokens/s")
@@ -138,75 +134,72 @@ def test_a_file_of_prompts_is_a_batch(capsys, hugging_face, model, tmp_path):
 
 def test_more_tokens_than_positions_are_noted(capsys, tmp_path):
     save_model(tmp_path, "qwen3", max_position_embeddings=100)
-    _, err = output(capsys, "--hf", tmp_path, *ask(prompts(99)), "--max-new-tokens", 3)
+    _, err = output(capsys, "--hf", tmp_path, *prompt_flags(prompts(99)), "--max-new-tokens", 3)
     assert err.splitlines()[0] == (
-        "note: 101 tokens in a row: the model knows 100 positions (max_position_embeddings)"
+        "note: 101 tokens in a row: the model has 100 positions (max_position_embeddings)"
     )
 
 
-def test_memory_that_is_not_there_is_one_line(capsys, hugging_face):
+def test_too_little_memory_is_one_line(capsys, hugging_face):
     asked = flags("--hf", hugging_face, "--prompt", "1", "--max-new-tokens", 10**15)
     assert run_command(main, asked) == 2
     assert f"--max-new-tokens {10**15}: must be less" in capsys.readouterr().err
 
 
 def test_special_tokens_are_not_written(hugging_face):
-    """Of a Megatron run, as of a Hugging Face model; the words of the others stay."""
+    """For the tokenizers of Megatron and of Hugging Face."""
     from megatron.core.tokenizers import MegatronTokenizer
 
     tokenizer = MegatronTokenizer.from_pretrained(
         tokenizer_path=str(hugging_face), metadata_path={"library": "huggingface"}
     )
     ids = [3, 96, 4]
-    read = [megatron_text(tokenizer, "HuggingFaceTokenizer", stop=frozenset({5})).decode(ids)]
-    assert [*read, hugging_face_text(hugging_face, frozenset({5})).decode(ids)] == ["w3 w4"] * 2
+    decoded = [megatron_codec(tokenizer, "HuggingFaceTokenizer", stop=frozenset({5})).decode(ids)]
+    assert [*decoded, hugging_face_codec(hugging_face, frozenset({5})).decode(ids)] == ["w3 w4"] * 2
 
 
 def test_text_ends_with_the_stop_token(capsys, hugging_face, model):
     [prompt] = prompts(30)
     row = greedy(model, prompt, 8)
-    model_stops_at = row[4]
-    end = row.index(model_stops_at)
-    given = ["--hf", str(hugging_face), *ask([prompt], spelled), "--max-new-tokens", "8"]
+    stop = row[4]
+    end = row.index(stop)
+    given = ["--hf", str(hugging_face), *prompt_flags([prompt], spelled), "--max-new-tokens", "8"]
     assert run_command(main, given) == 0
     assert capsys.readouterr().out == spelled(row) + "\n"
-    saved = hugging_face / "generation_config.json"
-    before = saved.read_text()
-    saved.write_text(json.dumps({"eos_token_id": model_stops_at}))
+    config = hugging_face / "generation_config.json"
+    before = config.read_text()
+    config.write_text(json.dumps({"eos_token_id": stop}))
     try:
         assert run_command(main, given) == 0
         assert capsys.readouterr().out == spelled(row[: end + 1]) + "\n"
         assert run_command(main, [*given, "--ignore-eos"]) == 0
         assert capsys.readouterr().out == spelled(row) + "\n"
     finally:
-        saved.write_text(before)
+        config.write_text(before)
 
 
-def test_a_seed_draws_the_same_again(capsys, hugging_face):
-    how = ("--max-new-tokens", 20, "--temperature", 1.0, "--top-k", 50, "--top-p", 0.9)
+def test_a_seed_reproduces_the_text(capsys, hugging_face):
+    sampling = ("--max-new-tokens", 20, "--temperature", 1.0, "--top-k", 50, "--top-p", 0.9)
     drawn = [
-        output(capsys, "--hf", hugging_face, "--prompt", "1 2 3", *how, "--seed", seed)[0]
+        output(capsys, "--hf", hugging_face, "--prompt", "1 2 3", *sampling, "--seed", seed)[0]
         for seed in (1, 1, 2)
     ]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_a_megatron_checkpoint_gives_what_its_hugging_face_model_does(from_converted, model):
-    out, err = from_converted.communicate(timeout=PATIENCE)
-    assert from_converted.returncode == 0, err
+def test_a_megatron_checkpoint_generates_the_same_text(process_of_converted, model):
+    out, err = process_of_converted.communicate(timeout=PATIENCE)
+    assert process_of_converted.returncode == 0, err
     rows = [greedy(model, text, 12) for text in prompts(*LENGTHS)]
     assert out.splitlines() == [f"[{n + 1}] {spelled(row)}" for n, row in enumerate(rows)]
     assert [line.split(":")[0] for line in err.splitlines()] == ["prefill", "decode", "cache"]
 
 
-def test_a_trained_checkpoint_gives_the_same_tokens_with_any_cache(trained):
-    request = {"prompts": prompts(*LENGTHS), "tokens": 16}
-    running = process(Path(__file__).with_name("checkpoint_generation.py"), trained, json.dumps(request))
-    out, err = running.communicate(timeout=PATIENCE)
-    assert running.returncode == 0, err
-    found = json.loads(out)
+def test_a_trained_checkpoint_generates_the_same_with_any_cache(trained):
+    found = call_in_fork("checkpoint_generation", "generated", trained, prompts(*LENGTHS), 16).returned
     assert found["cache"] == found["recomputed"] == found["static"] == found["cache again"]
     assert (found["sinks"], found["epsilon"]) == (3, 1e-6)
+    assert not found["has process group"]
     assert (found["text"], found["stop"]) == ("1 2 3", [])
 
 
@@ -224,12 +217,12 @@ def test_ctrl_c_ends_quietly(hugging_face):
     [
         ("--prompt 1", "error: one of the arguments --hf --load is required"),
         ("--hf {hf}", "error: one of the arguments --prompt --prompt-file is required"),
-        ("--hf /nowhere --prompt 1", "error: --hf /nowhere: is no directory with a config.json"),
-        ("--load /nowhere --prompt 1", "error: --load /nowhere: is no directory"),
-        ("--load {hf} --prompt 1", "error: --load {hf}: is no checkpoint: it has no latest"),
-        ("--hf {hf} --prompt-file /nowhere", "error: --prompt-file /nowhere: is no file"),
+        ("--hf /nowhere --prompt 1", "error: --hf /nowhere: is not a directory with a config.json"),
+        ("--load /nowhere --prompt 1", "error: --load /nowhere: is not a directory"),
+        ("--load {hf} --prompt 1", "error: --load {hf}: is not a checkpoint: it has no latest"),
+        ("--hf {hf} --prompt-file /nowhere", "error: --prompt-file /nowhere: is not a file"),
         ("--hf {hf} --prompt one", "error: --prompt 'one': must be token ids"),
-        ("--hf {hf} --prompt 97", "error: --prompt '97': token 97 is none of the model's 97"),
+        ("--hf {hf} --prompt 97", "error: --prompt '97': token 97 is not in the model's vocabulary of 97"),
         ("--hf {hf} --prompt 1 --max-new-tokens 0", "error: --max-new-tokens 0: must be >= 1"),
         ("--hf {hf} --prompt 1 --temperature -1", "error: --temperature -1.0: must be >= 0 and finite"),
         ("--hf {hf} --prompt 1 --temperature inf", "error: --temperature inf: must be >= 0 and finite"),
@@ -242,12 +235,9 @@ def test_ctrl_c_ends_quietly(hugging_face):
         ),
     ],
 )
-def test_bad_input_is_one_line(capsys, hugging_face, given, message):
+def test_bad_input_is_refused(capsys, hugging_face, given, message):
     words = [word.format(hf=hugging_face) for word in given.split()]
-    try:
-        status = run_command(main, flags(*words))
-    except SystemExit as ended:
-        status = ended.code
+    status = exit_status(main, flags(*words))
     err = capsys.readouterr().err
     assert status == 2
     assert err.startswith(message.format(hf=hugging_face)) and err.count("\n") == 1
@@ -263,8 +253,8 @@ def test_models_without_s2_or_tokenizer_are_refused(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
-def test_a_stream_writes_what_decoding_all_gives(kind):
-    """Spaces and bytes that read differently alone."""
+def test_a_streamer_writes_the_decoded_text(kind):
+    """With spaces and bytes whose text depends on their neighbours."""
     if kind == "bytes":
         tokenizer = Tokenizer(BPE({letter: n for n, letter in enumerate(sorted(ByteLevel.alphabet()))}, []))
         tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(), decoders.ByteLevel()
@@ -281,20 +271,22 @@ def test_a_stream_writes_what_decoding_all_gives(kind):
             ]
         )
     ids = tokenizer.encode("a b  \u00e9a \U0001f600 a\n\n b").ids
-    text, written = Text(list, tokenizer.decode, frozenset()), []
-    stream = Stream(text, written.append)
+    codec, written = TextCodec(list, tokenizer.decode, frozenset()), []
+    streamer = TokenStreamer(codec, written.append)
     for token in ids:
-        stream.add(token)
-    stream.end()
+        streamer.add(token)
+    streamer.end()
     assert "".join(written) == tokenizer.decode(ids) and len(written) > 5
 
 
 def test_a_character_of_several_tokens_is_written_when_it_is_complete():
     pieces = [b"a", "\u00e9".encode()[:1], "\u00e9".encode()[1:], b"b"]
-    text = Text(list, lambda ids: b"".join(pieces[n] for n in ids).decode(errors="replace"), frozenset())
+    codec = TextCodec(
+        list, lambda ids: b"".join(pieces[n] for n in ids).decode(errors="replace"), frozenset()
+    )
     written = []
-    stream = Stream(text, written.append)
+    streamer = TokenStreamer(codec, written.append)
     for token in range(4):
-        stream.add(token)
-    stream.end()
+        streamer.add(token)
+    streamer.end()
     assert written == ["a", "\u00e9", "b", ""]

@@ -1,4 +1,4 @@
-"""A Megatron GPTModel decodes through the cache what it computes from whole sequences."""
+"""A Megatron GPTModel computes the same with the cache as from whole sequences."""
 
 from itertools import pairwise
 from types import SimpleNamespace
@@ -8,7 +8,7 @@ import torch
 from gpt_models import SHAPE, VOCAB, gpt, greedy, logits_of, one_rank, prompts
 
 from megatron_s2.generation import decoding
-from megatron_s2.generation.decoding import Request, generate
+from megatron_s2.generation.decoding import GenerationRequest, generate
 from megatron_s2.generation.megatron_model import GPTDecoder
 from megatron_s2.kv_cache.cache import cache_bytes, dense_cache_bytes
 
@@ -45,11 +45,11 @@ def plain_model():
 
 @pytest.fixture
 def decoder_of():
-    """`GPTDecoder`, closed when the test ends."""
+    """Constructor of a `GPTDecoder` that is closed when the test ends."""
     decoders = []
 
-    def make(*given, **named):
-        decoders.append(GPTDecoder(*given, **named))
+    def make(*args, **kwargs):
+        decoders.append(GPTDecoder(*args, **kwargs))
         return decoders[-1]
 
     yield make
@@ -62,10 +62,10 @@ def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
     assert (got - expected).abs().max().item() <= 1e-5 * scale
 
 
-def test_greedy_tokens_are_those_of_a_full_recompute(model, decoder_of):
+def test_greedy_tokens_equal_a_full_recompute(model, decoder_of):
     texts = prompts(*LENGTHS)
     expected = [greedy(model, text, 12) for text in texts]
-    request = Request(texts, max_new_tokens=12)
+    request = GenerationRequest(texts, max_new_tokens=12)
     done = generate(decoder_of(model, len(texts), request.max_tokens), request)
     assert done.rows == expected
     assert (done.prompt_tokens, done.decoded_tokens) == (sum(LENGTHS), 11 * len(texts))
@@ -74,7 +74,7 @@ def test_greedy_tokens_are_those_of_a_full_recompute(model, decoder_of):
 @pytest.mark.parametrize(
     "chunks", [(1,) * 50, (150, 1, 1), (7, 60, 1, 33, 2, 1)], ids=["tokens", "prompt", "chunks"]
 )
-def test_logits_are_those_of_a_full_recompute(model, decoder_of, chunks):
+def test_logits_equal_a_full_recompute(model, decoder_of, chunks):
     [tokens] = prompts(sum(chunks))
     expected = logits_of(model, tokens)
     decoder, done = decoder_of(model, 1, sum(chunks)), 0
@@ -84,8 +84,8 @@ def test_logits_are_those_of_a_full_recompute(model, decoder_of, chunks):
         assert_close(logits[0], expected[done - 1])
 
 
-def test_rows_may_wait(plain_model, decoder_of):
-    """As finished sequences do while others go on."""
+def test_rows_may_be_empty(plain_model, decoder_of):
+    """As those of finished sequences are while others continue."""
     one, other = prompts(40, 90)
     expected = [logits_of(plain_model, text)[-1] for text in (one, other)]
     decoder = decoder_of(plain_model, 2, 91)
@@ -95,9 +95,9 @@ def test_rows_may_wait(plain_model, decoder_of):
     assert_close(last, torch.stack(expected))
 
 
-def test_bytes_are_the_closed_form(plain_model, decoder_of):
+def test_cache_sizes_equal_the_closed_form(plain_model, decoder_of):
     texts = prompts(*LENGTHS)
-    request = Request(texts, max_new_tokens=9)
+    request = GenerationRequest(texts, max_new_tokens=9)
     decoder = decoder_of(plain_model, len(texts), request.max_tokens)
     done = generate(decoder, request)
     head_dim, lengths = SHAPE["kv_channels"], [length + 8 for length in LENGTHS]
@@ -111,28 +111,32 @@ def test_bytes_are_the_closed_form(plain_model, decoder_of):
     assert done.capacity_bytes >= done.kept_bytes
 
 
-def test_a_long_prompt_is_read_in_chunks(plain_model, decoder_of, monkeypatch):
-    monkeypatch.setattr(decoding, "CHUNK", 32)
+def test_a_long_prompt_is_prefilled_in_chunks(plain_model, decoder_of, monkeypatch):
+    monkeypatch.setattr(decoding, "PREFILL_CHUNK", 32)
     texts = prompts(*LENGTHS)
-    request, expected = Request(texts, max_new_tokens=5), [greedy(plain_model, text, 5) for text in texts]
+    request, expected = (
+        GenerationRequest(texts, max_new_tokens=5),
+        [greedy(plain_model, text, 5) for text in texts],
+    )
     done = generate(decoder_of(plain_model, len(texts), request.max_tokens), request)
     assert done.rows == expected
 
 
-def test_a_stop_token_ends_its_row_only(plain_model, decoder_of):
+def test_a_stop_token_ends_only_its_row(plain_model, decoder_of):
     texts = prompts(40, 70)
     rows = [greedy(plain_model, text, 12) for text in texts]
     stop = next(token for token in rows[0][2:] if token not in rows[1])
     end = rows[0].index(stop) + 1
-    request, seen = Request(texts, 12, stop={stop}), []
-    done = generate(decoder_of(plain_model, 2, 100), request, on_token=lambda *what: seen.append(what))
+    request, seen = GenerationRequest(texts, 12, stop={stop}), []
+    done = generate(decoder_of(plain_model, 2, 100), request, on_token=lambda *token: seen.append(token))
     assert done.rows == [rows[0][:end], rows[1]]
     assert [token for row, token in seen if row == 0] == rows[0][:end]
 
 
 @torch.no_grad()
 def in_static_context(model, context, new: torch.Tensor) -> torch.Tensor:
-    """Logits `[batch, tokens, vocabulary]` of the next tokens `[batch, tokens]` of a static context."""
+    """Returns the logits `[batch, tokens, vocabulary]` of the next tokens `[batch, tokens]` in a static
+    context."""
     start = context.sequence_len_offset
     positions = torch.arange(start, start + new.shape[1]).expand_as(new)
     logits = model(new, positions, None, inference_context=context)
@@ -146,8 +150,8 @@ def static_context(batch: int, tokens: int):
     return StaticInferenceContext(batch, tokens)
 
 
-def test_megatrons_static_inference_has_the_same_logits_over_the_small_cache(model):
-    """Two prompts of equal length, in pieces, and a second use of the context."""
+def test_megatrons_static_inference_equals_a_full_recompute(model):
+    """Two prompts of equal length, in chunks, and a second use of the context."""
     texts = torch.tensor([prompts(120)[0], prompts(60, 120)[1]])
     expected = torch.stack([logits_of(model, text) for text in texts.tolist()])
     context = static_context(2, 120)
@@ -164,7 +168,7 @@ def test_megatrons_static_inference_has_the_same_logits_over_the_small_cache(mod
     assert torch.equal(logits_of(model, texts[0].tolist()), expected[0]), "the model keeps a cache"
 
 
-def test_a_static_context_holds_parts_of_a_batch_apart(plain_model):
+def test_a_static_context_separates_parts_of_a_batch(plain_model):
     texts = torch.tensor(prompts(50, 50))
     expected = torch.stack([logits_of(plain_model, text) for text in texts.tolist()])
     context = static_context(2, 50)
@@ -175,7 +179,7 @@ def test_a_static_context_holds_parts_of_a_batch_apart(plain_model):
             assert_close(logits[0], expected[row, first:stop])
 
 
-def test_what_would_bypass_the_small_cache_is_refused(plain_model):
+def test_refuses_what_would_bypass_the_cache(plain_model):
     [prompt] = prompts(50)
     tokens, context = torch.tensor([prompt]), static_context(1, 60)
     in_static_context(plain_model, context, tokens)
@@ -201,13 +205,13 @@ def test_what_would_bypass_the_small_cache_is_refused(plain_model):
         attention.core_attention.context_parallel = None
 
 
-def test_padding_of_the_vocabulary_never_comes(plain_model, decoder_of):
+def test_padding_of_the_vocabulary_has_no_logits(plain_model, decoder_of):
     [prompt] = prompts(20)
     logits = decoder_of(plain_model, 1, 20, vocab_size=VOCAB - 6).feed([prompt])
     assert logits.shape == (1, VOCAB - 6)
 
 
-def test_a_closed_decoder_leaves_the_model_as_it_was(plain_model):
+def test_close_restores_the_model(plain_model):
     [tokens] = prompts(50)
     before = logits_of(plain_model, tokens)
     decoder = GPTDecoder(plain_model, 1, 50)
@@ -216,13 +220,13 @@ def test_a_closed_decoder_leaves_the_model_as_it_was(plain_model):
     assert torch.equal(logits_of(plain_model, tokens), before)
 
 
-def test_refuses_what_has_no_cache():
+def test_refuses_unsupported_models():
     with pytest.raises(ValueError, match=r"^--max-position-embeddings 64: must be at least the 65 tokens"):
         GPTDecoder(gpt(position="learned_absolute", max_positions=64), 1, 65)
-    divided = gpt()
-    divided.config.context_parallel_size = 2
+    parallel = gpt()
+    parallel.config.context_parallel_size = 2
     with pytest.raises(ValueError, match=r"^--context-parallel-size 2: must be 1 in generation"):
-        GPTDecoder(divided, 1, 65)
+        GPTDecoder(parallel, 1, 65)
     dense = gpt()
     dense.decoder.layers[0].self_attention.core_attention = torch.nn.Identity()
     with pytest.raises(ValueError, match=r"^--s2-attention: must be given: 1 of 3 layers have another"):

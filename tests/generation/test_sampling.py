@@ -1,4 +1,4 @@
-"""Sampling: greedy at temperature 0; top-k and top-p leave the most likely; a seed decides the draws."""
+"""Sampling: greedy at temperature 0; top-k and top-p keep the most likely tokens; a seed fixes the draws."""
 
 import pytest
 import torch
@@ -9,12 +9,12 @@ P = torch.tensor([0.1, 0.4, 0.2, 0.3])
 LOGITS = P.log()
 
 
-def test_temperature_0_takes_the_most_likely():
+def test_temperature_0_is_greedy():
     assert Sampling().choose(LOGITS, torch.Generator()) == 1
 
 
 @pytest.mark.parametrize(
-    ("how", "expected"),
+    ("options", "expected"),
     [
         ({}, [0.1, 0.4, 0.2, 0.3]),
         ({"top_k": 2}, [0, 4 / 7, 0, 3 / 7]),
@@ -25,18 +25,18 @@ def test_temperature_0_takes_the_most_likely():
         ({"top_k": 3, "top_p": 0.9}, [0, 4 / 9, 2 / 9, 3 / 9]),
     ],
 )
-def test_what_may_be_drawn(how, expected):
-    got = Sampling(temperature=1.0, **how).probabilities(LOGITS)
+def test_top_k_and_top_p(options, expected):
+    got = Sampling(temperature=1.0, **options).probabilities(LOGITS)
     assert torch.allclose(got, torch.tensor(expected, dtype=torch.float32), atol=1e-6)
 
 
-def test_temperature_sharpens():
+def test_a_low_temperature_sharpens():
     got = Sampling(temperature=0.5).probabilities(LOGITS)
     assert torch.allclose(got, P**2 / (P**2).sum())
 
 
 @pytest.mark.parametrize("temperature", [1e-5, 1e-40, 1e-300])
-def test_the_lowest_temperatures_take_the_most_likely(temperature):
+def test_the_lowest_temperatures_are_greedy(temperature):
     assert Sampling(temperature=temperature).probabilities(100 * LOGITS).tolist() == [0, 1, 0, 0]
 
 

@@ -1,5 +1,5 @@
-"""All kernel tests: uninitialised memory is NaN, so that reading what nobody wrote shows; where
-Triton is interpreted, a quick interpreter."""
+"""Fixtures of all kernel tests: uninitialised memory is NaN, so that reading it shows, and Triton's
+interpreter is quick."""
 
 import os
 

@@ -1,6 +1,6 @@
-"""Specification of s2_attention: the torch backend gives what dense masked attention gives.
+"""Specification of s2_attention: the torch backend equals dense masked attention.
 
-Case ids read B batch, T queries, H KV heads, HQ query heads, D head_dim, then what is special.
+Case ids read B batch, T queries, H KV heads, HQ query heads, D head_dim, then the special feature.
 """
 
 import pytest
@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_s2 import S2Pattern, s2_attention
-from megatron_s2.kernels import torch_backend
+from megatron_s2.kernels import torch_backend, torch_flash
 from megatron_s2.kernels.compare import (
     attention_results,
     require_as_exact_as_plain,
@@ -73,20 +73,20 @@ LOW_PRECISION_CASES = [
 
 
 def cpu_kernel(patch):
-    """As it comes."""
+    """PyTorch's CPU kernel with the default limits."""
 
 
 def row_by_row(patch):
-    """Band calls cut into the smallest parts, every Past call into pieces."""
+    """The smallest parts of Band calls, and every Past call split."""
     patch.setattr(torch_backend, "_MAX_WINDOW_ELEMENTS", 1)
     patch.setattr(torch_backend, "_MIN_BACKWARD_HEADS", 64)
 
 
 def without_flash_kernel(patch):
-    """What runs on a device for which PyTorch has no flash kernel with log-sum-exp, cut small."""
-    patch.setattr(torch_backend, "_cpu_forward", torch_backend._matmul_forward)
-    patch.setattr(torch_backend, "_cpu_backward", torch_backend._matmul_backward)
-    patch.setattr(torch_backend, "_MAX_SCORES", 4000)
+    """The path of devices without a flash kernel that returns log-sum-exp, with small score matrices."""
+    patch.setattr(torch_flash, "_cpu_forward", torch_flash._matmul_forward)
+    patch.setattr(torch_flash, "_cpu_backward", torch_flash._matmul_backward)
+    patch.setattr(torch_flash, "_MAX_SCORES", 4000)
 
 
 @pytest.fixture(params=[cpu_kernel, row_by_row, without_flash_kernel], ids=lambda path: path.__name__)
@@ -95,13 +95,13 @@ def each_path(request, monkeypatch):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_results_and_gradients_are_those_of_the_reference(case, each_path):
+def test_results_and_gradients_equal_the_reference(case, each_path):
     require_equal(case.results("torch"), case.results("reference"))
 
 
 @pytest.mark.parametrize("through", ["out", "lse"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_gradients_through_one_result_alone(case, through):
+def test_gradients_through_out_or_lse_alone(case, through):
     one = {"out": through == "out", "lse": through == "lse"}
     require_equal(case.results("torch", **one), case.results("reference", **one))
 
@@ -160,7 +160,7 @@ def test_nothing_in_nothing_out(shape):
     assert out.shape == q.shape and lse.shape == (shape[0], 4, shape[1]) and not k.grad.any()
 
 
-def test_return_lse_false_gives_out_alone():
+def test_return_lse_false_returns_out_alone():
     inputs = Case(s2()).inputs(torch.float32)
     q, k, v = (inputs[name] for name in "qkv")
     assert torch.equal(s2_attention(q, k, v, s2(), return_lse=False), s2_attention(q, k, v, s2())[0])
@@ -188,7 +188,7 @@ def test_a_second_derivative_is_refused():
 
 
 class LargestTensor(TorchDispatchMode):
-    """Bytes of the largest tensor that any operator gave back."""
+    """Bytes of the largest tensor that any operator returned."""
 
     most = 0
 
@@ -200,7 +200,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def widened(x: torch.Tensor) -> int:
-    """Bytes of x with the column that carries the gradient of lse."""
+    """Bytes of x with one more column, which carries the gradient of lse."""
     return x.nbytes // x.shape[-1] * (x.shape[-1] + 1)
 
 
@@ -217,7 +217,7 @@ def test_no_tensor_outgrows_the_queries(pattern):
 
 def test_without_a_flash_kernel_score_matrices_stay_bounded(monkeypatch):
     without_flash_kernel(monkeypatch)
-    monkeypatch.setattr(torch_backend, "_MAX_SCORES", 1 << 18)
+    monkeypatch.setattr(torch_flash, "_MAX_SCORES", 1 << 18)
     monkeypatch.setattr(torch_backend, "_MAX_WINDOW_ELEMENTS", 1 << 16)
     case = Case(s2(num_dense_heads=1), batch=1, queries=2048, group=2, dim=32)
     inputs = case.inputs(torch.float32)
@@ -227,7 +227,7 @@ def test_without_a_flash_kernel_score_matrices_stay_bounded(monkeypatch):
 
 
 @pytest.mark.parametrize("sink_logits", [False, True], ids=["", "sink logits"])
-def test_backward_keeps_inputs_and_results_alone(sink_logits):
+def test_backward_saves_only_inputs_and_results(sink_logits):
     inputs = Case(s2(), sink_logits=sink_logits).inputs(torch.float32)
     given = {name: x.requires_grad_() for name, x in inputs.items() if name[0] != "d" and x is not None}
     kept = []
@@ -279,7 +279,7 @@ def test_unsupported_dtypes_are_refused(name, dtype):
 
 
 @pytest.mark.parametrize("name", "kv")
-def test_a_dtype_or_device_other_than_that_of_q_is_refused(name):
+def test_a_dtype_or_device_that_differs_from_q_is_refused(name):
     tensors = {x: torch.zeros(shape) for x, shape in GOOD.items()}
     refused(name, "the same for q, k and v", **tensors | {name: tensors[name].double()})
     refused(name, "on the device of q, cpu", **tensors | {name: tensors[name].to("meta")})

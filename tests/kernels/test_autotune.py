@@ -1,4 +1,4 @@
-"""Autotuning picks what is fastest, remembers it beyond the process, and mistrusts what it finds."""
+"""Autotuning chooses the fastest tiles, stores the choice in a file and checks the files it reads."""
 
 import json
 import subprocess
@@ -29,7 +29,7 @@ KEY = Key(
 
 
 class Process:
-    """An autotuner as a process has it, on a chip whose times are `seconds`."""
+    """The autotuner of one process, on a chip whose times are `seconds`."""
 
     def __init__(self, folder, seconds=SECONDS, meanwhile=lambda: None):
         self.measured = []
@@ -54,13 +54,13 @@ def test_the_fastest_candidate_is_chosen_and_each_measured_once(tmp_path):
     assert process.measured == [SLOW, FAST, BROKEN]
 
 
-def test_where_there_is_no_choice_nothing_is_measured(tmp_path):
+def test_a_single_candidate_is_not_measured(tmp_path):
     process = Process(tmp_path)
     assert process.choose(replace(KEY, candidates=(SLOW,))) == SLOW
     assert not process.measured and not list(tmp_path.iterdir())
 
 
-def test_of_equals_the_shipped_one_is_chosen(tmp_path):
+def test_of_equally_fast_candidates_the_shipped_one_is_chosen(tmp_path):
     assert Process(tmp_path, dict.fromkeys(SECONDS, 1.0)).choose() == SLOW
 
 
@@ -100,7 +100,7 @@ def test_another_process_reads_the_choice_and_measures_nothing(tmp_path):
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_whatever_changes_the_best_choice_is_measured_for_itself(change, tmp_path):
+def test_every_field_of_the_key_has_a_choice_of_its_own(change, tmp_path):
     Process(tmp_path).choose()
     process = Process(tmp_path)
     process.choose(replace(KEY, **change))
@@ -117,13 +117,13 @@ def test_a_damaged_or_foreign_file_is_measured_again_with_one_warning(text, tmp_
     (file,) = tmp_path.iterdir()
     file.write_text(text)
     process = Process(tmp_path)
-    with pytest.warns(UserWarning, match="is not used, measuring again") as told:
+    with pytest.warns(UserWarning, match="is not used, measuring again") as warned:
         assert [process.choose() for _ in range(2)] == [FAST, FAST]
-    assert len(told) == 1 and len(process.measured) == 3
+    assert len(warned) == 1 and len(process.measured) == 3
     assert json.loads(file.read_text())["tiles"] == [64, 64, 4, 2]
 
 
-def test_of_ranks_that_measure_at_once_the_first_to_finish_decides(tmp_path):
+def test_the_first_of_several_ranks_to_finish_decides(tmp_path):
     first = Process(tmp_path)
     second = Process(tmp_path, {SLOW: 1.0, FAST: 2.0, BROKEN: 3.0}, meanwhile=first.choose)
     assert second.choose() == first.choose() == FAST
@@ -131,13 +131,13 @@ def test_of_ranks_that_measure_at_once_the_first_to_finish_decides(tmp_path):
     assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
 
 
-def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path):
+def test_a_folder_that_cannot_be_written_causes_a_warning(tmp_path):
     (tmp_path / "file").touch()
     with pytest.warns(UserWarning, match="is not kept"):
         assert Process(tmp_path / "file" / "folder").choose() == FAST
 
 
-def test_choices_are_kept_where_the_user_says(tmp_path, monkeypatch):
+def test_choices_are_stored_in_the_folder_of_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("XDG_CACHE_HOME", "MEGATRON_S2_CACHE"):
         monkeypatch.delenv(name, raising=False)
@@ -155,7 +155,7 @@ def test_choices_are_kept_where_the_user_says(tmp_path, monkeypatch):
 @pytest.mark.parametrize("head_dim", [16, 64, 128, 256])
 @pytest.mark.parametrize("capability", [8, 9, 10])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_few_candidates_the_shipped_one_first(kernel, capability, head_dim, element_size):
+def test_there_are_few_candidates_and_the_shipped_one_is_first(kernel, capability, head_dim, element_size):
     tiles = candidates(kernel, capability, head_dim, element_size)
     assert tiles[0] == getattr(tuning_for(capability, head_dim, element_size), kernel)
     assert 1 <= len(tiles) == len(set(tiles)) <= 3

@@ -1,4 +1,4 @@
-"""What s2_attention refuses, by name and before anything runs, whatever the backend; needs no GPU."""
+"""s2_attention names and refuses bad arguments before anything runs, with every backend; needs no GPU."""
 
 import pytest
 import torch
@@ -63,7 +63,7 @@ def refused(message: str, arguments: dict) -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize(("arguments", "message"), ANY_BACKEND.values(), ids=ANY_BACKEND)
-def test_whatever_the_backend(arguments, message, backend):
+def test_every_backend_refuses(arguments, message, backend):
     refused(message, arguments | {"backend": backend})
 
 
@@ -81,16 +81,16 @@ TRITON_ALONE = {
 
 
 @pytest.mark.parametrize(("arguments", "message"), TRITON_ALONE.values(), ids=TRITON_ALONE)
-def test_what_the_triton_kernels_do_not_take(arguments, message):
+def test_the_triton_backend_refuses(arguments, message):
     refused(message, arguments | {"backend": "triton"})
     assert s2_attention(**{"pattern": s2()} | arguments)[0].isfinite().all(), "but another backend does"
 
 
-def test_a_pinned_tuning_is_for_the_triton_backend_alone():
+def test_other_backends_refuse_a_tuning():
     refused("tuning Tuning(", tensors() | {"tuning": tuning_for(9, 16, 2), "backend": "torch"})
 
 
-def test_repeated_offsets_are_empty_documents_as_megatron_fills_them_up():
+def test_repeated_offsets_are_empty_documents():
     some = packed(0, 30, 40) | {"pattern": s2()}
     filled = some | {"cu_seqlens": torch.tensor([0, 30, 40, 40, 40])}
     for one, other in zip(s2_attention(**some), s2_attention(**filled)):

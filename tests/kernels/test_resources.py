@@ -102,11 +102,11 @@ def test_numbers_are_compared_only_with_those_of_the_same_triton(resources, monk
 
 
 def test_the_fingerprint_is_of_code_not_of_comments(resources, tmp_path, monkeypatch):
-    source = Path(resources.triton_rows.__file__).read_text()
-    copy = tmp_path / "triton_rows.py"
-    monkeypatch.setattr(resources.triton_rows, "__file__", str(copy))
+    source = Path(resources.triton_forward.__file__).read_text()
+    copy = tmp_path / "triton_forward.py"
+    monkeypatch.setattr(resources.triton_forward, "__file__", str(copy))
     before = [copy.write_text(source), resources.fingerprint()][1]
     copy.write_text(source + "\n# more")
     assert resources.fingerprint() == before
-    copy.write_text(source.replace("total += 1.0", "total += 2.0"))
+    copy.write_text(source.replace("l_i += 1.0", "l_i += 2.0"))
     assert resources.fingerprint() != before

@@ -1,4 +1,4 @@
-"""Specification of the torch backend's plan, as integers: which calls cover which pairs of query and key."""
+"""Specification of the torch backend's plan, in integers: which calls cover which query-key pairs."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from megatron_s2 import BlockMaskPattern, S2Pattern
 from megatron_s2.kernels.reference import visible_tokens
-from megatron_s2.kernels.torch_plan import Band, Causal, Gathered, Past, equal_runs, plan_head
+from megatron_s2.kernels.torch_plan import Band, Causal, Gathered, Past, equal_heads, plan_head
 
 MAX_BLOCKS = 16
 
@@ -42,7 +42,7 @@ def spans(blocks, size: int) -> np.ndarray:
 
 
 def pairs_of(call, pattern) -> list[tuple[range, np.ndarray]]:
-    """The (queries, keys) rectangles of a call, cut by causality."""
+    """The (queries, keys) rectangles of a call, before the causal mask."""
     B = pattern.block_size
     if isinstance(call, Causal):
         return [(range(call.start, call.stop), np.arange(call.start, call.stop))]
@@ -100,4 +100,4 @@ def test_calls_grow_with_the_shard_alone(length, most):
 
 def test_neighbours_of_equal_pattern_are_computed_together():
     pattern = S2Pattern(6, 16, 2, 4, phases=(1, 1, 0, 1, 0, 0), num_dense_heads=2, warn_lost=False)
-    assert [(run.start, run.stop) for run in equal_runs(pattern)] == [(0, 2), (2, 3), (3, 4), (4, 6)]
+    assert [(heads.start, heads.stop) for heads in equal_heads(pattern)] == [(0, 2), (2, 3), (3, 4), (4, 6)]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from attention_cases import packed, s2
 from interpreter import check_overflow
+from selection import exhaustive
 from triton_cases import DEVICE, INTERPRETED, case, cut, on_device
 
 from megatron_s2.kernels.compare import attention_results
@@ -44,11 +45,11 @@ def overflow_is_an_error():
 
 @on_device
 @pytest.mark.usefixtures("overflow_is_an_error")
-def test_tokens_far_apart_change_no_bit():
-    for options in ({"queries": 60}, packed(40, 20)):
-        near = case(s2(2, sink_blocks=1), "", cut(32, 16, 64), group=2, **options)
-        inputs = near.inputs(torch.float32)
-        expected = attention_results(near.attention("triton"), **inputs)
-        far = inputs | {name: far_apart(inputs[name]) for name in ("q", "k", "v", "dout")}
-        got = attention_results(near.attention("triton"), **far)
-        assert all(torch.equal(got[name], expected[name]) for name in expected)
+@pytest.mark.parametrize("options", [{"queries": 60}, *exhaustive(packed(40, 20))], ids=["batch", "packed"])
+def test_tokens_far_apart_change_no_bit(options):
+    near = case(s2(2, sink_blocks=1), "", cut(32, 16, 64), group=2, **options)
+    inputs = near.inputs(torch.float32)
+    expected = attention_results(near.attention("triton"), **inputs)
+    far = inputs | {name: far_apart(inputs[name]) for name in ("q", "k", "v", "dout")}
+    got = attention_results(near.attention("triton"), **far)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)

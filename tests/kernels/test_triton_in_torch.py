@@ -8,19 +8,21 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
 from attention_cases import packed, random_mask, s2
+from selection import exhaustive, thinned
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
-from triton_cases import DEVICE, case, cut, on_device
+from triton_cases import DEVICE, INTERPRETED, case, cut, on_device
 
 from megatron_s2 import BlockMaskPattern, S2Pattern, s2_attention
-from megatron_s2.kernels import triton_backend
 from megatron_s2.kernels.autotune import Autotuner
 from megatron_s2.kernels.compare import Results, require_equal
+from megatron_s2.kernels.triton_pattern import KernelPattern, mask_tables
+from megatron_s2.kernels.triton_support import capability_of
 from megatron_s2.kernels.tuning import KERNELS, Tuning, candidates
 
 SMALL = case(s2(), "s2", cut(32, 32), queries=40, sink_logits=True)
@@ -30,16 +32,16 @@ SMALL_MASK = case(random_mask(2, 3), "mask", cut(32, 32), queries=40, sink_logit
 @on_device
 @pytest.mark.parametrize(
     ("pattern", "layout"),
-    [(s2(), "sequence first"), (random_mask(2, 3), "batch first")],
+    [(s2(), "sequence first"), *exhaustive((random_mask(2, 3), "batch first"))],
     ids=["s2 sequence first", "mask batch first"],
 )
-def test_the_operators_keep_what_torch_library_asks_of_them(pattern, layout):
+def test_operators_pass_the_checks_of_torch_library(pattern, layout):
     one = case(pattern, "", cut(32, 32), queries=20, layout=layout, sink_logits=True)
     inputs = one.inputs(torch.float32)
     q, k, v, sink_logits = (inputs[name].requires_grad_() for name in ("q", "k", "v", "sink_logits"))
     masked = isinstance(pattern, BlockMaskPattern)
-    lists = triton_backend._lists_of(pattern, q.device) if masked else (None, None)
-    rest = (*lists, triton_backend.shape_of(pattern), 0, 0.25, [], 0, one.tuning.encode())
+    tables = mask_tables(pattern, q.device) if masked else (None, None)
+    rest = (*tables, KernelPattern.of(pattern).encode(), 0, 0.25, [], 0, one.tuning.encode())
     torch.library.opcheck(torch.ops.megatron_s2.attention_forward, (q, k, v, sink_logits, *rest))
     out, lse = (x.detach() for x in s2_attention(q, k, v, pattern, backend="triton"))
     detached = (x.detach() for x in (q, k, v))
@@ -59,8 +61,8 @@ def through(attend, one) -> Results:
 
 
 @on_device
-@pytest.mark.parametrize("one", [SMALL, SMALL_MASK], ids=lambda one: one.special)
-def test_torch_compile_takes_it_whole_and_changes_nothing(one):
+@pytest.mark.parametrize("one", [SMALL, *exhaustive(SMALL_MASK)], ids=lambda one: one.special)
+def test_torch_compile_captures_a_full_graph_and_changes_no_bit(one):
     attend = one.attention("triton")
     eager = through(attend, one)
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
@@ -68,8 +70,11 @@ def test_torch_compile_takes_it_whole_and_changes_nothing(one):
 
 
 @on_device
-@pytest.mark.parametrize("use_reentrant", [False, True], ids=["saved tensors", "reentrant"])
-@pytest.mark.parametrize("one", [SMALL, SMALL_MASK], ids=lambda one: one.special)
+@pytest.mark.parametrize(
+    ("one", "use_reentrant"),
+    [(SMALL, False), (SMALL_MASK, True), *exhaustive((SMALL, True), (SMALL_MASK, False))],
+    ids=lambda value: value.special if hasattr(value, "special") else f"reentrant {value}",
+)
 def test_activation_checkpointing_changes_no_bit(one, use_reentrant):
     attend = one.attention("triton")
 
@@ -89,6 +94,7 @@ def backward(attend, one) -> Results:
 
 
 @on_device
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("pattern", [s2(1, sink_blocks=1), random_mask(1, 4)], ids=["s2", "mask"])
 def test_the_numerical_gradient_agrees(pattern):
     """float32 limits it: differences of 1e-2 leave an error of about 1e-3."""
@@ -104,19 +110,25 @@ def test_the_numerical_gradient_agrees(pattern):
 # FLOPs.
 
 
+COUNTED = {
+    "q_start": {"queries": 50, "q_start": 37},
+    "packed": packed(0, 40, 33),
+    "batch": {"batch": 2, "queries": 50, "v_dim": 24},
+}
+SHORT_COUNTS = {("q_start", "s2"), ("packed", "mask"), ("batch", "s2")}
+
+
 @on_device
-@pytest.mark.parametrize("pattern", ["s2", "mask"])
 @pytest.mark.parametrize(
-    "options",
-    [{"queries": 50, "q_start": 37}, packed(0, 40, 33), {"batch": 2, "queries": 50, "v_dim": 24}],
-    ids=["q_start", "packed", "batch"],
+    ("options", "pattern"),
+    thinned(product(COUNTED, ("s2", "mask")), lambda count: not INTERPRETED or count in SHORT_COUNTS),
 )
-def test_pytorch_counts_the_flops_of_visible_pairs_alone(options, pattern):
+def test_the_flop_counter_counts_visible_pairs(options, pattern):
     patterns = {
         "s2": s2(3, sink_blocks=2, vert_stride=(1, 3, 5), phases=(0, 1, 3)),
         "mask": random_mask(3, 6),
     }
-    one = case(patterns[pattern], "", cut(128, 128), **options)
+    one = case(patterns[pattern], "", cut(128, 128), **COUNTED[options])
     with FlopCounterMode(display=False) as counter:
         one.results("triton", torch.float32)
     forward = torch.ops.megatron_s2.attention_forward
@@ -145,6 +157,7 @@ assert counter.get_total_flops() == pattern.flops(20, 2, 16).forward, counter.ge
 
 
 @on_device
+@pytest.mark.exhaustive
 def test_the_flops_of_the_first_call_of_a_process_are_counted():
     subprocess.run([sys.executable, "-c", FIRST_CALL], env=os.environ, check=True)
 
@@ -154,8 +167,8 @@ def test_the_flops_of_the_first_call_of_a_process_are_counted():
 
 @pytest.fixture
 def tuned(monkeypatch, tmp_path):
-    """Keys and tiles that were launched to be measured; the last candidate of each kernel is the fastest."""
-    from megatron_s2.kernels import triton_launch
+    """Keys and tiles of all measured launches; the last candidate of each kernel is the fastest."""
+    from megatron_s2.kernels import triton_autotune
 
     measured = []
 
@@ -171,21 +184,21 @@ def tuned(monkeypatch, tmp_path):
         launch()
         return 1 / len(measured)
 
-    monkeypatch.setattr(triton_launch, "AUTOTUNER", Recorder(seconds, tmp_path))
+    monkeypatch.setattr(triton_autotune, "AUTOTUNER", Recorder(seconds, tmp_path))
     return measured
 
 
 @on_device
-@pytest.mark.parametrize("pattern", [s2(1), random_mask(1, 3)], ids=["s2", "mask"])
-def test_autotuning_launches_all_candidates_and_gives_what_the_fastest_gives(pattern, tuned):
+@pytest.mark.parametrize("pattern", [s2(1), *exhaustive(random_mask(1, 3))], ids=["s2", "mask"])
+def test_autotuning_launches_all_candidates_and_uses_the_fastest(pattern, tuned):
     one = case(pattern, "", "autotune", queries=40)
     results = one.results("triton", torch.float16)
-    about = triton_backend.capability_of(torch.device(DEVICE)), one.dim, 2
-    tried = [(kernel, tiles) for kernel in KERNELS for tiles in candidates(kernel, *about)]
+    chip = capability_of(torch.device(DEVICE)), one.dim, 2
+    tried = [(kernel, tiles) for kernel in KERNELS for tiles in candidates(kernel, *chip)]
     assert [(key.kernel, tiles) for key, tiles in tuned] == tried
     assert {key.mask for key, _ in tuned} == {not isinstance(pattern, S2Pattern)}
 
-    fastest = Tuning(*(candidates(kernel, *about)[-1] for kernel in KERNELS))
+    fastest = Tuning(*(candidates(kernel, *chip)[-1] for kernel in KERNELS))
     pinned = replace(one, tuning=fastest).results("triton", torch.float16)
     require_equal(results, pinned, most=0)
     require_equal(one.results("triton", torch.float16), pinned, most=0)

@@ -1,4 +1,4 @@
-"""What the tests of the Triton kernels share: where they run, their cases, and when a result is right.
+"""Helpers of the tests of the Triton kernels: their device, their cases, and the check of results.
 
 Without a GPU the kernels run in Triton's interpreter, which must be chosen before triton is imported.
 """

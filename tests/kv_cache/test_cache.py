@@ -1,4 +1,4 @@
-"""The cache holds exactly what later tokens see, in bytes of a closed form."""
+"""The cache holds exactly the entries that later tokens see, in a number of bytes with a closed form."""
 
 import pytest
 import torch
@@ -23,13 +23,13 @@ PATTERN = s2(num_kv_heads=3, vert_stride=(4, 4, 1), sink_blocks=1)
 
 
 def numbered(start: int, tokens: int, heads: int) -> torch.Tensor:
-    """Keys `[1, tokens, heads, 2]` that say which position they are of, and which head."""
+    """Keys `[1, tokens, heads, 2]` that consist of their position and their head."""
     positions = torch.arange(start, start + tokens)[:, None].expand(tokens, heads)
     return torch.stack([positions, torch.arange(heads).expand(tokens, heads)], -1)[None].float()
 
 
 def seen_later(pattern: S2Pattern, head: int, tokens: int) -> list[int]:
-    """By definition: the positions that some query from `tokens` on sees, looking two windows ahead."""
+    """The positions that some query from `tokens` on sees, by definition, over two windows."""
     B = pattern.block_size
     rows = range(tokens // B, tokens // B + 2 * pattern.local_blocks + 1)
     blocks = set().union(*(pattern.row_blocks(head, row) for row in rows))
@@ -38,7 +38,7 @@ def seen_later(pattern: S2Pattern, head: int, tokens: int) -> list[int]:
 
 @given(pattern=patterns, chunks=st.lists(st.integers(1, 70), max_size=6), decoded=st.integers(0, 40))
 @settings(max_examples=60)
-def test_holds_exactly_what_later_tokens_see(pattern, chunks, decoded):
+def test_the_cache_holds_exactly_what_later_tokens_see(pattern, chunks, decoded):
     heads, tokens = pattern.num_kv_heads, 0
     cache = KVCache(pattern, batch=1, head_dim=2)
     for chunk in chunks:
@@ -46,7 +46,7 @@ def test_holds_exactly_what_later_tokens_see(pattern, chunks, decoded):
         tokens += chunk
     for _ in range(decoded):
         cache.write(*[numbered(tokens, 1, heads)] * 2, rows=[0])
-        cache.forget()
+        cache.evict()
         tokens += 1
     for head in range(heads):
         for entries in cache.entries(0, head):
@@ -69,33 +69,37 @@ def test_bytes_of_a_batch_are_the_sum_over_its_sequences(pattern, lengths):
 
 @given(pattern=patterns, tokens=st.integers(1, 300))
 @settings(max_examples=30)
-def test_a_known_maximum_is_set_aside_exactly(pattern, tokens):
+def test_a_known_maximum_is_allocated_exactly(pattern, tokens):
     cache = KVCache(pattern, 1, 2, max_tokens=tokens)
     capacity = cache.capacity_bytes
-    most = [0] * len(cache.runs)
+    most = [0] * len(cache.storages)
     for _ in range(tokens):
         cache.write(*[numbered(0, 1, pattern.num_kv_heads)] * 2, rows=[0])
-        most = [max(n, *(cache.kept(0, g) for g in run.heads)) for n, run in zip(most, cache.runs)]
-        cache.forget()
-    needed = sum(len(run.heads) * entries for entries, run in zip(most, cache.runs))
+        most = [
+            max(n, *(cache.kept(0, g) for g in storage.heads)) for n, storage in zip(most, cache.storages)
+        ]
+        cache.evict()
+    needed = sum(len(storage.heads) * entries for entries, storage in zip(most, cache.storages))
     assert cache.capacity_bytes == capacity == 2 * 2 * 4 * needed
     with pytest.raises(ValueError, match=rf"^max_tokens {tokens}: must be at least the {tokens + 1} tokens"):
         cache.write(*[numbered(0, 1, pattern.num_kv_heads)] * 2, rows=[0])
 
 
-def test_growth_sets_aside_at_most_a_quarter_and_a_block_more_than_needed():
+def test_growth_allocates_at_most_a_quarter_and_a_block_more_than_needed():
     cache, most = KVCache(PATTERN, 1, 2), 0
     for token in range(1000):
         cache.write(*[numbered(token, 1, 3)] * 2, rows=[0])
         most = max(most, *(cache.kept(0, g) for g in range(3)))
-        cache.forget()
-    for run in cache.runs:
-        needed = 16 + max(kept for n in range(1000) for kept in kept_tokens(PATTERN, n)[run.heads.start :])
-        assert run.k.shape[2] <= 1.25 * needed + 16
+        cache.evict()
+    for storage in cache.storages:
+        needed = 16 + max(
+            kept for n in range(1000) for kept in kept_tokens(PATTERN, n)[storage.heads.start :]
+        )
+        assert storage.k.shape[2] <= 1.25 * needed + 16
 
 
 @pytest.mark.parametrize("layer", range(4))
-def test_an_eighth_of_dense_at_32k(layer):
+def test_at_32k_tokens_the_cache_has_an_eighth_of_the_dense_bytes(layer):
     pattern = S2Pattern(8, block_size=64, local_blocks=8, vert_stride=16, layer=layer)
     tokens, head_dim = 32 * 1024, 4
     assert pattern.local_blocks * pattern.block_size == 512
@@ -134,7 +138,7 @@ def test_selected_sequences_are_copies():
         ({"new": [1, 5]}, r"^new \[1, 5\]: must be"),
     ],
 )
-def test_refuses_what_does_not_fit(given, message):
+def test_tensors_that_do_not_fit_are_refused(given, message):
     cache = KVCache(PATTERN, 2, 2)
     fitting = {"k": torch.zeros(2, 4, 3, 2), "v": torch.zeros(2, 4, 3, 2)}
     with pytest.raises(ValueError, match=message):
@@ -142,6 +146,6 @@ def test_refuses_what_does_not_fit(given, message):
 
 
 @pytest.mark.parametrize("name", ["batch", "head_dim", "max_tokens"])
-def test_refuses_sizes_out_of_range(name):
+def test_sizes_out_of_range_are_refused(name):
     with pytest.raises(ValueError, match=f"^{name} 0: must be >= 1$"):
         KVCache(PATTERN, **{"batch": 1, "head_dim": 2, name: 0})

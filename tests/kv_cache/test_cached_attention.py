@@ -1,4 +1,4 @@
-"""Attention through the cache is attention: whole prompts, in chunks, token by token, against everything."""
+"""Attention through the cache equals attention to the whole sequence: in one call, in chunks, by token."""
 
 from dataclasses import dataclass, field
 
@@ -11,7 +11,7 @@ from megatron_s2.kernels.compare import require_as_exact_as_plain, require_equal
 from megatron_s2.kernels.reference import masked_attention, visible_tokens
 from megatron_s2.kv_cache.cache import KVCache, cache_bytes
 from megatron_s2.kv_cache.cached_attention import cached_attention
-from megatron_s2.pattern.s2_pattern import S2Pattern
+from megatron_s2.pattern import S2Pattern
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Generation:
     """Sequences that are fed to a cache in steps.
 
     Args:
-        steps: how many new tokens each row has in each step.
+        steps: number of new tokens of each row in each step.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Generation:
         return q, k, v, sinks if self.sink_logits else None
 
     def fed(self, dtype: torch.dtype) -> torch.Tensor:
-        """All outputs of the real tokens of all rows, one after another, through the cache."""
+        """Outputs of the real tokens, row after row, computed through the cache."""
         q, k, v, sinks = self.inputs(dtype)
         batch = len(self.lengths)
         cache = KVCache(self.pattern, batch, self.dim, dtype, max_tokens=self.max_tokens)
@@ -71,7 +71,7 @@ class Generation:
         return torch.cat([part for row in outs for part in row])
 
     def recomputed(self, dtype: torch.dtype, attention) -> torch.Tensor:
-        """The same from whole sequences at once."""
+        """The same outputs, computed from whole sequences."""
         q, k, v, sinks = self.inputs(dtype)
         rows = [[x[row : row + 1, :length] for x in (q, k, v)] for row, length in enumerate(self.lengths)]
         return torch.cat([attention(*row, sinks)[0] for row in rows])
@@ -116,14 +116,14 @@ def generation(request) -> Generation:
     return request.param
 
 
-def test_equals_reference_in_float64(generation):
+def test_equals_the_reference_in_float64(generation):
     got = generation.fed(torch.float64)
     exact = generation.recomputed(torch.float64, generation.with_everything)
     require_equal({"out": got}, {"out": exact})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_as_exact_as_plain(generation, dtype):
+def test_low_precision_is_as_exact_as_plain_pytorch(generation, dtype):
     require_as_exact_as_plain(
         got={"out": generation.fed(dtype)},
         plain={"out": generation.recomputed(dtype, generation.plain)},
@@ -141,7 +141,7 @@ def test_as_exact_as_plain(generation, dtype):
     )
 
 
-def test_refuses_queries_that_do_not_fit():
+def test_queries_that_do_not_fit_are_refused():
     cache = KVCache(s2(2), 1, 16)
     q, k = torch.zeros(1, 3, 5, 16), torch.zeros(1, 3, 2, 16)
     with pytest.raises(ValueError, match=r"^q \(1, 3, 5, 16\): must be \[batch, tokens, heads, head_dim\]"):

@@ -14,8 +14,12 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_s2 import s2_attention
 from megatron_s2.layers import core_attention
+from megatron_s2.layers.config import S2TransformerConfig
 from megatron_s2.layers.core_attention import S2CoreAttention
-from megatron_s2.pattern.settings import S2Settings
+from megatron_s2.parallel import planner
+from megatron_s2.parallel.time_model import Cluster
+from megatron_s2.pattern import S2Settings
+from megatron_s2.pattern.annealing import Annealing
 
 HEADS, KV_HEADS, DIM, BATCH = 4, 2, 16, 2
 SPARSE, DENSE = 1, 2  # numbers of layers
@@ -32,9 +36,9 @@ OURS = partial(S2CoreAttention, settings=SETTINGS)
 both_kinds = pytest.mark.parametrize("layer", [SPARSE, DENSE], ids=["sparse", "dense"])
 
 
-def config(**fields) -> TransformerConfig:
+def config(config_class=TransformerConfig, **fields) -> TransformerConfig:
     plain = {"num_layers": 3, "hidden_size": HEADS * DIM, "num_attention_heads": HEADS}
-    return TransformerConfig(**plain | {"num_query_groups": KV_HEADS, "attention_dropout": 0.0} | fields)
+    return config_class(**plain | {"num_query_groups": KV_HEADS, "attention_dropout": 0.0} | fields)
 
 
 @pytest.fixture
@@ -291,6 +295,62 @@ def test_what_is_not_causal_self_attention_is_refused(attention, fields, message
 def over_two_ranks(attention, one_rank):
     one_rank.cp = SimpleNamespace(rank=lambda: 0, size=lambda: 2)
     return attention(context_parallel_size=2)
+
+
+# Schedules of context parallelism.
+
+STEPS = 6  # annealing steps: stride 1 from step 0, stride 2 from step 3, stride 3 from step 6
+
+
+@pytest.fixture
+def schedule_of(attention, one_rank, monkeypatch):
+    """Calls a layer on rank 0 of 4 without any exchange; returns the pattern and schedule that it passes."""
+    one_rank.cp = SimpleNamespace(rank=lambda: 0, size=lambda: 4)
+    taken = []
+
+    def recorded(q, k, v, pattern, exchange, schedule, **others):
+        taken.append((pattern, schedule))
+        return q
+
+    monkeypatch.setattr(core_attention, "context_parallel_attention", recorded)
+
+    def call(layer, tokens: int) -> tuple:
+        layer(*tensors(tokens // 4, BATCH), None)
+        return taken.pop()
+
+    return call
+
+
+def test_schedules_are_chosen_when_a_layer_is_built_for_every_stage(attention, schedule_of, monkeypatch):
+    iteration = [0]
+    annealing = Annealing(SETTINGS, STEPS, lambda: iteration[0])
+    # On links so slow that only bytes count, the dense stage moves heads and later stages gather shards.
+    kind = partial(OURS, annealing=annealing, cluster=Cluster(intra_gigabytes_per_s=1e-6))
+    built = attention(kind=kind, config_class=S2TransformerConfig, context_parallel_size=4, seq_length=4096)
+    monkeypatch.setattr(planner, "plan_schedule", None)
+    schedules = {}
+    for iteration[0] in range(STEPS + 1):
+        pattern, schedule = schedule_of(built, 4096)
+        assert pattern == built.pattern
+        schedules.setdefault(pattern, set()).add(schedule)
+    assert list(schedules.values()) == [{"a2a"}, {"gather"}, {"gather"}]
+
+
+def test_a_length_that_is_unknown_when_a_layer_is_built_is_planned_once(attention, schedule_of, monkeypatch):
+    built = attention(context_parallel_size=4)
+    first = [schedule_of(built, tokens) for tokens in (64, 128)]
+    monkeypatch.setattr(planner, "plan_schedule", None)
+    assert [schedule_of(built, tokens) for tokens in (64, 128)] == first
+
+
+def test_a_schedule_that_is_not_possible_is_refused_when_a_layer_is_built(attention, schedule_of):
+    with pytest.raises(ValueError, match="--s2-cp-schedule a2a: must be auto or gather"):
+        attention(
+            kind=partial(OURS, cp_schedule="a2a"),
+            config_class=S2TransformerConfig,
+            context_parallel_size=8,
+            seq_length=64,
+        )
 
 
 def test_packed_rows_dealt_out_in_another_way_are_refused_under_context_parallelism(over_two_ranks):

@@ -2,7 +2,10 @@
 
 import errno
 import fcntl
+import multiprocessing
 import os
+import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -11,6 +14,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
+from selection import exhaustive
 from steps import ELEMENTS, MIXED, ON_NVME, executor, plain_solution, require_same, state_of, take_steps
 from waiting import PATIENCE
 
@@ -165,15 +169,19 @@ def test_two_runs_share_a_directory(tier, tmp_path):
     other.close()
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_killed_run_leaves_nothing(tmp_path):
-    code = (
-        "import os, sys; from megatron_s2.offload.nvme import NvmeTier\n"
-        f"tier = NvmeTier([sys.argv[1]], {SIZES}, 2)\n"
-        "for j in range(6): tier.slice_of(j).state.master.fill_(9); tier.store(j)\n"
-        "os.kill(os.getpid(), 9)"
-    )
-    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
-    assert killed.returncode == -9 and not list(tmp_path.iterdir())
+    def run() -> None:
+        tier = NvmeTier([tmp_path], SIZES, 2)
+        for j in range(6):
+            tier.slice_of(j).state.master.fill_(9)
+            tier.store(j)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    killed = multiprocessing.get_context("fork").Process(target=run)
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL and not list(tmp_path.iterdir())
 
 
 # What happens to it
@@ -298,17 +306,14 @@ def test_an_interruption_leaves_nothing_on_its_way(tmp_path, monkeypatch):
 
 
 def test_a_directory_without_room_is_refused_at_once(tmp_path):
-    """By a real limit of the system, in a process of its own: nothing is left behind."""
-    code = (
-        "import resource, sys; from megatron_s2.offload.nvme import NvmeTier, TierError\n"
-        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({3 * PAGE}, {3 * PAGE}))\n"
-        f"try: NvmeTier([sys.argv[1]], {SIZES}, 2)\n"
-        "except TierError as error: print(error)"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False
-    )
-    assert "the state file cannot be made, the disk is full" in run.stdout, run.stderr
+    """By a real limit of the system; nothing is left behind."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3 * PAGE, before[1]))
+    try:
+        with pytest.raises(TierError, match="the state file cannot be made, the disk is full"):
+            NvmeTier([tmp_path], SIZES, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list(tmp_path.iterdir())
 
 
@@ -320,8 +325,10 @@ def truth():
     return plain_solution(6)
 
 
-@pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("slots, directories", [(1, 1), (2, 1), (3, 2), (5, 3)])
+@pytest.mark.parametrize(
+    ("slots", "directories", "fraction"),
+    [(1, 1, 0.0), (2, 1, 0.5), (3, 2, 1.0), (5, 3, 0.5), *exhaustive((1, 1, 1.0), (3, 2, 0.0))],
+)
 def test_ring_sizes_and_directories_change_no_bit(tmp_path, truth, slots, directories, fraction):
     ring = {"ring_slots": slots, "host_budget": 16 * 128 * slots}
     one = executor(tmp_path, directories=directories, **ON_NVME | ring, fraction=fraction)
@@ -400,6 +407,7 @@ print(resident()[1] - before, plan.host_bytes, plan.gpu_bytes, 12 * N, 4 * 2**20
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("fraction", [0.0, 0.5])
 def test_memory_stays_within_the_budget_while_the_state_is_several_times_larger(tmp_path, fraction):
     """Without a GPU its buffer sets are host memory too, and so is a chunk of gradients. 1 MiB is for stacks

@@ -3,11 +3,14 @@ numbers of ranks, and by Megatron's own optimizers; and after being killed at an
 
 import random
 import re
+from collections import ChainMap
+from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
 
 import pytest
-from megatron_run import Run, train_all, train_until_killed
+from megatron_run import Run, Runs, train_all, train_until_killed
+from selection import exhaustive, thinned
 
 BASE = (
     "--bf16 --lr 3e-5 --min-lr 3e-6 --lr-decay-iters 60 --clip-grad 0.1 --eval-iters 0 --micro-batch-size 2"
@@ -41,90 +44,98 @@ def placements(directory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def saved(directory, placements) -> dict[tuple[int, str], Run]:
-    """A run per number of ranks and format, each at a placement of its own, that saves halfway."""
-    runs = {}
-    for ranks in RANKS:
-        flags = {
-            name: f"{FOUR_STEPS} {placements[n]} {form} --save '{directory}/{ranks} {name}'"
-            for n, (name, form) in enumerate(FORMATS.items())
-        }
-        finished = train_all(directory / f"saved-{ranks}", flags, ranks)
-        for name in FORMATS:
-            from_step_2(directory / f"{ranks} {name}")
-        runs |= {(ranks, name): run for name, run in finished.items()}
-    return runs
-
-
-def from_step_2(checkpoint: Path) -> None:
-    (checkpoint / "latest_checkpointed_iteration.txt").write_text("2")  # "torch" knows no --ckpt-step
-
-
-@pytest.fixture(scope="module")
-def resumed(directory, placements, saved) -> dict[tuple[int, str, int], Run]:
-    """Each checkpoint at each number of ranks, at a placement other than its own."""
-    runs = {}
-    for ranks in RANKS:
-        flags = {
-            (before, name): f"{FOUR_STEPS} {placements[(n + 1 + (ranks != before)) % 3]} {form} "
-            f"--load '{directory}/{before} {name}'"
-            for before, (n, (name, form)) in product(RANKS, enumerate(FORMATS.items()))
-        }
-        finished = train_all(
-            directory / f"resumed-{ranks}",
-            {f"{b} {name}": words for (b, name), words in flags.items()},
-            ranks,
+def saved(directory, placements) -> dict[int, Runs]:
+    """By number of ranks, a run per format, each at a placement of its own, that saves halfway."""
+    return {
+        ranks: Runs(
+            directory / f"saved-{ranks}",
+            {
+                name: f"{FOUR_STEPS} {placements[n]} {form} --save '{checkpoint(directory, ranks, name)}'"
+                for n, (name, form) in enumerate(FORMATS.items())
+            },
+            ranks=ranks,
         )
-        runs |= {(*key, ranks): run for key, run in zip(flags, finished.values())}
-    return runs
+        for ranks in RANKS
+    }
 
 
-def test_placements_train_alike(saved):
-    for ranks in RANKS:
-        first, *others = (saved[ranks, name].losses for name in FORMATS)
-        assert len(first) == 4
-        assert all(losses == first for losses in others)
+def checkpoint(directory: Path, ranks: int, name: str) -> Path:
+    return directory / f"{ranks} {name}"
 
 
-@pytest.mark.parametrize("after", RANKS)
-@pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("before", RANKS)
-def test_a_resumed_run_goes_on_as_if_it_had_not_ended(saved, resumed, before, form, after):
-    rest = {step: loss for step, loss in saved[before, form].losses.items() if step > 2}
-    went_on = resumed[before, form, after]
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("ranks", RANKS)
+def test_placements_train_alike(saved, ranks):
+    first, *others = (run.losses for run in saved[ranks].values())
+    assert len(first) == 4
+    assert all(losses == first for losses in others)
+
+
+SHORT = {("reshardable over ranks", 2, 2), ("fully reshardable", 2, 1), ("torch", 1, 1)}
+
+
+@pytest.mark.parametrize(
+    ("form", "before", "after"), thinned(product(FORMATS, RANKS, RANKS), lambda case: case in SHORT)
+)
+def test_a_resumed_run_goes_on_as_if_it_had_not_ended(directory, placements, saved, form, before, after):
+    """At a placement other than that of the run before."""
+    whole, place = saved[before][form].losses, checkpoint(directory, before, form)
+    (place / "latest_checkpointed_iteration.txt").write_text("2")  # "torch" knows no --ckpt-step
+    other = placements[([*FORMATS].index(form) + 1 + (after != before)) % 3]
+    flags = {f"{form}, {before} to {after}": f"{FOUR_STEPS} {other} {FORMATS[form]} --load '{place}'"}
+    (went_on,) = train_all(directory / "resumed", flags, after).values()
     assert went_on.status == 0, went_on.output
+    rest = {step: loss for step, loss in whole.items() if step > 2}
     if after == before:
         assert went_on.losses == rest
     else:  # sums over ranks round otherwise
         assert went_on.losses == pytest.approx(rest, rel=1e-4)
 
 
-@pytest.mark.parametrize("form", ["reshardable over ranks", "fully reshardable"])
-def test_checkpoints_of_and_for_megatrons_optimizers(placements, tmp_path, form):
-    common = f"{FOUR_STEPS} {FORMATS[form]}"
-    hybrid = {"hybrid": f"{common} {STOCK} --optimizer-offload-fraction 0 --save {tmp_path}/hybrid"}
-    runs = train_all(tmp_path / "hybrid-run", hybrid, before=["hybrid_device_optimizer_on_cpu"])
-    flags = {
-        "stock": f"{common} {STOCK} --save {tmp_path}/stock",
-        "ours": f"{common} {placements[2]} --save {tmp_path}/ours",
-        "ours goes on with stock": f"{common} {STOCK} --load {tmp_path}/ours --ckpt-step 2",
-    }
-    for name in ("stock", "hybrid"):
-        load = f"--load {tmp_path}/{name} --ckpt-step 2"
-        flags[f"{name} goes on with ours"] = f"{common} {placements[1]} {load}"
-        flags[f"weights of {name} with ours"] = f"{common} {placements[0]} {load} --finetune"
-        flags[f"weights of {name} with stock"] = f"{common} {STOCK} {load} --finetune"
-    runs |= train_all(tmp_path / "runs", flags)
+@pytest.fixture(scope="module")
+def exchanged(directory, placements) -> dict[str, Mapping[str, Run]]:
+    """By format, runs of Megatron's optimizers and of ours, and what goes on from the other's checkpoint."""
+    found = {}
+    for form, flags in FORMATS.items():
+        place, common = directory / f"exchanged {form}", f"{FOUR_STEPS} {flags}"
+        runs = {
+            "stock": f"{common} {STOCK} --save '{place}/stock'",
+            "ours": f"{common} {placements[2]} --save '{place}/ours'",
+            "ours goes on with stock": f"{common} {STOCK} --load '{place}/ours' --ckpt-step 2",
+        }
+        for name in ("stock", "hybrid"):
+            load = f"--load '{place}/{name}' --ckpt-step 2"
+            runs[f"{name} goes on with ours"] = f"{common} {placements[1]} {load}"
+            runs[f"weights of {name} with ours"] = f"{common} {placements[0]} {load} --finetune"
+            runs[f"weights of {name} with stock"] = f"{common} {STOCK} {load} --finetune"
+        hybrid = {"hybrid": f"{common} {HYBRID} --save '{place}/hybrid'"}
+        before = ["hybrid_device_optimizer_on_cpu"]
+        found[form] = ChainMap(Runs(place / "hybrid run", hybrid, before=before), Runs(place / "runs", runs))
+    return found
+
+
+SHARDED = ["reshardable over ranks", *exhaustive("fully reshardable")]
+
+
+@pytest.mark.parametrize("form", SHARDED)
+def test_checkpoints_of_and_for_megatrons_optimizers(exchanged, form):
+    runs = exchanged[form]
     whole = runs["stock"].losses
     rest = {step: loss for step, loss in whole.items() if step > 2}
     for name in ("ours", "hybrid"):
         assert runs[name].losses == pytest.approx(whole, rel=1e-5), name
     for name in ("stock goes on with ours", "hybrid goes on with ours", "ours goes on with stock"):
         assert runs[name].losses == pytest.approx(rest, rel=1e-5), name
-    for name in ("stock", "hybrid"):
-        theirs, ours = (runs[f"weights of {name} with {which}"].losses for which in ("stock", "ours"))
-        assert len(ours) == 4
-        assert ours == pytest.approx(theirs, rel=1e-5), name
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("form", ["reshardable over ranks", "fully reshardable"])
+@pytest.mark.parametrize("name", ["stock", "hybrid"])
+def test_weights_of_megatrons_optimizers(exchanged, form, name):
+    assert len(exchanged[form][name].losses) == 4
+    theirs, ours = (exchanged[form][f"weights of {name} with {which}"].losses for which in ("stock", "ours"))
+    assert len(ours) == 4
+    assert ours == pytest.approx(theirs, rel=1e-5), name
 
 
 KILLERS = [  # of interventions.py, with the most beginnings that they let pass, and the longest time after
@@ -134,21 +145,22 @@ KILLERS = [  # of interventions.py, with the most beginnings that they let pass,
 ]
 
 
-def test_killed_at_twenty_random_points_it_goes_on_from_its_last_checkpoint(tmp_path, placements):
+@pytest.mark.parametrize(("kills", "steps"), [(3, 12), *exhaustive((20, 60))])
+def test_killed_at_random_points_it_goes_on_from_its_last_checkpoint(tmp_path, placements, kills, steps):
     """Within a step, a save, or a write to NVMe."""
-    sixty_steps = f"{BASE} --global-batch-size 4 --train-iters 60 --save-interval 3 {placements[2]}"
-    again = f"{sixty_steps} --save {tmp_path}/checkpoint --load {tmp_path}/checkpoint"
-    undisturbed = train_all(tmp_path, {"whole": sixty_steps})["whole"].losses
+    flags = f"{BASE} --global-batch-size 4 --train-iters {steps} --save-interval 3 {placements[2]}"
+    again = f"{flags} --save {tmp_path}/checkpoint --load {tmp_path}/checkpoint"
+    undisturbed = train_all(tmp_path, {"whole": flags})["whole"].losses
     whole = {step: f"{loss:.6E}" for step, loss in undisturbed.items()}
-    assert len(whole) == 60
+    assert len(whole) == steps
     rng = random.Random(5)
-    for kill in range(20):
+    for kill in range(kills):
         killer, most, longest = KILLERS[kill % 3]
         run = tmp_path / f"run-{kill}"
         assert train_until_killed(run, again, killer, rng.randint(1, most), longest * rng.random())
         assert printed_losses(run).items() <= whole.items(), run.name
     last = printed_losses(train_all(tmp_path, {"last": again})["last"].log_dir)
-    assert last.items() <= whole.items() and max(last) == 60
+    assert last.items() <= whole.items() and max(last) == steps
 
 
 def printed_losses(run: Path) -> dict[int, str]:

@@ -1,10 +1,10 @@
-"""Patterns and layouts that do not fit each other: strides that divide no chunk, windows over several
-chunks, chunks of no whole block, heads that differ."""
+"""Hypothesis strategies for patterns and layouts that do not fit each other: strides that divide no chunk,
+windows over several chunks, chunks that are not whole blocks, heads that differ."""
 
 from hypothesis import strategies as st
 
 from megatron_s2.parallel.layout import Zigzag
-from megatron_s2.pattern.s2_pattern import S2Pattern
+from megatron_s2.pattern import S2Pattern
 
 BLOCK = 16
 
@@ -33,6 +33,6 @@ def zigzags(draw) -> Zigzag:
 
 @st.composite
 def packed(draw, tokens: int) -> tuple[tuple[int, int], ...]:
-    """Documents of any lengths, one after the other."""
+    """Documents of any lengths, one after another."""
     edges = sorted(draw(st.sets(st.integers(1, tokens - 1), max_size=4)))
     return tuple(zip([0, *edges], [*edges, tokens]))

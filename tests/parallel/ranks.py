@@ -1,4 +1,4 @@
-"""Runs a function on several ranks in processes of their own, inside pytest."""
+"""Runs a function on several ranks, each a process, inside pytest."""
 
 import os
 import pickle
@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# Ranks are forks of a process that has imported torch. It keeps the environment it began with.
+# Ranks are forked from a server process that has imported torch and keeps its first environment.
 START_METHOD = "forkserver"
 mp.get_context(START_METHOD).set_forkserver_preload(["torch", "torch.distributed"])
 
@@ -17,12 +17,12 @@ mp.get_context(START_METHOD).set_forkserver_preload(["torch", "torch.distributed
 def run_on_ranks(
     ranks: int, function: Callable, directory: Path, *arguments, env: Mapping[str, str] | None = None
 ) -> list:
-    """`function(rank, *arguments)` on every rank of a gloo group; what each returned, in order.
+    """Calls `function(rank, *arguments)` on every rank of a gloo group and returns the results by rank.
 
     `env` is set before a rank imports the module of `function`.
 
     Raises:
-        torch.multiprocessing.ProcessRaisedException: what a rank raised, with its traceback.
+        torch.multiprocessing.ProcessRaisedException: a rank raised an exception; holds its traceback.
     """
     directory.mkdir(parents=True, exist_ok=True)
     call = pickle.dumps((function, arguments))

@@ -1,28 +1,29 @@
-"""Specification of context-parallel attention: whatever the schedule, several ranks compute what one does.
+"""Specification of context-parallel attention: in both schedules several ranks compute what one rank does.
 
-Case ids read B batch, T tokens of the whole sequence, H KV heads, HQ query heads, D head_dim, then what is
-special, then the number of ranks and the schedule.
+Case ids: B batch, T tokens of the whole sequence, H KV heads, HQ query heads, D head_dim, the special
+feature, the number of ranks and the schedule.
 """
 
-from dataclasses import replace
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
 from attention_cases import Case, packed, s2
 from interpreter import quicken_interpreter
 from ranks import run_on_ranks
+from selection import exhaustive
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_s2 import S2Pattern
 from megatron_s2.kernels.compare import attention_results, require_as_exact_as_plain, require_equal
-from megatron_s2.parallel.assignment import plan_gather
 from megatron_s2.parallel.context_parallel_attention import context_parallel_attention
 from megatron_s2.parallel.exchange import Exchange
+from megatron_s2.parallel.gather_plan import plan_gather
 from megatron_s2.parallel.layout import Zigzag
 
-RANKS = (2, 3, 4)
+RANKS = (4, *exhaustive(2, 3))
 SCHEDULES = ("gather", "a2a")
 # 24 tokens are two chunks for each of 2, 3 and 4 ranks; blocks have 16 and shards every fourth block.
 CASES = [
@@ -56,18 +57,18 @@ LOW_PRECISION = [
     Case(s2(4), "packed", **packed(200, 136, 400, 32)),
 ]
 IN_TRITON = [
-    Case(s2(2, sink_blocks=1), "gqa", batch=2, queries=128, sink_logits=True),
+    Case(s2(2, sink_blocks=1), "gqa", batch=1, queries=128, sink_logits=True),
     Case(s2(2, local_blocks=3), "windows over several chunks", batch=1, queries=120),
     Case(s2(3, num_dense_heads=1), "dense head", batch=1, queries=144, group=1),
     Case(s2(2), "packed", **packed(70, 3, 100, 19)),
     Case(s2(2), "wider v", v_dim=24, batch=1, queries=96),
 ]
-ALL_HELD = Case(s2(4, local_blocks=1, vert_stride=8), "memory", batch=1, queries=4096, group=1)
+ALL_HELD = Case(s2(4, local_blocks=1, vert_stride=8), "memory", batch=1, queries=1024, group=1)
 INTERPRETER = {"TRITON_INTERPRET": "1"}
 
 
 def compute(rank: int, ranks: int, cases: list[tuple[Case, torch.dtype]], backend: str = "auto") -> dict:
-    """The rank's part of all results and its traffic, by (case id, schedule, dtype)."""
+    """Results and traffic of this rank, by (case id, schedule, dtype)."""
     group = torch.distributed.group.WORLD
     if backend == "triton":
         quicken_interpreter()
@@ -80,13 +81,13 @@ def compute(rank: int, ranks: int, cases: list[tuple[Case, torch.dtype]], backen
 
 
 def one_case(case: Case, exchange: Exchange, schedule: str, dtype: torch.dtype, backend: str) -> dict:
-    mine = torch.as_tensor(Zigzag(exchange.ranks, case.queries).positions(exchange.rank))
+    positions = torch.as_tensor(Zigzag(exchange.ranks, case.queries).positions(exchange.rank))
     inputs = case.inputs(dtype)
     tokens = {
         name: inputs[name] if case.documents is None else inputs[name][None]
         for name in ("q", "k", "v", "dout")
     }
-    leaves = {name: x.transpose(0, 1)[mine].transpose(0, 1) for name, x in tokens.items()}
+    leaves = {name: x.transpose(0, 1)[positions].transpose(0, 1) for name, x in tokens.items()}
     dout = leaves.pop("dout")
     leaves |= {} if inputs["sink_logits"] is None else {"sink_logits": inputs["sink_logits"]}
     leaves = {name: x.detach().requires_grad_() for name, x in leaves.items()}
@@ -105,7 +106,7 @@ def one_case(case: Case, exchange: Exchange, schedule: str, dtype: torch.dtype, 
 
 
 def joined(parts: list[dict[str, torch.Tensor]], case: Case) -> dict[str, torch.Tensor]:
-    """The results of all ranks as those of one."""
+    """Joins the results of all ranks to those of one rank."""
     order = torch.cat(
         [torch.as_tensor(Zigzag(len(parts), case.queries).positions(r)) for r in range(len(parts))]
     )
@@ -120,16 +121,28 @@ def joined(parts: list[dict[str, torch.Tensor]], case: Case) -> dict[str, torch.
     return results
 
 
+def compute_and_watch(rank: int, ranks: int) -> dict:
+    """The rank's part of all cases, and the largest tensors of `ALL_HELD`."""
+    cases = [(case, torch.float64) for case in CASES]
+    cases += [(case, dtype) for case in LOW_PRECISION for dtype in (torch.float32, torch.bfloat16)]
+    return compute(rank, ranks, cases) | {"largest": largest_tensors(rank, ALL_HELD, "torch")}
+
+
+@pytest.fixture(scope="module")
+def four_ranks(tmp_path_factory):
+    return run_on_ranks(4, compute_and_watch, tmp_path_factory.mktemp("ranks"), 4)
+
+
 @pytest.fixture(scope="module", params=RANKS, ids=lambda ranks: f"P{ranks}")
 def on_ranks(request, tmp_path_factory):
     ranks = request.param
-    cases = [(case, torch.float64) for case in CASES]
-    cases += [(case, dtype) for case in LOW_PRECISION for dtype in (torch.float32, torch.bfloat16)]
-    return run_on_ranks(ranks, compute, tmp_path_factory.mktemp(f"ranks{ranks}"), ranks, cases)
+    if ranks == 4:
+        return request.getfixturevalue("four_ranks")
+    return run_on_ranks(ranks, compute_and_watch, tmp_path_factory.mktemp("ranks"), ranks)
 
 
 def parts_of(on_ranks, case: Case, schedule: str, dtype=torch.float64) -> list[dict] | None:
-    """Each rank's results, None where there are more ranks than query heads to move."""
+    """The results of each rank, None for `a2a` with more ranks than query heads."""
     parts = [part.get((str(case), schedule, dtype)) for part in on_ranks]
     if None in parts:
         assert schedule == "a2a" and case.pattern.num_kv_heads * case.group < len(on_ranks)
@@ -156,31 +169,26 @@ def plain_and_exact(case: Case, dtype: torch.dtype) -> tuple[dict, dict]:
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_ranks_compute_what_one_computes(on_ranks, case, schedule):
+def test_several_ranks_compute_what_one_rank_computes(on_ranks, case, schedule):
     if parts := parts_of(on_ranks, case, schedule):
         require_equal(joined(parts, case), reference(case))
 
 
-@pytest.fixture(scope="module")
-def in_triton(tmp_path_factory):
-    cases = [(case, torch.float32) for case in IN_TRITON]
-    directory = tmp_path_factory.mktemp("triton")
-    return run_on_ranks(2, compute, directory, 2, cases, "triton", env=INTERPRETER)
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("case", IN_TRITON, ids=str)
-def test_ranks_compute_what_one_computes_in_triton(in_triton, case, schedule):
-    inputs = {name: x if x is None else x.double() for name, x in case.inputs(torch.float32).items()}
-    exact = attention_results(case.attention("reference"), **inputs | {"dlse": None})
-    parts = parts_of(in_triton, case, schedule, torch.float32)
-    require_equal(joined(parts, case), without_lse(exact), most=1e-5)
+@pytest.mark.parametrize("cases", [IN_TRITON[:1], *exhaustive(IN_TRITON[1:])], ids=len)
+def test_several_ranks_compute_what_one_rank_computes_in_triton(tmp_path, cases):
+    todo = [(case, torch.float32) for case in cases]
+    on_ranks = run_on_ranks(2, compute, tmp_path, 2, todo, "triton", env=INTERPRETER)
+    for case, schedule in product(cases, SCHEDULES):
+        inputs = {name: x if x is None else x.double() for name, x in case.inputs(torch.float32).items()}
+        exact = attention_results(case.attention("reference"), **inputs | {"dlse": None})
+        parts = parts_of(on_ranks, case, schedule, torch.float32)
+        require_equal(joined(parts, case), without_lse(exact), most=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("case", LOW_PRECISION, ids=str)
-def test_ranks_are_as_exact_as_plain_pytorch(on_ranks, case, schedule, dtype):
+def test_several_ranks_are_as_exact_as_plain_pytorch(on_ranks, case, schedule, dtype):
     got = joined(parts_of(on_ranks, case, schedule, dtype), case)
     require_as_exact_as_plain(got, *plain_and_exact(case, dtype))
 
@@ -195,7 +203,7 @@ def test_the_bytes_counted_are_the_bytes_predicted(on_ranks, case, schedule):
 
 
 class LargestTensor(TorchDispatchMode):
-    """Counts the bytes of the largest tensor that any operation returns."""
+    """Records the bytes of the largest tensor that any operation returns."""
 
     bytes = 0
 
@@ -208,7 +216,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def largest_tensors(rank: int, case: Case, backend: str) -> dict[str, int]:
-    """By schedule."""
+    """Bytes of the largest tensor, by schedule."""
     if backend == "triton":
         quicken_interpreter()
     return {schedule: largest_tensor(rank, case, schedule, backend) for schedule in SCHEDULES}
@@ -217,8 +225,8 @@ def largest_tensors(rank: int, case: Case, backend: str) -> dict[str, int]:
 def largest_tensor(rank: int, case: Case, schedule: str, backend: str) -> int:
     exchange = Exchange(torch.distributed.group.WORLD)
     inputs = case.inputs(torch.float32)
-    mine = torch.as_tensor(Zigzag(exchange.ranks, case.queries).positions(rank))
-    q, k, v, dout = (inputs[name][:, mine] for name in ("q", "k", "v", "dout"))
+    positions = torch.as_tensor(Zigzag(exchange.ranks, case.queries).positions(rank))
+    q, k, v, dout = (inputs[name][:, positions] for name in ("q", "k", "v", "dout"))
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     with LargestTensor() as largest:
         out = context_parallel_attention(q, k, v, case.pattern, exchange, schedule, backend=backend)
@@ -226,22 +234,23 @@ def largest_tensor(rank: int, case: Case, schedule: str, backend: str) -> int:
     return largest.bytes
 
 
-@pytest.mark.parametrize(
-    ("backend", "queries", "env"),
-    [("torch", 4096, {}), ("triton", 1024, INTERPRETER)],
-    ids=["torch", "triton"],
-)
-def test_no_rank_holds_all_keys(tmp_path, backend, queries, env):
-    case = replace(ALL_HELD, queries=queries)
-    all_keys = case.queries * case.pattern.num_kv_heads * case.dim * torch.float32.itemsize
-    for largest in run_on_ranks(4, largest_tensors, tmp_path, case, backend, env=env):
-        assert max(largest.values()) < all_keys
+ALL_KEYS = ALL_HELD.queries * ALL_HELD.pattern.num_kv_heads * ALL_HELD.dim * torch.float32.itemsize
+
+
+def test_no_rank_holds_all_keys(four_ranks):
+    assert all(max(part["largest"].values()) < ALL_KEYS for part in four_ranks)
+
+
+@pytest.mark.exhaustive
+def test_no_rank_holds_all_keys_in_triton(tmp_path):
+    for largest in run_on_ranks(4, largest_tensors, tmp_path, ALL_HELD, "triton", env=INTERPRETER):
+        assert max(largest.values()) < ALL_KEYS
 
 
 def test_layers_of_equal_pattern_share_one_plan():
     plan_gather.cache_clear()
     pattern = S2Pattern(num_kv_heads=8, block_size=16, local_blocks=2, vert_stride=16)
     for layer in 2 * list(range(80)):
-        of_rank = pattern.for_layer(layer).tp_slice(0, 2)
-        plan_gather(of_rank, Zigzag(4, 1024), 1, ((0, 1024),))
+        local = pattern.for_layer(layer).tp_slice(0, 2)
+        plan_gather(local, Zigzag(4, 1024), 1, ((0, 1024),))
     assert plan_gather.cache_info().misses == 2

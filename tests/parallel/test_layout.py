@@ -1,4 +1,4 @@
-"""Zigzag: every position has one owner and one place, and it is the one Megatron's loader gives it."""
+"""The zigzag layout: every position has one owner and one local index, as in Megatron's data loader."""
 
 import numpy as np
 import pytest
@@ -17,11 +17,11 @@ def test_every_position_is_held_once(ranks, tokens):
 
 
 @pytest.mark.parametrize(("ranks", "tokens"), SIZES)
-def test_owner_and_place_lead_back_to_the_position(ranks, tokens):
+def test_owner_and_local_index_identify_the_position(ranks, tokens):
     zigzag = Zigzag(ranks, tokens)
     positions = np.arange(tokens)
     owner, local = zigzag.owner(positions), zigzag.local(positions)
-    back = [zigzag.positions(rank)[place] for rank, place in zip(owner, local)]
+    back = [zigzag.positions(rank)[index] for rank, index in zip(owner, local)]
     assert back == positions.tolist()
 
 
@@ -35,10 +35,10 @@ def test_a_rank_holds_one_early_and_one_late_chunk(ranks, tokens):
 
 
 @pytest.mark.parametrize(("ranks", "tokens"), SIZES)
-def test_chunk_places_put_the_ranks_chunks_in_sequence(ranks, tokens):
+def test_chunk_order_puts_the_chunks_of_all_ranks_in_sequence(ranks, tokens):
     zigzag = Zigzag(ranks, tokens)
     by_rank = np.concatenate([zigzag.positions(rank) for rank in range(ranks)]).reshape(2 * ranks, -1)
-    assert by_rank[zigzag.chunk_places()].ravel().tolist() == list(range(tokens))
+    assert by_rank[zigzag.chunk_order()].ravel().tolist() == list(range(tokens))
 
 
 @pytest.mark.parametrize(("ranks", "tokens"), [(2, 12), (3, 18), (4, 8)])
@@ -59,7 +59,7 @@ def test_the_layout_is_that_of_megatrons_loader(ranks, tokens, monkeypatch):
         (0, 8, "ranks 0: must be >= 1"),
     ],
 )
-def test_what_makes_no_equal_chunks_is_refused(ranks, tokens, message):
+def test_tokens_that_make_no_equal_chunks_are_refused(ranks, tokens, message):
     with pytest.raises(ValueError) as refused:
         Zigzag(ranks, tokens)
     assert str(refused.value) == message

@@ -17,7 +17,7 @@ from ranks import START_METHOD
 from megatron_s2.parallel import exchange as module
 from megatron_s2.parallel.context_parallel_attention import context_parallel_attention
 from megatron_s2.parallel.exchange import Exchange, PeerLostError, Pending
-from megatron_s2.pattern.s2_pattern import S2Pattern
+from megatron_s2.pattern import S2Pattern
 
 RANKS, VICTIM = 3, 1
 TIMEOUT = timedelta(seconds=15)

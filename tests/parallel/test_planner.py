@@ -1,4 +1,4 @@
-"""Planner: bytes are those of the index plans, work is exact and even, choices have reasons."""
+"""The planner: bytes equal those of the index plans, work is exact and balanced, choices have reasons."""
 
 import tracemalloc
 from dataclasses import replace
@@ -9,22 +9,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from odd_layouts import patterns, zigzags
 
-from megatron_s2.parallel.assignment import plan_gather
+from megatron_s2.parallel import planner
 from megatron_s2.parallel.cost import (
     SCHEDULES,
     AttentionCall,
     ExchangeBytes,
+    attention_work,
     exchange_bytes,
-    head_plan,
     key_value_tokens,
+    plan_heads,
     query_tokens,
     transfers,
-    work,
 )
-from megatron_s2.parallel.planner import Cluster, choose, plan_layer, plan_model, time_text
+from megatron_s2.parallel.gather_plan import plan_gather
+from megatron_s2.parallel.planner import LayerSchedules, choose, plan_layer, plan_model, time_text
+from megatron_s2.parallel.time_model import Cluster
+from megatron_s2.pattern import S2Pattern, S2Settings
 from megatron_s2.pattern.block_pattern import attention_flops
-from megatron_s2.pattern.s2_pattern import S2Pattern
-from megatron_s2.pattern.settings import S2Settings
 
 MIB = 2**20
 # 128K tokens on 8 ranks, 32/8 heads of 128 in bf16, window 1024 tokens, stride 8.
@@ -57,7 +58,7 @@ def without(values, rank: int) -> int:
 
 @given(calls())
 @settings(max_examples=200)
-def test_gather_moves_what_its_index_plans_move(case):
+def test_gather_moves_the_bytes_of_its_index_plans(case):
     pattern, call = case
     for rank, plan in enumerate(gather_plans(pattern, call)):
         token = plan.unit * call.batch * (call.head_dim + call.v_head_dim) * call.element_size
@@ -71,7 +72,7 @@ def test_gather_moves_what_its_index_plans_move(case):
 
 def a2a_from_to(pattern: S2Pattern, call: AttentionCall) -> tuple[np.ndarray, np.ndarray]:
     """`[from, to]` bytes: queries, keys and values of the receiver's heads; outputs of the sender's heads."""
-    plan, ranks = head_plan(pattern, call), range(call.ranks)
+    plan, ranks = plan_heads(pattern, call), range(call.ranks)
     token = call.tokens // call.ranks * call.batch * call.element_size
     inputs = [
         sum((s.stop - s.start) * call.head_dim + call.head_dim + call.v_head_dim for s in plan.shares[to])
@@ -93,7 +94,7 @@ def test_a2a_moves_queries_keys_values_and_outputs_of_each_ranks_heads(case):
 
 
 @given(calls())
-def test_ring_and_all_gather_move_all_keys_and_values_and_gradients_besides_in_the_backward(case):
+def test_ring_and_all_gather_move_all_keys_and_values_and_in_the_backward_their_gradients_too(case):
     pattern, call = case
     heads, dims = pattern.num_kv_heads, call.head_dim + call.v_head_dim
     others = call.tokens - call.tokens // call.ranks
@@ -103,7 +104,7 @@ def test_ring_and_all_gather_move_all_keys_and_values_and_gradients_besides_in_t
 
 
 @given(calls(), st.integers(1, 5))
-def test_bytes_within_and_between_nodes_are_those_of_the_peers(case, node_ranks):
+def test_bytes_within_and_between_nodes_are_counted_by_the_node_of_the_peer(case, node_ranks):
     pattern, call = case
     node = np.arange(call.ranks) // node_ranks
     same = node[:, None] == node[None, :]
@@ -115,9 +116,9 @@ def test_bytes_within_and_between_nodes_are_those_of_the_peers(case, node_ranks)
     for schedule, from_to in cases.items():
         others = from_to * (1 - np.eye(call.ranks, dtype=int))
         moved = transfers(schedule, pattern, call, node_ranks)
-        for place, by_place in enumerate((others * same, others * ~same)):
-            assert moved.received[place].tolist() == by_place.sum(axis=0).tolist()
-            assert moved.sent[place].tolist() == by_place.sum(axis=1).tolist()
+        for link, over_link in enumerate((others * same, others * ~same)):
+            assert moved.received[link].tolist() == over_link.sum(axis=0).tolist()
+            assert moved.sent[link].tolist() == over_link.sum(axis=1).tolist()
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,7 @@ def test_a_long_sequence_on_eight_ranks(schedule, most_mib):
     assert max(received) == most_mib * MIB
 
 
-def test_no_other_schedule_and_no_uneven_groups():
+def test_other_schedules_and_uneven_groups_are_refused():
     with pytest.raises(ValueError, match=r"^schedule tree: must be one of gather, a2a, ring, all_gather$"):
         exchange_bytes("tree", PATTERN, CALL, 0)
     with pytest.raises(ValueError, match=r"^query_heads 12: must be a multiple of the 8 KV heads$"):
@@ -150,10 +151,10 @@ def test_work_is_the_visible_pairs_of_each_ranks_queries(case):
     pattern, call = case
     no_shard = {"vert_stride": 10**6, "phases": (1,) * pattern.num_kv_heads}
     window = replace(pattern, **no_shard, sink_blocks=0, num_dense_heads=0, warn_lost=False)
-    done = work("gather", pattern, call)
+    work = attention_work("gather", pattern, call)
     heads = call.batch * call.query_heads // pattern.num_kv_heads
     for rank in range(call.ranks):
-        for which, counted in ((pattern, done.pairs), (window, done.window)):
+        for which, counted in ((pattern, work.pairs), (window, work.window_pairs)):
             chunks = call.zigzag.chunks(rank)
             pairs = sum(sum(which.visible_pairs(b)) - sum(which.visible_pairs(a)) for a, b in chunks)
             assert counted[rank] == heads * pairs
@@ -162,7 +163,7 @@ def test_work_is_the_visible_pairs_of_each_ranks_queries(case):
 @given(calls().filter(lambda case: case[1].query_heads >= case[1].ranks))
 def test_every_schedule_computes_the_same_pairs(case):
     pattern, call = case
-    totals = {int(work(schedule, pattern, call).pairs.sum()) for schedule in SCHEDULES}
+    totals = {int(attention_work(schedule, pattern, call).pairs.sum()) for schedule in SCHEDULES}
     heads = call.query_heads // pattern.num_kv_heads
     assert totals == {call.batch * heads * sum(pattern.visible_pairs(call.tokens))}
 
@@ -177,7 +178,7 @@ def test_gather_holds_its_own_keys_the_shards_and_the_halos(case):
 
 
 def test_a2a_holds_the_whole_sequence_of_its_heads():
-    plan = head_plan(PATTERN, CALL)
+    plan = plan_heads(PATTERN, CALL)
     tokens = [CALL.tokens * len(plan.kv_heads(rank)) for rank in range(8)]
     assert key_value_tokens("a2a", PATTERN, CALL).tolist() == tokens
     assert query_tokens("a2a", PATTERN, CALL).tolist() == [CALL.tokens * 4] * 8
@@ -199,7 +200,7 @@ def test_a2a_holds_the_whole_sequence_of_its_heads():
 def test_zigzag_is_even(fields, ranks):
     pattern = replace(PATTERN, **fields)
     call = replace(CALL, ranks=ranks, tokens=384 * 1024)
-    assert work("gather", pattern, call).imbalance <= 1.02
+    assert attention_work("gather", pattern, call).imbalance <= 1.02
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -233,16 +234,18 @@ FAST_LINKS = replace(SLOW, intra_gigabytes_per_s=1e12, inter_gigabytes_per_s=1e1
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_without_bytes_to_wait_for_a_step_takes_its_flops(schedule):
-    expected = [one.max() for one in compute_seconds(work(schedule, SMALL, SMALL_CALL).pairs)]
+def test_without_transfers_a_step_takes_the_time_of_its_flops(schedule):
+    expected = [one.max() for one in compute_seconds(attention_work(schedule, SMALL, SMALL_CALL).pairs)]
     assert seconds_of(schedule, FAST_LINKS) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("shards", ["outlast the windows", "arrive earlier"])
-def test_a_gather_waits_for_halos_and_for_what_of_the_shards_the_windows_do_not_hide(shards):
+def test_gather_waits_for_halos_and_for_shards_that_the_windows_do_not_hide(shards):
     faster = 1000 if shards == "outlast the windows" else 1  # the chip
-    done = work("gather", SMALL, SMALL_CALL)
-    everything, windows = (np.array(compute_seconds(pairs)) / faster for pairs in (done.pairs, done.window))
+    work = attention_work("gather", SMALL, SMALL_CALL)
+    everything, windows = (
+        np.array(compute_seconds(pairs)) / faster for pairs in (work.pairs, work.window_pairs)
+    )
     moved = transfers("gather", SMALL, SMALL_CALL, node_ranks=2)
     between = np.maximum(moved.received, moved.sent)
     halos = between[0] / 1e9 + between[1] / 0.5e9
@@ -259,12 +262,12 @@ def test_a_gather_waits_for_halos_and_for_what_of_the_shards_the_windows_do_not_
     assert seconds_of("gather", cluster) == pytest.approx(expected)
 
 
-def test_heads_wait_for_both_moves_and_for_what_is_sent_where_that_is_more():
+def test_a2a_waits_for_the_larger_of_the_bytes_received_and_sent():
     pattern = replace(SMALL, num_kv_heads=3, num_dense_heads=1)
     call = replace(SMALL_CALL, ranks=2, tokens=480, query_heads=9)
     moved = transfers("a2a", pattern, call, node_ranks=2)
     received, sent = (way.sum(axis=0) for way in (moved.received, moved.sent))
-    attention = compute_seconds(work("a2a", pattern, call).pairs)
+    attention = compute_seconds(attention_work("a2a", pattern, call).pairs)
     expected = [(np.maximum(received, sent) / 1e9 + one).max() for one in attention]
     assert all((received / 1e9 + one).max() < both for one, both in zip(attention, expected))
     plan = plan_layer(pattern, call, SLOW).schedules["a2a"]
@@ -272,7 +275,7 @@ def test_heads_wait_for_both_moves_and_for_what_is_sent_where_that_is_more():
 
 
 def test_a_ring_hides_its_bytes_and_goes_at_the_pace_of_the_slowest_link():
-    attention = [one.max() for one in compute_seconds(work("ring", SMALL, SMALL_CALL).pairs)]
+    attention = [one.max() for one in compute_seconds(attention_work("ring", SMALL, SMALL_CALL).pairs)]
     assert seconds_of("ring", SLOW) == pytest.approx(attention)
     around = exchange_bytes("ring", SMALL, SMALL_CALL, 0)
     two_nodes = replace(SLOW, chip_tflops=1000 * SLOW.chip_tflops)
@@ -301,7 +304,7 @@ def test_no_chip_exceeds_its_peak():
         Cluster(efficiency=1.5)
 
 
-def test_auto_takes_what_is_predicted_to_be_faster_and_says_by_how_much():
+def test_auto_chooses_the_faster_schedule_and_says_by_how_much():
     plan = plan_layer(PATTERN, CALL)
     gather, a2a = (plan.schedules[name] for name in ("gather", "a2a"))
     assert plan.choice.schedule == "gather" and gather.seconds < a2a.seconds
@@ -312,14 +315,13 @@ def test_auto_takes_what_is_predicted_to_be_faster_and_says_by_how_much():
     assert str(plan) == f"gather (63.5 MiB received in the forward): {plan.choice.why}"
 
 
-def test_auto_moves_heads_where_shards_are_large():
-    dense = replace(PATTERN, vert_stride=1)
-    choice = choose("auto", dense, replace(CALL, ranks=16), Cluster())
+def test_auto_chooses_a2a_if_shards_are_large():
+    choice = choose("auto", replace(PATTERN, vert_stride=1), replace(CALL, ranks=16), Cluster())
     assert choice.schedule == "a2a"
 
 
 @pytest.mark.parametrize("asked", ["gather", "a2a"])
-def test_what_is_asked_for_is_taken(asked):
+def test_a_given_schedule_is_chosen(asked):
     choice = choose(asked, PATTERN, CALL)
     assert choice.schedule == asked
     assert choice.why.startswith("as asked; ")
@@ -340,9 +342,37 @@ def test_fewer_heads_than_ranks_leave_only_gather():
     )
 
 
-def test_no_other_schedule_can_be_asked_for():
+def test_schedules_for_comparison_cannot_be_chosen():
     with pytest.raises(ValueError, match=r"^--s2-cp-schedule ring: must be one of auto, gather, a2a$"):
         choose("ring", PATTERN, CALL)
+
+
+DENSE = replace(PATTERN, vert_stride=1)
+
+
+def layer_schedules(schedule: str) -> LayerSchedules:
+    shapes = {name: getattr(CALL, name) for name in ("query_heads", "head_dim", "v_head_dim", "element_size")}
+    return LayerSchedules(schedule, ranks=16, cluster=Cluster(), tensor_parallel=1, **shapes)
+
+
+@pytest.mark.parametrize("schedule", ["auto", "gather", "a2a"])
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_a_layer_chooses_as_the_planner_for_each_pattern_and_length(schedule, batch):
+    schedules = layer_schedules(schedule)
+    chosen = {}
+    for pattern in (DENSE, PATTERN):
+        for tokens in (2**14, 2**17):
+            call = replace(CALL, ranks=16, tokens=tokens, batch=batch)
+            chosen[pattern, tokens] = choose(schedule, pattern, call, Cluster()).schedule
+            assert schedules.choose(pattern, tokens) == chosen[pattern, tokens]
+    assert set(chosen.values()) == ({"gather", "a2a"} if schedule == "auto" else {schedule})
+
+
+def test_a_layer_chooses_once_for_each_pattern_and_length(monkeypatch):
+    schedules = layer_schedules("auto")
+    before = [schedules.choose(pattern, 2**17) for pattern in (DENSE, PATTERN)]
+    monkeypatch.setattr(planner, "plan_schedule", None)
+    assert [schedules.choose(pattern, 2**17) for pattern in (DENSE, PATTERN)] == before
 
 
 @pytest.mark.parametrize(
@@ -366,7 +396,7 @@ def a_model(**changes):
     return plan_model(S2Settings(**fields | given_settings), **whole | changes)
 
 
-def test_layers_of_one_plan_stand_together():
+def test_layers_with_equal_plans_are_grouped():
     plan = a_model(dense_layers=(1, 5))
     assert [group.layers for group in plan.groups] == [(1, 5), (2, 4, 7), (3, 6, 8)]
     assert [group.dense for group in plan.groups] == [True, False, False]
@@ -415,7 +445,7 @@ def test_time_is_summed_over_the_layers():
     ],
     ids=str,
 )
-def test_what_does_not_fit_is_refused_by_flag(changes, message):
+def test_values_that_do_not_fit_are_refused_by_flag(changes, message):
     with pytest.raises(ValueError) as refused:
         a_model(**changes)
     assert str(refused.value) == message

@@ -1,4 +1,4 @@
-"""Specification of the patterns: every closed form against brute force from the definition."""
+"""Specification of patterns: each closed form is compared with brute force from the definition."""
 
 import json
 import math
@@ -28,7 +28,7 @@ DKERNEL_ARGUMENTS = (
 )
 
 
-# The definition, read off the formula and from nothing else in the package.
+# The definition, written from the formula and independent of the package.
 
 
 def stride_of(p: S2Pattern, g: int) -> int:
@@ -64,8 +64,8 @@ def token_masks(p: S2Pattern, seq_len: int) -> np.ndarray:
 
 @st.composite
 def patterns(draw, max_heads: int = 5, max_stride: int = 9) -> S2Pattern:
-    """Any S2 pattern: strides for all heads or one per head, given or default phases, sinks that may
-    outgrow the window, dense heads, any layer."""
+    """Any S2 pattern: one stride or one per head, given or default phases, sinks that may exceed the window,
+    dense heads, any layer."""
     H = draw(st.integers(1, max_heads))
     stride = st.integers(1, max_stride)
     return S2Pattern(
@@ -89,7 +89,7 @@ def a_mask_pattern(num_blocks: int = 4) -> BlockMaskPattern:
     return BlockMaskPattern(np.tril(np.ones((2, num_blocks, num_blocks), dtype=bool)), block_size=16)
 
 
-# Which blocks
+# Visible blocks
 
 
 @pytest.mark.parametrize("case", DKERNEL_MASKS, ids=lambda case: case["name"])
@@ -113,7 +113,7 @@ def test_from_dkernel_reproduces_the_masks_of_dkernels_own_code(case):
     assert torch.equal(pattern.block_mask(num_blocks)[kv_head_of], torch.tensor(golden))
 
 
-def test_a_small_pattern_looks_as_drawn_by_hand():
+def test_a_small_pattern_equals_a_mask_drawn_by_hand():
     pattern = a_pattern(num_kv_heads=2, vert_stride=4, sink_blocks=1, phases=(0, 3), warn_lost=False)
     drawn = [["".join(".#"[v] for v in row) for row in head] for head in pattern.block_mask(8).tolist()]
     assert drawn == [
@@ -148,7 +148,7 @@ def test_block_mask_is_the_definition(p, n):
 
 
 @given(patterns(), st.integers(1, 24))
-def test_rows_and_columns_are_those_of_the_mask(p, n):
+def test_rows_and_columns_equal_those_of_the_mask(p, n):
     mask = mask_of(p, n)
     for g in range(p.num_kv_heads):
         for b in range(n):
@@ -159,7 +159,7 @@ def test_rows_and_columns_are_those_of_the_mask(p, n):
 
 
 @given(patterns(), st.integers(0, 40))
-def test_the_shard_lists_sinks_and_strided_blocks_once_and_ascending(p, n):
+def test_the_shard_holds_sinks_and_strided_blocks_once_in_ascending_order(p, n):
     for g in range(p.num_kv_heads):
         shard = [j for j in range(n) if j < p.sink_blocks or (j + phase_of(p, g)) % stride_of(p, g) == 0]
         assert p.shard_size(g, n) == len(shard)
@@ -168,7 +168,7 @@ def test_the_shard_lists_sinks_and_strided_blocks_once_and_ascending(p, n):
 
 
 @given(patterns(), st.integers(0, 40))
-def test_a_row_sees_a_prefix_of_the_shard_and_then_its_window(p, row):
+def test_a_row_sees_a_prefix_of_the_shard_and_its_window(p, row):
     window_start = max(0, row - p.local_blocks + 1)
     for g in range(p.num_kv_heads):
         beyond_window = [j for j in range(window_start) if visible(p, row, j, g)]
@@ -176,20 +176,20 @@ def test_a_row_sees_a_prefix_of_the_shard_and_then_its_window(p, row):
 
 
 @given(patterns(), st.integers(1, 30))
-def test_a_block_that_leaves_the_shard_and_the_window_stays_dead(p, row):
+def test_a_block_outside_the_shard_is_not_seen_again_after_the_window(p, row):
     for g in range(p.num_kv_heads):
         seen_before = set(p.row_blocks(g, row - 1))
         assert set(p.row_blocks(g, row)) <= seen_before | {row}
 
 
-def test_window_and_sinks_that_reach_everything_make_every_head_dense():
+def test_a_window_or_sinks_over_the_whole_sequence_make_every_head_dense():
     n = 12
     for fields in ({"local_blocks": n}, {"sink_blocks": n}, {"vert_stride": 1}, {"num_dense_heads": 4}):
         mask = a_pattern(**fields).block_mask(n)
         assert torch.equal(mask, torch.ones_like(mask).tril()), fields
 
 
-# How many
+# Counts
 
 
 @given(patterns(), st.integers(0, 150))
@@ -233,18 +233,18 @@ def test_a_dense_head_counts_as_causal_attention(seq_len):
     assert p.flops(seq_len, 8, 64) == attention_flops(8 * dense_pairs(seq_len), 64)
 
 
-def test_an_empty_sequence_has_nothing():
+def test_an_empty_sequence_has_no_pairs():
     for p in (a_pattern(sink_blocks=3), a_mask_pattern()):
         assert p.num_blocks(0) == 0
         assert set(p.visible_pairs(0)) == set(p.kv_tokens(0)) == {0}
         assert p.block_mask(0).shape == (p.num_kv_heads, 0, 0)
 
 
-# What the heads see together
+# Coverage
 
 
 def lost_blocks(layers: list[S2Pattern], period: int) -> int:
-    """Blocks of one period far in the past that no head of `layers` sees."""
+    """Number of blocks in one distant period that no head of `layers` sees."""
     far = 1000 * period
     start = far // 2
     return sum(
@@ -264,7 +264,7 @@ def test_coverage_counts_the_distant_blocks_no_head_sees(p, num_layers):
 
 @pytest.mark.parametrize("stride", [1, 2, 3, 5, 7, 8, 10, 16, 31, 64], ids="v{}".format)
 @pytest.mark.parametrize("heads", [1, 2, 3, 4, 7, 8, 12, 32], ids="H{}".format)
-def test_any_ceil_of_stride_over_heads_consecutive_layers_cover_everything(heads, stride):
+def test_ceil_of_stride_over_heads_consecutive_layers_cover_everything(heads, stride):
     needed = -(-stride // heads)
     for first in range(2 * needed + 1):
         p = a_pattern(num_kv_heads=heads, vert_stride=stride, layer=first)
@@ -273,7 +273,7 @@ def test_any_ceil_of_stride_over_heads_consecutive_layers_cover_everything(heads
 
 
 @given(patterns(max_stride=12))
-def test_rotation_covers_everything_whatever_the_mix_of_strides(p):
+def test_rotation_covers_everything_for_any_mix_of_strides(p):
     if p.phases is not None:
         return
     strides = [stride_of(p, g) for g in range(p.num_kv_heads)]
@@ -282,7 +282,7 @@ def test_rotation_covers_everything_whatever_the_mix_of_strides(p):
 
 
 @given(patterns())
-def test_layers_move_default_phases_only(p):
+def test_layers_rotate_default_phases_only(p):
     later = p.for_layer(p.layer + 1)
     assert later.layer == p.layer + 1
     assert later.strides == p.strides
@@ -301,7 +301,7 @@ def test_default_phases_spread_evenly_over_the_kv_heads():
     assert a_pattern(num_kv_heads=4, num_dense_heads=2, vert_stride=4).head_phases == (0, 2, 0, 0)
 
 
-def test_given_phases_that_lose_context_warn_with_the_number_lost():
+def test_given_phases_that_lose_context_warn_with_the_number_of_lost_blocks():
     with pytest.warns(UserWarning, match="2 of every 4 distant blocks are seen by no head"):
         a_pattern(phases=(0, 0, 1, 1))
     with pytest.warns(UserWarning, match="8 of every 16 distant blocks"):
@@ -329,7 +329,7 @@ def test_nothing_warns_where_nothing_is_lost_or_the_whole_was_judged_before():
 
 
 @given(patterns(), st.data())
-def test_slice_heads_keeps_what_each_head_sees(p, data):
+def test_slice_heads_keeps_the_blocks_of_each_head(p, data):
     start = data.draw(st.integers(0, p.num_kv_heads - 1))
     stop = data.draw(st.integers(start + 1, p.num_kv_heads))
     part = p.slice_heads(start, stop)
@@ -339,7 +339,7 @@ def test_slice_heads_keeps_what_each_head_sees(p, data):
 
 
 @given(patterns(max_heads=8), st.data())
-def test_tensor_parallel_slices_concatenate_to_the_whole_at_every_size(p, data):
+def test_tensor_parallel_slices_concatenate_to_the_whole_pattern(p, data):
     H = p.num_kv_heads
     size = data.draw(st.sampled_from([size for size in range(1, H + 1) if H % size == 0]))
     parts = [p.tp_slice(rank, size) for rank in range(size)]
@@ -347,7 +347,7 @@ def test_tensor_parallel_slices_concatenate_to_the_whole_at_every_size(p, data):
 
 
 @given(patterns(max_heads=4), st.integers(2, 4))
-def test_more_ranks_than_kv_heads_give_neighbouring_ranks_the_same_head(p, copies):
+def test_with_more_ranks_than_kv_heads_neighbouring_ranks_have_the_same_head(p, copies):
     size = copies * p.num_kv_heads
     mask = p.block_mask(20)
     for rank in range(size):
@@ -355,7 +355,7 @@ def test_more_ranks_than_kv_heads_give_neighbouring_ranks_the_same_head(p, copie
         assert torch.equal(part.block_mask(20), mask[rank // copies, None])
 
 
-# BlockMaskPattern: the same interface over any mask
+# BlockMaskPattern: the same interface for any mask
 
 
 @given(patterns(max_heads=3), st.integers(1, 14), st.data())
@@ -393,7 +393,7 @@ def test_a_block_mask_pattern_keeps_any_causal_mask(heads, n, data):
     assert p.visible_pairs(16 * n) == tuple(tokens.sum(axis=(1, 2)).tolist())
 
 
-# Refusals: a ValueError that names the field, its value and what is allowed
+# Refusals: a ValueError that names the field, its value and the allowed values
 
 
 @pytest.mark.parametrize(
@@ -462,7 +462,7 @@ def test_from_dkernel_refuses(fields, message):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_questions_to_an_s2_pattern_are_refused(ask, message):
+def test_s2_pattern_methods_refuse(ask, message):
     with pytest.raises(ValueError) as refused:
         ask(a_pattern())
     assert str(refused.value) == message
@@ -502,16 +502,16 @@ def test_block_mask_pattern_refuses(mask, block_size, message):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_questions_beyond_the_mask_are_refused(ask, message):
+def test_block_mask_pattern_methods_refuse(ask, message):
     with pytest.raises(ValueError) as refused:
         ask(a_mask_pattern())
     assert str(refused.value) == message
 
 
-# As a value
+# Equality, hashing and descriptions
 
 
-def test_patterns_are_values():
+def test_patterns_are_compared_and_hashed_by_value():
     p = a_pattern(vert_stride=[4, 4, 8, 8], phases=[0, 1, 2, 3], warn_lost=False)
     assert p == a_pattern(vert_stride=(4, 4, 8, 8), phases=(0, 1, 2, 3), warn_lost=False)
     assert len({p, p.for_layer(0), p.for_layer(1)}) == 2
@@ -519,7 +519,7 @@ def test_patterns_are_values():
     assert a_pattern(num_dense_heads=1).is_dense(3)
 
 
-def test_descriptions_name_everything_that_was_chosen():
+def test_descriptions_name_all_settings():
     p = S2Pattern(
         num_kv_heads=10, block_size=64, local_blocks=8, vert_stride=16, sink_blocks=2, num_dense_heads=2
     )
@@ -530,10 +530,10 @@ def test_descriptions_name_everything_that_was_chosen():
     assert mixed.describe_phases() == "phases 0 0 1 2"
 
 
-# Cost
+# Memory
 
 
-def test_a_million_tokens_and_32_heads_cost_kilobytes():
+def test_a_million_tokens_and_32_heads_take_kilobytes():
     tracemalloc.start()
     try:
         p = S2Pattern(num_kv_heads=32, block_size=16, local_blocks=8, vert_stride=64, sink_blocks=4)

@@ -1,10 +1,9 @@
-"""S2Settings: which layer has which pattern, and what the model as a whole sees and computes."""
+"""S2Settings: the pattern of each layer, and coverage and pairs of the whole model."""
 
 import pytest
 
+from megatron_s2.pattern import S2Pattern, S2Settings
 from megatron_s2.pattern.block_pattern import dense_pairs
-from megatron_s2.pattern.s2_pattern import S2Pattern
-from megatron_s2.pattern.settings import S2Settings
 
 
 def settings(**fields) -> S2Settings:
@@ -29,7 +28,7 @@ def test_every_layer_is_sparse_by_default():
     ],
     ids=str,
 )
-def test_dense_layers_are_named_or_come_every_so_many(fields, sparse):
+def test_dense_layers_are_listed_or_every_nth(fields, sparse):
     chosen = settings(**fields)
     assert chosen.sparse_layers == sparse
     assert [n for n in range(1, 9) if not chosen.is_dense(n)] == sparse
@@ -40,7 +39,7 @@ def test_a_dense_layer_sees_everything():
     assert chosen.pattern(2).visible_pairs(100) == (dense_pairs(100),) * 2
 
 
-def test_a_sparse_layer_has_the_pattern_that_was_chosen():
+def test_a_sparse_layer_has_the_pattern_of_the_settings():
     fields = {"vert_stride": (4, 2), "sink_blocks": 3, "num_dense_heads": 1}
     assert settings(**fields).pattern(1) == S2Pattern(2, 16, 2, **fields)
 
@@ -51,13 +50,13 @@ def test_default_phases_rotate_from_layer_to_layer():
 
 
 def test_dense_layers_do_not_break_the_rotation():
-    """Else, with every second layer dense, all sparse ones would have the same phases."""
+    """Otherwise, with every second layer dense, all sparse layers would have the same phases."""
     chosen = settings(dense_layer_freq=2)
     assert chosen.sparse_layers == [1, 3, 5, 7]
     assert [chosen.pattern(n).head_phases for n in chosen.sparse_layers] == [(0, 2), (1, 3)] * 2
 
 
-def test_given_phases_stay_the_same_in_every_layer_and_what_they_lose_is_said_once():
+def test_given_phases_are_the_same_in_every_layer_and_warn_once():
     with pytest.warns(UserWarning, match="2 of every 4 distant blocks are seen by no head") as warned:
         chosen = settings(phases=(1, 3))
         assert {chosen.pattern(n).head_phases for n in range(1, 9)} == {(1, 3)}
@@ -75,7 +74,7 @@ def test_given_phases_stay_the_same_in_every_layer_and_what_they_lose_is_said_on
     ],
     ids=str,
 )
-def test_coverage_is_that_of_the_sparse_layers_together(fields, lost):
+def test_coverage_counts_all_sparse_layers_together(fields, lost):
     assert settings(**fields).coverage().lost == lost
 
 
@@ -85,7 +84,7 @@ def test_coverage_is_that_of_the_sparse_layers_together(fields, lost):
     [{}, {"dense_layers": (1, 5)}, {"sink_blocks": 1, "num_dense_heads": 1}, {"dense_layer_freq": 1}],
     ids=str,
 )
-def test_mean_pairs_are_those_of_the_masks(fields, seq_len):
+def test_mean_pairs_equal_those_of_the_masks(fields, seq_len):
     chosen = settings(**fields)
     blocks = -(-seq_len // 16)
     pairs = 0

@@ -1,4 +1,4 @@
-"""What a run's logs become for people: scalars read, losses drawn, and the lines of scripts/lib/watch.py."""
+"""Reports from the logs of a run: scalars, the picture of losses, and the lines of scripts/lib/watch.py."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ from megatron_run import ROOT
 from torch.utils.tensorboard import SummaryWriter
 from waiting import PATIENCE
 
-from megatron_s2.pattern.s2_pattern import S2Pattern
+from megatron_s2.pattern import S2Pattern
 from megatron_s2.report.losses import Losses, draw_losses, read_scalars
 from megatron_s2.report.pattern_picture import draw_pattern
 
@@ -17,7 +17,7 @@ STARTS = {".png": b"\x89PNG", ".svg": b"<?xml"}
 
 
 def log(directory: Path, **scalars: dict[int, float]) -> Path:
-    """Writes one tensorboard file, as one run does; underscores in names stand for blanks."""
+    """Writes one tensorboard file, as one run does; underscores in tags become blanks."""
     with SummaryWriter(str(directory)) as writer:
         for tag, values in scalars.items():
             for step, value in values.items():
@@ -27,7 +27,7 @@ def log(directory: Path, **scalars: dict[int, float]) -> Path:
 
 @pytest.fixture
 def run(tmp_path) -> Path:
-    """Logs of a run of four steps, evaluated twice."""
+    """Logs of a run of four steps with two evaluations."""
     return log(
         tmp_path / "logs",
         lm_loss={1: 8.0, 2: 7.0, 3: 6.5, 4: 6.0},
@@ -54,19 +54,19 @@ def test_long_runs_are_read_whole(tmp_path):
     assert list(read_scalars(log(tmp_path, lm_loss=many), "lm loss")) == list(many)
 
 
-def test_a_resumed_run_replaces_the_steps_it_did_again(run):
+def test_a_resumed_run_replaces_the_steps_that_it_repeats(run):
     log(run, lm_loss={4: 5.5, 5: 5.0})
     assert read_scalars(run, "lm loss") == {1: 8.0, 2: 7.0, 3: 6.5, 4: 5.5, 5: 5.0}
 
 
-def test_what_was_not_logged_is_refused(run, tmp_path):
+def test_scalars_that_were_not_logged_are_refused(run, tmp_path):
     with pytest.raises(ValueError, match=r"logs: must hold tensorboard scalars named 'lm losses'$"):
         read_scalars(run, "lm losses")
     with pytest.raises(ValueError, match=r"nowhere: there is no such directory$"):
         read_scalars(tmp_path / "nowhere", "lm loss")
 
 
-def test_losses_say_how_much_was_learnt(run):
+def test_losses_are_described(run):
     losses = Losses.read(run)
     assert (losses.untrained, losses.last_validation) == (8.0, 6.125)
     assert str(losses) == (
@@ -88,7 +88,7 @@ def test_losses_are_drawn(run, tmp_path, suffix):
     assert picture.read_bytes().startswith(STARTS[suffix])
 
 
-def test_the_script_draws_and_says_what_was_learnt(run, tmp_path):
+def test_the_script_draws_and_describes_the_losses(run, tmp_path):
     pytest.importorskip("matplotlib")
     picture = tmp_path / "loss.png"
     done = script("plot_losses.py", "--tensorboard-dir", run, "--output", picture)
@@ -116,7 +116,7 @@ def test_a_training_command_line_is_enough_to_draw_its_pattern(tmp_path):
     assert picture.read_bytes().startswith(STARTS[".svg"])
 
 
-def test_a_pattern_that_cannot_be_is_refused(tmp_path):
+def test_an_invalid_pattern_is_refused(tmp_path):
     flags = ["--num-query-groups", "2", "--s2-block-size", "48"]
     done = script("plot_pattern.py", "--output", tmp_path / "pattern.png", *flags)
     assert (done.returncode, done.stderr) == (2, "error: --s2-block-size 48: must be a power of two >= 16\n")
@@ -139,7 +139,7 @@ def test_a_picture_that_cannot_be_written_is_refused(tmp_path):
         assert done.stderr.startswith("error: ") and what in done.stderr
 
 
-# scripts/lib/watch.py: a log as Megatron writes it, and what people see of it.
+# scripts/lib/watch.py: the lines of a Megatron log that it shows.
 
 STEP = (
     " [2026-11-21 03:10:46.897482] iteration        {step}/     165 | consumed samples:            8 | "
@@ -154,7 +154,7 @@ def watched(*lines: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_the_table_is_shown_and_megatrons_chatter_is_not():
+def test_the_startup_table_is_shown_and_megatrons_other_lines_are_not():
     shown = watched(
         "megatron-s2: no GPU found, training on CPU (gloo); set: --distributed-backend gloo",
         "using world size: 2, data-parallel size: 2",
@@ -174,7 +174,7 @@ def test_the_table_is_shown_and_megatrons_chatter_is_not():
 
 
 def test_steps_are_shown_at_intervals_and_the_last_always():
-    """These lines arrive at once, so that of the steps between the first and the last none is due."""
+    """All lines arrive at once, so no step between the first and the last is due."""
     steps = [STEP.format(step=step, loss=f"{8 - step / 100:.6E}") for step in (1, 2, 3, 165)]
     shown = watched(*steps)
     assert [line.split("  loss ")[0] for line in shown] == ["   step 1/165", "   step 165/165"]
@@ -190,7 +190,7 @@ def test_evaluations_and_checkpoints_are_shown():
     assert shown == ["   validation loss 4.539", "   test loss 4.500", "   checkpoint saved at step 150"]
 
 
-def test_what_went_wrong_is_shown():
+def test_errors_are_shown():
     shown = (
         "error: --s2-block-size 48: must be a power of two >= 16",
         "Traceback (most recent call last):",

@@ -1,4 +1,4 @@
-"""The picture shows the heads and their union, says what is lost, and is written where asked."""
+"""The picture of a pattern: it shows the heads and their union, and names lost blocks."""
 
 import subprocess
 import sys
@@ -64,7 +64,7 @@ def test_one_panel_per_kv_head_and_one_for_all(heads):
     assert titles(figure)[0] == "KV head 0, phase 0"
 
 
-def test_of_many_heads_seven_and_the_last_are_shown_and_named():
+def test_with_many_heads_seven_and_the_last_are_shown_and_named():
     figure = pattern_figure(a_pattern(num_kv_heads=32, num_dense_heads=1))
     assert len(panels(figure)) == 9
     assert titles(figure)[-2:] == ["KV head 31, dense", "all 32 KV heads together"]
@@ -72,7 +72,7 @@ def test_of_many_heads_seven_and_the_last_are_shown_and_named():
     assert "1 dense head" in words(figure)
 
 
-def test_each_kind_of_block_has_its_colour_and_its_entry_in_the_legend():
+def test_each_kind_of_block_has_a_colour_and_a_legend_entry():
     figure = pattern_figure(a_pattern(sink_blocks=1), num_blocks=12)
     assert legend(figure) == [
         "diagonal, causal inside",
@@ -93,7 +93,7 @@ def test_the_union_counts_the_heads_that_see_each_block():
     assert np.array_equal(np.where(future, -1, p.block_mask(20).sum(dim=0).numpy()), union)
 
 
-def test_what_no_head_sees_is_named_and_gone_when_layers_rotate():
+def test_blocks_seen_by_no_head_are_named_and_disappear_when_layers_rotate():
     p = a_pattern(vert_stride=8)
     assert "seen by no head" in legend(pattern_figure(p))
     both = pattern_figure(p, num_layers=2)
@@ -146,5 +146,5 @@ def test_without_matplotlib_the_message_names_the_extra():
         "try: draw_pattern(p, 'never.png')\n"
         "except ImportError as error: print(error)\n"
     )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "megatron-s2[plot]" in told
+    message = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "megatron-s2[plot]" in message

@@ -1,13 +1,13 @@
-"""The startup table: what a person reads before a run begins."""
+"""The startup table that a run prints before training."""
 
 import pytest
 
-from megatron_s2.pattern.settings import S2Settings
+from megatron_s2.pattern import S2Settings
 from megatron_s2.report.startup_table import startup_table
 
 
 def rows(seq_len: int = 4096, head_dim: int = 64, bytes_per_element: int = 2, **fields) -> dict[str, str]:
-    """The table by the names of its rows."""
+    """The rows of the table by name."""
     settings = S2Settings(**{"num_layers": 8, "num_kv_heads": 4} | fields)
     title, *lines = startup_table(settings, seq_len, head_dim, bytes_per_element).splitlines()
     assert title == "S2 attention (arXiv 2407.17678)"
@@ -34,7 +34,7 @@ def test_the_table_of_the_defaults():
     }
 
 
-def test_the_columns_stand_below_each_other():
+def test_columns_are_aligned():
     settings = S2Settings(num_layers=8, num_kv_heads=4, dense_layers=(1,))
     lines = startup_table(settings, 4096, 64, 2).splitlines()[1:]
     column = lines[0].index("S2 in 7 of 8 layers")
@@ -47,12 +47,12 @@ def test_dense_layers_are_listed_and_counted():
     assert text(table["dense layers"]) == "1-3, 7"
 
 
-def test_a_pattern_says_what_else_it_has():
+def test_a_pattern_names_sinks_and_dense_heads():
     table = rows(block_size=16, vert_stride=(4, 4, 8, 8), sink_blocks=1, num_dense_heads=1)
     assert text(table["pattern"]) == "block 16, window 8 (128 tokens), stride 4 4 8 1, sinks 1, dense heads 1"
 
 
-def test_a_long_rotation_is_cut_short():
+def test_a_long_rotation_is_abbreviated():
     table = rows(num_layers=32, num_kv_heads=8, vert_stride=16)
     assert "layers 1, 3, 5, 7, 9, 11, …" in table
     table = rows(num_layers=1, num_kv_heads=16)
@@ -60,13 +60,13 @@ def test_a_long_rotation_is_cut_short():
 
 
 @pytest.mark.filterwarnings("ignore:S2 pattern. 3 of every 4 distant blocks")
-def test_flops_stand_beside_dense_ones():
+def test_flops_are_compared_with_dense_attention():
     """Four blocks see themselves, and the last three block 0: 4 * 136 + 3 * 256 of 2080 pairs."""
     table = rows(seq_len=64, num_layers=1, block_size=16, local_blocks=1, vert_stride=4, phases=(0, 0, 0, 0))
     assert text(table["attention FLOPs"]) == "63.1% of dense at 64 tokens (1.6x fewer)"
 
 
-def test_the_warning_when_distant_blocks_are_lost():
+def test_lost_distant_blocks_warn():
     lost = rows(num_layers=2)
     assert text(lost["distant past seen"]) == (
         "25% by one S2 layer, 50% by all S2 layers together "
@@ -74,7 +74,7 @@ def test_the_warning_when_distant_blocks_are_lost():
     )
 
 
-def test_a_dense_layer_loses_nothing():
+def test_a_dense_layer_sees_all_blocks():
     assert "WARNING" not in rows(num_layers=3, dense_layers=(1,))["distant past seen"]
 
 
@@ -89,15 +89,15 @@ def test_all_layers_dense():
     # Keys and values of 8 layers, 4 heads of 64 numbers.
     [(4096, 2, "32.00 MiB"), (4096, 4, "64.00 MiB"), (131072, 2, "1.00 GiB"), (512, 2, "4.00 MiB")],
 )
-def test_bytes_come_in_units_that_people_read(seq_len, bytes_per_element, size):
+def test_bytes_have_readable_units(seq_len, bytes_per_element, size):
     table = rows(seq_len=seq_len, bytes_per_element=bytes_per_element, vert_stride=1)
     assert text(table["keys and values"]) == (
         f"{size} per sequence of {seq_len} tokens in generation, 100.0% of dense ({size})"
     )
 
 
-def test_the_kv_cache_is_shard_and_window():
-    """At 16384 tokens, 256 blocks: 8 of the window and 248 / 16, on average over phases, of the shard."""
+def test_the_kv_cache_holds_shard_and_window():
+    """At 16384 tokens (256 blocks): 8 window blocks, and 248 / 16 shard blocks on average over the phases."""
     kept = 16384 // 64 / 16 + 8 - 0.5
     table = rows(seq_len=16384)
     assert f"{kept / 256:.1%} of dense (128.00 MiB)" in table["keys and values"]

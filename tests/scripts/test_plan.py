@@ -1,18 +1,17 @@
-"""scripts/plan.py: flags in, table or JSON or picture out, one line where something does not fit."""
+"""scripts/plan.py: prints a table or JSON, draws a picture, and refuses bad flags in one line."""
 
-import importlib.util
 import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from script_main import SCRIPTS, load_main
 from waiting import PATIENCE
 
-from megatron_s2.parallel.planner import SCHEDULES
+from megatron_s2.parallel.cost import SCHEDULES
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "plan.py"
+SCRIPT = SCRIPTS / "plan.py"
 MIB = 2**20
 # 128K tokens on 8 ranks, 32/8 heads of 128 in bf16, window 1024 tokens, stride 8.
 FLAGS = [
@@ -20,16 +19,7 @@ FLAGS = [
     *("--num-attention-heads", "32", "--num-query-groups", "8", "--context-parallel-size", "8"),
     *("--s2-attention", "--s2-block-size", "64", "--s2-local-blocks", "16", "--s2-vert-stride", "8"),
 ]
-
-
-def load_main():
-    spec = importlib.util.spec_from_file_location("plan", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
-main = load_main()
+main = load_main("plan")
 
 
 def as_json(capsys, *more) -> dict:
@@ -67,7 +57,7 @@ def test_json_has_each_layer_with_bytes_schedule_and_imbalance(capsys):
     assert first["schedules"]["gather"]["received_forward"] == {"least": 59.75 * MIB, "most": 63.5 * MIB}
 
 
-def test_what_cannot_be_had_is_null(capsys):
+def test_a_schedule_that_is_not_possible_is_null(capsys):
     plan = as_json(capsys, "--context-parallel-size", 64)
     layer = plan["layers"][0]
     assert layer["bytes_received_forward"]["a2a"] is layer["schedules"]["a2a"] is None
@@ -76,7 +66,7 @@ def test_what_cannot_be_had_is_null(capsys):
     assert layer["why"] == "a2a cannot give 32 query heads of a tensor-parallel rank to 64 ranks"
 
 
-def test_the_schedule_that_is_asked_for_is_taken(capsys):
+def test_a_given_schedule_is_chosen(capsys):
     assert {layer["schedule"] for layer in as_json(capsys, "--s2-cp-schedule", "a2a")["layers"]} == {"a2a"}
 
 
@@ -94,7 +84,7 @@ def test_element_size_batch_and_head_size_scale_the_bytes(capsys):
     assert json.loads(capsys.readouterr().out)["call"]["element_size"] == 1
 
 
-def test_rates_change_the_prediction_alone(capsys):
+def test_rates_change_only_the_predicted_time(capsys):
     default = as_json(capsys)
     slow = as_json(capsys, "--s2-intra-gigabytes-per-s", 1, "--s2-efficiency", 0.1)
     assert slow["predicted_seconds"]["chosen"] > default["predicted_seconds"]["chosen"]
@@ -102,7 +92,7 @@ def test_rates_change_the_prediction_alone(capsys):
     assert bytes_of[0] == bytes_of[1]
 
 
-def test_the_table_names_every_schedule_the_choice_and_why(capsys):
+def test_the_table_names_every_schedule_and_the_choice_with_its_reason(capsys):
     main([*FLAGS, "--s2-dense-layers", "1"])
     out = capsys.readouterr().out
     assert "layers 1: dense\n" in out
@@ -119,7 +109,7 @@ def test_the_table_names_every_schedule_the_choice_and_why(capsys):
     assert why.endswith(" of a2a, which receives 280.0 MiB")
 
 
-def test_the_page_shows_what_the_command_prints(capsys):
+def test_the_docs_page_shows_the_output_of_the_command(capsys):
     page = (SCRIPT.parents[1] / "docs" / "context-parallel.md").read_text()
     ((command, shown),) = re.findall(
         r"^```console\n\$ python scripts/plan.py (.*?[^\\])\n(.*?)^```$", page, re.M | re.S

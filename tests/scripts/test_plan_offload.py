@@ -1,30 +1,20 @@
 """scripts/plan_offload.py: rates in, table or JSON or picture out, one line where something does not fit."""
 
-import importlib.util
 import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from script_main import SCRIPTS, load_main
 from waiting import PATIENCE
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "plan_offload.py"
+SCRIPT = SCRIPTS / "plan_offload.py"
 FLAGS = [
     *("--params", "7e9", "--h2d-gbps", "50", "--d2h-gbps", "50"),
     *("--cpu-gparams", "2", "--gpu-gparams", "80"),
 ]
-
-
-def load_main():
-    spec = importlib.util.spec_from_file_location("plan_offload", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
-main = load_main()
+main = load_main("plan_offload")
 
 from benchmarks.offload_schedules import SCHEDULES  # noqa: E402  (the script makes it importable)
 

@@ -5,12 +5,12 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from megatron_run import Run, train_all
+from megatron_run import Runs
+from selection import exhaustive
 from test_s2_training import FOUR_LAYERS, FROM, FULL_RECOMPUTE, RICH
 
+from megatron_s2.pattern import S2Pattern, S2Settings
 from megatron_s2.pattern.annealing import Annealing, stages
-from megatron_s2.pattern.s2_pattern import S2Pattern
-from megatron_s2.pattern.settings import S2Settings
 
 PATTERN = S2Pattern(num_kv_heads=4, block_size=16, local_blocks=2, vert_stride=8)
 
@@ -53,7 +53,7 @@ def test_the_stages_share_the_steps_equally():
     patterns = stages(PATTERN)
     strides = {}
     for step[0] in range(40):
-        strides.setdefault(max(annealing.now(patterns).strides), []).append(step[0])
+        strides.setdefault(max(annealing.current(patterns).strides), []).append(step[0])
     assert {stride: (min(s), max(s)) for stride, s in strides.items()} == {
         1: (0, 9),
         2: (10, 19),
@@ -72,11 +72,11 @@ ANNEALED = f"{S2} --s2-anneal-steps 6"
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory) -> Runs:
     directory = tmp_path_factory.mktemp("runs")
     saved = directory / "checkpoint"
     afresh = f"--load {saved} --ckpt-step 6 --finetune --no-load-rng"
-    return train_all(
+    return Runs(
         directory,
         {
             "annealed": f"{ANNEALED} --save {saved} --save-interval 2",
@@ -102,6 +102,7 @@ def test_a_run_begins_dense_and_narrows(runs):
     assert f"  annealing: {text}" in runs["annealed"].output.splitlines()
 
 
+@pytest.mark.exhaustive
 def test_a_resumed_run_goes_on_in_its_stage(runs):
     assert runs["resumed"].losses == {n: loss for n, loss in runs["annealed"].losses.items() if n > 4}
 
@@ -141,11 +142,11 @@ TRAINING, VALIDATION = "lm loss", "lm loss validation"
 
 
 @pytest.fixture(scope="module")
-def still(tmp_path_factory) -> dict[str, Run]:
+def still(tmp_path_factory) -> Runs:
     directory = tmp_path_factory.mktemp("still")
     saved = directory / "checkpoint"
     annealed = f"{TARGET} --s2-anneal-steps 6 {STILL}"
-    return train_all(
+    return Runs(
         directory,
         {
             "annealed": f"{annealed} --save {saved} --save-interval 3",
@@ -156,7 +157,7 @@ def still(tmp_path_factory) -> dict[str, Run]:
     )
 
 
-def of_fixed_patterns(still: dict[str, Run], tag: str) -> dict[int, float]:
+def of_fixed_patterns(still: Runs, tag: str) -> dict[int, float]:
     """What each step logs in a run whose pattern is, from its first step on, that of the step's stage."""
     fixed = [still[f"stage {k}"].scalar(tag) for k in range(len(STAGES))]
     for step in STAGE_OF_STEP:
@@ -190,10 +191,10 @@ PIPELINE, CONTEXT = "--pipeline-model-parallel-size 2", "--context-parallel-size
 
 
 @pytest.fixture(scope="module")
-def one_rank(tmp_path_factory) -> dict[str, Run]:
+def one_rank(tmp_path_factory) -> Runs:
     directory = tmp_path_factory.mktemp("one")
     start = directory / "checkpoint"
-    return train_all(
+    return Runs(
         directory,
         {
             "start": f"{FOUR_LAYERS} {RICH} {SHARP} --train-iters 1 --save {start} --save-interval 1",
@@ -204,9 +205,9 @@ def one_rank(tmp_path_factory) -> dict[str, Run]:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(one_rank, tmp_path_factory) -> dict[str, Run]:
+def two_ranks(one_rank, tmp_path_factory) -> Runs:
     annealed = f"{FROM} {one_rank['start'].log_dir.parent / 'checkpoint'} {NARROWING}"
-    return train_all(
+    return Runs(
         tmp_path_factory.mktemp("two"),
         {
             "tensor": f"{annealed} --tensor-model-parallel-size 2",
@@ -224,13 +225,9 @@ def two_ranks(one_rank, tmp_path_factory) -> dict[str, Run]:
 @pytest.mark.parametrize(
     "layout",
     [
-        "tensor",
-        "pipeline",
-        "interleaved",
         "pipeline, full recompute",
         "context, gather",
-        "context, a2a",
-        "context, full recompute",
+        *exhaustive("tensor", "pipeline", "interleaved", "context, a2a", "context, full recompute"),
     ],
 )
 def test_two_ranks_narrow_as_one(two_ranks, one_rank, layout):
@@ -240,5 +237,6 @@ def test_two_ranks_narrow_as_one(two_ranks, one_rank, layout):
         assert two_ranks[layout].scalar(tag) == pytest.approx(control, rel=1e-4)
 
 
+@pytest.mark.exhaustive
 def test_recomputation_narrows_at_the_same_steps(one_rank):
     assert one_rank["full recompute"].losses == one_rank["annealed"].losses

@@ -1,15 +1,15 @@
 """GPTs trained under context parallelism through the user's command: the losses are those of one rank, and
 the bytes that were counted are the bytes that were predicted."""
 
-from pathlib import Path
-
 import pytest
-from megatron_run import Run, train_all
+from megatron_run import Runs
+from selection import exhaustive
 from test_s2_training import FOUR_LAYERS, FROM, FULL_RECOMPUTE, PACKED, RICH, S2, documents  # noqa: F401
 
 LOG = "--log-throughput"
 # Of the ten that one rank makes: a wrong gradient shows in the second loss, a wrong optimizer in the third.
 FIVE_STEPS = "--exit-interval 5"
+GATHER, A2A = "--s2-cp-schedule gather", "--s2-cp-schedule a2a"
 CP2, CP4 = "--context-parallel-size 2", "--context-parallel-size 4"
 SMALL_BATCH = "--micro-batch-size 1"
 # Windows over several chunks, and chunks that are no whole number of blocks.
@@ -17,10 +17,10 @@ ODD = "--seq-length 120 --max-position-embeddings 120 --s2-attention --s2-block-
 
 
 @pytest.fixture(scope="module")
-def one_rank(tmp_path_factory, documents) -> dict[str, Run]:  # noqa: F811
+def one_rank(tmp_path_factory, documents) -> Runs:  # noqa: F811
     directory = tmp_path_factory.mktemp("one")
     start, odd = directory / "checkpoint", directory / "checkpoint-odd"
-    return train_all(
+    return Runs(
         directory,
         {
             "start": f"{FOUR_LAYERS} {RICH} --train-iters 1 --save {start} --save-interval 1",
@@ -33,64 +33,76 @@ def one_rank(tmp_path_factory, documents) -> dict[str, Run]:  # noqa: F811
     )
 
 
-def runs_from(one_rank: dict[str, Run]) -> tuple[str, str, str]:
-    directory = one_rank["rich"].log_dir.parent
-    rich = f"{FROM} {directory / 'checkpoint'} {RICH} {LOG} {FIVE_STEPS}"
-    return rich, f"{rich} {PACKED}", f"{FROM} {directory / 'checkpoint-odd'} {ODD} {LOG} {FIVE_STEPS}"
-
-
-def saved(one_rank: dict[str, Run]) -> Path:
-    return one_rank["rich"].log_dir.parent / "checkpoint-of-two-ranks"
-
-
 @pytest.fixture(scope="module")
-def two_ranks(one_rank, tmp_path_factory, documents) -> dict[str, Run]:  # noqa: F811
-    rich, packed, odd = runs_from(one_rank)
-    return train_all(
-        tmp_path_factory.mktemp("two"),
-        {
-            "rich: gather": f"{rich} {CP2} --s2-cp-schedule gather",
-            "rich: a2a": f"{rich} {CP2} --s2-cp-schedule a2a",
+def several_ranks(one_rank, tmp_path_factory, documents) -> dict[int, Runs]:  # noqa: F811
+    """Runs by number of ranks. The word before the colon names the run of one rank that each is like."""
+    directory, of_one_rank = tmp_path_factory.mktemp("several"), one_rank["rich"].log_dir.parent
+    rich = f"{FROM} {of_one_rank / 'checkpoint'} {RICH} {LOG} {FIVE_STEPS}"
+    odd = f"{FROM} {of_one_rank / 'checkpoint-odd'} {ODD} {LOG} {FIVE_STEPS}"
+    packed, saved = f"{rich} {PACKED}", directory / "checkpoint"
+    pipeline, tensor = "--pipeline-model-parallel-size 2", "--tensor-model-parallel-size 2"
+    runs = {
+        2: {
+            "rich: gather": f"{rich} {CP2} {GATHER}",
+            "rich: a2a": f"{rich} {CP2} {A2A}",
             "rich: auto": f"{rich} {CP2}",
-            "rich: full recompute": f"{rich} {CP2} --s2-cp-schedule gather {FULL_RECOMPUTE}",
-            "rich: core recompute": f"{rich} {CP2} --s2-cp-schedule gather --recompute-granularity selective",
+            "rich: full recompute": f"{rich} {CP2} {GATHER} {FULL_RECOMPUTE}",
+            "rich: core recompute": f"{rich} {CP2} {GATHER} --recompute-granularity selective",
             "rich: distributed optimizer": f"{rich} {CP2} --use-distributed-optimizer",
-            "packed: gather": f"{packed} {CP2} --s2-cp-schedule gather",
-            "packed: a2a": f"{packed} {CP2} --s2-cp-schedule a2a",
-            "odd: gather": f"{odd} {CP2} --s2-cp-schedule gather",
-            "saves": f"{rich} {CP2} --save {saved(one_rank)} --save-interval 5",
+            "packed: gather": f"{packed} {CP2} {GATHER}",
+            "packed: a2a": f"{packed} {CP2} {A2A}",
+            "odd: gather": f"{odd} {CP2} {GATHER}",
+            "saves": f"{rich} {CP2} --save {saved} --save-interval 5",
         },
-        ranks=2,
-        data=documents,
-    )
-
-
-@pytest.fixture(scope="module")
-def four_ranks(one_rank, two_ranks, tmp_path_factory, documents) -> dict[str, Run]:  # noqa: F811
-    rich, packed, odd = runs_from(one_rank)
-    pipeline = "--pipeline-model-parallel-size 2"
-    return train_all(
-        tmp_path_factory.mktemp("four"),
-        {
-            "rich: gather": f"{rich} {CP4} --s2-cp-schedule gather",
-            "rich: a2a": f"{rich} {CP4} --s2-cp-schedule a2a",
-            "rich: pipeline, gather": f"{rich} {CP2} {pipeline} --s2-cp-schedule gather",
-            "rich: pipeline, a2a": f"{rich} {CP2} {pipeline} --s2-cp-schedule a2a",
-            "rich: tensor, gather": f"{rich} {CP2} --tensor-model-parallel-size 2 --s2-cp-schedule gather",
-            "rich: tensor, a2a": f"{rich} {CP2} --tensor-model-parallel-size 2 --s2-cp-schedule a2a",
+        4: {
+            "rich: gather": f"{rich} {CP4} {GATHER}",
+            "rich: a2a": f"{rich} {CP4} {A2A}",
+            "rich: pipeline, gather": f"{rich} {CP2} {pipeline} {GATHER}",
+            "rich: pipeline, a2a": f"{rich} {CP2} {pipeline} {A2A}",
+            "rich: tensor, gather": f"{rich} {CP2} {tensor} {GATHER}",
+            "rich: tensor, a2a": f"{rich} {CP2} {tensor} {A2A}",
             "rich: data, distributed optimizer": f"{rich} {CP2} {SMALL_BATCH} --use-distributed-optimizer",
-            "packed: gather": f"{packed} {CP4} --s2-cp-schedule gather",
-            "packed: pipeline, gather": f"{packed} {CP2} {pipeline} {SMALL_BATCH} --s2-cp-schedule gather",
-            "odd: a2a": f"{odd} {CP4} --s2-cp-schedule a2a",
-            "resumes": f"{FOUR_LAYERS} {RICH} {CP4} --load {saved(one_rank)}",
+            "packed: gather": f"{packed} {CP4} {GATHER}",
+            "packed: pipeline, gather": f"{packed} {CP2} {pipeline} {SMALL_BATCH} {GATHER}",
+            "odd: a2a": f"{odd} {CP4} {A2A}",
+            "resumes": f"{FOUR_LAYERS} {RICH} {CP4} --load {saved}",
         },
-        ranks=4,
-        data=documents,
-    )
+    }
+    return {
+        ranks: Runs(directory / str(ranks), of_ranks, ranks=ranks, data=documents)
+        for ranks, of_ranks in runs.items()
+    }
 
 
-def assert_trains_as_one_rank(name: str, run: Run, one_rank: dict[str, Run]) -> None:
-    control = one_rank[name.split(":")[0]].losses
+@pytest.mark.parametrize(
+    ("ranks", "name"),
+    [
+        (2, "rich: full recompute"),
+        (2, "packed: a2a"),
+        (4, "rich: tensor, gather"),
+        *exhaustive(
+            (2, "rich: gather"),
+            (2, "rich: a2a"),
+            (2, "rich: auto"),
+            (2, "rich: core recompute"),
+            (2, "rich: distributed optimizer"),
+            (2, "packed: gather"),
+            (2, "odd: gather"),
+            (4, "rich: gather"),
+            (4, "rich: a2a"),
+            (4, "rich: pipeline, gather"),
+            (4, "rich: pipeline, a2a"),
+            (4, "rich: tensor, a2a"),
+            (4, "rich: data, distributed optimizer"),
+            (4, "packed: gather"),
+            (4, "packed: pipeline, gather"),
+            (4, "odd: a2a"),
+        ),
+    ],
+)
+def test_several_ranks_train_as_one(several_ranks, one_rank, ranks, name):
+    of_layout, run = name.split(":")[0], several_ranks[ranks][name]
+    control = one_rank[of_layout].losses
     assert run.losses == pytest.approx({step: control[step] for step in range(1, 6)}, rel=1e-4)
     received, predicted = (run.scalar(f"s2-context-parallel/{what}") for what in ("received", "predicted"))
     assert min(received.values()) > 0
@@ -99,45 +111,9 @@ def assert_trains_as_one_rank(name: str, run: Run, one_rank: dict[str, Run]) -> 
     assert received == {step: sum(of_layer[step] for of_layer in of_layers) for step in received}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "rich: gather",
-        "rich: a2a",
-        "rich: auto",
-        "rich: full recompute",
-        "rich: core recompute",
-        "rich: distributed optimizer",
-        "packed: gather",
-        "packed: a2a",
-        "odd: gather",
-    ],
-)
-def test_two_ranks_train_as_one(two_ranks, one_rank, name):
-    assert_trains_as_one_rank(name, two_ranks[name], one_rank)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "rich: gather",
-        "rich: a2a",
-        "rich: pipeline, gather",
-        "rich: pipeline, a2a",
-        "rich: tensor, gather",
-        "rich: tensor, a2a",
-        "rich: data, distributed optimizer",
-        "packed: gather",
-        "packed: pipeline, gather",
-        "odd: a2a",
-    ],
-)
-def test_four_ranks_train_as_one(four_ranks, one_rank, name):
-    assert_trains_as_one_rank(name, four_ranks[name], one_rank)
-
-
-def test_a_checkpoint_goes_on_at_another_context_parallel_size(two_ranks, four_ranks, one_rank):
-    assert sorted(two_ranks["saves"].losses) == [1, 2, 3, 4, 5]
-    resumed = four_ranks["resumes"].losses
+@pytest.mark.exhaustive
+def test_a_checkpoint_goes_on_at_another_context_parallel_size(several_ranks, one_rank):
+    assert sorted(several_ranks[2]["saves"].losses) == [1, 2, 3, 4, 5]
+    resumed = several_ranks[4]["resumes"].losses
     assert sorted(resumed) == [6, 7, 8, 9, 10]
     assert resumed == pytest.approx({n: one_rank["rich"].losses[n] for n in resumed}, rel=1e-4)

@@ -1,0 +1,199 @@
+"""Device functions that several Triton kernels share: where a head's shard lies, and what each query sees.
+
+They mirror the methods of `S2Pattern`. A row of the table `p_heads` describes the shard of one KV head:
+
+    0  first   first block of the shard after the sinks
+    1  stride  blocks between two blocks of the shard
+    2  start   first token of this head's shard in a compact source, which holds the shards of all heads one
+               after another
+    3  offset  first token of this head's shard among the parts of the gradients of a compact source
+
+An arbitrary mask (constant CSR) is a dense head with a window of one block that sees, of the blocks before
+the diagonal, only those in a list: the key blocks of each row, or for dK/dV the rows of each key block.
+
+Names have the prefixes of flash-linear-attention: `p_` pointer, `s_` stride, `i_` index, `o_` offsets, `m_`
+mask, `b_` block of values. Strides end in `b` for batch, `t` token and `h` head. In shapes, BM is the number
+of query rows of a tile, BN of its keys, BD and BDV are head_dim of K and V rounded up to a power of two.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+# Triton decides this when a kernel is defined, which is when this package's kernels are first imported.
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+@triton.jit
+def query_program(p_tiles, seq_q, H: tl.constexpr, GROUP: tl.constexpr, PACKED: tl.constexpr):
+    """What a program over query rows computes: (i_m, i_b, i_h, i_g, doc, seq_q).
+
+    It is tile i_m of query head i_h of sequence i_b. In a packed batch, a row of p_tiles holds the first
+    token and the length of the program's document, and the tile's index in it.
+    """
+    # Late tiles have the most keys: they start first.
+    i_m = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_b, i_h = tl.program_id(1) // H, (tl.program_id(1) % H).to(tl.int64)
+    i_g = i_h // GROUP
+    doc = tl.zeros((), dtype=tl.int64)
+    if PACKED:
+        doc = tl.load(p_tiles + 3 * i_m).to(tl.int64)
+        seq_q = tl.load(p_tiles + 3 * i_m + 1)
+        i_m = tl.load(p_tiles + 3 * i_m + 2)
+    return i_m, i_b, i_h, i_g, doc, seq_q
+
+
+@triton.jit
+def key_program(i_n, p_tiles, seq_q, PACKED: tl.constexpr):
+    """What program i_n over keys computes: (i_n, doc, seq_q, offset).
+
+    In a packed batch, a row of p_tiles holds the first token and the length of the program's document, the
+    tile's index in it, and the first token of the document's shard among the parts of the gradients.
+    """
+    doc = tl.zeros((), dtype=tl.int64)
+    offset = tl.zeros((), dtype=tl.int64)
+    if PACKED:
+        doc = tl.load(p_tiles + 4 * i_n).to(tl.int64)
+        seq_q = tl.load(p_tiles + 4 * i_n + 1)
+        offset = tl.load(p_tiles + 4 * i_n + 3).to(tl.int64)
+        i_n = tl.load(p_tiles + 4 * i_n + 2)
+    return i_n, doc, seq_q, offset
+
+
+@triton.jit
+def shard_count(block, first, stride, sinks):
+    """Number of shard blocks among blocks 0 .. block-1."""
+    strided = tl.maximum(0, block - first + stride - 1) // stride
+    return tl.minimum(block, sinks) + strided
+
+
+@triton.jit
+def shard_block(n, first, stride, sinks):
+    """Block number of the n-th block of the shard."""
+    return tl.where(n < sinks, n, first + (n - sinks) * stride)
+
+
+@triton.jit
+def in_shard(block, first, stride, sinks):
+    """Whether a block belongs to the shard."""
+    return (block < sinks) | ((block - first) % stride == 0)
+
+
+@triton.jit
+def shard_token(index, first, stride, sinks, BLOCK: tl.constexpr, COMPACT: tl.constexpr):
+    """Position in the shard source of token `index` of the shard: the same in a compact source, that of its
+    block in the whole K/V."""
+    if COMPACT:
+        return index
+    return shard_block(index // BLOCK, first, stride, sinks) * BLOCK + index % BLOCK
+
+
+@triton.jit
+def list_bounds(p_starts, i_g, i, num_blocks):
+    """First and last (exclusive) entry of the list of row (or key block) i of KV head i_g."""
+    p = p_starts + i_g * (num_blocks + 1) + i
+    return tl.load(p), tl.load(p + 1)
+
+
+@triton.jit
+def first_at_least(p_list, begin, end, value):
+    """Index of the first entry >= value in the ascending entries begin .. end-1, or end."""
+    while begin < end:
+        middle = (begin + end) // 2
+        less = tl.load(p_list + middle) < value
+        begin = tl.where(less, middle + 1, begin)
+        end = tl.where(less, end, middle)
+    return begin
+
+
+@triton.jit
+def listed_token(index, m_index, p_list, BLOCK: tl.constexpr):
+    """Position of token `index` of the blocks in a list."""
+    return tl.load(p_list + index // BLOCK, mask=m_index, other=0) * BLOCK + index % BLOCK
+
+
+@triton.jit
+def listed_tile(i_n, p_list, BLOCK: tl.constexpr, BN: tl.constexpr):
+    """Positions `[BN]` of tokens i_n .. i_n+BN-1 of the blocks in a list."""
+    o_n = tl.arange(0, BN)
+    if BN <= BLOCK:  # the tile lies in one block: a single load
+        return listed_token(i_n, True, p_list, BLOCK) + o_n
+    return listed_token(i_n + o_n, o_n >= 0, p_list, BLOCK)
+
+
+@triton.jit
+def shard_tile(
+    i_n, p_list, first, stride, sinks,
+    BLOCK: tl.constexpr, BN: tl.constexpr, COMPACT: tl.constexpr, CSR: tl.constexpr,
+):  # fmt: skip
+    """Positions `[BN]` in the shard source of shard tokens i_n .. i_n+BN-1, all of which exist."""
+    if CSR:
+        t = listed_tile(i_n, p_list, BLOCK, BN)
+    else:
+        t = shard_token(i_n + tl.arange(0, BN), first, stride, sinks, BLOCK, COMPACT)
+    return t.to(tl.int64)
+
+
+@triton.jit
+def shard_tail_tile(
+    index, m_n, p_list, first, stride, sinks, BLOCK: tl.constexpr, COMPACT: tl.constexpr, CSR: tl.constexpr
+):
+    """Positions `[BN]` in the shard source of shard tokens `index`, of which `m_n` exist."""
+    if CSR:
+        t = listed_token(index, m_n, p_list, BLOCK)
+    else:
+        t = shard_token(index, first, stride, sinks, BLOCK, COMPACT)
+    return t.to(tl.int64)
+
+
+@triton.jit
+def shard_run(
+    p_starts, p_list, i_g, row0, row1, low, first, stride, sinks, window, num_blocks,
+    BLOCK: tl.constexpr, SHARD: tl.constexpr, WINDOW: tl.constexpr, CSR: tl.constexpr,
+):  # fmt: skip
+    """Shard tokens that a tile of query rows in blocks row0 .. row1 reads: (p_list, seen, tokens).
+
+    Tokens [0, seen) lie before block `low`, where the window of the first row begins, so every row sees them.
+    Tokens [seen, tokens) lie before the windows of later rows only; they are read from the shard where the
+    window is not read (WINDOW is off). p_list advances to the list of the row (CSR).
+    """
+    seen = 0
+    tokens = 0
+    if SHARD:
+        if CSR:
+            begin, end = list_bounds(p_starts, i_g, row0, num_blocks)
+            p_list += begin
+            seen = (end - begin).to(tl.int32) * BLOCK
+        else:
+            seen = shard_count(low, first, stride, sinks) * BLOCK
+        tokens = seen
+        if not WINDOW:
+            tokens = shard_count(tl.maximum(0, row1 - window + 1), first, stride, sinks) * BLOCK
+    return p_list, seen, tokens
+
+
+@triton.jit
+def window_run(row0, row1, low, window, BLOCK: tl.constexpr, BN: tl.constexpr):
+    """Window keys that a tile of query rows in blocks row0 .. row1 reads: (low, left, inner), in tokens.
+
+    In [low, left) rows differ, because the windows of later rows have left these blocks. In [left, inner)
+    every row sees every key. From `inner` on lies the diagonal.
+    """
+    low = low * BLOCK
+    diagonal = row0 * BLOCK
+    left = tl.minimum(tl.maximum(low, (row1 - window + 1) * BLOCK), diagonal)
+    inner = left + (diagonal - left) // BN * BN
+    return low, left, inner
+
+
+@triton.jit
+def window_mask(pos, key, first, stride, sinks, window, BLOCK: tl.constexpr, SHARD: tl.constexpr):
+    """Bool `[BM, BN]`: which keys of the window run each query sees. With SHARD that includes blocks of the
+    shard which its own window has left."""
+    row, block = pos[:, None] // BLOCK, key[None, :] // BLOCK
+    seen = row - block < window
+    if SHARD:
+        seen = seen | in_shard(block, first, stride, sinks)
+    return seen & (key[None, :] <= pos[:, None])

@@ -1,0 +1,206 @@
+"""Backward pass in Triton over query rows: delta and dQ, a kernel and a launch each.
+
+dQ reads the same keys in the same order as the forward kernel (`triton_forward`), with the same tiles of BM
+queries of one query head.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_s2.kernels.triton_args import KernelArgs, padded, strides
+from megatron_s2.kernels.triton_common import (
+    LOG2_E,
+    query_program,
+    shard_block,
+    shard_run,
+    shard_tail_tile,
+    shard_tile,
+    window_mask,
+    window_run,
+)
+
+_DELTA_ROWS = 64  # query rows of a program of the delta kernel
+
+
+@triton.jit
+def s2_bwd_kernel_delta(
+    p_do, p_o, p_dlse, p_delta, s_dob, s_dot, s_doh, s_ob, s_ot, s_oh, seq,
+    H: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, HAS_DLSE: tl.constexpr,
+):  # fmt: skip
+    """delta `[batch, H, seq]` = rowsum(dout * out) - dlse, which softmax backward subtracts from dP."""
+    i_b, i_h = tl.program_id(1) // H, (tl.program_id(1) % H).to(tl.int64)
+    o_b = i_b.to(tl.int64)
+    o_m, o_dv = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, BDV)
+    m_m = o_m < seq
+    mask = m_m[:, None] & (o_dv < DV)
+    o_m64 = o_m.to(tl.int64)[:, None]
+    b_do = tl.load(p_do + o_b * s_dob + i_h * s_doh + o_m64 * s_dot + o_dv, mask=mask, other=0.0)  # [BM, BDV]
+    b_o = tl.load(p_o + o_b * s_ob + i_h * s_oh + o_m64 * s_ot + o_dv, mask=mask, other=0.0)  # [BM, BDV]
+    delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
+    o_row = (o_b * H + i_h) * seq + o_m
+    if HAS_DLSE:
+        delta -= tl.load(p_dlse + o_row, mask=m_m, other=0.0)
+    tl.store(p_delta + o_row, delta, mask=m_m)
+
+
+def launch_delta(dout: Tensor, out: Tensor, dlse: Tensor | None, delta: Tensor) -> None:
+    """Writes `delta`, contiguous `[batch, heads, seq]`, of dout and out `[batch, seq, heads, v_head_dim]`."""
+    batch, seq, heads, dim = out.shape
+    s2_bwd_kernel_delta[(-(-seq // _DELTA_ROWS), batch * heads)](
+        p_do=dout, **strides("do", dout), p_o=out, **strides("o", out), p_delta=delta,
+        p_dlse=dlse if dlse is None else dlse.contiguous(), HAS_DLSE=dlse is not None,
+        seq=seq, H=heads, DV=dim, BDV=padded(dim), BM=_DELTA_ROWS, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+@triton.jit
+def _add_dq(
+    dq, lse, delta, b_q, b_do, p_k, p_v, m_n, m_d, m_dv, mask, scale,
+    MASKED: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """Adds what one tile of keys contributes to dQ [BM, BD], without the softmax scale. lse is in base 2."""
+    b_k = tl.load(p_k, mask=m_n[:, None] & m_d[None, :], other=0.0)  # [BN, BD]
+    b_v = tl.load(p_v, mask=m_n[:, None] & m_dv[None, :], other=0.0)  # [BN, BDV]
+    qk = tl.dot(b_q, tl.trans(b_k), input_precision=PREC) * scale  # [BM, BN]
+    p = tl.exp2(qk - lse[:, None])
+    if MASKED:
+        p = tl.where(mask, p, 0.0)
+    dp = tl.dot(b_do, tl.trans(b_v), input_precision=PREC)  # [BM, BN]
+    ds = p * (dp - delta[:, None])
+    return dq + tl.dot(ds.to(b_k.dtype), b_k, input_precision=PREC)
+
+
+@triton.jit
+def s2_bwd_kernel_dq(
+    p_q, p_k, p_v, p_ks, p_vs, p_do, p_dq, p_prev, p_lse, p_delta, p_heads, p_starts, p_list, p_tiles,
+    s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, s_ksb, s_kst, s_ksh, s_vsb, s_vst, s_vsh,
+    s_dob, s_dot, s_doh, s_dqb, s_dqt, s_dqh, s_lb, s_lh, seq_q, q_start, k_start, window, sinks, scale,
+    num_blocks,
+    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
+    BDV: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SHARD: tl.constexpr,
+    WINDOW: tl.constexpr, RESUME: tl.constexpr, COMPACT: tl.constexpr, CSR: tl.constexpr,
+    PACKED: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """dQ `[batch, seq_q, H, D]`. With RESUME p_prev is p_dq."""
+    i_m, i_b, i_h, i_g, doc, seq_q = query_program(p_tiles, seq_q, H, GROUP, PACKED)
+    first, stride = tl.load(p_heads + 4 * i_g), tl.load(p_heads + 4 * i_g + 1)
+    o_b = i_b.to(tl.int64)
+    p_q += o_b * s_qb + doc * s_qt + i_h * s_qh
+    p_k += o_b * s_kb + (doc - k_start) * s_kt + i_g * s_kh
+    p_v += o_b * s_vb + (doc - k_start) * s_vt + i_g * s_vh
+    if COMPACT:
+        shard_start = tl.load(p_heads + 4 * i_g + 2).to(tl.int64)
+        p_ks += o_b * s_ksb + shard_start * s_kst
+        p_vs += o_b * s_vsb + shard_start * s_vst
+    else:
+        p_ks += o_b * s_ksb + doc * s_kst + i_g * s_ksh
+        p_vs += o_b * s_vsb + doc * s_vst + i_g * s_vsh
+    p_dq += o_b * s_dqb + doc * s_dqt + i_h * s_dqh
+    p_lse += o_b * s_lb + i_h * s_lh + doc
+
+    o_d, o_dv = tl.arange(0, BD), tl.arange(0, BDV)
+    m_d, m_dv = o_d < D, o_dv < DV
+    # Tiles are aligned to absolute positions, so that one of at most BLOCK rows lies in one block.
+    tile = (q_start // BM + i_m) * BM
+    pos = tile + tl.arange(0, BM)
+    o_m = pos - q_start
+    o_m64 = o_m.to(tl.int64)[:, None]
+    m_m = (o_m >= 0) & (o_m < seq_q)
+    b_q = tl.load(p_q + o_m64 * s_qt + o_d, mask=m_m[:, None] & m_d, other=0.0)  # [BM, BD]
+    p_do += o_b * s_dob + doc * s_dot + i_h * s_doh
+    b_do = tl.load(p_do + o_m64 * s_dot + o_dv, mask=m_m[:, None] & m_dv, other=0.0)  # [BM, BDV]
+    p_delta += o_b * s_lb + i_h * s_lh + doc
+    lse = tl.load(p_lse + o_m, mask=m_m, other=0.0) * LOG2_E  # [BM]
+    delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)  # [BM]
+    dq = tl.zeros([BM, BD], tl.float32)
+    if RESUME:
+        p_prev += o_b * s_dqb + doc * s_dqt + i_h * s_dqh
+        dq = tl.load(p_prev + o_m64 * s_dqt + o_d, mask=m_m[:, None] & m_d, other=0.0)
+        dq *= LOG2_E / scale
+
+    start = tl.maximum(tile, q_start)
+    stop = tl.minimum(tile + BM, q_start + seq_q)
+    row0, row1 = start // BLOCK, (stop - 1) // BLOCK
+    low = tl.maximum(0, row0 - window + 1)  # first block of the first row's window
+
+    p_list, seen, tokens = shard_run(
+        p_starts, p_list, i_g, row0, row1, low, first, stride, sinks, window, num_blocks,
+        BLOCK, SHARD, WINDOW, CSR,
+    )  # fmt: skip
+    whole = seen // BN * BN
+    for i_n in range(0, whole, BN):
+        t = shard_tile(i_n, p_list, first, stride, sinks, BLOCK, BN, COMPACT, CSR)
+        dq = _add_dq(
+            dq, lse, delta, b_q, b_do, p_ks + t[:, None] * s_kst + o_d, p_vs + t[:, None] * s_vst + o_dv,
+            t >= 0, m_d, m_dv, None, scale, False, PREC,
+        )  # fmt: skip
+    if BN > BLOCK or not WINDOW:
+        for i_n in tl.range(whole, tokens, BN, num_stages=1):
+            index = i_n + tl.arange(0, BN)
+            m_n = index < tokens
+            t = shard_tail_tile(index, m_n, p_list, first, stride, sinks, BLOCK, COMPACT, CSR)
+            mask = m_n[None, :]
+            if not WINDOW:
+                block = shard_block(index // BLOCK, first, stride, sinks)
+                mask = mask & (block[None, :] <= pos[:, None] // BLOCK - window)
+            dq = _add_dq(
+                dq, lse, delta, b_q, b_do, p_ks + t[:, None] * s_kst + o_d,
+                p_vs + t[:, None] * s_vst + o_dv, m_n, m_d, m_dv, mask, scale, True, PREC,
+            )  # fmt: skip
+
+    if WINDOW:
+        low, left, inner = window_run(row0, row1, low, window, BLOCK, BN)
+        for i_n in range(left, inner, BN):
+            t = (i_n + tl.arange(0, BN)).to(tl.int64)
+            dq = _add_dq(
+                dq, lse, delta, b_q, b_do, p_k + t[:, None] * s_kt + o_d, p_v + t[:, None] * s_vt + o_dv,
+                t >= 0, m_d, m_dv, None, scale, False, PREC,
+            )  # fmt: skip
+        # The masked tiles on both sides of these, in one loop.
+        before = (left - low + BN - 1) // BN
+        after = (stop - inner + BN - 1) // BN
+        for i in range(before + after):
+            base = tl.where(i < before, low + i * BN, inner + (i - before) * BN)
+            end = tl.where(i < before, left, stop)
+            key = base + tl.arange(0, BN)
+            m_n = key < end
+            mask = window_mask(pos, key, first, stride, sinks, window, BLOCK, SHARD) & m_n[None, :]
+            t = key.to(tl.int64)
+            dq = _add_dq(
+                dq, lse, delta, b_q, b_do, p_k + t[:, None] * s_kt + o_d, p_v + t[:, None] * s_vt + o_dv,
+                m_n, m_d, m_dv, mask, scale, True, PREC,
+            )  # fmt: skip
+
+    b_dq = dq * (scale / LOG2_E)
+    tl.store(p_dq + o_m64 * s_dqt + o_d, b_dq.to(p_dq.dtype.element_ty), mask=m_m[:, None] & m_d)
+
+
+def launch_dq(
+    args: KernelArgs,
+    dout: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    dq: Tensor,
+    source: str | None = None,
+    resume: bool = False,
+) -> None:
+    """Writes `dq` `[batch, seq_q, heads, head_dim]`.
+
+    Args:
+        lse, delta: `[batch, heads, seq_q]`, of equal strides.
+        source: "window" or "shard" for what comes through that source alone; None for both.
+        resume: add to what is in `dq`.
+    """
+    tiles = args.tiles("dq")
+    programs = args.query_programs(tiles.rows)
+    batch, _, heads, _ = args.q.shape
+    s2_bwd_kernel_dq[(len(programs), batch * heads)](
+        **args.query_args, **args.window_args, **args.shard_args, **args.list_args(), **args.pattern_args,
+        p_do=dout, **strides("do", dout), p_dq=dq, **strides("dq", dq), p_prev=dq if resume else None,
+        p_lse=lse, p_delta=delta, **strides("l", lse, "bh"), H=heads, GROUP=args.group,
+        SHARD=source != "window", WINDOW=source != "shard", RESUME=resume,
+        **args.program_args(programs), **args.tile_args(tiles),
+    )  # fmt: skip

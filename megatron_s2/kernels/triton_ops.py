@@ -1,0 +1,176 @@
+"""The Triton kernels as torch custom operators: forward and backward, autograd and FLOP counts.
+
+The operators take the pattern as integers, and an arbitrary mask as tables on the device, so that
+`torch.compile`, activation checkpointing and the FLOP counter see one opaque call of known shapes and cost.
+They are registered when this module is imported, because PyTorch's FLOP counter looks them up before the
+first call. Triton and the kernels are imported by the first call.
+
+Arguments in the schema of both operators:
+
+    starts, blocks  `mask_tables` of an arbitrary mask, or None
+    pattern         `KernelPattern.encode()`
+    pairs           visible query-key pairs of an arbitrary mask over all documents and KV heads; 0 for an S2
+                    pattern, whose pairs follow from `pattern`
+    edges           start and stop of each packed document, one after another; empty where nothing is packed
+    tuning          `Tuning.encode()`; empty to measure. Measuring happens inside the operator, into which
+                    `torch.compile` does not look
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from megatron_s2.kernels.numerics import sink_gradient
+from megatron_s2.kernels.triton_pattern import KernelPattern
+from megatron_s2.kernels.tuning import Tuning
+from megatron_s2.pattern.block_pattern import AttentionFlops, attention_flops
+
+if TYPE_CHECKING:
+    from megatron_s2.kernels.triton_args import KernelArgs
+
+
+@torch.library.custom_op("megatron_s2::attention_forward", mutates_args=())
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink_logits: Tensor | None,
+    starts: Tensor | None,
+    blocks: Tensor | None,
+    pattern: list[int],
+    pairs: int,
+    scale: float,
+    edges: list[int],
+    q_start: int,
+    tuning: list[int],
+) -> tuple[Tensor, Tensor]:
+    """out `[batch, seq, heads, v_head_dim]` and float32 lse `[batch, heads, seq]`."""
+    out = q.new_empty(*q.shape[:-1], v.shape[-1])
+    lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
+    if out.numel():
+        from megatron_s2.kernels.triton_autotune import with_tuning
+        from megatron_s2.kernels.triton_forward import launch_forward
+
+        def launch(args: KernelArgs) -> None:
+            launch_forward(args, out, lse, sink_logits)
+
+        args = _kernel_args(q, k, v, starts, blocks, pattern, scale, edges, q_start, tuning)
+        launch(with_tuning(args, "forward", launch))
+    return out, lse
+
+
+@attention_forward.register_fake
+def _(q, k, v, sink_logits, starts, blocks, pattern, pairs, scale, edges, q_start, tuning):
+    out = q.new_empty(*q.shape[:-1], v.shape[-1])
+    return out, q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
+
+
+@torch.library.custom_op("megatron_s2::attention_backward", mutates_args=())
+def attention_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    starts: Tensor | None,
+    blocks: Tensor | None,
+    pattern: list[int],
+    pairs: int,
+    scale: float,
+    edges: list[int],
+    q_start: int,
+    tuning: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv, and delta `[batch, heads, seq]` = rowsum(dout * out) - dlse."""
+    dq, delta = torch.empty_like(q), torch.empty_like(lse)
+    dk, dv = torch.empty_like(k), torch.empty_like(v)
+    if not q.numel():
+        return dq, dk.zero_(), dv.zero_(), delta
+    from megatron_s2.kernels.triton_autotune import with_tuning
+    from megatron_s2.kernels.triton_dkv import launch_dkv
+    from megatron_s2.kernels.triton_dq import launch_delta, launch_dq
+
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    launch_delta(dout, out, dlse, delta)
+    args = _kernel_args(q, k, v, starts, blocks, pattern, scale, edges, q_start, tuning)
+    launches = {
+        "dq": lambda args: launch_dq(args, dout, lse, delta, dq),
+        "dkv": lambda args: launch_dkv(args, dout, lse, delta, dk, dv),
+    }
+    for kernel, launch in launches.items():
+        launch(with_tuning(args, kernel, launch))
+    return dq, dk, dv, delta
+
+
+@attention_backward.register_fake
+def _(dout, dlse, q, k, v, out, lse, starts, blocks, pattern, pairs, scale, edges, q_start, tuning):
+    return tuple(torch.empty_like(x) for x in (q, k, v, lse))
+
+
+def _kernel_args(q, k, v, starts, blocks, pattern, scale, edges, q_start, tuning) -> KernelArgs:
+    from megatron_s2.kernels.triton_args import KernelArgs
+
+    return KernelArgs(
+        q, k, v, KernelPattern.decode(pattern), scale, packed=_documents(edges), q_start=q_start,
+        tuning=Tuning.decode(tuning) if tuning else None, mask=None if starts is None else (starts, blocks),
+    )  # fmt: skip
+
+
+def _documents(edges: list[int]) -> tuple[tuple[int, int], ...]:
+    return tuple(zip(edges[::2], edges[1::2]))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Autograd.
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, pattern, pairs, scale, edges, q_start, tuning = inputs
+    ctx.constants = pattern, pairs, scale, edges, q_start, tuning
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, dlse):
+    q, k, v, sink_logits, starts, blocks, out, lse = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
+    dq, dk, dv, delta = torch.ops.megatron_s2.attention_backward(
+        dout, dlse, q, k, v, out, lse, starts, blocks, *ctx.constants
+    )
+    dsinks = None if sink_logits is None else sink_gradient(sink_logits, lse, delta)
+    return dq, dk, dv, dsinks, *[None] * 8
+
+
+attention_forward.register_autograd(_backward, setup_context=_save)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# FLOPs of visible pairs. `torch.utils.flop_counter` passes tensors as their shapes.
+
+
+def _flops(q, k, v, pattern: list[int], pairs: int, edges: list[int], q_start: int) -> AttentionFlops:
+    if not pairs:
+        s2, lengths = KernelPattern.decode(pattern), [b - a for a, b in _documents(edges)]
+        unseen = s2.visible_pairs(q_start)
+        pairs = sum(s2.visible_pairs(length) - unseen for length in lengths or [q_start + q[1]])
+    return attention_flops(q[0] * (q[2] // k[2]) * pairs, q[-1], v[-1])
+
+
+@register_flop_formula(torch.ops.megatron_s2.attention_forward)
+def _forward_flops(
+    q, k, v, sink_logits, starts, blocks, pattern, pairs, scale, edges, q_start, tuning, out_shape
+) -> int:
+    return _flops(q, k, v, pattern, pairs, edges, q_start).forward
+
+
+@register_flop_formula(torch.ops.megatron_s2.attention_backward)
+def _backward_flops(
+    dout, dlse, q, k, v, out, lse, starts, blocks, pattern, pairs, scale, edges, q_start, tuning, out_shape
+) -> int:
+    return _flops(q, k, v, pattern, pairs, edges, q_start).backward

@@ -1,0 +1,94 @@
+"""Block patterns in the form that the Triton kernels take: integers, and tables of an arbitrary mask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from megatron_s2.pattern import BlockMaskPattern, BlockPattern, S2Pattern
+
+
+@dataclass(frozen=True)
+class KernelPattern:
+    """The integers of an `S2Pattern`.
+
+    An arbitrary mask is described as dense heads with a window of one block; its tables say which of the
+    blocks before the diagonal are visible.
+
+    Args:
+        block_size: tokens per block.
+        window: blocks of the window, the diagonal block included.
+        sinks: number of sink blocks.
+        firsts: per KV head, the first block of its shard after the sinks.
+        strides: per KV head, blocks between two blocks of its shard.
+    """
+
+    block_size: int
+    window: int
+    sinks: int
+    firsts: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @classmethod
+    def of(cls, pattern: BlockPattern) -> KernelPattern:
+        heads = range(pattern.num_kv_heads)
+        if not isinstance(pattern, S2Pattern):
+            return cls(pattern.block_size, 1, 0, (0,) * len(heads), (1,) * len(heads))
+        firsts = tuple(pattern.first_strided(g) for g in heads)
+        return cls(
+            pattern.block_size, pattern.local_blocks, pattern.sink_blocks, firsts, tuple(pattern.strides)
+        )
+
+    def encode(self) -> list[int]:
+        """Returns plain integers, which the custom operators take."""
+        heads = [x for head in zip(self.firsts, self.strides) for x in head]
+        return [self.block_size, self.window, self.sinks, *heads]
+
+    @classmethod
+    def decode(cls, code: list[int]) -> KernelPattern:
+        """Returns the pattern that `encode` was called on."""
+        return cls(*code[:3], tuple(code[3::2]), tuple(code[4::2]))
+
+    def shard_tokens(self, query_blocks: int) -> list[int]:
+        """Per KV head, the shard tokens that lie beyond the window of the last of `query_blocks` blocks."""
+        blocks = max(0, query_blocks - self.window)
+        return [
+            self.block_size * (min(blocks, self.sinks) + max(0, -(-(blocks - first) // stride)))
+            for first, stride in zip(self.firsts, self.strides)
+        ]
+
+    def visible_pairs(self, tokens: int) -> int:
+        """Query-key pairs that a sequence of `tokens` tokens sees, over all KV heads."""
+        pattern = S2Pattern(
+            num_kv_heads=len(self.strides),
+            block_size=self.block_size,
+            local_blocks=self.window,
+            vert_stride=self.strides,
+            sink_blocks=self.sinks,
+            phases=tuple(-first % stride for first, stride in zip(self.firsts, self.strides)),
+            warn_lost=False,
+        )
+        return sum(pattern.visible_pairs(tokens))
+
+
+_MASK_TABLES: WeakKeyDictionary[BlockMaskPattern, dict[torch.device, tuple[Tensor, Tensor]]] = (
+    WeakKeyDictionary()
+)
+
+
+def mask_tables(pattern: BlockMaskPattern, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Returns `BlockMaskPattern.past_lists` as tensors on the device: starts and blocks."""
+    on_devices = _MASK_TABLES.setdefault(pattern, {})
+    if device not in on_devices:
+        starts, blocks = pattern.past_lists()
+        on_devices[device] = torch.tensor(starts, device=device), torch.tensor(blocks, device=device)
+    return on_devices[device]
+
+
+def mask_pairs(pattern: BlockMaskPattern, documents: list[tuple[int, int]], q_start: int) -> int:
+    """Visible query-key pairs of all documents and KV heads, for queries from `q_start` on."""
+    before = sum(pattern.visible_pairs(q_start))
+    return sum(sum(pattern.visible_pairs(q_start + b - a)) - before for a, b in documents)
