@@ -41,22 +41,15 @@ _ELEMENTS_PER_BLOCK = 2**16  # of those packages' kernels
 class AdamWSettings:
     """Settings of one step of one parameter group.
 
-    Args:
-        lr: learning rate.
-        betas: decay of the two moments, each in [0, 1).
-        eps: added to the denominator.
-        weight_decay: decoupled weight decay.
-        step: number of this step, from 1.
-
     Raises:
         ValueError: a setting is out of range; the message starts with its name.
     """
 
     lr: float
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = (0.9, 0.999)  # decay of the two moments, each in [0, 1)
     eps: float = 1e-8
     weight_decay: float = 0.0
-    step: int = 1
+    step: int = 1  # number of this step, from 1
 
     def __post_init__(self) -> None:
         for name in ("lr", "eps", "weight_decay"):

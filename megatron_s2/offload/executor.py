@@ -46,6 +46,7 @@ from megatron_s2.offload.state import (
     Parameter,
     ParameterSlice,
     StateStore,
+    SubgroupMemory,
     check_layout,
     slices_of,
 )
@@ -242,12 +243,13 @@ class Executor:
     def _send_gradients(self, subgroup: Subgroup, flushed: GradientSlice) -> None:
         """Submits the copy of what a flush holds of a subgroup to its gradient on the host."""
         start, stop = max(flushed.start, subgroup.start), min(flushed.stop, subgroup.stop)
-        target = self._store.gradient(subgroup)[start - subgroup.start : stop - subgroup.start]
+        memory = self._store[subgroup]
+        target = memory.gradient[start - subgroup.start : stop - subgroup.start]
         source = flushed.source[start - flushed.start : stop - flushed.start]
         copy = partial(self._run_after, flushed.mark, partial(target.copy_, source, non_blocking=True))
         count = self._flushes[subgroup.index]
         self._flushes[subgroup.index] += 1
-        access = (self._store.gradient_buffer(subgroup), _flushed(count), _flushed(count + 1))
+        access = (memory.gradient_buffer, _flushed(count), _flushed(count + 1))
         self._queues.submit("d2h", f"gradients {subgroup.index}", copy, [access])
 
     def _forget_gradients(self) -> None:
@@ -262,11 +264,8 @@ class Executor:
         in_slot = [slot.content for slot in self._store.slots]
         through_gpu = 0
         for subgroup in self._plan.order(step.version):
-            old, new = step.contents(subgroup)
             if subgroup.tier == "gpu":
-                update = partial(self._update_on_device, self._store.state(subgroup), subgroup, step)
-                home = self._store.homes[subgroup.index]
-                self._do(step, "gpu", "update", subgroup, update, (home, old, new), in_gaps=True)
+                self._update_resident(step, subgroup)
                 continue
             if subgroup.tier == "nvme":
                 self._read_record(step, subgroup, in_slot)
@@ -293,14 +292,19 @@ class Executor:
             run = partial(self._run_after, step.mark, run)
         self._queues.submit(queue, f"{what} {subgroup.index}", run, accesses, in_gaps)
 
+    def _update_resident(self, step: _Step, subgroup: Subgroup) -> None:
+        memory = self._store[subgroup]
+        update = partial(self._update_on_device, memory.state, subgroup, step)
+        access = (memory.home, *step.contents(subgroup))
+        self._do(step, "gpu", "update", subgroup, update, access, in_gaps=True)
+
     def _update_through_gpu(self, step: _Step, subgroup: Subgroup, index: int) -> None:
         """Through buffer set `index`: up, updated and down again."""
-        old, new = step.contents(subgroup)
-        away = ("away", *old)
-        state, home = self._store.state(subgroup), self._store.state_buffer(subgroup)
+        memory, (old, new) = self._store[subgroup], step.contents(subgroup)
+        home, away = memory.state_buffer, ("away", *old)
         whole_set, buffer = self._store.sets[index]
         on_gpu = whole_set.cut(0, subgroup.size)
-        copy_up, copy_down = partial(_copy, on_gpu, state), partial(_copy, state, on_gpu)
+        copy_up, copy_down = partial(_copy, on_gpu, memory.state), partial(_copy, memory.state, on_gpu)
         update = partial(self._update_on_device, on_gpu, subgroup, step)
         self._do(step, "h2d", "state", subgroup, copy_up, (home, old, away), (buffer, None, old))
         self._do(step, "gpu", "update", subgroup, update, (buffer, old, new))
@@ -308,17 +312,16 @@ class Executor:
 
     def _update_on_host(self, step: _Step, subgroup: Subgroup) -> None:
         """In place; the weights go up. Gradients of tier `nvme` come down only now."""
-        old, new = step.contents(subgroup)
-        home, buffer = self._store.state_buffer(subgroup), self._store.gradient_buffer(subgroup)
-        gradient, weights = self._store.gradient(subgroup), ("weights", subgroup.index)
+        memory, (old, new) = self._store[subgroup], step.contents(subgroup)
+        home, buffer, weights = memory.state_buffer, memory.gradient_buffer, ("weights", subgroup.index)
         if subgroup.tier == "nvme":
             arrived = _flushed(1)
-            gather = partial(self._gradients.gather, subgroup.start, subgroup.stop, gradient)
+            gather = partial(self._gradients.gather, subgroup.start, subgroup.stop, memory.gradient)
             self._do(step, "d2h", "gradients", subgroup, gather, (buffer, None, arrived))
         else:
             arrived = _flushed(self._flushes[subgroup.index])
-        update = partial(self._update_in_place, subgroup, gradient, step)
-        send = partial(self._send_weights, subgroup, gradient)
+        update = partial(self._update_in_place, memory, subgroup, step)
+        send = partial(self._send_weights, memory, subgroup)
         self._do(step, "cpu", "update", subgroup, update, (home, old, new), (buffer, arrived, weights))
         self._do(step, "h2d", "weights", subgroup, send, (buffer, weights, None))
 
@@ -328,19 +331,19 @@ class Executor:
         Args:
             in_slot: content of each slot once the tasks submitted so far have ended.
         """
-        index, (old, new) = self._store.slot(subgroup), step.contents(subgroup)
-        before, in_slot[index] = in_slot[index], new
+        memory, (old, new) = self._store[subgroup], step.contents(subgroup)
+        before, in_slot[memory.slot] = in_slot[memory.slot], new
         if before != old:
-            load = partial(self._store.tier.load, self._store.record(subgroup))
-            record, slot = self._store.homes[subgroup.index], self._store.slots[index]
-            self._do(step, "nvme_read", "state", subgroup, load, (record, old, old), (slot, before, old))
+            load = partial(self._store.tier.load, memory.record)
+            accesses = (memory.home, old, old), (memory.state_buffer, before, old)
+            self._do(step, "nvme_read", "state", subgroup, load, *accesses)
 
     def _write_record(self, step: _Step, subgroup: Subgroup) -> None:
         """From its slot to NVMe; the slot keeps it until another subgroup comes."""
-        old, new = step.contents(subgroup)
-        store = partial(self._store.tier.store, self._store.record(subgroup))
-        record, slot = self._store.homes[subgroup.index], self._store.state_buffer(subgroup)
-        self._do(step, "nvme_write", "state", subgroup, store, (slot, new, new), (record, old, new))
+        memory, (old, new) = self._store[subgroup], step.contents(subgroup)
+        store = partial(self._store.tier.store, memory.record)
+        accesses = (memory.state_buffer, new, new), (memory.home, old, new)
+        self._do(step, "nvme_write", "state", subgroup, store, *accesses)
 
     # What tasks do
 
@@ -348,19 +351,19 @@ class Executor:
         self._backend.wait(mark)
         run()
 
-    def _update_in_place(self, subgroup: Subgroup, gradient: torch.Tensor, step: _Step) -> None:
-        state = self._store.state(subgroup)
+    def _update_in_place(self, memory: SubgroupMemory, subgroup: Subgroup, step: _Step) -> None:
         for one in self._slices[subgroup.index]:
             a, b = one.start - subgroup.start, one.end - subgroup.start
-            gradient[one.stop - subgroup.start : b].zero_()
-            weights = one.weights_in(gradient[a:b])
+            memory.gradient[one.stop - subgroup.start : b].zero_()
+            gradient = memory.gradient[a:b]
             settings = step.settings[one.group]
-            update_on_cpu(state.cut(a, b), gradient[a:b], weights, settings, step.gradient_scale)
+            weights = one.weights_in(gradient)
+            update_on_cpu(memory.state.cut(a, b), gradient, weights, settings, step.gradient_scale)
 
-    def _send_weights(self, subgroup: Subgroup, gradient: torch.Tensor) -> None:
+    def _send_weights(self, memory: SubgroupMemory, subgroup: Subgroup) -> None:
         for one in self._slices[subgroup.index]:
-            a, b = one.start - subgroup.start, one.end - subgroup.start
-            one.weights.copy_(one.weights_in(gradient[a:b]), non_blocking=True)
+            gradient = memory.gradient[one.start - subgroup.start : one.end - subgroup.start]
+            one.weights.copy_(one.weights_in(gradient), non_blocking=True)
 
     def _update_on_device(self, state: State, subgroup: Subgroup, step: _Step) -> None:
         """On the backend's device, where the state is; gradients are where backward left them."""

@@ -37,18 +37,14 @@ class HazardError(RuntimeError):
 class Buffer:
     """Memory, or a record in a file, that one task at a time uses.
 
-    Args:
-        name: name in messages.
-        content: what the buffer holds; None for nothing of use, `("half", content)` after a failure of the
-            task that would have left `content`.
-        user: the task that is using the buffer.
-        last_task: the latest task submitted that uses the buffer; None once it has ended.
+    Its content is None for nothing of use, and `("half", content)` after a failure of the task that would
+    have left `content`.
     """
 
     name: str
     content: Hashable = None
-    user: str | None = None
-    last_task: Task | None = None
+    user: str | None = None  # the task that is using it
+    last_task: Task | None = None  # the latest task submitted that uses it; None once that has ended
 
 
 # What a task expects in a buffer, and what it leaves there.
@@ -281,12 +277,15 @@ class Queues:
         self._pools[task.queue].submit(self._perform_next, task.queue)
 
     def _perform_next(self, queue: str) -> None:
-        """Runs a queue's next task in a worker, unless it was dropped, and lets its followers begin."""
+        """Runs a queue's next task in a worker, unless all were dropped, and lets its followers begin."""
+        ready = self._ready[queue]
         try:
             with self._lock:
-                task = heapq.heappop(self._ready[queue])
-                if task not in self._unfinished:
+                while ready and ready[0] not in self._unfinished:
+                    heapq.heappop(ready)
+                if not ready:
                     return
+                task = heapq.heappop(ready)
                 _take(task)
         except HazardError as hazard:
             self._fail(hazard)
@@ -350,9 +349,13 @@ def _started_pool(name: str, workers: int, threads: int) -> ThreadPoolExecutor:
 
     pool = ThreadPoolExecutor(workers, name, set_threads)
     started = threading.Barrier(workers + 1)
-    for _ in range(workers):
-        pool.submit(started.wait)
-    started.wait()
+    try:
+        for _ in range(workers):
+            pool.submit(started.wait)
+        started.wait()
+    except BaseException:
+        started.abort()  # or threads that have begun would wait for ever
+        raise
     return pool
 
 

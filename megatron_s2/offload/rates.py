@@ -33,23 +33,14 @@ _WHAT = "offload"
 
 @dataclass(frozen=True)
 class Hardware:
-    """What rates depend on.
+    """What rates depend on."""
 
-    Args:
-        cpu: name of the CPU.
-        cores: number of CPUs that this process may use.
-        gpu: name of the GPU, None without one.
-        torch: version of PyTorch.
-        threads: number of threads of one rank's CPU updates.
-        local_world_size: number of ranks on this node, which share its memory.
-    """
-
-    cpu: str
-    cores: int
-    gpu: str | None
-    torch: str
-    threads: int
-    local_world_size: int
+    cpu: str  # name of the CPU
+    cores: int  # that this process may use
+    gpu: str | None  # name of the GPU, None without one
+    torch: str  # version of PyTorch
+    threads: int  # of one rank's CPU updates
+    local_world_size: int  # ranks on this node, which share its memory
 
     @classmethod
     def detect(cls, threads: int, local_world_size: int = 1) -> Hardware:

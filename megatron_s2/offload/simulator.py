@@ -35,23 +35,15 @@ from megatron_s2.offload.trace import QUEUES, Event
 class Simulation:
     """A simulated step; times in seconds.
 
-    Args:
-        plan: the simulated plan.
-        events: in the order of their starts. The timeline begins with backward where its duration is known,
-            else with what follows it.
-        flush_seconds: time to copy the gradients of the CPU's share to the host.
-        exposed_seconds: the part of `flush_seconds` after backward.
-        update_seconds: duration of the update, which follows.
-        busy: what each queue that was used, and DRAM where it has a rate, did in the update, as a share of
-            what its rate allows.
+    Its timeline begins with backward where its duration is known, else with what follows it.
     """
 
     plan: OffloadPlan
-    events: tuple[Event, ...]
-    flush_seconds: float
-    exposed_seconds: float
+    events: tuple[Event, ...]  # in the order of their starts
+    flush_seconds: float  # to copy the gradients of the CPU's share to the host
+    exposed_seconds: float  # the part of that after backward
     update_seconds: float
-    busy: dict[str, float]
+    busy: dict[str, float]  # used share of the rates of queues and DRAM in the update
 
     @property
     def step_seconds(self) -> float:
@@ -123,26 +115,17 @@ def auto_plan(plan: OffloadPlan, rates: Rates) -> OffloadPlan:
 
 @dataclass(eq=False)
 class _Operation:
-    """Work of a queue.
+    """Work of a queue."""
 
-    Args:
-        index: its place in the plan's order.
-        seconds: duration at full speed.
-        dram: bytes of DRAM traffic.
-        after: operations that come before.
-        takes, frees: pool of which a slot is taken before the start or freed at the end.
-        in_gaps: whether it waits while the queue has other work.
-    """
-
-    index: int
+    index: int  # in the plan's order
     queue: str
     name: str
-    seconds: float
-    dram: float
-    after: tuple[_Operation, ...] = ()
-    takes: str | None = None
-    frees: str | None = None
-    in_gaps: bool = False
+    seconds: float  # at full speed
+    dram: float  # bytes of DRAM traffic
+    after: tuple[_Operation, ...] = ()  # operations that come before
+    takes: str | None = None  # pool of which it takes a slot before its start
+    frees: str | None = None  # pool of which it frees a slot at its end
+    in_gaps: bool = False  # waits while the queue has other work
     start: float = 0.0
     end: float = 0.0
 

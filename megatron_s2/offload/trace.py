@@ -20,20 +20,15 @@ QUEUES = tuple(QUEUE_NAMES)
 
 @dataclass(frozen=True)
 class Event:
-    """A piece of work of one queue.
-
-    Args:
-        queue: one of `QUEUES`.
-        name: kind of work and subgroup: `state 12`, `weights 12`, `gradients 12`, `update 12`.
-        start, end: seconds from the beginning of the timeline.
+    """Work that one queue did.
 
     Raises:
         ValueError: there is no such queue, or the end is before the start.
     """
 
-    queue: str
-    name: str
-    start: float
+    queue: str  # one of `QUEUES`
+    name: str  # kind of work and subgroup: state 12, weights 12, gradients 12, update 12
+    start: float  # seconds from the beginning of the timeline
     end: float
 
     def __post_init__(self) -> None:

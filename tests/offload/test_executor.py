@@ -456,6 +456,24 @@ def test_what_runs_in_gaps_comes_last_and_the_rest_in_turn():
     assert order == [1, 2, 0]
 
 
+def test_a_submission_that_is_interrupted_costs_no_later_task(monkeypatch):
+    """As by Ctrl-C between a task's entry in its queue and the call of the pool."""
+    queues, submit, done = Queues({"cpu": 1}, ThreadBackend()), ThreadPoolExecutor.submit, []
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", interrupt)
+    with pytest.raises(KeyboardInterrupt) as interruption:
+        queues.submit("cpu", "update 0", lambda: done.append(0))
+    queues.abandon(interruption.value)
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", submit)
+    queues.submit("cpu", "update 1", lambda: done.append(1))
+    queues.join()
+    queues.close()
+    assert done == [1]
+
+
 def test_a_chain_of_any_length_is_dropped_at_once():
     """After an error, none of its tasks begins and none is waited for."""
     queues = Queues({"cpu": 1, "gpu": 1}, ThreadBackend())
