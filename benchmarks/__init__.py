@@ -7,7 +7,8 @@ attention            S2 attention against dense attention and others on the same
 attention_profile    kernels and hardware counters of an attention call
 training_step        a whole training step, S2 against dense
 context_parallel     bytes and time of S2 attention on local_ranks, ranks of this machine
-offload              optimizer offload in training, of offload_cases; offload_timeline, one step of it
+offload              optimizer offload in training, of offload_cases; offload_timeline, one step of it;
+                     offload_schedules, other schedules simulated beside ours
 decode               attention of a decoded token over the small cache and over everything
 quickstart           the quickstart's time and losses
 training_process     a Megatron training in a process of its own

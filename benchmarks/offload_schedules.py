@@ -107,7 +107,7 @@ def every(length: int, stride: int) -> list[bool]:
 
 
 def table(simulations: Mapping[str, Simulation], rates: Rates, backward_seconds: float | None = None) -> str:
-    """Returns a table of the schedules, the model's prediction for ours, and the origins of its gain."""
+    """Returns every schedule beside ours as text, with the model's prediction for ours and its gain."""
     ours = simulations[OURS]
     rows = [*zip(*_HEADINGS), *(_row(name, one, ours) for name, one in simulations.items())]
     return "\n".join(
@@ -126,7 +126,7 @@ def table(simulations: Mapping[str, Simulation], rates: Rates, backward_seconds:
 def as_json(
     simulations: Mapping[str, Simulation], rates: Rates, backward_seconds: float | None = None
 ) -> dict:
-    """Returns an entry for each schedule, the rates, and the model's prediction for ours, as JSON values."""
+    """Returns JSON values: an entry for each schedule, the rates, and the model's prediction for ours."""
     ours = simulations[OURS]
     prediction = _prediction(ours, rates, backward_seconds)
     return {
@@ -200,7 +200,7 @@ def _rates_text(rates: Rates, backward_seconds: float | None) -> str:
 
 
 def _gain(ours: Simulation, zero_offload: Simulation) -> str:
-    """The gains of interleaving and of hiding the flush, which are reported apart."""
+    """The gain of ours over ZeRO-Offload: from interleaving, and from hiding the flush of gradients."""
     ratio = zero_offload.update_seconds / ours.update_seconds
     return (
         f"against zero_offload, by interleaving: update {zero_offload.update_seconds:.3f} -> "

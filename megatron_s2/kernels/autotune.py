@@ -1,8 +1,8 @@
 """Autotuning: the fastest of a few tiles is measured once and then read from a file.
 
-Off unless asked for (`tuning="autotune"`), since the bits of a result depend on the tiles. Each choice is a
-cache file of its own. Several ranks may tune at once: the first to finish decides for those of its file
-system, and ranks that cannot see its file may choose otherwise.
+It is off by default (`tuning="autotune"` turns it on), because the bits of a result depend on the tiles. Each
+choice is a cache file of its own. Several ranks may tune at once: the first to finish decides for all ranks
+that share its file system; other ranks may choose differently.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Key:
 
     @property
     def file_name(self) -> str:
-        """Differs where the key does."""
+        """Name of the cache file, different for each key."""
         return cache_file_name(self.kernel, asdict(self))
 
 
@@ -73,18 +73,20 @@ class Autotuner:
     def _measured(self, path: Path, key: Key, launch: Callable[[Tiles], None]) -> Tiles:
         seconds = [self._measure(lambda tiles=tiles: launch(tiles)) for tiles in key.candidates]
         best = key.candidates[seconds.index(min(seconds))]
-        if of_another_rank := _read(path, key, warn=False):
-            return of_another_rank
+        if chosen_by_other := _read(path, key, warn=False):
+            return chosen_by_other
         finite = [x if math.isfinite(x) else None for x in seconds]
         write_cache_file(path, {"key": asdict(key), "seconds": finite, "tiles": astuple(best)}, _WHAT)
         return best
 
 
 def _read(path: Path, key: Key, warn: bool = True) -> Tiles | None:
+    """Returns the tiles in a file, or None if there is no file with one of the candidates."""
+
     def parse(content: dict) -> Tiles:
         tiles = Tiles(*content["tiles"])
         if tiles not in key.candidates:
-            raise ValueError(f"{tiles} is none of its candidates")
+            raise ValueError(f"{tiles} is not one of the candidates")
         return tiles
 
     return read_cache_file(path, parse, _WHAT, warn)

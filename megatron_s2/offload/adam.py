@@ -11,9 +11,9 @@ clipping. In float32, each line rounded as it stands (fma rounds once), constant
 
 The Triton kernel does exactly that. So does PyTorch's fused CPU kernel in its vectorised loop, as built for
 x86-64 with AVX2 or AVX-512 (releases 2.11 to 2.15; its source leaves the fma in v to the compiler); other
-builds keep within `rounding_bound`, and `same_bits` finds out. The CPU kernel's scalar tail rounds otherwise;
-slices here are multiples of 64 elements, so that no tail is ever reached, and on one machine the CPU's bits
-are the same however state is cut.
+builds are within a bound (`rounding.py`). The CPU kernel's scalar tail rounds differently; slices here are
+multiples of 64 elements and never reach it, so on one machine the CPU's bits do not depend on how state is
+cut.
 """
 
 from __future__ import annotations
@@ -38,25 +38,18 @@ _ELEMENTS_PER_BLOCK = 2**16  # of those packages' kernels
 
 
 @dataclass(frozen=True)
-class AdamW:
+class AdamWSettings:
     """Settings of one step of one parameter group.
-
-    Args:
-        lr: learning rate.
-        betas: decay of the two moments, each in [0, 1).
-        eps: added to the denominator.
-        weight_decay: decoupled.
-        step: number of this step, from 1.
 
     Raises:
         ValueError: a setting is out of range; the message starts with its name.
     """
 
     lr: float
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = (0.9, 0.999)  # decay of the two moments, each in [0, 1)
     eps: float = 1e-8
     weight_decay: float = 0.0
-    step: int = 1
+    step: int = 1  # number of this step, from 1
 
     def __post_init__(self) -> None:
         for name in ("lr", "eps", "weight_decay"):
@@ -69,7 +62,7 @@ class AdamW:
 
 
 class State(NamedTuple):
-    """The float32 state of a flat slice, all of one size and on one device."""
+    """The float32 state of a flat slice: tensors of one size on one device."""
 
     master: torch.Tensor
     exp_avg: torch.Tensor
@@ -81,21 +74,25 @@ class State(NamedTuple):
 
 
 def check_gradient_scale(scale: float) -> None:
-    """Raise ValueError where `scale`, in float32, is not positive and finite."""
+    """Raises ValueError where `scale`, in float32, is not positive and finite."""
     if not 0 < torch.tensor(scale, dtype=torch.float32).item() < math.inf:
         raise ValueError(f"gradient_scale {scale}: must be positive and finite; skip the step instead")
 
 
 def update_on_cpu(
-    state: State, gradient: torch.Tensor, weights: torch.Tensor, settings: AdamW, gradient_scale: float = 1.0
+    state: State,
+    gradient: torch.Tensor,
+    weights: torch.Tensor,
+    settings: AdamWSettings,
+    gradient_scale: float = 1.0,
 ) -> None:
-    """One step of a slice by PyTorch's fused CPU kernel, and the masters rounded into `weights`.
+    """Updates a slice with PyTorch's fused CPU kernel and rounds the masters into `weights`.
 
     Args:
         state: `[padded]` each, changed in place; padded is a multiple of `ALIGNMENT`.
         gradient: `[padded]` float32, divided by the scale in place; zeros beyond the weights.
-        weights: `[n]` of any float dtype, n <= padded. May lie in the memory of `gradient`, from its
-            beginning: what overwrites a gradient comes after its use.
+        weights: `[n]` of any float dtype, n <= padded. May begin where `gradient` does: a gradient is
+            overwritten after its use.
         gradient_scale: what gradients are divided by: the loss scale over the clip coefficient.
 
     Raises:
@@ -130,13 +127,17 @@ def update_on_cpu(
 
 
 def update_on_gpu(
-    state: State, gradient: torch.Tensor, weights: torch.Tensor, settings: AdamW, gradient_scale: float = 1.0
+    state: State,
+    gradient: torch.Tensor,
+    weights: torch.Tensor,
+    settings: AdamWSettings,
+    gradient_scale: float = 1.0,
 ) -> None:
-    """The same step by the Triton kernel, on the current stream.
+    """Updates a slice with the Triton kernel, on the current stream.
 
     Args:
         state: `[n]` each, contiguous, changed in place.
-        gradient: `[n]` of any float dtype, contiguous, left as it is.
+        gradient: `[n]` of any float dtype, contiguous, not changed.
         weights: `[n]` of any float dtype, contiguous, written.
         settings, gradient_scale: as for `update_on_cpu`.
 
@@ -150,7 +151,7 @@ def update_on_gpu(
             raise ValueError(f"slice of {size} elements: must be contiguous and of one size, not {x.shape}")
     if not size:
         return
-    constants = Constants.of(settings, gradient_scale)
+    constants = KernelConstants.of(settings, gradient_scale)
     grid = ((size + BLOCK - 1) // BLOCK,)
     _kernel()[grid](
         *(*state, gradient, weights, size, *constants[:-3]),
@@ -164,10 +165,10 @@ def update_on_gpu(
 
 
 def fused_update(package: str) -> Callable[..., None]:
-    """The GPU's update by another package's fused Adam, called as `update_on_gpu` is.
+    """Returns an update like `update_on_gpu` with another package's fused Adam.
 
-    Its order of operations is its own: results then depend on what the GPU updates, within rounding. It takes
-    a scaled float32 copy of each piece of gradients.
+    That has its own order of operations, so results depend on what the GPU updates, within rounding. It takes
+    a scaled float32 copy of the gradients.
 
     Args:
         package: `transformer_engine` or `apex`.
@@ -182,7 +183,11 @@ def fused_update(package: str) -> Callable[..., None]:
         raise ValueError(f"--s2-offload-gpu-adam {package}: cannot be used here: {error}") from None
 
     def update(
-        state: State, gradient: torch.Tensor, weights: torch.Tensor, settings: AdamW, gradient_scale: float
+        state: State,
+        gradient: torch.Tensor,
+        weights: torch.Tensor,
+        settings: AdamWSettings,
+        gradient_scale: float,
     ) -> None:
         check_gradient_scale(gradient_scale)
         scaled = gradient.float() / gradient_scale
@@ -198,8 +203,8 @@ def fused_update(package: str) -> Callable[..., None]:
     return update
 
 
-class Constants(NamedTuple):
-    """What the kernel is given, computed in double as the CPU's does; a launch rounds it to float32."""
+class KernelConstants(NamedTuple):
+    """Arguments of the kernel, computed in float64 as for the CPU's; a launch rounds them to float32."""
 
     gradient_scale: float
     decay: float
@@ -214,8 +219,8 @@ class Constants(NamedTuple):
     from_mean: bool
 
     @classmethod
-    def of(cls, settings: AdamW, gradient_scale: float) -> Constants:
-        """Those of a step."""
+    def of(cls, settings: AdamWSettings, gradient_scale: float) -> KernelConstants:
+        """The constants of a step."""
         beta1, beta2 = settings.betas
         weight = float(torch.tensor(1 - beta1, dtype=torch.float32))
         from_mean = weight < 0.5
@@ -232,102 +237,6 @@ class Constants(NamedTuple):
             settings.weight_decay != 0,
             from_mean,
         )
-
-
-def rounding_bound(
-    state: State, gradient: torch.Tensor, settings: AdamW, gradient_scale: float = 1.0
-) -> tuple[State, State]:
-    """One step in float64, and how far a step in float32 may be from it.
-
-    The bound holds for any order of the formula's operations, with or without fma, if each is rounded to
-    nearest. A rounding, of a constant too, is at most u = 2^-24 of a magnitude M that is not below the
-    result's, where what is below the smallest normal number counts as that number:
-
-        m    5 roundings, bound  6 u M, M = |m| + |g|
-        v    6 roundings, bound  7 u M, M = v after the step
-        p   16 roundings, bound 17 u M, M = |p| + lr / (1 - beta1^step) (|m| + |g|) / denominator
-
-    The 16 are those of the change of p: 5 of m, 7 of the denominator, 3 of its own and the sum with p. What
-    a bound has to spare is for products of roundings. Two implementations differ by at most twice the bound.
-
-    Args:
-        state: `[n]` each, float32, before the step; left as it is.
-        gradient: `[n]` float32, left as it is.
-        settings: with eps >= 1e-12, so that no denominator vanishes.
-        gradient_scale: as for `update_on_cpu`.
-
-    Returns:
-        float64 `[n]` each: the state after the step, and its bounds.
-    """
-    p, m, v = (x.double() for x in state)
-    g = gradient.double() / gradient_scale
-    beta1, beta2 = settings.betas
-    size = settings.lr / (1 - beta1**settings.step)
-    smallest = torch.finfo(torch.float32).tiny
-    sum_of_terms = m.abs() + g.abs() + smallest
-    m = beta1 * m + (1 - beta1) * g
-    v = beta2 * v + (1 - beta2) * g.square()
-    denominator = v.sqrt() / math.sqrt(1 - beta2**settings.step) + settings.eps
-    bound_of_p = 17 * (p.abs() + (size * sum_of_terms + smallest) / denominator)
-    p = p * (1 - settings.lr * settings.weight_decay) - size * m / denominator
-    bounds = (bound_of_p, 6 * sum_of_terms, 7 * (v + smallest))
-    return State(p, m, v), State(*(x * 2.0**-24 for x in bounds))
-
-
-def same_bits(device: torch.device, dtype: torch.dtype = torch.bfloat16, elements: int = 4096) -> bool:
-    """Whether the GPU's update of a sample of slices rounds as this CPU's does, at a few steps.
-
-    Where it does not, results depend on the placement, within `rounding_bound`.
-
-    Args:
-        dtype: of the weights.
-
-    Raises:
-        RuntimeError: the two differ by more than that, or weights are not their masters rounded.
-    """
-    seed = torch.Generator().manual_seed(1)
-    same = True
-    for step, scale in ((1, 1.0), (2, 3.7), (1000, 0.3)):
-        settings = AdamW(1e-3, (0.9, 0.95), 1e-8, 0.1, step)
-        cpu = State(*(torch.randn(elements, generator=seed) for _ in range(3)))
-        cpu.exp_avg_sq.square_()
-        gradient = torch.randn(elements, generator=seed)
-        _, bounds = rounding_bound(cpu, gradient, settings, scale)
-        gpu, on_gpu = State(*(x.to(device, copy=True) for x in cpu)), gradient.to(device, copy=True)
-        weights = [torch.empty(elements, dtype=dtype, device=where) for where in ("cpu", device)]
-        update_on_cpu(cpu, gradient, weights[0], settings, scale)
-        update_on_gpu(gpu, on_gpu, weights[1], settings, scale)
-        gpu = State(*(x.cpu() for x in gpu))
-        for name, x, y, bound in zip(State._fields, cpu, gpu, bounds):
-            excess = ((x.double() - y.double()).abs() / (2 * bound)).max().item()
-            if not excess <= 1:
-                raise RuntimeError(
-                    f"the GPU's AdamW kernel is wrong on this machine: {name} differs from the CPU's by "
-                    f"{excess:.3g} times what rounding can explain; update on the CPU alone with "
-                    "--s2-offload-gpu-fraction 0 --s2-offload-gpu-budget-gb 0, and report it"
-                )
-        if not torch.equal(weights[1].cpu(), gpu.master.to(dtype)):
-            raise RuntimeError(f"the GPU's AdamW kernel rounds masters to {dtype} wrongly; report it")
-        same &= all(torch.equal(x, y) for x, y in zip(cpu, gpu))
-    return same
-
-
-def rounding_note(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str | None:
-    """What a user must know about the placement of updates on this machine; None where no bit depends on it.
-
-    Args:
-        dtype: of the weights.
-
-    Raises:
-        RuntimeError: as `same_bits`.
-    """
-    if same_bits(device, dtype):
-        return None
-    cpu = torch.backends.cpu.get_cpu_capability()
-    return (
-        f"megatron-s2: PyTorch {torch.__version__} rounds AdamW on this CPU ({cpu}) otherwise than the GPU "
-        "does: results depend on --s2-offload-gpu-fraction and the budgets, within rounding"
-    )
 
 
 @cache

@@ -1,19 +1,18 @@
-"""The executor: one optimizer step over a plan, with gradients, state and weights moving while both sides
-update.
+"""The executor: one optimizer step over a plan, on the CPU and on the GPU at once.
 
-During backward `flush` sends the gradients of the CPU's share to the host. `step` then submits, subgroup by
-subgroup in the plan's order, what happens to each on which queue:
+During backward `flush` sends the gradients of the CPU's share to the host. `step` submits the tasks of each
+subgroup, in the plan's order, to one queue per kind of work:
 
-    on the host, by the CPU    d2h gradients (in backward), cpu update, h2d weights
-    on the host, by the GPU    h2d state, gpu update, d2h state          through a buffer set on the GPU
-    resident on the GPU        gpu update
-    on NVMe                    nvme_read state, one of the first two with its ring slot for its place on the
-                               host (gradients come only now), nvme_write state
+    tier    device   tasks
+    host    cpu      d2h gradients (in backward) -> cpu update -> h2d weights
+    host    gpu      h2d state -> gpu update -> d2h state, through a buffer set on the GPU
+    gpu     gpu      gpu update
+    nvme    either   nvme_read state -> as on the host, in a ring slot -> nvme_write state
 
-Each task names the buffers it uses: a subgroup's state where it lies, its gradient on the host (where updated
-weights then wait for their transfer), a buffer set, a ring slot and its gradient. Order follows from that
-(`queues.py`). Model weights and gradients on the device need no buffer: each element of a weight belongs to
-one subgroup, which writes it once, and gradients are only read.
+The order of tasks follows from the buffers that they name (`queues.py`): a subgroup's state where it lies,
+its gradient on the host (in whose memory updated weights wait for their transfer), a buffer set, a ring slot
+and the slot's gradient, which comes down only during the step. Weights and gradients on the device need no
+buffer: each element belongs to one subgroup, which writes the weight once and only reads the gradient.
 
 An update is elementwise and every path does the same operations (`adam.py`), so neither plan, order nor
 subgroup size changes a bit.
@@ -31,7 +30,7 @@ import torch
 
 from megatron_s2.offload.adam import (
     CHUNK,
-    AdamW,
+    AdamWSettings,
     State,
     check_gradient_scale,
     update_on_cpu,
@@ -47,6 +46,7 @@ from megatron_s2.offload.state import (
     Parameter,
     ParameterSlice,
     StateStore,
+    SubgroupMemory,
     check_layout,
     slices_of,
 )
@@ -54,18 +54,19 @@ from megatron_s2.offload.trace import Event
 
 
 class Executor:
-    """Holds a rank's optimizer state and updates it. New state is zero: see `set_masters` and `write`.
+    """Holds a rank's optimizer state, zero at first, and updates it.
 
-    Methods may be called from any thread; all but `flush` return when what they began is done.
+    Methods may be called from any thread; all but `flush` return when what they began is done. After a step
+    that left the state torn, all but `close` raise RuntimeError.
 
     Args:
-        plan: the tier and the device of each subgroup; as many elements as `lay_out` returns.
+        plan: tier and device of each subgroup; as many elements as `lay_out` returns.
         parameters: in the order of their starts, without overlap.
         backend: where the queues work.
         host: memory of the plan's subgroups of tier `host`.
-        tier: tier of the plan's subgroups of tier `nvme`, in order; None without.
+        tier: the plan's subgroups of tier `nvme`, in order; None without.
         cpu_threads: number of threads of one CPU update.
-        gpu_update: update on a GPU; by default the Triton kernel, which rounds as the CPU does.
+        gpu_update: update on a GPU, by default the Triton kernel.
 
     Raises:
         ValueError: plan, parameters and tier do not fit.
@@ -118,20 +119,18 @@ class Executor:
     def flush(self, start: int, stop: int, source: torch.Tensor, after: Awaitable | None = None) -> None:
         """Takes the final gradients of elements `start` to `stop`, which move while the caller goes on.
 
-        Each element of every parameter is flushed once per step, in any order and slices. `step` or `skip`
-        raises errors of the copy.
+        Each element is flushed once per step, in any order and slices. `step` or `skip` raises errors of the
+        copy.
 
         Args:
             start, stop: elements within one parameter.
-            source: `[stop - start]` on the backend's device, of any float dtype, finished on the current
-                stream, or at the end of `after`. Must not change from then until `step` or `skip` has
-                returned.
+            source: `[stop - start]` on the backend's device, of any float dtype; finished on the current
+                stream or at the end of `after`, and not changed before `step` or `skip` has returned.
             after: what finishes the source.
 
         Raises:
-            ValueError: the elements are not within one parameter, have been flushed before, are not as many
-                as gradients, or the source is not contiguous with `after`.
-            RuntimeError: an earlier step broke the state.
+            ValueError: the elements are not within one parameter, were flushed before or are not as many as
+                gradients, or the source is not contiguous with `after`.
         """
         with self._lock:
             self._check_whole()
@@ -148,7 +147,7 @@ class Executor:
                 if subgroup.tier == "host" and subgroup.device == "cpu":
                     self._send_gradients(subgroup, flushed)
 
-    def step(self, settings: Sequence[AdamW], gradient_scale: float = 1.0) -> None:
+    def step(self, settings: Sequence[AdamWSettings], gradient_scale: float = 1.0) -> None:
         """Updates everything from the flushed gradients.
 
         Args:
@@ -158,9 +157,8 @@ class Executor:
         Raises:
             ValueError: settings are missing, the scale is out of range or gradients were not flushed; nothing
                 has changed.
-            RuntimeError: an earlier step broke the state.
             Exception: the error of a queue, once all queues are at rest. A note says whether the state is
-                whole (the step did not happen) or torn; then nothing but `close` works any more.
+                whole (the step did not happen) or torn.
         """
         with self._lock:
             self._check_whole()
@@ -192,6 +190,9 @@ class Executor:
         with self._lock:
             try:
                 self._queues.join()
+            except BaseException as error:
+                self._queues.abandon(error)
+                raise
             finally:
                 self._forget_gradients()
 
@@ -201,7 +202,7 @@ class Executor:
 
         Raises:
             ValueError: no such name or elements.
-            RuntimeError: an earlier step broke the state, or it cannot be read.
+            TierError: state on NVMe cannot be read.
         """
         out = torch.empty(max(stop - start, 0)) if out is None else out
         with self._lock:
@@ -217,7 +218,7 @@ class Executor:
             values: `[n]` of any float dtype, on any device.
 
         Raises:
-            ValueError, RuntimeError: as `read`.
+            ValueError, TierError: as `read`.
         """
         values = values.detach().reshape(-1)
         with self._lock:
@@ -231,11 +232,6 @@ class Executor:
         for p in self._parameters:
             self.write("master", p.start, p.weights)
 
-    def set_weights(self) -> None:
-        """Sets the model's weights to the masters, as after loading."""
-        for p in self._parameters:
-            p.weights.copy_(self.read("master", p.start, p.stop))
-
     def close(self) -> None:
         """Ends the queues and drops all memory and the files on NVMe."""
         self._queues.close()
@@ -247,16 +243,14 @@ class Executor:
     def _send_gradients(self, subgroup: Subgroup, flushed: GradientSlice) -> None:
         """Submits the copy of what a flush holds of a subgroup to its gradient on the host."""
         start, stop = max(flushed.start, subgroup.start), min(flushed.stop, subgroup.stop)
-        target = self._store.gradient(subgroup)[start - subgroup.start : stop - subgroup.start]
+        memory = self._store[subgroup]
+        target = memory.gradient[start - subgroup.start : stop - subgroup.start]
         source = flushed.source[start - flushed.start : stop - flushed.start]
-        before = _flushed(self._flushes[subgroup.index])
+        copy = partial(self._run_after, flushed.mark, partial(target.copy_, source, non_blocking=True))
+        count = self._flushes[subgroup.index]
         self._flushes[subgroup.index] += 1
-        self._queues.submit(
-            "d2h",
-            f"gradients {subgroup.index}",
-            partial(self._run_after, flushed.mark, partial(target.copy_, source, non_blocking=True)),
-            [Access(self._store.gradient_buffer(subgroup), before, _flushed(self._flushes[subgroup.index]))],
-        )
+        access = (memory.gradient_buffer, _flushed(count), _flushed(count + 1))
+        self._queues.submit("d2h", f"gradients {subgroup.index}", copy, [access])
 
     def _forget_gradients(self) -> None:
         self._gradients.clear()
@@ -270,11 +264,8 @@ class Executor:
         in_slot = [slot.content for slot in self._store.slots]
         through_gpu = 0
         for subgroup in self._plan.order(step.version):
-            old, new = step.contents(subgroup)
             if subgroup.tier == "gpu":
-                update = partial(self._update_on_device, self._store.state(subgroup), subgroup, step)
-                home = self._store.homes[subgroup.index]
-                self._do(step, "gpu", "update", subgroup, update, (home, old, new), in_gaps=True)
+                self._update_resident(step, subgroup)
                 continue
             if subgroup.tier == "nvme":
                 self._read_record(step, subgroup, in_slot)
@@ -293,63 +284,66 @@ class Executor:
         what: str,
         subgroup: Subgroup,
         run: Callable[[], object],
-        *accesses: tuple,
+        *accesses: Access,
         in_gaps: bool = False,
     ) -> None:
-        """Submits a task of a subgroup; on the device it comes after what the caller of `step` began.
-
-        Args:
-            accesses: buffer, what the task expects in it, and what it leaves there.
-        """
+        """Submits a task of a subgroup; on the device it comes after what the caller of `step` began."""
         if queue in ON_DEVICE:
             run = partial(self._run_after, step.mark, run)
-        uses = [Access(*access) for access in accesses]
-        self._queues.submit(queue, f"{what} {subgroup.index}", run, uses, in_gaps)
+        self._queues.submit(queue, f"{what} {subgroup.index}", run, accesses, in_gaps)
+
+    def _update_resident(self, step: _Step, subgroup: Subgroup) -> None:
+        memory = self._store[subgroup]
+        update = partial(self._update_on_device, memory.state, subgroup, step)
+        access = (memory.home, *step.contents(subgroup))
+        self._do(step, "gpu", "update", subgroup, update, access, in_gaps=True)
 
     def _update_through_gpu(self, step: _Step, subgroup: Subgroup, index: int) -> None:
-        """Up, updated and down again, through buffer set `index`."""
-        old, new = step.contents(subgroup)
-        away = ("away", *old)
-        state, home = self._store.state(subgroup), self._store.state_buffer(subgroup)
+        """Through buffer set `index`: up, updated and down again."""
+        memory, (old, new) = self._store[subgroup], step.contents(subgroup)
+        home, away = memory.state_buffer, ("away", *old)
         whole_set, buffer = self._store.sets[index]
         on_gpu = whole_set.cut(0, subgroup.size)
-        copy_up, copy_down = partial(_copy, on_gpu, state), partial(_copy, state, on_gpu)
+        copy_up, copy_down = partial(_copy, on_gpu, memory.state), partial(_copy, memory.state, on_gpu)
         update = partial(self._update_on_device, on_gpu, subgroup, step)
         self._do(step, "h2d", "state", subgroup, copy_up, (home, old, away), (buffer, None, old))
         self._do(step, "gpu", "update", subgroup, update, (buffer, old, new))
         self._do(step, "d2h", "state", subgroup, copy_down, (buffer, new, None), (home, away, new))
 
     def _update_on_host(self, step: _Step, subgroup: Subgroup) -> None:
-        """Updated where it is; its weights go up. Gradients of tier `nvme` come down only now."""
-        old, new = step.contents(subgroup)
-        home, buffer = self._store.state_buffer(subgroup), self._store.gradient_buffer(subgroup)
-        gradient, weights = self._store.gradient(subgroup), ("weights", subgroup.index)
+        """In place; the weights go up. Gradients of tier `nvme` come down only now."""
+        memory, (old, new) = self._store[subgroup], step.contents(subgroup)
+        home, buffer, weights = memory.state_buffer, memory.gradient_buffer, ("weights", subgroup.index)
         if subgroup.tier == "nvme":
             arrived = _flushed(1)
-            gather = partial(self._gradients.gather, subgroup.start, subgroup.stop, gradient)
+            gather = partial(self._gradients.gather, subgroup.start, subgroup.stop, memory.gradient)
             self._do(step, "d2h", "gradients", subgroup, gather, (buffer, None, arrived))
         else:
             arrived = _flushed(self._flushes[subgroup.index])
-        update = partial(self._update_in_place, subgroup, gradient, step)
-        send = partial(self._send_weights, subgroup, gradient)
+        update = partial(self._update_in_place, memory, subgroup, step)
+        send = partial(self._send_weights, memory, subgroup)
         self._do(step, "cpu", "update", subgroup, update, (home, old, new), (buffer, arrived, weights))
         self._do(step, "h2d", "weights", subgroup, send, (buffer, weights, None))
 
     def _read_record(self, step: _Step, subgroup: Subgroup, in_slot: list) -> None:
-        """From NVMe into its slot, unless the slot has it still; `in_slot` is what the slots will hold."""
-        index, (old, new) = self._store.slot(subgroup), step.contents(subgroup)
-        before, in_slot[index] = in_slot[index], new
+        """From NVMe into its slot, unless the slot still holds it.
+
+        Args:
+            in_slot: content of each slot once the tasks submitted so far have ended.
+        """
+        memory, (old, new) = self._store[subgroup], step.contents(subgroup)
+        before, in_slot[memory.slot] = in_slot[memory.slot], new
         if before != old:
-            load = partial(self._store.tier.load, self._store.record(subgroup))
-            record, slot = self._store.homes[subgroup.index], self._store.slots[index]
-            self._do(step, "nvme_read", "state", subgroup, load, (record, old, old), (slot, before, old))
+            load = partial(self._store.tier.load, memory.record)
+            accesses = (memory.home, old, old), (memory.state_buffer, before, old)
+            self._do(step, "nvme_read", "state", subgroup, load, *accesses)
 
     def _write_record(self, step: _Step, subgroup: Subgroup) -> None:
         """From its slot to NVMe; the slot keeps it until another subgroup comes."""
-        old, new = step.contents(subgroup)
-        store = partial(self._store.tier.store, self._store.record(subgroup))
-        record, slot = self._store.homes[subgroup.index], self._store.state_buffer(subgroup)
-        self._do(step, "nvme_write", "state", subgroup, store, (slot, new, new), (record, old, new))
+        memory, (old, new) = self._store[subgroup], step.contents(subgroup)
+        store = partial(self._store.tier.store, memory.record)
+        accesses = (memory.state_buffer, new, new), (memory.home, old, new)
+        self._do(step, "nvme_write", "state", subgroup, store, *accesses)
 
     # What tasks do
 
@@ -357,19 +351,19 @@ class Executor:
         self._backend.wait(mark)
         run()
 
-    def _update_in_place(self, subgroup: Subgroup, gradient: torch.Tensor, step: _Step) -> None:
-        state = self._store.state(subgroup)
+    def _update_in_place(self, memory: SubgroupMemory, subgroup: Subgroup, step: _Step) -> None:
         for one in self._slices[subgroup.index]:
             a, b = one.start - subgroup.start, one.end - subgroup.start
-            gradient[one.stop - subgroup.start : b].zero_()
-            weights = one.weights_in(gradient[a:b])
+            memory.gradient[one.stop - subgroup.start : b].zero_()
+            gradient = memory.gradient[a:b]
             settings = step.settings[one.group]
-            update_on_cpu(state.cut(a, b), gradient[a:b], weights, settings, step.gradient_scale)
+            weights = one.weights_in(gradient)
+            update_on_cpu(memory.state.cut(a, b), gradient, weights, settings, step.gradient_scale)
 
-    def _send_weights(self, subgroup: Subgroup, gradient: torch.Tensor) -> None:
+    def _send_weights(self, memory: SubgroupMemory, subgroup: Subgroup) -> None:
         for one in self._slices[subgroup.index]:
-            a, b = one.start - subgroup.start, one.end - subgroup.start
-            one.weights.copy_(one.weights_in(gradient[a:b]), non_blocking=True)
+            gradient = memory.gradient[one.start - subgroup.start : one.end - subgroup.start]
+            one.weights.copy_(one.weights_in(gradient), non_blocking=True)
 
     def _update_on_device(self, state: State, subgroup: Subgroup, step: _Step) -> None:
         """On the backend's device, where the state is; gradients are where backward left them."""
@@ -416,7 +410,7 @@ class Executor:
 class _Step:
     """What the tasks of a step have in common; `version` is the number of steps before it."""
 
-    settings: tuple[AdamW, ...]
+    settings: tuple[AdamWSettings, ...]
     gradient_scale: float
     mark: object
     version: int

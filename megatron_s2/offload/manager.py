@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ import torch
 from megatron_s2.offload.host_memory import available_bytes
 from megatron_s2.offload.optimizer import OffloadedAdamW
 from megatron_s2.offload.queues import AwaitedOnce
-from megatron_s2.offload.session import Context, Session
+from megatron_s2.offload.session import Session
 from megatron_s2.offload.settings import OffloadSettings
 
 if TYPE_CHECKING:
@@ -76,7 +77,8 @@ class OffloadManager:
         local_world_size: int,
         log: Callable[[str], object] = print,
     ) -> None:
-        self._context = Context(settings, rank, local_world_size, log)
+        self._new_session = partial(Session, settings, rank, local_world_size, log)
+        self._rank, self._local_world_size = rank, local_world_size
         self._optimizers: list[OffloadedAdamW] = []
         self._early: dict[torch.nn.Parameter, _Shard] = {}  # parameters whose gradients leave when reduced
         self._scale = _GradientScale()
@@ -157,16 +159,15 @@ class OffloadManager:
         Raises:
             OffloadError: a budget, a directory or this node cannot hold the state.
         """
-        session = Session(
-            self._context,
+        session = self._new_session(
             optimizer.parameters,
             optimizer.elements,
             share=optimizer.elements / sum(one.elements for one in self._optimizers),
             available=self._available,
             flush_in_backward=self._flush_in_backward,
-            traced=self._context.rank == 0 and optimizer is self._optimizers[0],
+            traced=self._rank == 0 and optimizer is self._optimizers[0],
         )
-        self._available -= session.executor.plan.host_bytes * self._context.local_world_size
+        self._available -= session.executor.plan.host_bytes * self._local_world_size
         return session
 
     def close(self) -> None:

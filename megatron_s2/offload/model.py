@@ -42,23 +42,16 @@ _TIE = 1e-9
 class Rates:
     """Rates that the queues of one rank reach while all of them work.
 
-    Args:
-        cpu, gpu: updates, parameters/s.
-        h2d, d2h: transfers from host to GPU and back, bytes/s.
-        dram: reads and writes of host memory together, bytes/s; None where the other rates were measured at
-            the same time and so contain its limit.
-        nvme_read, nvme_write: all directories together, bytes/s; None where there is no NVMe tier.
-
     Raises:
         ValueError: a rate is not a positive number; the message starts with its name.
     """
 
-    cpu: float
+    cpu: float  # updates, parameters/s
     gpu: float
-    h2d: float
+    h2d: float  # transfers from host to GPU, bytes/s
     d2h: float
-    dram: float | None = None
-    nvme_read: float | None = None
+    dram: float | None = None  # reads and writes of host memory, bytes/s; None: the others contain its limit
+    nvme_read: float | None = None  # all directories together, bytes/s; None without an NVMe tier
     nvme_write: float | None = None
 
     def __post_init__(self) -> None:
@@ -69,21 +62,14 @@ class Rates:
 
 @dataclass(frozen=True)
 class Load:
-    """The work of a step, whatever the fraction.
+    """The work of a step, whatever the fraction."""
 
-    Args:
-        host, gpu, nvme: number of parameters whose state lies in each tier.
-        gradient_bytes: bytes of one parameter's gradient on the host.
-        buffer_sets: number of subgroups whose state fits on the GPU while they are updated.
-        reused: number of parameters of tier `nvme` that are still in memory from the previous step.
-    """
-
-    host: int
+    host: int  # parameters in each tier
     gpu: int = 0
     nvme: int = 0
-    gradient_bytes: int = GRADIENT_BYTES
+    gradient_bytes: int = GRADIENT_BYTES  # as in `OffloadPlan`
     buffer_sets: int = BUFFER_SETS
-    reused: int = 0
+    reused: int = 0  # parameters of tier nvme that are still in memory from the previous step
 
     @classmethod
     def of(cls, plan: OffloadPlan) -> Load:
@@ -95,19 +81,12 @@ class Load:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The predicted times of a step, in seconds.
+    """The predicted times of a step, in seconds."""
 
-    Args:
-        fraction: share of the streamed parameters that the GPU updates.
-        limits: time that each queue, the buffer sets and DRAM need; the update lasts as long as the longest.
-        flush_seconds: time to copy the gradients of the CPU's share to the host.
-        exposed_seconds: the part of `flush_seconds` that backward does not hide.
-    """
-
-    fraction: float
-    limits: Mapping[str, float]
-    flush_seconds: float
-    exposed_seconds: float
+    fraction: float  # share of the streamed parameters that the GPU updates
+    limits: Mapping[str, float]  # what each of `LIMIT_NAMES` needs; the update lasts as long as the longest
+    flush_seconds: float  # to copy the gradients of the CPU's share to the host
+    exposed_seconds: float  # the part of that which backward does not hide
 
     @property
     def update_seconds(self) -> float:

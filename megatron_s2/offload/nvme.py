@@ -104,7 +104,6 @@ class NvmeTier:
         except BaseException:
             self._close_files()
             raise
-        self.host_bytes = self._ring.size
 
     def slot_of(self, j: int) -> int:
         """Index of the slot that record j uses."""

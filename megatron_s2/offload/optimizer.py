@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, MutableMapping
 
 import torch
 
-from megatron_s2.offload.adam import AdamW, check_gradient_scale
+from megatron_s2.offload.adam import AdamWSettings, check_gradient_scale
 from megatron_s2.offload.executor import Executor
 from megatron_s2.offload.queues import Awaitable
 from megatron_s2.offload.session import Session
@@ -128,7 +128,7 @@ class OffloadedAdamW(torch.optim.AdamW):
                 self.flush(index, _gradient_of(shard))
         step = self.step_count + 1
         settings = [
-            AdamW(group["lr"], tuple(group["betas"]), group["eps"], group["weight_decay"], step)
+            AdamWSettings(group["lr"], tuple(group["betas"]), group["eps"], group["weight_decay"], step)
             for group in self.param_groups
         ]
         self.build().step(settings, scale)

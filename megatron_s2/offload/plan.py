@@ -44,20 +44,13 @@ class TierSizes(NamedTuple):
 
 @dataclass(frozen=True)
 class Subgroup:
-    """Elements `start` to `stop` of the rank's flat state.
-
-    Args:
-        index: index of the subgroup in the plan.
-        start, stop: elements; start is a multiple of `ALIGNMENT`.
-        tier: where the state lies between steps: `gpu`, `host` or `nvme`.
-        device: what updates it: `cpu` or `gpu`. A subgroup of tier `gpu` is updated there.
-    """
+    """Elements `start` to `stop` of the rank's flat state."""
 
     index: int
-    start: int
+    start: int  # a multiple of `ALIGNMENT`
     stop: int
-    tier: str
-    device: str
+    tier: str  # where the state lies between steps: gpu, host or nvme
+    device: str  # what updates it: cpu or gpu; gpu in tier gpu
 
     @property
     def size(self) -> int:
@@ -67,21 +60,13 @@ class Subgroup:
 
 @dataclass(frozen=True)
 class OffloadPlan:
-    """All subgroups of a rank and the buffers that they pass through. Made by `make_plan`.
+    """All subgroups of a rank and the buffers that they pass through. Made by `make_plan`."""
 
-    Args:
-        subgroup_size: elements of each subgroup but the last.
-        subgroups: in the order of their elements.
-        gradient_bytes: bytes of one parameter's gradient on the host, 4 or 2.
-        buffer_sets: number of subgroups whose state fits on the GPU while they are updated.
-        ring_slots: number of subgroups of tier `nvme` whose state and gradients fit on the host.
-    """
-
-    subgroup_size: int
-    subgroups: tuple[Subgroup, ...]
-    gradient_bytes: int = GRADIENT_BYTES
-    buffer_sets: int = BUFFER_SETS
-    ring_slots: int = RING_SLOTS
+    subgroup_size: int  # elements of each subgroup but the last
+    subgroups: tuple[Subgroup, ...]  # in the order of their elements
+    gradient_bytes: int = GRADIENT_BYTES  # of one parameter's gradient on the host, 4 or 2
+    buffer_sets: int = BUFFER_SETS  # subgroups whose state fits on the GPU while they are updated
+    ring_slots: int = RING_SLOTS  # subgroups of tier nvme whose state and gradients fit on the host
 
     @property
     def elements(self) -> int:

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 
@@ -37,26 +37,18 @@ class HazardError(RuntimeError):
 class Buffer:
     """Memory, or a record in a file, that one task at a time uses.
 
-    Args:
-        name: name in messages.
-        content: what the buffer holds; None for nothing of use, `("half", content)` after a failure of the
-            task that would have left `content`.
-        user: the task that is using the buffer.
-        last_task: the latest task submitted that uses the buffer; None once it has ended.
+    Its content is None for nothing of use, and `("half", content)` after a failure of the task that would
+    have left `content`.
     """
 
     name: str
     content: Hashable = None
-    user: str | None = None
-    last_task: Task | None = None
+    user: str | None = None  # the task that is using it
+    last_task: Task | None = None  # the latest task submitted that uses it; None once that has ended
 
 
-class Access(NamedTuple):
-    """What a task expects in a buffer, and what it leaves there."""
-
-    buffer: Buffer
-    expects: Hashable
-    leaves: Hashable
+# What a task expects in a buffer, and what it leaves there.
+Access = tuple[Buffer, Hashable, Hashable]
 
 
 @dataclass(eq=False)
@@ -229,23 +221,19 @@ class Queues:
             for earlier in self._predecessors(task):
                 earlier.followers.append(task)
                 task.predecessors += 1
-            for access in task.accesses:
-                access.buffer.last_task = task
+            for buffer, _, _ in task.accesses:
+                buffer.last_task = task
             if not task.predecessors:
                 self._enqueue(task)
 
     def join(self) -> None:
-        """Waits until everything submitted has ended.
+        """Waits until everything submitted has ended. `abandon` must follow where the wait is interrupted.
 
         Raises:
             BaseException: the error of the first task that failed, once the tasks that ran beside it have
                 ended; those that had not begun are dropped.
         """
-        try:
-            self._wait()
-        except BaseException as interruption:
-            self.abandon(interruption)
-            raise
+        self._wait()
         with self._lock:
             error, self._error = self._error, None
         if error is not None:
@@ -282,19 +270,22 @@ class Queues:
 
     def _predecessors(self, task: Task) -> set[Task]:
         """Tasks that a new one waits for."""
-        return {access.buffer.last_task for access in task.accesses} & self._unfinished
+        return {buffer.last_task for buffer, _, _ in task.accesses} & self._unfinished
 
     def _enqueue(self, task: Task) -> None:
         heapq.heappush(self._ready[task.queue], task)
         self._pools[task.queue].submit(self._perform_next, task.queue)
 
     def _perform_next(self, queue: str) -> None:
-        """Runs a queue's next task in a worker, unless it was dropped, and lets its followers begin."""
+        """Runs a queue's next task in a worker, unless all were dropped, and lets its followers begin."""
+        ready = self._ready[queue]
         try:
             with self._lock:
-                task = heapq.heappop(self._ready[queue])
-                if task not in self._unfinished:
+                while ready and ready[0] not in self._unfinished:
+                    heapq.heappop(ready)
+                if not ready:
                     return
+                task = heapq.heappop(ready)
                 _take(task)
         except HazardError as hazard:
             self._fail(hazard)
@@ -358,9 +349,13 @@ def _started_pool(name: str, workers: int, threads: int) -> ThreadPoolExecutor:
 
     pool = ThreadPoolExecutor(workers, name, set_threads)
     started = threading.Barrier(workers + 1)
-    for _ in range(workers):
-        pool.submit(started.wait)
-    started.wait()
+    try:
+        for _ in range(workers):
+            pool.submit(started.wait)
+        started.wait()
+    except BaseException:
+        started.abort()  # or threads that have begun would wait for ever
+        raise
     return pool
 
 
@@ -375,8 +370,8 @@ def _take(task: Task) -> None:
             raise HazardError(f"{task}: {buffer.name} is in use by {buffer.user}")
         if buffer.content != expects:
             raise HazardError(f"{task}: {buffer.name} holds {buffer.content}, not {expects} as expected")
-    for access in task.accesses:
-        access.buffer.user = str(task)
+    for buffer, _, _ in task.accesses:
+        buffer.user = str(task)
     task.running = True
 
 

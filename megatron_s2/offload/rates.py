@@ -33,23 +33,14 @@ _WHAT = "offload"
 
 @dataclass(frozen=True)
 class Hardware:
-    """What rates depend on.
+    """What rates depend on."""
 
-    Args:
-        cpu: name of the CPU.
-        cores: number of CPUs that this process may use.
-        gpu: name of the GPU, None without one.
-        torch: version of PyTorch.
-        threads: number of threads of one rank's CPU updates.
-        local_world_size: number of ranks on this node, which share its memory.
-    """
-
-    cpu: str
-    cores: int
-    gpu: str | None
-    torch: str
-    threads: int
-    local_world_size: int
+    cpu: str  # name of the CPU
+    cores: int  # that this process may use
+    gpu: str | None  # name of the GPU, None without one
+    torch: str  # version of PyTorch
+    threads: int  # of one rank's CPU updates
+    local_world_size: int  # ranks on this node, which share its memory
 
     @classmethod
     def detect(cls, threads: int, local_world_size: int = 1) -> Hardware:
@@ -112,7 +103,7 @@ def measure_rates(
     Args:
         threads: number of PyTorch's threads for CPU updates (and copies, where there is no GPU).
         seconds: duration of the measurement.
-        elements: parameters of one update; a copy moves as many float32 values.
+        elements: parameters of one update, a multiple of `ALIGNMENT`; a copy moves as many float32 values.
 
     Raises:
         ValueError: an argument is not positive.
@@ -168,24 +159,12 @@ def _updates(device: torch.device, elements: int) -> Callable[[], object]:
     """Returns a function that updates `elements` parameters and their 16-bit weights."""
     import torch
 
-    master, gradient, exp_avg, exp_avg_sq = (torch.full((elements,), 1e-3, device=device) for _ in range(4))
+    from megatron_s2.offload.adam import AdamWSettings, State, update_on_cpu, update_on_gpu
+
+    *state, gradient = (torch.full((elements,), 1e-3, device=device) for _ in range(4))
     weights = torch.empty(elements, dtype=torch.bfloat16, device=device)
-    step = torch.ones((), device=device)
-
-    def once() -> None:
-        torch._fused_adamw_(
-            *([master], [gradient], [exp_avg], [exp_avg_sq], [], [step]),
-            lr=1e-5,
-            beta1=0.9,
-            beta2=0.95,
-            weight_decay=0.0,
-            eps=1e-8,
-            amsgrad=False,
-            maximize=False,
-        )
-        weights.copy_(master)
-
-    return _on_stream(once, device)
+    update = update_on_cpu if device.type == "cpu" else update_on_gpu
+    return _on_stream(lambda: update(State(*state), gradient, weights, AdamWSettings(lr=1e-5)), device)
 
 
 def _copies(device: torch.device, elements: int, up: bool) -> Callable[[], object]:

@@ -6,11 +6,11 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
-from megatron_s2.offload.adam import AdamW, fused_update, rounding_note, update_on_gpu
+from megatron_s2.offload.adam import AdamWSettings, fused_update, update_on_gpu
 from megatron_s2.offload.executor import Executor
 from megatron_s2.offload.host_memory import check_available
 from megatron_s2.offload.model import Rates
@@ -18,6 +18,7 @@ from megatron_s2.offload.nvme import Bandwidth, NvmeTier, measure_bandwidth
 from megatron_s2.offload.plan import OffloadPlan, make_plan
 from megatron_s2.offload.queues import CudaBackend, ThreadBackend
 from megatron_s2.offload.rates import DRIFT_STEPS, Hardware, cached_rates, drifted
+from megatron_s2.offload.rounding import rounding_note
 from megatron_s2.offload.settings import OffloadSettings
 from megatron_s2.offload.simulator import Simulation, auto_plan, simulate
 from megatron_s2.offload.state import HostBuffer, Parameter
@@ -31,33 +32,14 @@ class OffloadError(ValueError):
     """The settings do not fit this node or model: a budget, a directory, a file."""
 
 
-@dataclass(frozen=True)
-class Context:
-    """What the sessions of one rank have in common.
+class Session:
+    """An optimizer's executor. Its masters are set from the model's weights.
 
     Args:
         settings: the user's choices.
         rank: global rank of this process.
         local_world_size: number of ranks on this node.
         log: function called with each status line.
-    """
-
-    settings: OffloadSettings
-    rank: int
-    local_world_size: int
-    log: Callable[[str], object]
-
-    @property
-    def threads(self) -> int:
-        """Number of threads of this rank's CPU updates."""
-        return self.settings.threads(self.local_world_size)
-
-
-class Session:
-    """An optimizer's executor. Its masters are set from the model's weights.
-
-    Args:
-        context: what it has in common with other sessions.
         parameters: the parameters in the flat state.
         elements: elements of the flat state, padding included.
         share: share of this rank's parameters, and so of its budgets.
@@ -71,18 +53,21 @@ class Session:
 
     def __init__(
         self,
-        context: Context,
+        settings: OffloadSettings,
+        rank: int,
+        local_world_size: int,
+        log: Callable[[str], object],
         parameters: Sequence[Parameter],
         elements: int,
-        *,
         share: float,
         available: int,
         flush_in_backward: bool,
         traced: bool,
     ) -> None:
-        self._context, self._settings = context, context.settings
+        self._settings, self._rank, self._local_world_size, self._log = settings, rank, local_world_size, log
+        self._threads = settings.threads(local_world_size)
         self._flush_in_backward = flush_in_backward
-        self._trace = self._settings.trace if traced else None
+        self._trace = settings.trace if traced else None
         self._seconds: list[float] = []  # of the latest steps
         self._usual: float | None = None
         try:
@@ -91,11 +76,11 @@ class Session:
             of_share = f" (for {share:.0%} of this rank's parameters)" if share < 1 else ""
             raise OffloadError(f"{error}{of_share}") from error
         self._predicted = self._predict()
-        if context.rank == 0:
+        if rank == 0:
             self._report()
         self.executor.set_masters()
 
-    def step(self, settings: Sequence[AdamW], gradient_scale: float) -> None:
+    def step(self, settings: Sequence[AdamWSettings], gradient_scale: float) -> None:
         """Takes a step of the executor; every `STEPS_BETWEEN_CHECKS` steps, checks their durations."""
         begin = time.perf_counter()
         self.executor.step(settings, gradient_scale)
@@ -131,7 +116,7 @@ class Session:
     def _build(
         self, parameters: Sequence[Parameter], elements: int, share: float, available: int
     ) -> Executor:
-        settings, local_world_size = self._settings, self._context.local_world_size
+        settings = self._settings
         plan = make_plan(
             elements,
             settings.gpu_fraction or 0.0,
@@ -146,22 +131,22 @@ class Session:
         self._rates = self._measure(bandwidths) if predicts else None
         if settings.gpu_fraction is None:
             plan = auto_plan(plan, self._rates)
-        check_available(plan.host_bytes, "buffers and ring", local_world_size, available)
+        check_available(plan.host_bytes, "buffers and ring", self._local_world_size, available)
         cuda = torch.cuda.is_available()
-        host = HostBuffer(plan, cuda, local_world_size, available)
+        host = HostBuffer(plan, cuda, self._local_world_size, available)
         tier = None
         if on_nvme:
             shares = [min(b.read, b.write) for b in bandwidths] or None
             tier = NvmeTier(settings.nvme_dirs, on_nvme, plan.ring_slots, shares, pinned=cuda)
         backend = CudaBackend(torch.device("cuda", torch.cuda.current_device())) if cuda else ThreadBackend()
         update = update_on_gpu if settings.gpu_adam == "triton" else fused_update(settings.gpu_adam)
-        return Executor(plan, parameters, backend, host, tier, self._context.threads, update)
+        return Executor(plan, parameters, backend, host, tier, self._threads, update)
 
     def _bandwidths(self) -> list[Bandwidth]:
         return [measure_bandwidth(directory) for directory in self._settings.nvme_dirs]
 
     def _measure(self, bandwidths: Sequence[Bandwidth], remeasure: bool = False) -> Rates:
-        hardware = Hardware.detect(self._context.threads, self._context.local_world_size)
+        hardware = Hardware.detect(self._threads, self._local_world_size)
         rates = cached_rates(hardware, remeasure=remeasure)
         if bandwidths:
             read, write = sum(b.read for b in bandwidths), sum(b.write for b in bandwidths)
@@ -181,10 +166,10 @@ class Session:
                 f"  predicted: {self._predicted.step_seconds:.4g} s a step beyond backward, "
                 f"{self._predicted.bottleneck}"
             )
-        self._context.log("\n".join(lines))
+        self._log("\n".join(lines))
         on_gpu = torch.cuda.is_available() and self._settings.gpu_adam == "triton"
         if on_gpu and (note := rounding_note(torch.device("cuda", torch.cuda.current_device()))):
-            self._context.log(note)
+            self._log(note)
 
     def _write_trace(self, path: str) -> None:
         measured, predicted = self.executor.events, self._predicted.events
@@ -193,7 +178,7 @@ class Session:
         try:
             write_trace(path, {"predicted": predicted, "measured": measured})
         except OSError as error:
-            self._context.log(f"megatron-s2: --s2-offload-trace {path}: not written: {error}")
+            self._log(f"megatron-s2: --s2-offload-trace {path}: not written: {error}")
 
     def _check_drift(self) -> None:
         """Measures and plans again where steps no longer take as long as they used to."""
@@ -208,7 +193,7 @@ class Session:
         self.executor.plan = auto_plan(plan, self._rates)
         self._predicted = self._predict()
         self._usual = None
-        self._context.log(
-            f"megatron-s2: rank {self._context.rank}: optimizer steps drifted; rates measured again, the GPU "
+        self._log(
+            f"megatron-s2: rank {self._rank}: optimizer steps drifted; rates measured again, the GPU "
             f"now updates {self.executor.plan.fraction:.1%}"
         )

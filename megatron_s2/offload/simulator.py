@@ -16,7 +16,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from megatron_s2.offload.model import (
     LIMIT_NAMES,
@@ -35,23 +35,15 @@ from megatron_s2.offload.trace import QUEUES, Event
 class Simulation:
     """A simulated step; times in seconds.
 
-    Args:
-        plan: the simulated plan.
-        events: in the order of their starts. The timeline begins with backward where its duration is known,
-            else with what follows it.
-        flush_seconds: time to copy the gradients of the CPU's share to the host.
-        exposed_seconds: the part of `flush_seconds` after backward.
-        update_seconds: duration of the update, which follows.
-        busy: what each queue that was used, and DRAM where it has a rate, did in the update, as a share of
-            what its rate allows.
+    Its timeline begins with backward where its duration is known, else with what follows it.
     """
 
     plan: OffloadPlan
-    events: tuple[Event, ...]
-    flush_seconds: float
-    exposed_seconds: float
+    events: tuple[Event, ...]  # in the order of their starts
+    flush_seconds: float  # to copy the gradients of the CPU's share to the host
+    exposed_seconds: float  # the part of that after backward
     update_seconds: float
-    busy: dict[str, float]
+    busy: dict[str, float]  # used share of the rates of queues and DRAM in the update
 
     @property
     def step_seconds(self) -> float:
@@ -91,15 +83,18 @@ def simulate(
     if late or backward:
         before += _flush_events(plan, backward, late, flush, flush_in_backward)
 
-    update = _Update(_operations(plan, rates, step), _pools(plan), rates.dram)
-    update.run()
+    operations = _operations(plan, rates, step)
+    seconds = _run(operations, _pools(plan), rates.dram)
     begin = backward + late
-    events = [Event(op.queue, op.name, begin + op.start, begin + op.end) for op in update.operations]
-    busy = {queue: update.busy[queue] / update.now for queue in QUEUES if update.busy[queue]}
+    events = [Event(op.queue, op.name, begin + op.start, begin + op.end) for op in operations]
+    busy: dict[str, float] = dict.fromkeys(QUEUES, 0.0)
+    for op in sorted(operations, key=lambda one: one.end):
+        busy[op.queue] += op.seconds
+    busy = {queue: of_queue / seconds for queue, of_queue in busy.items() if of_queue}
     if rates.dram is not None:
-        busy["dram"] = update.dram_bytes / rates.dram / update.now
+        busy["dram"] = sum(op.dram for op in operations) / rates.dram / seconds
     events = tuple(sorted(before + events, key=lambda event: event.start))
-    return Simulation(plan, events, flush, late, update.now, busy)
+    return Simulation(plan, events, flush, late, seconds, busy)
 
 
 def auto_plan(plan: OffloadPlan, rates: Rates) -> OffloadPlan:
@@ -118,53 +113,43 @@ def auto_plan(plan: OffloadPlan, rates: Rates) -> OffloadPlan:
     return min(plans, key=lambda one: simulate(one, rates).update_seconds)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Operation:
-    """Work of a queue.
+    """Work of a queue."""
 
-    Args:
-        seconds: duration at full speed.
-        dram: bytes of DRAM traffic.
-        after: indices of the operations that come before.
-        takes, frees: pool of which a slot is taken at the start or freed at the end.
-        in_gaps: whether it waits while the queue has other work.
-    """
-
+    index: int  # in the plan's order
     queue: str
     name: str
-    seconds: float
-    dram: float
-    after: tuple[int, ...] = ()
-    takes: str | None = None
-    frees: str | None = None
-    in_gaps: bool = False
+    seconds: float  # at full speed
+    dram: float  # bytes of DRAM traffic
+    after: tuple[_Operation, ...] = ()  # operations that come before
+    takes: str | None = None  # pool of which it takes a slot before its start
+    frees: str | None = None  # pool of which it frees a slot at its end
+    in_gaps: bool = False  # waits while the queue has other work
     start: float = 0.0
     end: float = 0.0
+
+    def __lt__(self, other: _Operation) -> bool:
+        return (self.in_gaps, self.index) < (other.in_gaps, other.index)
 
 
 def _pools(plan: OffloadPlan) -> dict[str, int]:
     """Free slots when the update begins; the ring is full of what the previous step left."""
     on_nvme = sum(s.tier == "nvme" for s in plan.subgroups)
-    return {
-        "buffers": plan.buffer_sets,
-        "ring": plan.ring_slots - min(plan.ring_slots, on_nvme),
-    }
+    return {"buffers": plan.buffer_sets, "ring": plan.ring_slots - min(plan.ring_slots, on_nvme)}
 
 
 def _operations(plan: OffloadPlan, rates: Rates, step: int) -> list[_Operation]:
     operations: list[_Operation] = []
     in_ring = plan.ring_slots
 
-    def add(
-        queue: str, what: str, subgroup: Subgroup, amount: float, dram: float, *after: int, **slots
-    ) -> int:
+    def add(queue: str, what: str, subgroup: Subgroup, amount: float, dram: float, *after, **slots):
         rate = getattr(rates, queue)
         if rate is None:
             raise ValueError("nvme_read and nvme_write: must be given where state lies on NVMe")
-        operations.append(
-            _Operation(queue, f"{what} {subgroup.index}", amount / rate, dram, tuple(after), **slots)
-        )
-        return len(operations) - 1
+        name = f"{what} {subgroup.index}"
+        operations.append(_Operation(len(operations), queue, name, amount / rate, dram, after, **slots))
+        return operations[-1]
 
     for subgroup in plan.order(step):
         size = subgroup.size
@@ -172,7 +157,7 @@ def _operations(plan: OffloadPlan, rates: Rates, step: int) -> list[_Operation]:
         if subgroup.tier == "gpu":
             add("gpu", "update", subgroup, size, 0, in_gaps=True)
             continue
-        there: tuple[int, ...] = ()
+        there: tuple[_Operation, ...] = ()
         if subgroup.tier == "nvme":
             if in_ring:
                 in_ring -= 1
@@ -193,87 +178,60 @@ def _operations(plan: OffloadPlan, rates: Rates, step: int) -> list[_Operation]:
     return operations
 
 
-@dataclass
-class _Update:
-    """Runs operations on their queues; `free` has the free slots of each pool."""
+def _run(operations: Sequence[_Operation], free: dict[str, int], dram: float | None) -> float:
+    """Sets the start and the end of each operation, and returns the end of the last one.
 
-    operations: Sequence[_Operation]
-    free: dict[str, int]
-    dram: float | None
-    now: float = 0.0
-    dram_bytes: float = 0.0
-    busy: dict[str, float] = field(default_factory=lambda: dict.fromkeys(QUEUES, 0.0))
+    Args:
+        free: number of free slots of each pool.
+        dram: rate of host DRAM, bytes/s; None for no limit.
+    """
+    ready: dict[str, list[_Operation]] = {queue: [] for queue in QUEUES}  # heaps
+    without_slot: dict[str, list[_Operation]] = {pool: [] for pool in free}
+    followers: dict[_Operation, list[_Operation]] = {op: [] for op in operations}
+    missing = {op: len(op.after) for op in operations}
+    left: dict[_Operation, float] = {}  # seconds at full speed that each running operation still needs
+    now = 0.0
 
-    def run(self) -> None:
-        operations = self.operations
-        self._ready: dict[str, list[tuple[bool, int]]] = {queue: [] for queue in QUEUES}
-        self._without_slot: dict[str, list[int]] = {pool: [] for pool in self.free}
-        missing = [len(op.after) for op in operations]
-        followers: list[list[int]] = [[] for _ in operations]
-        for index, op in enumerate(operations):
-            for earlier in op.after:
-                followers[earlier].append(index)
-            if not op.after:
-                self._admit(index)
-
-        left: dict[int, float] = {}  # seconds at full speed that each running operation still needs
-        while True:
-            self._start(left)
-            if not left:
-                break
-            for index in self._advance(left):
-                op = operations[index]
-                op.end = self.now
-                self.busy[op.queue] += op.seconds
-                self.dram_bytes += op.dram
-                if op.frees:
-                    self._free_slot(op.frees)
-                for follower in followers[index]:
-                    missing[follower] -= 1
-                    if not missing[follower]:
-                        self._admit(follower)
-
-    def _admit(self, index: int) -> None:
+    def admit(op: _Operation) -> None:
         """Gives an operation whose predecessors are done its slot, or lets it wait for one."""
-        op = self.operations[index]
+        if op.takes and not free[op.takes]:
+            heapq.heappush(without_slot[op.takes], op)
+            return
         if op.takes:
-            if not self.free[op.takes]:
-                heapq.heappush(self._without_slot[op.takes], index)
-                return
-            self.free[op.takes] -= 1
-        heapq.heappush(self._ready[op.queue], (op.in_gaps, index))
+            free[op.takes] -= 1
+        heapq.heappush(ready[op.queue], op)
 
-    def _free_slot(self, pool: str) -> None:
-        self.free[pool] += 1
-        if self._without_slot[pool]:
-            self._admit(heapq.heappop(self._without_slot[pool]))
-
-    def _start(self, left: dict[int, float]) -> None:
-        idle = set(QUEUES) - {self.operations[index].queue for index in left}
-        for queue in idle:
-            if self._ready[queue]:
-                _, index = heapq.heappop(self._ready[queue])
-                self.operations[index].start = self.now
-                left[index] = self.operations[index].seconds
-
-    def _advance(self, left: dict[int, float]) -> list[int]:
-        """Advances to the next end and returns the operations that ended."""
-        speeds = self._speeds(left)
-        until = {index: seconds / speeds[index] for index, seconds in left.items()}
+    for op in operations:
+        for earlier in op.after:
+            followers[earlier].append(op)
+        if not op.after:
+            admit(op)
+    while True:
+        for queue in set(QUEUES) - {op.queue for op in left}:
+            if ready[queue]:
+                op = heapq.heappop(ready[queue])
+                op.start, left[op] = now, op.seconds
+        if not left:
+            return now
+        asked = sum(op.dram / op.seconds for op in left)
+        slowed = 1.0 if dram is None or asked <= dram else dram / asked
+        until = {op: seconds / (slowed if op.dram else 1.0) for op, seconds in left.items()}
         passed = min(until.values())
-        self.now += passed
-        ended = [index for index, seconds in until.items() if seconds <= passed * (1 + 1e-12)]
-        for index in ended:
-            del left[index]
-        for index in left:
-            left[index] -= passed * speeds[index]
-        return ended
-
-    def _speeds(self, left: dict[int, float]) -> dict[int, float]:
-        """Speed of each running operation; 1 unless DRAM is short."""
-        asked = sum(self.operations[index].dram / self.operations[index].seconds for index in left)
-        slowed = 1.0 if self.dram is None or asked <= self.dram else self.dram / asked
-        return {index: slowed if self.operations[index].dram else 1.0 for index in left}
+        now += passed
+        for op, seconds in until.items():
+            if seconds > passed * (1 + 1e-12):
+                left[op] -= passed * (slowed if op.dram else 1.0)
+                continue
+            del left[op]
+            op.end = now
+            if op.frees:
+                free[op.frees] += 1
+                if without_slot[op.frees]:
+                    admit(heapq.heappop(without_slot[op.frees]))
+            for follower in followers[op]:
+                missing[follower] -= 1
+                if not missing[follower]:
+                    admit(follower)
 
 
 def _fraction_of_host(plan: OffloadPlan) -> float:

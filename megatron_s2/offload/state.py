@@ -1,12 +1,12 @@
-"""The optimizer state of one rank: how parameters lie in it, where its subgroups lie, and its gradients.
+"""The optimizer state of one rank: parameters in the flat state, gradients, and the memory of all tiers.
 
-The flat state has the parameters one after another, each beginning at a multiple of `ALIGNMENT`. The plan
-cuts it into subgroups; `StateStore` holds them in their tiers, with the buffers through which they move, and
-gives access to them between steps.
+The flat state holds the parameters one after another, each from a multiple of `ALIGNMENT` on. The plan cuts
+it into subgroups, which `StateStore` keeps in their tiers.
 """
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_right, insort
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,27 +25,20 @@ _ARRAYS = (*State._fields, "gradient")
 
 @dataclass(frozen=True)
 class Parameter:
-    """A model parameter, or the part of one that this rank updates, in the flat state.
+    """A model parameter, or the part of one that this rank updates, in the flat state."""
 
-    Args:
-        start: its first element there, a multiple of `ALIGNMENT`.
-        weights: `[n]`, contiguous, of any float dtype of at most 4 bytes: what the model computes with and a
-            step writes.
-        group: index of its parameter group.
-    """
-
-    start: int
-    weights: torch.Tensor
-    group: int = 0
+    start: int  # first element in the flat state, a multiple of `ALIGNMENT`
+    weights: torch.Tensor  # [n], contiguous, of any float dtype of at most 4 bytes; a step writes them
+    group: int = 0  # index of the parameter group
 
     @property
     def stop(self) -> int:
-        """The end of its elements."""
+        """End of the elements."""
         return self.start + self.weights.numel()
 
     @property
     def end(self) -> int:
-        """The end of the padding that follows its elements."""
+        """End of the padding that follows the elements."""
         return _aligned(self.stop)
 
 
@@ -64,7 +57,7 @@ class ParameterSlice(NamedTuple):
 
 
 def lay_out(weights: Sequence[torch.Tensor], groups: Sequence[int]) -> tuple[list[Parameter], int]:
-    """Returns parameters one after another in the flat state, and its elements, padding included."""
+    """Returns parameters one after another in the flat state, and the elements of that, padding included."""
     starts, elements = aligned_starts([x.numel() for x in weights])
     return [Parameter(*one) for one in zip(starts, weights, groups)], elements
 
@@ -123,7 +116,7 @@ class Gradients:
     Args:
         parameters: in the order of their starts, each with elements.
         device: device of the gradients.
-        wait: lets what the caller begins come after a mark; called before a slice is used.
+        wait: function called with a slice's mark before the slice is used.
     """
 
     def __init__(
@@ -137,7 +130,7 @@ class Gradients:
         return bool(self._slices)
 
     def add(self, start: int, stop: int, source: torch.Tensor, mark: object) -> GradientSlice:
-        """Adds a slice; its source is flat.
+        """Adds gradients `[stop - start]`.
 
         Raises:
             ValueError: the elements are not within one parameter, have arrived already, or are not as many as
@@ -203,11 +196,10 @@ class HostBuffer:
     Args:
         plan: the plan of the subgroups; its gradients must have 4 bytes.
         pinned: as for `HostMemory`.
-        local_world_size: number of ranks of this node that allocate the same.
-        available: bytes that this node can give; what the system says by default.
+        local_world_size, available: as for `check_available`.
 
     Raises:
-        ValueError: the gradients do not have 4 bytes, or the node has less memory than that takes.
+        ValueError: the gradients do not have 4 bytes, or the node has not enough memory.
         RuntimeError: as `HostMemory`.
     """
 
@@ -244,11 +236,24 @@ class HostBuffer:
             self._memory = None
 
 
-class StateStore:
-    """The memory of all tiers, and the buffers by which tasks use it.
+@dataclass(frozen=True)
+class SubgroupMemory:
+    """Where a subgroup's state is, and the buffers by which tasks use that memory."""
 
-    The content of a buffer with the state of subgroup i after v steps is `(i, v)`; while the GPU has that
-    state it is `("away", i, v)`.
+    home: Buffer  # of the state between steps: in memory, or in a record of tier nvme
+    state_buffer: Buffer  # of `state`: the home's, or the ring slot's
+    state: State  # what an update changes in place, or what moves to the GPU and back
+    gradient: torch.Tensor | None = None  # [size], on the host; None in tier gpu
+    gradient_buffer: Buffer | None = None
+    record: int | None = None  # index in tier nvme
+    slot: int | None = None  # index of the ring slot
+
+
+class StateStore:
+    """The memory of all tiers, by subgroup.
+
+    A buffer with the state of subgroup i after v steps has the content `(i, v)`, or `("away", i, v)` while
+    that state is on the GPU.
 
     Args:
         plan: the tier of each subgroup.
@@ -258,8 +263,7 @@ class StateStore:
 
     Attributes:
         version: number of steps so far.
-        sets: memory on the device for the state of one subgroup each, with its buffer.
-        homes: buffer of each subgroup's state between steps; the record of tier `nvme`.
+        sets: memory on the device for the state of one subgroup, and its buffer, for each buffer set.
         slots: buffers of the ring's slots.
 
     Raises:
@@ -269,64 +273,42 @@ class StateStore:
     def __init__(
         self, plan: OffloadPlan, device: torch.device, host: HostBuffer, tier: NvmeTier | None
     ) -> None:
-        on_nvme = [s for s in plan.subgroups if s.tier == "nvme"]
-        if [s.size for s in on_nvme] != list(tier.sizes if tier else ()):
+        on_nvme = [s.size for s in plan.subgroups if s.tier == "nvme"]
+        if on_nvme != list(tier.sizes if tier else ()):
             raise ValueError(f"tier: must be of the plan's {len(on_nvme)} subgroups of tier nvme")
         self._host, self.tier = host, tier
-        self._record = {s.index: j for j, s in enumerate(on_nvme)}
-        self._resident = {
-            s.index: State(*torch.zeros(3, s.size, device=device)) for s in plan.subgroups if s.tier == "gpu"
-        }
         self.version = 0
         self.sets = [
             (State(*torch.empty(3, plan.slot_elements, device=device)), Buffer(f"buffer set {n}"))
             for n in range(plan.buffer_sets)
         ]
-        self.homes = {s.index: Buffer(f"state {s.index}", (s.index, 0)) for s in plan.subgroups}
-        self._gradients = {
-            s.index: Buffer(f"gradients {s.index}") for s in plan.subgroups if s.tier == "host"
-        }
-        slots = range(tier.slots if tier else 0)
-        self.slots = [Buffer(f"ring slot {n}") for n in slots]
-        self._slot_gradients = [Buffer(f"gradients of ring slot {n}") for n in slots]
+        self.slots = [Buffer(f"ring slot {n}") for n in range(tier.slots if tier else 0)]
+        slot_gradients = [Buffer(f"gradients of {slot.name}") for slot in self.slots]
+        self._memory: dict[int, SubgroupMemory] = {}
+        records = itertools.count()
+        for s in plan.subgroups:
+            home = Buffer(f"state {s.index}", (s.index, 0))
+            if s.tier == "gpu":
+                memory = SubgroupMemory(home, home, State(*torch.zeros(3, s.size, device=device)))
+            elif s.tier == "host":
+                memory = SubgroupMemory(home, home, *host[s.index], Buffer(f"gradients {s.index}"))
+            else:
+                slot = tier.slot_of(record := next(records))
+                own = (*tier.slice_of(record), slot_gradients[slot], record, slot)
+                memory = SubgroupMemory(home, self.slots[slot], *own)
+            self._memory[s.index] = memory
         self._unsaved: set[int] = set()  # subgroups that were modified in their slots since they were stored
 
-    def record(self, subgroup: Subgroup) -> int:
-        """Index within the tier of a subgroup of tier `nvme`."""
-        return self._record[subgroup.index]
-
-    def slot(self, subgroup: Subgroup) -> int:
-        """Index of the slot that a subgroup of tier `nvme` uses."""
-        return self.tier.slot_of(self.record(subgroup))
-
-    def state(self, subgroup: Subgroup) -> State:
-        """Memory from which an update takes the state; of tier `nvme` the slot's."""
-        if subgroup.tier == "gpu":
-            return self._resident[subgroup.index]
-        return self._on_host(subgroup).state
-
-    def state_buffer(self, subgroup: Subgroup) -> Buffer:
-        """Buffer of `state`."""
-        return self.slots[self.slot(subgroup)] if subgroup.tier == "nvme" else self.homes[subgroup.index]
-
-    def gradient(self, subgroup: Subgroup) -> torch.Tensor:
-        """Memory for the gradient on the host, float32 `[size]`; of tier `nvme` the slot's."""
-        return self._on_host(subgroup).gradient
-
-    def gradient_buffer(self, subgroup: Subgroup) -> Buffer:
-        """Buffer of `gradient`."""
-        if subgroup.tier == "nvme":
-            return self._slot_gradients[self.slot(subgroup)]
-        return self._gradients[subgroup.index]
+    def __getitem__(self, subgroup: Subgroup) -> SubgroupMemory:
+        return self._memory[subgroup.index]
 
     def views(
         self, plan: OffloadPlan, name: str, start: int, stop: int, modify: bool = False
     ) -> Iterator[tuple[torch.Tensor, int, int]]:
-        """Yields views of elements `start` to `stop` with the first and last element of each, subgroup by
-        subgroup; a view is valid until the next one is asked for.
+        """Yields views of elements of `master`, `exp_avg` or `exp_avg_sq`, each with its first element and
+        its end. A view is valid until the next one is asked for.
 
         Args:
-            name: `master`, `exp_avg` or `exp_avg_sq`.
             modify: whether the caller writes the views.
 
         Raises:
@@ -345,7 +327,7 @@ class StateStore:
                 self._load(subgroup)
                 if modify:
                     self._unsaved.add(subgroup.index)
-            yield getattr(self.state(subgroup), name)[a - subgroup.start : b - subgroup.start], a, b
+            yield getattr(self[subgroup].state, name)[a - subgroup.start : b - subgroup.start], a, b
 
     def save_changes(self) -> None:
         """Stores what was modified through `views`.
@@ -358,30 +340,27 @@ class StateStore:
 
     def torn(self) -> list[int]:
         """Indices of the subgroups whose state or weights a step that failed may have changed."""
-        homes = {index for index, home in self.homes.items() if home.content != (index, self.version)}
-        return sorted(homes.union(*(self._torn_in(slot) for slot in self.slots)))
+        changed = {i for i, memory in self._memory.items() if memory.home.content != (i, self.version)}
+        return sorted(changed.union(*(self._torn_in(slot) for slot in self.slots)))
 
     def forget_step(self) -> None:
         """Forgets the gradients that have arrived, and what a step that failed left in the ring."""
-        sets = (buffer for _, buffer in self.sets)
-        for buffer in (*self._gradients.values(), *self._slot_gradients, *sets):
+        for buffer in (buffer for _, buffer in self.sets):
             buffer.content = None
+        for memory in self._memory.values():
+            if memory.gradient_buffer:
+                memory.gradient_buffer.content = None
         for slot in self.slots:
             if slot.content is not None and slot.content[0] in ("half", "away"):
                 slot.content = None
 
     def close(self) -> None:
         """Drops all memory and the files."""
+        self._memory.clear()
+        self.sets.clear()
         self._host.close()
         if self.tier:
             self.tier.close()
-        self._resident.clear()
-        self.sets.clear()
-
-    def _on_host(self, subgroup: Subgroup) -> HostSlice:
-        if subgroup.tier == "nvme":
-            return self.tier.slice_of(self.record(subgroup))
-        return self._host[subgroup.index]
 
     def _torn_in(self, slot: Buffer) -> set[int]:
         """A download that is missing may follow an update that has written weights; an upload cannot."""
@@ -395,15 +374,16 @@ class StateStore:
 
     def _load(self, subgroup: Subgroup) -> None:
         """Lets the slot of a subgroup hold its state, and the file what the slot held."""
-        slot, wanted = self.slots[self.slot(subgroup)], (subgroup.index, self.version)
+        memory, wanted = self[subgroup], (subgroup.index, self.version)
+        slot = memory.state_buffer
         if slot.content == wanted:
             return
         if slot.content is not None and slot.content[0] in self._unsaved:
             self._save(slot.content[0])
         slot.content = None
-        self.tier.load(self.record(subgroup))
+        self.tier.load(memory.record)
         slot.content = wanted
 
     def _save(self, index: int) -> None:
-        self.tier.store(self._record[index])
+        self.tier.store(self._memory[index].record)
         self._unsaved.discard(index)

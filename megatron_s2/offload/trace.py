@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-# What works side by side. Transfers between host and GPU, updates, transfers between NVMe and host.
-QUEUES = ("h2d", "d2h", "cpu", "gpu", "nvme_read", "nvme_write")
 QUEUE_NAMES = {
     "h2d": "host to GPU",
     "d2h": "GPU to host",
@@ -17,24 +15,20 @@ QUEUE_NAMES = {
     "nvme_read": "NVMe read",
     "nvme_write": "NVMe write",
 }
+QUEUES = tuple(QUEUE_NAMES)
 
 
 @dataclass(frozen=True)
 class Event:
-    """Something that one queue did.
-
-    Args:
-        queue: one of `QUEUES`.
-        name: what was done, then to which subgroup: `state 12`, `weights 12`, `gradients 12`, `update 12`.
-        start, end: seconds from the beginning of the timeline.
+    """Work that one queue did.
 
     Raises:
-        ValueError: no such queue, or an end before the start.
+        ValueError: there is no such queue, or the end is before the start.
     """
 
-    queue: str
-    name: str
-    start: float
+    queue: str  # one of `QUEUES`
+    name: str  # kind of work and subgroup: state 12, weights 12, gradients 12, update 12
+    start: float  # seconds from the beginning of the timeline
     end: float
 
     def __post_init__(self) -> None:
@@ -52,10 +46,7 @@ def span(events: Sequence[Event]) -> float:
 
 
 def busy_shares(events: Sequence[Event]) -> dict[str, float]:
-    """Share of the span in which each queue that has events was busy, in the order of `QUEUES`.
-
-    Events of one queue that overlap count once.
-    """
+    """Share of the span in which each queue that has events was busy; events that overlap count once."""
     whole = span(events)
     shares = {}
     for queue in QUEUES:
@@ -70,18 +61,18 @@ def busy_shares(events: Sequence[Event]) -> dict[str, float]:
 
 
 def of_update(events: Sequence[Event]) -> list[Event]:
-    """Without backward and what gradients do beside it; all of them where there is nothing else."""
+    """Events without those of backward and of gradients; all of them where there are no others."""
     rest = [event for event in events if event.name.split()[0] not in ("backward", "gradients")]
     return rest or list(events)
 
 
 def shifted(events: Sequence[Event], seconds: float) -> list[Event]:
-    """The same, so much later."""
+    """The same events, `seconds` later."""
     return [replace(event, start=event.start + seconds, end=event.end + seconds) for event in events]
 
 
 def bottleneck(events: Sequence[Event]) -> str:
-    """One line that names the busiest queue of the update.
+    """Names the busiest queue of the update, in one line.
 
     Raises:
         ValueError: there are no events.
@@ -95,8 +86,8 @@ def bottleneck(events: Sequence[Event]) -> str:
 
 
 def write_trace(path: str | Path, timelines: Mapping[str, Sequence[Event]]) -> None:
-    """Write timelines, such as `predicted` and `measured`, as Chrome-trace JSON: one process each, one thread
-    per queue. Times are microseconds, to the nanosecond.
+    """Writes timelines, such as `predicted` and `measured`, as Chrome-trace JSON: a process each, a thread
+    per queue, times in microseconds to the nanosecond.
 
     Raises:
         OSError: the file cannot be written.
@@ -129,11 +120,11 @@ def write_trace(path: str | Path, timelines: Mapping[str, Sequence[Event]]) -> N
 
 
 def read_trace(path: str | Path) -> dict[str, list[Event]]:
-    """The timelines of a file that `write_trace` wrote, each in the order of its events' starts.
+    """Returns the timelines of a file that `write_trace` wrote, each in the order of its events' starts.
 
     Raises:
-        ValueError: the file is no such trace.
-        OSError: it cannot be read.
+        ValueError: the file is not such a trace.
+        OSError: the file cannot be read.
     """
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))["traceEvents"]

@@ -12,9 +12,9 @@ import torch
 from megatron_s2.offload.manager import OffloadManager
 from megatron_s2.offload.optimizer import OffloadedAdamW
 from megatron_s2.parallel.exchange import Traffic
+from megatron_s2.pattern import S2Settings
 from megatron_s2.pattern.annealing import Annealing
-from megatron_s2.pattern.settings import S2Settings
-from megatron_s2.training.wrap import replace_once, unwrap, wrap_once
+from megatron_s2.training.wrap import replace_class, unwrap, wrap_once
 
 
 def use_offload(offload: OffloadManager | None) -> None:
@@ -38,8 +38,6 @@ def use_offload(offload: OffloadManager | None) -> None:
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
     from megatron.core.optimizer import distrib_optimizer, optimizer
-
-    distributed = distrib_optimizer.DistributedOptimizer
 
     class OffloadedOptimizer(OffloadedAdamW):
         def __init__(self, params, *, lr, betas, eps, weight_decay, **of_hybrid_device_optimizer):
@@ -102,25 +100,26 @@ def use_offload(offload: OffloadManager | None) -> None:
         original(self, *args, **kwargs)
         offload.gradients_reduced(self)
 
-    for owner in (package, distrib_optimizer):
-        if offload is None:
-            unwrap(owner, "HybridDeviceOptimizer")
-        else:
-            replace_once(owner, "HybridDeviceOptimizer", OffloadedOptimizer)
-    for owner, name, wrapper in (
-        (distributed, "__init__", construct),
-        (distributed, "zero_grad", zero_grad),
-        (distributed, "_get_main_param_and_optimizer_states", copies_of_state),
-        (distributed, "_unscale_main_grads_and_check_for_nan", check_for_inf),
-        (optimizer, "get_grad_norm_fp32", norm),
-        (optimizer, "clip_grad_by_total_norm_fp32", clip),
-        (DistributedDataParallel, "scale_gradients", scale),
-        (_ParamAndGradBucketGroup, "start_grad_sync", start_grad_sync),
-    ):
-        if offload is None:
+    distributed = distrib_optimizer.DistributedOptimizer
+    classes = [(package, "HybridDeviceOptimizer"), (distrib_optimizer, "HybridDeviceOptimizer")]
+    wrappers = {
+        (distributed, "__init__"): construct,
+        (distributed, "zero_grad"): zero_grad,
+        (distributed, "_get_main_param_and_optimizer_states"): copies_of_state,
+        (distributed, "_unscale_main_grads_and_check_for_nan"): check_for_inf,
+        (optimizer, "get_grad_norm_fp32"): norm,
+        (optimizer, "clip_grad_by_total_norm_fp32"): clip,
+        (DistributedDataParallel, "scale_gradients"): scale,
+        (_ParamAndGradBucketGroup, "start_grad_sync"): start_grad_sync,
+    }
+    if offload is None:
+        for owner, name in [*classes, *wrappers]:
             unwrap(owner, name)
-        else:
-            wrap_once(owner, name, wrapper)
+        return
+    for owner, name in classes:
+        replace_class(owner, name, OffloadedOptimizer)
+    for (owner, name), wrapper in wrappers.items():
+        wrap_once(owner, name, wrapper)
 
 
 def count_s2_flops(settings: S2Settings | Annealing) -> None:
@@ -133,19 +132,21 @@ def count_s2_flops(settings: S2Settings | Annealing) -> None:
     """
     from megatron.training import training
 
-    def count(original, args, batch_size, seqlen_squared_sum_in_batch=None, total_real_tokens_in_batch=None):
+    def count_visible(
+        original, args, batch_size, seqlen_squared_sum_in_batch=None, total_real_tokens_in_batch=None
+    ):
         if seqlen_squared_sum_in_batch is None:
             seqlen_squared_sum_in_batch = batch_size * 2 * settings.mean_pairs(args.seq_length)
         return original(args, batch_size, seqlen_squared_sum_in_batch, total_real_tokens_in_batch)
 
-    def update(original, cu_seqlens):
+    def update_visible(original, cu_seqlens):
         original(cu_seqlens)
         if cu_seqlens is not None and cu_seqlens.numel() > 1:
             lengths = cu_seqlens.diff().tolist()
             training._seqlen_stats_in_iteration[1] += sum(2 * settings.mean_pairs(n) - n * n for n in lengths)
 
-    wrap_once(training, "num_floating_point_operations", count)
-    wrap_once(training, "update_seqlen_stats_from_cu_seqlens", update)
+    wrap_once(training, "num_floating_point_operations", count_visible)
+    wrap_once(training, "update_seqlen_stats_from_cu_seqlens", update_visible)
 
 
 def log_context_parallel_traffic(traffic: Traffic) -> None:

@@ -1,4 +1,4 @@
-"""The `--s2-offload…` flags, how they meet Megatron's own, and the settings that follow."""
+"""The `--s2-offload…` flags, their checks against Megatron's own flags, and the settings that they make."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from megatron_s2.offload.plan import ALIGNMENT, GB, SUBGROUP_SIZE, check_fractio
 from megatron_s2.offload.settings import OffloadSettings
 
 _FLAG = "--s2-offload"
-# What Megatron needs to be told for its distributed optimizer to leave state and weights to the inner one.
+# Flags with which Megatron's distributed optimizer leaves state and weights to the inner optimizer.
 _MEGATRON = {
     "optimizer_cpu_offload": "--optimizer-cpu-offload",
     "use_precision_aware_optimizer": "--use-precision-aware-optimizer",
     "use_distributed_optimizer": "--use-distributed-optimizer",
 }
-# Megatron's static split, which this replaces.
+# Flags of Megatron's static split, which this replaces, and the reason to refuse each.
 _OF_HYBRID = {
     "--optimizer-offload-fraction": "the share that the GPU updates is --s2-offload-gpu-fraction",
     "--overlap-cpu-optimizer-d2h-h2d": "transfers always overlap; gradients do with --overlap-grad-reduce",
@@ -55,8 +55,7 @@ _DTYPES = ("main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
 
 
 def add_offload_args(parser: ArgumentParser) -> None:
-    """Adds the flags to Megatron's parser. Their parsed defaults are None: `validate_offload_args` fills
-    them in."""
+    """Adds the flags to Megatron's parser. They parse to None where they are not given."""
     add = parser.add_argument_group("S2 optimizer offload").add_argument
     add(
         _FLAG,
@@ -71,7 +70,7 @@ def add_offload_args(parser: ArgumentParser) -> None:
         "--s2-offload-gpu-fraction",
         type=_fraction,
         help="Share of the state not resident on the GPU that the GPU updates, 0 to 1. Default auto: the "
-        "best by the rates of this machine, measured once and remembered. Results do not depend on it.",
+        "best at the rates of this machine, measured once and kept. Results do not depend on it.",
     )
     add(
         "--s2-offload-subgroup-size",
@@ -116,16 +115,16 @@ def add_offload_args(parser: ArgumentParser) -> None:
 
 
 def validate_offload_args(args: Namespace, argv: Sequence[str] = ()) -> list[str]:
-    """Checks the parsed flags, and sets the Megatron flags that follow.
+    """Checks the parsed flags, and sets the Megatron flags that they imply.
 
     Call it after parsing and before Megatron's own validation.
 
     Args:
         args: the parsed namespace, changed in place.
-        argv: the command line, to tell what the user asked for from Megatron's defaults.
+        argv: the command line, which distinguishes the user's flags from Megatron's defaults.
 
     Returns:
-        What was set, as flags.
+        The flags that were set.
 
     Raises:
         ValueError: `--flag value: must be …`.
@@ -156,14 +155,14 @@ def validate_offload_args(args: Namespace, argv: Sequence[str] = ()) -> list[str
     if args.ckpt_format == "fsdp_dtensor":
         raise ValueError(f"--ckpt-format fsdp_dtensor: must be torch_dist or torch with {_FLAG}")
     offload_settings(args)
-    given = [name for name in _MEGATRON if not getattr(args, name)]
-    for name in given:
+    added = [name for name in _MEGATRON if not getattr(args, name)]
+    for name in added:
         setattr(args, name, True)
-    return [_MEGATRON[name] for name in given]
+    return [_MEGATRON[name] for name in added]
 
 
 def offload_settings(args: Namespace) -> OffloadSettings:
-    """The settings of parsed arguments.
+    """Returns the settings of parsed arguments.
 
     Raises:
         ValueError: a flag is out of range; the message starts with it.

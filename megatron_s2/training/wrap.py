@@ -1,4 +1,4 @@
-"""Wrapping functions of Megatron from outside: once, however often it is asked for."""
+"""Replacing functions and classes of Megatron from outside: once, however often a hook is applied."""
 
 from __future__ import annotations
 
@@ -18,26 +18,25 @@ def wrap_once(owner: object, name: str, wrapper: Callable) -> None:
         name: name of the function or method.
         wrapper: called in its place, with the original first.
     """
-    original = _original(owner, name)
+    function = getattr(owner, name)
+    original = getattr(function, _ORIGINAL, function)
 
     @wraps(original)
     def wrapped(*args, **kwargs):
         return wrapper(original, *args, **kwargs)
 
-    replace_once(owner, name, wrapped)
+    setattr(wrapped, _ORIGINAL, original)
+    setattr(owner, name, wrapped)
 
 
-def replace_once(owner: object, name: str, replacement: Callable) -> None:
-    """Replaces `owner.name`, a function or class, and keeps the original for `unwrap`."""
-    setattr(replacement, _ORIGINAL, _original(owner, name))
+def replace_class(owner: object, name: str, replacement: type) -> None:
+    """Replaces the class `owner.name`; another call replaces the replacement."""
+    current = getattr(owner, name)
+    setattr(replacement, _ORIGINAL, getattr(current, _ORIGINAL, current))
     setattr(owner, name, replacement)
 
 
 def unwrap(owner: object, name: str) -> None:
-    """Restores `owner.name`, if one of the functions above replaced it."""
-    setattr(owner, name, _original(owner, name))
-
-
-def _original(owner: object, name: str) -> Callable:
+    """Restores the function or class `owner.name`, if it was replaced here."""
     current = getattr(owner, name)
-    return getattr(current, _ORIGINAL, current)
+    setattr(owner, name, getattr(current, _ORIGINAL, current))

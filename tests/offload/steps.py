@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import torch
 
-from megatron_s2.offload.adam import AdamW
+from megatron_s2.offload.adam import AdamWSettings
 from megatron_s2.offload.executor import Executor
 from megatron_s2.offload.nvme import NvmeTier
 from megatron_s2.offload.plan import make_plan
@@ -41,8 +41,8 @@ class DelayedBackend(ThreadBackend):
         self._delay(task)
 
 
-def settings_of(step: int) -> list[AdamW]:
-    one = AdamW(1e-3, (0.9, 0.95), 1e-8, 0.1, step)
+def settings_of(step: int) -> list[AdamWSettings]:
+    one = AdamWSettings(1e-3, (0.9, 0.95), 1e-8, 0.1, step)
     return [one, replace(one, lr=3e-3, weight_decay=0.0)]
 
 

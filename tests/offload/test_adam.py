@@ -19,16 +19,14 @@ from interpreter import fma, round_fma_once
 
 from megatron_s2.offload.adam import (
     CHUNK,
-    AdamW,
-    Constants,
+    AdamWSettings,
+    KernelConstants,
     State,
     fused_update,
-    rounding_bound,
-    rounding_note,
-    same_bits,
     update_on_cpu,
     update_on_gpu,
 )
+from megatron_s2.offload.rounding import rounding_bound, rounding_note, same_bits
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -36,11 +34,11 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float16, torch.float32, *([] if INTERPRETED else [torch.bfloat16])]
 on_device = pytest.mark.skipif(False, reason="") if INTERPRETED else pytest.mark.gpu
 SETTINGS = {
-    "first": AdamW(1e-3, (0.9, 0.999), 1e-8, 0.01, 1),
-    "late": AdamW(3e-4, (0.9, 0.95), 1e-8, 0.1, 12345),
-    "no decay": AdamW(1e-2, (0.85, 0.95), 1e-6, 0.0, 3),
-    "short memory": AdamW(1e-3, (0.3, 0.4), 1e-8, 0.1, 2),
-    "no memory": AdamW(1e-3, (0.0, 0.0), 1e-8, 0.1, 2),
+    "first": AdamWSettings(1e-3, (0.9, 0.999), 1e-8, 0.01, 1),
+    "late": AdamWSettings(3e-4, (0.9, 0.95), 1e-8, 0.1, 12345),
+    "no decay": AdamWSettings(1e-2, (0.85, 0.95), 1e-6, 0.0, 3),
+    "short memory": AdamWSettings(1e-3, (0.3, 0.4), 1e-8, 0.1, 2),
+    "no memory": AdamWSettings(1e-3, (0.0, 0.0), 1e-8, 0.1, 2),
 }
 each_setting = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 each_scale = pytest.mark.parametrize("scale", [1.0, 65536 * 1.7, 0.3], ids="scale{}".format)
@@ -196,7 +194,7 @@ if not INTERPRETED:
     )
     def test_settings_out_of_range_are_refused(change, message):
         with pytest.raises(ValueError, match=message):
-            AdamW(**{"lr": 1.0} | change)
+            AdamWSettings(**{"lr": 1.0} | change)
 
     @pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), float("nan"), 1e-46, 1e39])
     def test_a_scale_that_would_destroy_the_state_is_refused(scale):
@@ -318,10 +316,10 @@ def test_the_user_is_told_where_cpu_and_gpu_round_differently():
 
 @on_device
 def test_a_last_bit_is_noticed_and_more_than_rounding_is_an_error(monkeypatch):
-    of, device = Constants.of, torch.device(DEVICE)
-    monkeypatch.setattr(Constants, "of", lambda *args: of(*args)._replace(eps=3e-8))
+    of, device = KernelConstants.of, torch.device(DEVICE)
+    monkeypatch.setattr(KernelConstants, "of", lambda *args: of(*args)._replace(eps=3e-8))
     assert not same_bits(device, DTYPES[-1])
-    monkeypatch.setattr(Constants, "of", lambda *args: of(*args)._replace(beta2=0.951))
+    monkeypatch.setattr(KernelConstants, "of", lambda *args: of(*args)._replace(beta2=0.951))
     with pytest.raises(RuntimeError, match=r"master differs from the CPU's by .* times what rounding"):
         same_bits(device, DTYPES[-1])
 

@@ -31,10 +31,10 @@ from steps import (
 )
 from waiting import PATIENCE, wait_until
 
-from megatron_s2.offload.adam import same_bits
 from megatron_s2.offload.executor import Executor
 from megatron_s2.offload.plan import make_plan
-from megatron_s2.offload.queues import Access, Buffer, CudaBackend, HazardError, Queues, ThreadBackend
+from megatron_s2.offload.queues import Buffer, CudaBackend, HazardError, Queues, ThreadBackend
+from megatron_s2.offload.rounding import same_bits
 from megatron_s2.offload.state import HostBuffer, Parameter
 
 FRACTIONS = (0.0, 0.25, 0.4, 0.5, 0.75, 1.0)
@@ -436,9 +436,9 @@ def test_tasks_follow_one_another_by_the_buffers_they_share():
     """Each queue takes what may begin: `third` waits for the buffer of `first`, and `second` overtakes it."""
     queues = Queues({"h2d": 1, "d2h": 1}, ThreadBackend())
     buffer, go, order = Buffer("one"), threading.Event(), []
-    queues.submit("h2d", "first", lambda: go.wait() and order.append("first"), [Access(buffer, None, 1)])
-    queues.submit("d2h", "third", lambda: order.append("third"), [Access(buffer, 1, 2)])
-    queues.submit("d2h", "second", lambda: order.append("second") or go.set(), [Access(Buffer("b"), None, 1)])
+    queues.submit("h2d", "first", lambda: go.wait() and order.append("first"), [(buffer, None, 1)])
+    queues.submit("d2h", "third", lambda: order.append("third"), [(buffer, 1, 2)])
+    queues.submit("d2h", "second", lambda: order.append("second") or go.set(), [(Buffer("b"), None, 1)])
     queues.join()
     queues.close()
     assert order == ["second", "first", "third"] and buffer.content == 2
@@ -456,6 +456,24 @@ def test_what_runs_in_gaps_comes_last_and_the_rest_in_turn():
     assert order == [1, 2, 0]
 
 
+def test_a_submission_that_is_interrupted_costs_no_later_task(monkeypatch):
+    """As by Ctrl-C between a task's entry in its queue and the call of the pool."""
+    queues, submit, done = Queues({"cpu": 1}, ThreadBackend()), ThreadPoolExecutor.submit, []
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", interrupt)
+    with pytest.raises(KeyboardInterrupt) as interruption:
+        queues.submit("cpu", "update 0", lambda: done.append(0))
+    queues.abandon(interruption.value)
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", submit)
+    queues.submit("cpu", "update 1", lambda: done.append(1))
+    queues.join()
+    queues.close()
+    assert done == [1]
+
+
 def test_a_chain_of_any_length_is_dropped_at_once():
     """After an error, none of its tasks begins and none is waited for."""
     queues = Queues({"cpu": 1, "gpu": 1}, ThreadBackend())
@@ -464,10 +482,10 @@ def test_a_chain_of_any_length_is_dropped_at_once():
     def fail():
         raise BrokenError
 
-    queues.submit("cpu", "update 0", fail, [Access(buffer, None, 1)])
+    queues.submit("cpu", "update 0", fail, [(buffer, None, 1)])
     for n in range(1, 20000):
         queue = ("cpu", "gpu")[n % 2]
-        queues.submit(queue, f"update {n}", lambda n=n: begun.append(n), [Access(buffer, n, n + 1)])
+        queues.submit(queue, f"update {n}", lambda n=n: begun.append(n), [(buffer, n, n + 1)])
     with pytest.raises(BrokenError) as failure:
         queues.join()
     queues.close()
@@ -548,7 +566,8 @@ def test_state_written_is_state_read_and_stepped_from(build, truth, tiers):
             target.write(name, start, whole[start : start + 300])
         assert torch.equal(target.read(name, 0, ELEMENTS), whole)
         assert torch.equal(target.read(name, 77, 1234), whole[77:1234])
-    target.set_weights()
+    for p in target.parameters:
+        p.weights.copy_(target.read("master", p.start, p.stop))
     require_same(state_of(target), state_of(source))
     take_steps(target, [3])
     require_same(state_of(target), truth)

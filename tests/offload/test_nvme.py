@@ -367,7 +367,7 @@ MEMORY = """
 import sys
 from pathlib import Path
 import torch
-from megatron_s2.offload.adam import AdamW
+from megatron_s2.offload.adam import AdamWSettings
 from megatron_s2.offload.executor import Executor
 from megatron_s2.offload.nvme import NvmeTier
 from megatron_s2.offload.plan import make_plan
@@ -392,7 +392,7 @@ def steps(executor, parameters, gradients, count):
     for step in range(1, count + 1):
         for p, g in zip(parameters, gradients):
             executor.flush(p.start, p.stop, g)
-        executor.step([AdamW(1e-3, step=step)])
+        executor.step([AdamWSettings(1e-3, step=step)])
 
 FRACTION = float(sys.argv[2])
 small, parameters, plan = build(2**19, 16 * 2**17 * 4, sys.argv[1])

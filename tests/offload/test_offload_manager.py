@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_s2.offload import manager, session
-from megatron_s2.offload.adam import AdamW
+from megatron_s2.offload.adam import AdamWSettings
 from megatron_s2.offload.manager import OffloadManager, leaves_late
 from megatron_s2.offload.model import Rates
 from megatron_s2.offload.optimizer import OffloadedAdamW
@@ -222,7 +222,7 @@ def test_drifting_steps_are_measured_and_planned_again(offload, monkeypatch):
         session, "cached_rates", lambda hardware, remeasure: Rates(cpu=1e6, gpu=1e10, h2d=1e10, d2h=1e10)
     )
     monkeypatch.setattr(session.time, "perf_counter", lambda: next(seconds))
-    settings = [AdamW(1e-3)]
+    settings = [AdamWSettings(1e-3)]
     for took, drifts in ((1.0, False), (1.1, False), (2.0, True)):
         seconds = iter([0.0, took] * 100)
         for _ in range(100):
