@@ -52,12 +52,12 @@ def measured_in(directory: Path) -> list[tuple]:
 def run(bench, tmp_path_factory):
     """One run over two lengths, the longer without dense attention. Peak memory, which takes fresh processes,
     test_measure measures."""
-    from benchmarks import attention
+    from benchmarks import attention_trial
 
     out = tmp_path_factory.mktemp("results")
     options = ["--seq-lengths", "100,200", "--dense-up-to", "150", "--out", str(out)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "peak_memory", lambda prepare, arguments: 2**20)
+        patch.setattr(attention_trial, "peak_memory", lambda prepare, arguments: 2**20)
         assert bench.main([*TOY, *BOTH, *options]) == 0
     return out
 

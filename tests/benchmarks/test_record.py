@@ -313,6 +313,7 @@ tests_passed.code_hash, tests_passed.same_setting = lambda patterns: "same", lam
 """
 
 
+@pytest.mark.exhaustive
 def test_tests_that_passed_are_stored_one_by_one_and_not_run_again(tmp_path):
     """Nor by the workers of xdist."""
     (tmp_path / "test_some.py").write_text(TESTS)
@@ -359,6 +360,7 @@ def test_benchmarks_and_page_can_be_imported_without_megatron():
     assert run([sys.executable, "-c", code]).returncode == 0
 
 
+@pytest.mark.exhaustive
 def test_the_toy_record_goes_through_its_stages(tmp_path):
     """All but those of the optimizer, whose trainings test_offload_bench starts."""
     names = ["device", "tests", "attention", "profile", "step", "decode"]
