@@ -126,6 +126,28 @@ def update_on_cpu(
             weights[start:written].copy_(master[: written - start])
 
 
+def update_on_cpu_copies(
+    state: State,
+    gradient: torch.Tensor,
+    weights: torch.Tensor,
+    settings: AdamWSettings,
+    gradient_scale: float,
+) -> None:
+    """Updates a slice as `update_on_cpu`, but leaves the gradient unchanged: it works on copies.
+
+    Args:
+        state: `[padded]` each, changed in place; padded is a multiple of `ALIGNMENT`.
+        gradient: `[n]` of any float dtype, n <= padded.
+        weights: `[n]` of any float dtype, written.
+        settings, gradient_scale: as for `update_on_cpu`.
+    """
+    for start in range(0, state.master.numel(), CHUNK):
+        part, source = state.cut(start, start + CHUNK), gradient[start : start + CHUNK]
+        copy = torch.zeros(part.master.numel())
+        copy[: source.numel()].copy_(source)
+        update_on_cpu(part, copy, weights[start : start + CHUNK], settings, gradient_scale)
+
+
 def update_on_gpu(
     state: State,
     gradient: torch.Tensor,

@@ -25,23 +25,22 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
 from megatron_s2.offload.adam import (
-    CHUNK,
     AdamWSettings,
     State,
     check_gradient_scale,
     update_on_cpu,
+    update_on_cpu_copies,
     update_on_gpu,
 )
 from megatron_s2.offload.nvme import NvmeTier
 from megatron_s2.offload.plan import OffloadPlan, Subgroup
 from megatron_s2.offload.queues import ON_DEVICE, Access, Awaitable, Queues, ThreadBackend
 from megatron_s2.offload.state import (
-    Gradients,
-    GradientSlice,
     HostBuffer,
     Parameter,
     ParameterSlice,
@@ -85,9 +84,13 @@ class Executor:
         check_layout(plan, parameters, backend.device)
         self._plan, self._backend, self._gpu_update = plan, backend, gpu_update
         self._store = StateStore(plan, backend.device, host, tier)
-        self._parameters = [replace(p, weights=p.weights.detach()) for p in parameters if p.weights.numel()]
-        self._slices = {s.index: slices_of(s, self._parameters) for s in plan.subgroups}
-        self._gradients = Gradients(self._parameters, backend.device, backend.wait)
+        self._parameters = [replace(p, weights=p.weights.detach()) for p in parameters]
+        self._slices = [slices_of(s, self._parameters) for s in plan.subgroups]  # by subgroup
+        self._slices_of: list[list[tuple[int, ParameterSlice]]] = [[] for _ in parameters]  # by parameter
+        for subgroup, slices in enumerate(self._slices):
+            for one in slices:
+                self._slices_of[one.parameter].append((subgroup, one))
+        self._gradients: dict[int, _Gradient] = {}  # of the current step, by parameter
         self._flushes: Counter[int] = Counter()  # of each subgroup that the CPU updates
         self._broken: str | None = None
         self._lock = threading.RLock()
@@ -116,36 +119,41 @@ class Executor:
         """The timeline of the latest step, from its first flush."""
         return self._queues.events()
 
-    def flush(self, start: int, stop: int, source: torch.Tensor, after: Awaitable | None = None) -> None:
-        """Takes the final gradients of elements `start` to `stop`, which move while the caller goes on.
+    def flush(self, index: int, source: torch.Tensor, after: Awaitable | None = None) -> None:
+        """Takes the final gradient of parameter `index`, which moves while the caller goes on.
 
-        Each element is flushed once per step, in any order and slices. `step` or `skip` raises errors of the
-        copy.
+        Each parameter is flushed once per step. `step` or `skip` raises errors of the copy.
 
         Args:
-            start, stop: elements within one parameter.
-            source: `[stop - start]` on the backend's device, of any float dtype; finished on the current
-                stream or at the end of `after`, and not changed before `step` or `skip` has returned.
+            source: as many elements as the weights, on the backend's device, of any float dtype; finished on
+                the current stream or at the end of `after`, and not changed before `step` or `skip` has
+                returned.
             after: what finishes the source.
 
         Raises:
-            ValueError: the elements are not within one parameter, were flushed before or are not as many as
-                gradients, or the source is not contiguous with `after`.
+            ValueError: the parameter was flushed before, or the source has other elements, another device, or
+                is not contiguous with `after`.
         """
+        elements, device = self._parameters[index].weights.numel(), self._backend.device
         with self._lock:
             self._check_whole()
+            if index in self._gradients:
+                raise ValueError(f"flush of parameter {index}: was flushed before")
+            if source.numel() != elements or source.device.type != device.type:
+                raise ValueError(
+                    f"flush of parameter {index}: source must have {elements} elements on {device}, not "
+                    f"{source.numel()} on {source.device}"
+                )
             if after is not None and not source.is_contiguous():
-                raise ValueError(f"flush of elements {start} to {stop}: must be contiguous with `after`")
-            source = source.detach().reshape(-1)
-            mark = self._backend.mark(after)
-            first_of_step = not self._gradients
-            flushed = self._gradients.add(start, stop, source, mark)
-            if first_of_step:
+                raise ValueError(f"flush of parameter {index}: must be contiguous with `after`")
+            gradient = _Gradient(source.detach().reshape(-1), self._backend.mark(after))
+            if not self._gradients:
                 self._queues.restart_clock()
-            size = self._plan.subgroup_size
-            for subgroup in self._plan.subgroups[start // size : (stop - 1) // size + 1]:
+            self._gradients[index] = gradient
+            for n, one in self._slices_of[index]:
+                subgroup = self._plan.subgroups[n]
                 if subgroup.tier == "host" and subgroup.device == "cpu":
-                    self._send_gradients(subgroup, flushed)
+                    self._send_gradient(subgroup, one)
 
     def step(self, settings: Sequence[AdamWSettings], gradient_scale: float = 1.0) -> None:
         """Updates everything from the flushed gradients.
@@ -166,7 +174,12 @@ class Executor:
             groups = 1 + max(p.group for p in self._parameters)
             if len(settings) < groups:
                 raise ValueError(f"settings of {len(settings)} groups: parameters have {groups}")
-            self._gradients.check_complete()
+            missing = [n for n in range(len(self._parameters)) if n not in self._gradients]
+            if missing:
+                raise ValueError(
+                    f"step: gradients of {len(missing)} of {len(self._parameters)} parameters were not "
+                    f"flushed, first {missing[0]}"
+                )
             try:
                 self._store.save_changes()
                 self._submit(
@@ -240,17 +253,23 @@ class Executor:
 
     # Gradients
 
-    def _send_gradients(self, subgroup: Subgroup, flushed: GradientSlice) -> None:
-        """Submits the copy of what a flush holds of a subgroup to its gradient on the host."""
-        start, stop = max(flushed.start, subgroup.start), min(flushed.stop, subgroup.stop)
-        memory = self._store[subgroup]
-        target = memory.gradient[start - subgroup.start : stop - subgroup.start]
-        source = flushed.source[start - flushed.start : stop - flushed.start]
-        copy = partial(self._run_after, flushed.mark, partial(target.copy_, source, non_blocking=True))
-        count = self._flushes[subgroup.index]
+    def _send_gradient(self, subgroup: Subgroup, one: ParameterSlice) -> None:
+        """Submits the copy of a slice of a flushed gradient to the subgroup's gradient on the host."""
+        memory, count = self._store[subgroup], self._flushes[subgroup.index]
         self._flushes[subgroup.index] += 1
         access = (memory.gradient_buffer, _flushed(count), _flushed(count + 1))
+        copy = partial(self._copy_gradient, one, memory, subgroup)
         self._queues.submit("d2h", f"gradients {subgroup.index}", copy, [access])
+
+    def _gradient_of(self, one: ParameterSlice) -> torch.Tensor:
+        """The gradient of a slice where backward left it, for use in a task."""
+        source, mark = self._gradients[one.parameter]
+        self._backend.wait(mark)
+        return source[one.offset : one.offset + one.stop - one.start]
+
+    def _copy_gradient(self, one: ParameterSlice, memory: SubgroupMemory, subgroup: Subgroup) -> None:
+        target = memory.gradient[one.start - subgroup.start : one.stop - subgroup.start]
+        target.copy_(self._gradient_of(one), non_blocking=True)
 
     def _forget_gradients(self) -> None:
         self._gradients.clear()
@@ -316,7 +335,7 @@ class Executor:
         home, buffer, weights = memory.state_buffer, memory.gradient_buffer, ("weights", subgroup.index)
         if subgroup.tier == "nvme":
             arrived = _flushed(1)
-            gather = partial(self._gradients.gather, subgroup.start, subgroup.stop, memory.gradient)
+            gather = partial(self._gather_gradients, memory, subgroup)
             self._do(step, "d2h", "gradients", subgroup, gather, (buffer, None, arrived))
         else:
             arrived = _flushed(self._flushes[subgroup.index])
@@ -351,6 +370,10 @@ class Executor:
         self._backend.wait(mark)
         run()
 
+    def _gather_gradients(self, memory: SubgroupMemory, subgroup: Subgroup) -> None:
+        for one in self._slices[subgroup.index]:
+            self._copy_gradient(one, memory, subgroup)
+
     def _update_in_place(self, memory: SubgroupMemory, subgroup: Subgroup, step: _Step) -> None:
         for one in self._slices[subgroup.index]:
             a, b = one.start - subgroup.start, one.end - subgroup.start
@@ -367,24 +390,13 @@ class Executor:
 
     def _update_on_device(self, state: State, subgroup: Subgroup, step: _Step) -> None:
         """On the backend's device, where the state is; gradients are where backward left them."""
+        on_cpu = self._backend.device.type == "cpu"
+        update = update_on_cpu_copies if on_cpu else self._gpu_update
         for one in self._slices[subgroup.index]:
-            if self._backend.device.type == "cpu":
-                self._update_from_copies(state, subgroup, one, step)
-                continue
-            for a, b, source, _ in self._gradients.between(one.start, one.stop):
-                part = state.cut(a - subgroup.start, b - subgroup.start)
-                weights = one.weights[a - one.start : b - one.start]
-                self._gpu_update(part, source, weights, step.settings[one.group], step.gradient_scale)
-
-    def _update_from_copies(self, state: State, subgroup: Subgroup, one: ParameterSlice, step: _Step) -> None:
-        """By the CPU's update, on copies of the gradients, which it overwrites."""
-        for start in range(one.start, one.end, CHUNK):
-            stop = min(start + CHUNK, one.end)
-            gradient = torch.empty(stop - start)
-            self._gradients.gather(start, stop, gradient)
-            part = state.cut(start - subgroup.start, stop - subgroup.start)
-            weights = one.weights[start - one.start : stop - one.start]
-            update_on_cpu(part, gradient, weights, step.settings[one.group], step.gradient_scale)
+            end = one.end if on_cpu else one.stop
+            part = state.cut(one.start - subgroup.start, end - subgroup.start)
+            settings = step.settings[one.group]
+            update(part, self._gradient_of(one), one.weights, settings, step.gradient_scale)
 
     # Failure
 
@@ -404,6 +416,13 @@ class Executor:
         self._broken = None
         error.add_note("optimizer state: is whole, as before this step")
         self._forget_gradients()
+
+
+class _Gradient(NamedTuple):
+    """A parameter's gradient `[n]`, finished at a mark of the backend."""
+
+    source: torch.Tensor
+    mark: object
 
 
 @dataclass(frozen=True)

@@ -88,8 +88,7 @@ class OffloadedAdamW(torch.optim.AdamW):
         a step counts."""
         if index in self._flushed:
             return
-        p = self.parameters[index]
-        self.executor.flush(p.start, p.stop, gradient, after)
+        self.executor.flush(index, gradient, after)
         self._flushed.add(index)
 
     def forget_gradients(self) -> None:

@@ -1,4 +1,4 @@
-"""The optimizer state of one rank: parameters in the flat state, gradients, and the memory of all tiers.
+"""The optimizer state of one rank: parameters in the flat state, and the memory of all tiers.
 
 The flat state holds the parameters one after another, each from a multiple of `ALIGNMENT` on. The plan cuts
 it into subgroups, which `StateStore` keeps in their tiers.
@@ -7,8 +7,7 @@ it into subgroups, which `StateStore` keeps in their tiers.
 from __future__ import annotations
 
 import itertools
-from bisect import bisect_right, insort
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -43,12 +42,14 @@ class Parameter:
 
 
 class ParameterSlice(NamedTuple):
-    """A parameter's elements within a subgroup, in flat coordinates; from `stop` to `end` is padding."""
+    """A parameter's elements within a subgroup, in flat coordinates."""
 
+    parameter: int  # index
+    offset: int  # of its first element in the parameter
     start: int
     stop: int
-    end: int
-    weights: torch.Tensor
+    end: int  # from stop on, padding
+    weights: torch.Tensor  # [stop - start]
     group: int
 
     def weights_in(self, gradient: torch.Tensor) -> torch.Tensor:
@@ -65,11 +66,12 @@ def lay_out(weights: Sequence[torch.Tensor], groups: Sequence[int]) -> tuple[lis
 def slices_of(subgroup: Subgroup, parameters: Sequence[Parameter]) -> list[ParameterSlice]:
     """Returns the slices of the parameters that lie in a subgroup."""
     slices = []
-    for p in parameters:
+    for n, p in enumerate(parameters):
         a, end = max(p.start, subgroup.start), min(p.end, subgroup.stop)
         if a < end:
-            stop = min(p.stop, end)
-            slices.append(ParameterSlice(a, stop, end, p.weights[a - p.start : stop - p.start], p.group))
+            offset, stop = a - p.start, min(p.stop, end)
+            weights = p.weights[offset : stop - p.start]
+            slices.append(ParameterSlice(n, offset, a, stop, end, weights, p.group))
     return slices
 
 
@@ -99,95 +101,6 @@ def aligned_starts(sizes: Sequence[int]) -> tuple[list[int], int]:
 
 def _aligned(elements: int) -> int:
     return -(-elements // ALIGNMENT) * ALIGNMENT
-
-
-class GradientSlice(NamedTuple):
-    """Gradients of elements `start` to `stop`, finished at a mark of the backend."""
-
-    start: int
-    stop: int
-    source: torch.Tensor
-    mark: object
-
-
-class Gradients:
-    """The gradients that have arrived for one step.
-
-    Args:
-        parameters: in the order of their starts, each with elements.
-        device: device of the gradients.
-        wait: function called with a slice's mark before the slice is used.
-    """
-
-    def __init__(
-        self, parameters: Sequence[Parameter], device: torch.device, wait: Callable[[object], object]
-    ) -> None:
-        self._parameters, self._device, self._wait = parameters, device, wait
-        self._starts = [p.start for p in parameters]
-        self._slices: list[GradientSlice] = []
-
-    def __bool__(self) -> bool:
-        return bool(self._slices)
-
-    def add(self, start: int, stop: int, source: torch.Tensor, mark: object) -> GradientSlice:
-        """Adds gradients `[stop - start]`.
-
-        Raises:
-            ValueError: the elements are not within one parameter, have arrived already, or are not as many as
-                gradients.
-        """
-        index = bisect_right(self._starts, start) - 1
-        if not (0 <= start < stop and index >= 0 and stop <= self._parameters[index].stop):
-            raise ValueError(f"flush of elements {start} to {stop}: must lie within one parameter")
-        if source.numel() != stop - start or source.device.type != self._device.type:
-            raise ValueError(
-                f"flush of elements {start} to {stop}: source must have {stop - start} on {self._device}, "
-                f"not {source.numel()} on {source.device}"
-            )
-        after = bisect_right(self._slices, start, key=lambda one: one.start)
-        for other in self._slices[max(after - 1, 0) : after + 1]:
-            if other.start < stop and start < other.stop:
-                twice = max(start, other.start)
-                raise ValueError(f"flush of elements {start} to {stop}: {twice} was flushed before")
-        added = GradientSlice(start, stop, source, mark)
-        insort(self._slices, added, key=lambda one: one.start)
-        return added
-
-    def check_complete(self) -> None:
-        """Raises ValueError where gradients are missing."""
-        missing = sum(p.weights.numel() for p in self._parameters) - sum(
-            x.stop - x.start for x in self._slices
-        )
-        if not missing:
-            return
-        stops = {x.start: x.stop for x in self._slices}
-        for p in self._parameters:
-            first = p.start
-            while first in stops:
-                first = stops[first]
-            if first < p.stop:
-                raise ValueError(f"step: gradients of {missing} elements were not flushed, first {first}")
-
-    def between(self, start: int, stop: int) -> Iterator[GradientSlice]:
-        """Slices of the gradients of elements `start` to `stop`."""
-        first = max(bisect_right(self._slices, start, key=lambda one: one.start) - 1, 0)
-        for one in self._slices[first:]:
-            if one.start >= stop:
-                break
-            a, b = max(one.start, start), min(one.stop, stop)
-            if a < b:
-                self._wait(one.mark)
-                yield GradientSlice(a, b, one.source[a - one.start : b - one.start], one.mark)
-
-    def gather(self, start: int, stop: int, target: torch.Tensor) -> None:
-        """Copies the gradients of elements `start` to `stop` to `[stop - start]` float32; padding is zero."""
-        target.zero_()
-        for a, b, source, _ in self.between(start, stop):
-            target[a - start : b - start].copy_(source, non_blocking=True)
-
-    def clear(self) -> None:
-        """Forgets all gradients."""
-        self._slices = []
 
 
 class HostBuffer:

@@ -4,7 +4,6 @@ import random
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import pairwise
 
 import torch
 
@@ -116,17 +115,11 @@ def executor(tmp_path=None, *, delay=None, directories=1, gpu=False, **plan) -> 
 
 
 def flush_all(one: Executor, step: int, seed: int = 0) -> None:
-    """In odd pieces, out of order."""
-    rng = random.Random(seed)
-    pieces = []
-    for p, gradient in zip(one.parameters, gradients_of(step)):
-        cuts = sorted(
-            {0, p.weights.numel(), *(rng.randrange(p.weights.numel()) for _ in range(rng.randrange(3)))}
-        )
-        pieces += [(p.start + a, p.start + b, gradient[a:b]) for a, b in pairwise(cuts)]
-    rng.shuffle(pieces)
-    for start, stop, source in pieces:
-        one.flush(start, stop, source.to(one.parameters[0].weights.device))
+    """In any order."""
+    gradients = list(enumerate(gradients_of(step)))
+    random.Random(seed).shuffle(gradients)
+    for index, gradient in gradients:
+        one.flush(index, gradient.to(one.parameters[index].weights.device))
 
 
 def take_steps(one: Executor, steps=range(1, STEPS + 1), seed: int = 0) -> None:

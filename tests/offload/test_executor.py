@@ -17,7 +17,6 @@ from steps import (
     MIXED,
     NAMES,
     ON_NVME,
-    SIZES,
     executor,
     flush_all,
     gradients_of,
@@ -118,8 +117,8 @@ def test_the_fraction_may_change_between_steps(build, truth):
 def test_gradients_are_left_as_they_were(build):
     one = build(fraction=0.5)
     given = gradients_of(1)
-    for p, gradient in zip(one.parameters, given):
-        one.flush(p.start, p.stop, gradient)
+    for index, gradient in enumerate(given):
+        one.flush(index, gradient)
     one.step(settings_of(1), 3.0)
     for gradient, before in zip(given, gradients_of(1)):
         assert torch.equal(gradient, before)
@@ -129,8 +128,8 @@ def test_gradients_may_come_from_many_threads(build, truth):
     one = build(fraction=0.5)
     for step in (1, 2, 3):
         threads = [
-            threading.Thread(target=one.flush, args=(p.start, p.stop, g))
-            for p, g in zip(one.parameters, gradients_of(step))
+            threading.Thread(target=one.flush, args=(index, gradient))
+            for index, gradient in enumerate(gradients_of(step))
         ]
         for thread in threads:
             thread.start()
@@ -160,25 +159,25 @@ class Late:
 def test_every_use_of_a_gradient_waits_for_what_finishes_it(build, truth, tiers, fraction):
     one = build(**tiers, fraction=fraction)
     for step in (1, 2, 3):
-        for p, gradient in zip(one.parameters, gradients_of(step)):
+        for index, gradient in enumerate(gradients_of(step)):
             source = torch.full_like(gradient, torch.nan)
-            one.flush(p.start, p.stop, source, after=Late(source, gradient))
+            one.flush(index, source, after=Late(source, gradient))
         one.step(settings_of(step), scale_of(step))
     require_same(state_of(one), truth)
 
 
 def test_a_flush_that_fails_was_none(build, truth, monkeypatch):
     one = build()
-    first, gradients = one.parameters[0], gradients_of(1)
-    with pytest.raises(ValueError, match="flush of elements 0 to 100: must be contiguous with `after`"):
-        one.flush(first.start, first.stop, torch.zeros(200)[::2], after=Late(gradients[0], gradients[0]))
+    gradients = gradients_of(1)
+    with pytest.raises(ValueError, match="flush of parameter 0: must be contiguous with `after`"):
+        one.flush(0, torch.zeros(200)[::2], after=Late(gradients[0], gradients[0]))
 
     def fail(self, after=None):
         raise ConnectionError("peer lost")
 
     with monkeypatch.context() as broken, pytest.raises(ConnectionError):
         broken.setattr(ThreadBackend, "mark", fail)
-        one.flush(first.start, first.stop, gradients[0])
+        one.flush(0, gradients[0])
     take_steps(one)
     require_same(state_of(one), truth)
 
@@ -191,8 +190,7 @@ def test_a_skipped_step_leaves_everything_untouched(build, truth, tiers):
     flush_all(one, 77)
     one.skip()
     require_same(state_of(one), before)
-    p = one.parameters[0]
-    one.flush(p.start, p.stop, torch.full((100,), float("nan")))
+    one.flush(0, torch.full((100,), float("nan")))
     one.skip()
     take_steps(one, [2, 3])
     require_same(state_of(one), truth)
@@ -209,8 +207,8 @@ def test_a_step_waits_for_each_flush_on_its_own(tmp_path):
             first_updated.set()
 
     one = executor(tmp_path, delay=delay)
-    for p, gradient in zip(one.parameters, gradients_of(1)):
-        one.flush(p.start, p.stop, gradient)
+    for index, gradient in enumerate(gradients_of(1)):
+        one.flush(index, gradient)
     one.step(settings_of(1))
     assert first_updated.is_set()
     one.close()
@@ -507,19 +505,13 @@ def test_workers_leave_the_threads_of_others_alone():
 
 def test_gradients_missing_or_twice_are_refused(build, truth):
     one = build()
-    a, b = one.parameters[:2]
-    one.flush(a.start, a.stop, gradients_of(1)[0])
-    with pytest.raises(ValueError, match="flush of elements 50 to 60: 50 was flushed before"):
-        one.flush(50, 60, torch.zeros(10))
-    with pytest.raises(ValueError, match="flush of elements 90 to 140: must lie within one parameter"):
-        one.flush(90, 140, torch.zeros(50))
-    with pytest.raises(ValueError, match="source must have 64 on cpu, not 63"):
-        one.flush(b.start, b.start + 64, torch.zeros(63))
-    one.flush(b.start + 10, b.stop, gradients_of(1)[1][10:])
-    missing = sum(SIZES) - 100 - 448 + 10
-    with pytest.raises(
-        ValueError, match=f"gradients of {missing} elements were not flushed, first {b.start}"
-    ):
+    one.flush(0, gradients_of(1)[0])
+    with pytest.raises(ValueError, match="flush of parameter 0: was flushed before"):
+        one.flush(0, torch.zeros(100))
+    with pytest.raises(ValueError, match="parameter 1: source must have 448 elements on cpu, not 447"):
+        one.flush(1, torch.zeros(447))
+    one.flush(2, gradients_of(1)[2])
+    with pytest.raises(ValueError, match="gradients of 4 of 6 parameters were not flushed, first 1"):
         one.step(settings_of(1))
     one.skip()
     take_steps(one)

@@ -390,8 +390,8 @@ def build(n, budget, folder):
 
 def steps(executor, parameters, gradients, count):
     for step in range(1, count + 1):
-        for p, g in zip(parameters, gradients):
-            executor.flush(p.start, p.stop, g)
+        for index, gradient in enumerate(gradients):
+            executor.flush(index, gradient)
         executor.step([AdamWSettings(1e-3, step=step)])
 
 FRACTION = float(sys.argv[2])
