@@ -14,8 +14,7 @@ its gradient on the host (in whose memory updated weights wait for their transfe
 and the slot's gradient, which comes down only during the step. Weights and gradients on the device need no
 buffer: each element belongs to one subgroup, which writes the weight once and only reads the gradient.
 
-An update is elementwise and every path does the same operations (`adam.py`), so neither plan, order nor
-subgroup size changes a bit.
+Every path does the same elementwise operations (`adam.py`), so neither plan nor order changes a bit.
 """
 
 from __future__ import annotations
@@ -159,7 +158,7 @@ class Executor:
         """Updates everything from the flushed gradients.
 
         Args:
-            settings: settings of each parameter group, with the number of this step.
+            settings: settings of each parameter group and the number of this step.
             gradient_scale: what gradients are divided by: the loss scale over the clip coefficient.
 
         Raises:
@@ -210,8 +209,7 @@ class Executor:
                 self._forget_gradients()
 
     def read(self, name: str, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Returns a copy of elements `start` to `stop` of `master`, `exp_avg` or `exp_avg_sq`: float32 on the
-        CPU, in `out` where it is given.
+        """Returns a float32 copy of `master`, `exp_avg` or `exp_avg_sq` on the CPU, in `out` where given.
 
         Raises:
             ValueError: no such name or elements.
