@@ -63,7 +63,7 @@ IN_TRITON = [
     Case(s2(2), "packed", **packed(70, 3, 100, 19)),
     Case(s2(2), "wider v", v_dim=24, batch=1, queries=96),
 ]
-ALL_HELD = Case(s2(4, local_blocks=1, vert_stride=8), "memory", batch=1, queries=1024, group=1)
+ALL_HELD = Case(s2(4, local_blocks=1, vert_stride=8), "memory", batch=1, queries=1152, group=1)
 INTERPRETER = {"TRITON_INTERPRET": "1"}
 
 
@@ -252,5 +252,5 @@ def test_layers_of_equal_pattern_share_one_plan():
     pattern = S2Pattern(num_kv_heads=8, block_size=16, local_blocks=2, vert_stride=16)
     for layer in 2 * list(range(80)):
         local = pattern.for_layer(layer).tp_slice(0, 2)
-        plan_gather(local, Zigzag(4, 1024), 1, ((0, 1024),))
+        plan_gather(local, Zigzag(4, 1152), 1, ((0, 1152),))
     assert plan_gather.cache_info().misses == 2

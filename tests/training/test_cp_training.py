@@ -101,8 +101,8 @@ def several_ranks(one_rank, tmp_path_factory, documents) -> dict[int, Runs]:  # 
     ],
 )
 def test_several_ranks_train_as_one(several_ranks, one_rank, ranks, name):
-    of_layout, run = name.split(":")[0], several_ranks[ranks][name]
-    control = one_rank[of_layout].losses
+    control = one_rank[name.split(":")[0]].losses  # first: its start saves what the other loads
+    run = several_ranks[ranks][name]
     assert run.losses == pytest.approx({step: control[step] for step in range(1, 6)}, rel=1e-4)
     received, predicted = (run.scalar(f"s2-context-parallel/{what}") for what in ("received", "predicted"))
     assert min(received.values()) > 0
