@@ -32,6 +32,6 @@ setup(
         # Builds CUDA code; NVIDIA's Apex has no package on PyPI (the `apex` there is unrelated).
         "te": ["megatron-core[te]>=0.19,<0.20"],
         "test": [*TEST, *PLOT],
-        "dev": [*TEST, *PLOT, "ruff==0.17.5", "import-linter>=2.1", "pre-commit>=4"],
+        "dev": [*TEST, *PLOT, "ruff==0.17.5", "import-linter==2.17", "pre-commit>=4"],
     },
 )
