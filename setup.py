@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-# The lower bounds are a set that the suite passes with (constraints-oldest.txt). torch has no upper bound:
+# The lower bounds are the oldest set of docs/versions.md (constraints-oldest.txt). torch has no upper bound:
 # images for GPUs bring their own. Megatron has one: its training loop changes with every release.
 TEST = ["pytest>=8.2", "pytest-xdist>=3.8.0", "hypothesis>=6.100"]
 PLOT = ["matplotlib>=3.9"]
