@@ -4,7 +4,7 @@
 #   bash scripts/lock.sh
 #
 # constraints.txt         the tested set, which the scripts install: TESTED below, and the newest of all else
-# constraints-oldest.txt  the lower bounds of setup.py, and the newest of all else that goes with them
+# constraints-oldest.txt  the lower bounds of setup.py, OLDEST below, and the newest of all else
 #
 # To renew the tested set: change TESTED, run this, then `bash scripts/test.sh --all` and the other two sets
 # (`--versions oldest`, `--versions newest`), and note in docs/versions.md what passed.
@@ -15,6 +15,8 @@ TESTED='torch==2.14.1
 triton==3.8.0
 megatron-core==0.19.2
 transformers==5.24.0'
+# The interpreter of triton 3.6 fails with numpy 2.4 ("only 0-dimensional arrays can be converted").
+OLDEST='numpy==2.3.5'
 
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
@@ -34,4 +36,5 @@ lock() { # FILE, options of uv
 }
 printf '%s\n' "$TESTED" >"$scratch/tested.in"
 lock constraints.txt --constraints "$scratch/tested.in"
-lock constraints-oldest.txt --resolution lowest-direct
+printf '%s\n' "$OLDEST" >"$scratch/oldest.in"
+lock constraints-oldest.txt --constraints "$scratch/oldest.in" --resolution lowest-direct

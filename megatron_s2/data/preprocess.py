@@ -1,16 +1,17 @@
 """Tokenizes documents into Megatron's indexed dataset, with any number of processes."""
 
 import contextlib
+import functools
 import multiprocessing
 import os
+import queue
 import shutil
 import signal
-import threading
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 
 from megatron_s2.data.documents import Corpus, Tally
 from megatron_s2.data.output import check_absent, check_writable
@@ -184,63 +185,83 @@ def _encoded(
         for size, texts in batches:
             yield size, encoder(texts)
         return
-    with _process_pool(encoder, workers) as pool:
+    with _worker_pool(encoder, workers) as submit:
         pending = deque()
-        try:
-            for size, texts in batches:
-                pending.append((size, pool.submit(_encode_in_worker, texts)))
-                if len(pending) >= workers * _BATCHES_AHEAD_PER_WORKER:
-                    size, future = pending.popleft()
-                    yield size, future.result()
-            for size, future in pending:
+        for size, texts in batches:
+            pending.append((size, submit(texts)))
+            if len(pending) >= workers * _BATCHES_AHEAD_PER_WORKER:
+                size, future = pending.popleft()
                 yield size, future.result()
-        except BrokenProcessPool as error:
-            raise InputError(
-                f"--workers {workers}: a worker was killed, most likely for lack of memory; use fewer"
-            ) from error
+        for size, future in pending:
+            yield size, future.result()
 
 
 @contextlib.contextmanager
-def _process_pool(encoder: _Encoder, workers: int) -> Iterator[ProcessPoolExecutor]:
+def _worker_pool(encoder: _Encoder, workers: int) -> Iterator[Callable[[list[str]], Future]]:
+    """Yields a function that has one of `workers` forked processes encode a batch.
+
+    Each process has a pipe of its own, so that a worker killed in the middle of an answer ends the pipe. The
+    queue that the workers of a ProcessPoolExecutor share stays open then, and its reader waits forever.
+    """
     # Forked workers have the tokenizer at once; a spawned process would import for seconds. The threads of
     # the Rust tokenizer do not survive a fork, and do not help with one text at a time.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    pool = ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("fork"),
-        initializer=_start_worker,
-        initargs=(encoder,),
-    )
-    # Ctrl-C is sent to the workers, too. They start with the signal blocked and never handle it; this process
-    # stops them.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    fork = multiprocessing.get_context("fork")
+    processes, connections = [], []
+    idle = queue.SimpleQueue()
+
+    def encode(texts: list[str]) -> list:
+        connection = idle.get()
+        try:
+            connection.send(texts)
+            answer = connection.recv()
+        except (EOFError, OSError) as error:
+            raise InputError(
+                f"--workers {workers}: a worker was killed, most likely for lack of memory; use fewer"
+            ) from error
+        finally:
+            idle.put(connection)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    threads = ThreadPoolExecutor(workers)  # each waits for one worker
+    # No signal is lost or handled twice while the workers start.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
-        pool.submit(int)  # the first task starts all workers
+        for _ in range(workers):
+            connection, workers_end = fork.Pipe()
+            connections.append(connection)
+            processes.append(fork.Process(target=_work, args=(encoder, workers_end, connections)))
+            processes[-1].start()
+            workers_end.close()
+            idle.put(connection)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        yield pool
+        yield functools.partial(threads.submit, encode)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        pool.shutdown(cancel_futures=True)
+        for process in processes:
+            process.kill()
+        threads.shutdown(cancel_futures=True)
+        for process in processes:
+            process.join()
 
 
-_worker_encoder: _Encoder | None = None  # set in worker processes only
-
-
-def _start_worker(encoder: _Encoder) -> None:
-    global _worker_encoder
-    _worker_encoder = encoder
+def _work(encoder: _Encoder, connection: Connection, parents_ends: list[Connection]) -> None:
+    """Encodes what the parent sends until the parent ends."""
+    # Ctrl-C in a terminal is sent to the workers, too: they leave it blocked, and the parent stops them.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    """Ends a worker whose parent was killed, which would otherwise wait for its next task forever."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def _encode_in_worker(texts: list[str]) -> list:
-    return _worker_encoder(texts)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    for end in parents_ends:
+        end.close()  # else the pipes of a killed parent stay open
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            texts = connection.recv()
+            try:
+                answer = encoder(texts)
+            except Exception as error:
+                answer = error
+            connection.send(answer)
 
 
 def _publish(partial: str, prefix: str) -> None:

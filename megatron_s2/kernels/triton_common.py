@@ -150,28 +150,28 @@ def shard_tail_tile(
 
 @triton.jit
 def shard_run(
-    p_starts, p_list, i_g, row0, row1, low, first, stride, sinks, window, num_blocks,
+    p_starts, i_g, row0, row1, low, first, stride, sinks, window, num_blocks,
     BLOCK: tl.constexpr, SHARD: tl.constexpr, WINDOW: tl.constexpr, CSR: tl.constexpr,
 ):  # fmt: skip
-    """Shard tokens that a tile of query rows in blocks row0 .. row1 reads: (p_list, seen, tokens).
+    """Shard tokens that a tile of query rows in blocks row0 .. row1 reads: (begin, seen, tokens).
 
     Tokens [0, seen) lie before block `low`, where the window of the first row begins, so every row sees them.
     Tokens [seen, tokens) lie before the windows of later rows only; they are read from the shard where the
-    window is not read (WINDOW is off). p_list advances to the list of the row (CSR).
+    window is not read (WINDOW is off). `begin` is the first entry of the list of the row (CSR).
     """
+    begin = 0
     seen = 0
     tokens = 0
     if SHARD:
         if CSR:
             begin, end = list_bounds(p_starts, i_g, row0, num_blocks)
-            p_list += begin
             seen = (end - begin).to(tl.int32) * BLOCK
         else:
             seen = shard_count(low, first, stride, sinks) * BLOCK
         tokens = seen
         if not WINDOW:
             tokens = shard_count(tl.maximum(0, row1 - window + 1), first, stride, sinks) * BLOCK
-    return p_list, seen, tokens
+    return begin, seen, tokens
 
 
 @triton.jit

@@ -107,10 +107,11 @@ def s2_fwd_kernel(
     row0, row1 = start // BLOCK, (stop - 1) // BLOCK
     low = tl.maximum(0, row0 - window + 1)  # first block of the first row's window
 
-    p_list, seen, tokens = shard_run(
-        p_starts, p_list, i_g, row0, row1, low, first, stride, sinks, window, num_blocks,
-        BLOCK, SHARD, WINDOW, CSR,
-    )  # fmt: skip
+    begin, seen, tokens = shard_run(
+        p_starts, i_g, row0, row1, low, first, stride, sinks, window, num_blocks, BLOCK, SHARD, WINDOW, CSR
+    )
+    if CSR:
+        p_list += begin
     whole = seen // BN * BN
     for i_n in range(0, whole, BN):
         t = shard_tile(i_n, p_list, first, stride, sinks, BLOCK, BN, COMPACT, CSR)

@@ -223,6 +223,10 @@ def processes_in_session(session):
     return members
 
 
+def state_of(pid):
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_ends_quietly_and_leaves_nothing(start, tmp_path, workers, number, status):
@@ -244,10 +248,14 @@ def test_workers_end_when_their_parent_is_killed(start, tmp_path):
     assert all(".partial." in name for name in os.listdir(tmp_path / "out"))
 
 
-def test_a_killed_worker_is_reported(start, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_worker_killed_in_the_middle_of_an_answer_is_reported(start, tmp_path, number):
     process = start(workers=3)
-    worker = next(pid for pid in processes_in_session(process.pid) if int(pid) != process.pid)
-    os.kill(int(worker), signal.SIGKILL)
+    os.kill(process.pid, signal.SIGSTOP)
+    workers = [int(pid) for pid in processes_in_session(process.pid) if int(pid) != process.pid]
+    wait_until(lambda: all(state_of(worker) == "S" for worker in workers))  # the pipes are full
+    os.kill(workers[1], number)
+    os.kill(process.pid, signal.SIGCONT)
     process.join(PATIENCE)
     assert process.exitcode == 2
     assert (
