@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from convert_checkpoint import main
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from script_main import exit_status
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -119,7 +119,7 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
     return {
         name: tensor
         for file in sorted(directory.glob("*.safetensors"))
-        for name, tensor in load_file(file).items()
+        for name, tensor in load(file.read_bytes()).items()
     }
 
 

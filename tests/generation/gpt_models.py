@@ -44,7 +44,6 @@ def one_rank():
     """Sets up process groups of one rank, and returns the CPU where Megatron asks for a GPU."""
     from megatron.core import parallel_state, tensor_parallel
     from torch import distributed
-    from torch.testing._internal.distributed.fake_pg import FakeStore
 
     tracker = SimpleNamespace(fork=lambda *_: nullcontext())
     with (
@@ -52,9 +51,9 @@ def one_rank():
         mock.patch.object(torch.cuda, "device_count", lambda: 1),
         mock.patch.object(tensor_parallel, "get_cuda_rng_tracker", lambda: tracker),
     ):
-        distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
-        parallel_state.initialize_model_parallel()
+        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
         try:
+            parallel_state.initialize_model_parallel()
             yield
         finally:
             parallel_state.destroy_model_parallel()
