@@ -450,4 +450,4 @@ def _copy(target: State, source: State) -> None:
 def _layout_of(plan: OffloadPlan) -> tuple:
     """What the buffers of a plan follow from."""
     tiers = tuple((s.start, s.stop, s.tier) for s in plan.subgroups)
-    return tiers, plan.gradient_bytes, plan.buffer_sets, plan.ring_slots
+    return tiers, plan.buffer_sets, plan.ring_slots

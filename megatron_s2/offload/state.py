@@ -107,12 +107,12 @@ class HostBuffer:
     """State and gradients of the subgroups of tier `host`: four flat arrays, one after another.
 
     Args:
-        plan: the plan of the subgroups; its gradients must have 4 bytes.
+        plan: the plan of the subgroups.
         pinned: as for `HostMemory`.
         local_world_size, available: as for `check_available`.
 
     Raises:
-        ValueError: the gradients do not have 4 bytes, or the node has not enough memory.
+        ValueError: the node has not enough memory.
         RuntimeError: as `HostMemory`.
     """
 
@@ -123,8 +123,6 @@ class HostBuffer:
         local_world_size: int = 1,
         available: int | None = None,
     ) -> None:
-        if plan.gradient_bytes != 4:
-            raise ValueError(f"gradient_bytes {plan.gradient_bytes}: must be 4, the CPU updates in float32")
         subgroups = [s for s in plan.subgroups if s.tier == "host"]
         starts, total = aligned_starts([s.size for s in subgroups])
         self.size = 4 * len(_ARRAYS) * total

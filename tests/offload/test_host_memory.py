@@ -88,11 +88,6 @@ def test_control_groups_of_version_1_count(tmp_path):
     assert list(_left_in_groups(groups, tmp_path)) == [680, 2**63 - 4096 - 300]
 
 
-def test_gradients_of_two_bytes_are_refused():
-    with pytest.raises(ValueError, match="gradient_bytes 2: must be 4"):
-        HostBuffer(make_plan(640, gradient_bytes=2))
-
-
 def test_memory_the_system_has_not_is_refused():
     with pytest.raises(RuntimeError, match=r"host memory: \d+.000 GB cannot be mapped"):
         HostMemory(2**62 // 10**9 * 10**9)
