@@ -3,9 +3,8 @@
 The memory is mapped from the system and registered with CUDA (`cudaHostRegister`), since PyTorch's
 `pin_memory` rounds each allocation up to a power of two. A mapping begins at a page and is zero. Processes
 that fork later, such as workers of a data loader, do not inherit it: the next update would copy each page
-    that
-they share, which takes the memory twice, and a running transfer could end in the wrong copy (open(2) about
-O_DIRECT).
+that they share, which takes the memory twice, and a running transfer could end in the wrong copy (open(2)
+about O_DIRECT).
 """
 
 from __future__ import annotations
@@ -74,20 +73,17 @@ class HostMemory:
         self.bytes, self._memory = self.bytes.new_empty(0), None
 
 
-def check_available(size: int, what: str, local_world_size: int = 1, available: int | None = None) -> None:
+def check_available(size: int, local_world_size: int, available: int) -> None:
     """Raises ValueError where this node cannot give `size` bytes to each of its ranks.
 
     Args:
-        what: what the memory is for.
-        available: bytes that this node can give; `available_bytes()` by default.
+        available: bytes that this node can give, as `available_bytes()` at the start.
     """
-    if available is None:
-        available = available_bytes()
     if size * local_world_size > available:
         ranks = f" for each of {local_world_size} ranks" if local_world_size > 1 else ""
         raise ValueError(
-            f"host memory: the {what} of the optimizer state take {size / GB:.3f} GB{ranks}, and this "
-            f"machine has {available / GB:.3f} GB left; raise --s2-offload-gpu-budget-gb, or lower "
+            f"host memory: the buffers and ring of the optimizer state take {size / GB:.3f} GB{ranks}, "
+            f"and this machine has {available / GB:.3f} GB left; raise --s2-offload-gpu-budget-gb, or lower "
             "--s2-offload-host-budget-gb and name a directory with --s2-offload-nvme-dir"
         )
 

@@ -82,7 +82,7 @@ class OffloadManager:
         self._optimizers: list[OffloadedAdamW] = []
         self._early: dict[torch.nn.Parameter, _Shard] = {}  # parameters whose gradients leave when reduced
         self._scale = _GradientScale()
-        self._flush_in_backward = False
+        self._late_reason: str | None = None
         self._available = available_bytes()  # before any rank has allocated anything
 
     # Called by Megatron's hooks
@@ -91,15 +91,11 @@ class OffloadManager:
         """Takes the gradients of a complete distributed optimizer from here on when they are reduced."""
         inner = optimizer.optimizer
         self._optimizers.append(inner)
-        ddp = optimizer.ddp_config
-        config = optimizer.model_chunks[0].config
-        if (
-            ddp.num_distributed_optimizer_instances > 1
-            or ddp.reduce_scatter_with_fp32_accumulation
-            or max(config.gtp_weight_remat_size, config.expert_gtp_weight_remat_size) > 1
-        ):
-            return  # their reduction ends where only Megatron knows
-        self._flush_in_backward = ddp.overlap_grad_reduce
+        unknown_end = _flag_of_unknown_end(optimizer)
+        overlap = optimizer.ddp_config.overlap_grad_reduce
+        self._late_reason = unknown_end or (None if overlap else "no --overlap-grad-reduce")
+        if unknown_end:
+            return
         named = {p: name for chunk in optimizer.model_chunks for name, p in chunk.named_parameters()}
         for parameter, (group, order) in optimizer.model_param_group_index_map.items():
             if not leaves_late(named[parameter], parameter):
@@ -164,7 +160,7 @@ class OffloadManager:
             optimizer.elements,
             share=optimizer.elements / sum(one.elements for one in self._optimizers),
             available=self._available,
-            flush_in_backward=self._flush_in_backward,
+            late_reason=self._late_reason,
             traced=self._rank == 0 and optimizer is self._optimizers[0],
         )
         self._available -= session.executor.plan.host_bytes * self._local_world_size
@@ -176,6 +172,19 @@ class OffloadManager:
             optimizer.close()
         self._optimizers.clear()
         self._early.clear()
+
+
+def _flag_of_unknown_end(optimizer: DistributedOptimizer) -> str | None:
+    """Returns the flag with which only Megatron knows when a reduction has ended: no handle is left to wait
+    for. None without one."""
+    ddp, config = optimizer.ddp_config, optimizer.model_chunks[0].config
+    flags = {
+        "--num-distributed-optimizer-instances": ddp.num_distributed_optimizer_instances > 1,
+        "--ddp-reduce-scatter-with-fp32-accumulation": ddp.reduce_scatter_with_fp32_accumulation,
+        "--tensor-parallel-num-weight-shards": config.gtp_weight_remat_size > 1,
+        "--expert-tensor-parallel-num-weight-shards": config.expert_gtp_weight_remat_size > 1,
+    }
+    return next((flag for flag, given in flags.items() if given), None)
 
 
 def leaves_late(name: str, parameter: torch.nn.Parameter) -> bool:

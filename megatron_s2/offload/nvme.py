@@ -21,14 +21,14 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from megatron_s2.offload.adam import State
 from megatron_s2.offload.host_memory import HostMemory, HostSlice
-from megatron_s2.offload.plan import ALIGNMENT, GB, STATE_BYTES
+from megatron_s2.offload.plan import ALIGNMENT, GB, GRADIENT_BYTES, STATE_BYTES
 
 MAGIC = b"megatron-s2 state"
 PAGE = 4096
@@ -43,8 +43,7 @@ class TierError(RuntimeError):
     """The tier cannot store or return state; checkpoints are not affected."""
 
 
-@dataclass(frozen=True)
-class Bandwidth:
+class Bandwidth(NamedTuple):
     """Bandwidth of a directory, bytes/s."""
 
     read: float
@@ -99,7 +98,7 @@ class NvmeTier:
                 self._files.append(_File(Path(directory), end))
             largest = max(sizes)
             self._gradients = _record_bytes(largest)  # offset in a slot
-            self._slot_bytes = self._gradients + _whole_pages(4 * largest)
+            self._slot_bytes = self._gradients + _whole_pages(GRADIENT_BYTES * largest)
             self._ring = HostMemory(self.slots * self._slot_bytes, pinned)
         except BaseException:
             self._close_files()
@@ -115,8 +114,7 @@ class NvmeTier:
         size, base = self.sizes[j], self.slot_of(j) * self._slot_bytes
         floats = self._ring.bytes[base : base + self._slot_bytes].view(torch.float32)
         state = State(*floats[: 3 * size].view(3, size))
-        begin = self._gradients // 4
-        return HostSlice(state, floats[begin : begin + size])
+        return HostSlice(state, floats[self._gradients // GRADIENT_BYTES :][:size])
 
     def load(self, j: int) -> None:
         """Reads record j into its slot; zeros where it has not been written yet.
@@ -292,26 +290,23 @@ def distribute(sizes: Sequence[int], shares: Sequence[float]) -> list[int]:
 
 
 def measure_bandwidth(directory: str | Path, size: int = 2**28) -> Bandwidth:
-    """Measures the bandwidth of a directory with a file of `size` bytes, which is gone afterwards.
+    """Measures the bandwidth of a directory with a file of `size` bytes, a multiple of 4096, which is gone
+    afterwards.
 
     Raises:
-        ValueError: there is no such directory, or the size is not a positive multiple of 4096.
+        ValueError: there is no such directory.
         TierError: the directory has not enough space.
     """
-    if size < PAGE or size % PAGE:
-        raise ValueError(f"size {size}: must be a positive multiple of {PAGE}")
-    if not Path(directory).is_dir():
-        raise ValueError(f"{_FLAG} {directory}: must be a directory")
-    memory = HostMemory(min(size, TRANSFER_BYTES))
-    memory.bytes.fill_(1)
     file = _File(Path(directory), size)
-    pieces = range(0, size, TRANSFER_BYTES)
+    offsets = range(0, size, TRANSFER_BYTES)
     seconds = []
     try:
+        memory = HostMemory(min(size, TRANSFER_BYTES))
+        memory.bytes.fill_(1)
         with ThreadPoolExecutor(THREADS) as threads:
             for move in (file.write, file.read):
                 begin = time.perf_counter()
-                list(threads.map(lambda a, move=move: move(memory.view()[: size - a], a), pieces))
+                list(threads.map(lambda a, move=move: move(memory.view()[: size - a], a), offsets))
                 seconds.append(time.perf_counter() - begin)
     finally:
         file.close()

@@ -66,7 +66,6 @@ class OffloadedAdamW(torch.optim.AdamW):
         self.parameters, self.elements = lay_out(flat, [group for _, group in shards])
         self.state = {shard: _ShardState(self, p) for shard, p in zip(self._shards, self.parameters)}
         self._index = {shard: n for n, shard in enumerate(self._shards)}
-        self._flushed: set[int] = set()  # indices of shards
 
     @property
     def executor(self) -> Executor | None:
@@ -86,15 +85,12 @@ class OffloadedAdamW(torch.optim.AdamW):
     def flush(self, index: int, gradient: torch.Tensor, after: Awaitable | None = None) -> None:
         """Takes the final gradient of shard `index` before the step, see `Executor.flush`. The first call of
         a step counts."""
-        if index in self._flushed:
-            return
-        self.executor.flush(index, gradient, after)
-        self._flushed.add(index)
+        if not self.executor.has_gradient(index):
+            self.executor.flush(index, gradient, after)
 
     def forget_gradients(self) -> None:
         """Drops the flushed gradients of a step that does not happen."""
-        if self._flushed:
-            self._flushed.clear()
+        if self._session is not None:
             self.executor.skip()
 
     @torch.no_grad()
@@ -123,15 +119,14 @@ class OffloadedAdamW(torch.optim.AdamW):
             self.forget_gradients()
             return
         for index, shard in enumerate(self._shards):
-            if index not in self._flushed:
-                self.flush(index, _gradient_of(shard))
+            if not self.executor.has_gradient(index):
+                self.executor.flush(index, _gradient_of(shard))
         step = self.step_count + 1
         settings = [
             AdamWSettings(group["lr"], tuple(group["betas"]), group["eps"], group["weight_decay"], step)
             for group in self.param_groups
         ]
         self.build().step(settings, scale)
-        self._flushed.clear()
         self.step_count = step
 
     def read(self, name: str, p: Parameter) -> torch.Tensor:

@@ -37,8 +37,7 @@ class HazardError(RuntimeError):
 class Buffer:
     """Memory, or a record in a file, that one task at a time uses.
 
-    Its content is None for nothing of use, and `("half", content)` after a failure of the task that would
-    have left `content`.
+    Its content is None where no task needs it, as after the failure of a task that would have changed it.
     """
 
     name: str
@@ -378,7 +377,7 @@ def _take(task: Task) -> None:
 def _give_back(task: Task, failed: bool) -> None:
     for buffer, expects, leaves in task.accesses:
         if leaves != expects:
-            buffer.content = ("half", leaves) if failed else leaves
+            buffer.content = None if failed else leaves
         buffer.user = None
         if buffer.last_task is task:
             buffer.last_task = None

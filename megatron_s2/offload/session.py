@@ -14,14 +14,14 @@ from megatron_s2.offload.adam import AdamWSettings, fused_update, update_on_gpu
 from megatron_s2.offload.executor import Executor
 from megatron_s2.offload.host_memory import check_available
 from megatron_s2.offload.model import Rates
-from megatron_s2.offload.nvme import Bandwidth, NvmeTier, measure_bandwidth
+from megatron_s2.offload.nvme import Bandwidth, measure_bandwidth
 from megatron_s2.offload.plan import OffloadPlan, make_plan
 from megatron_s2.offload.queues import CudaBackend, ThreadBackend
 from megatron_s2.offload.rates import DRIFT_STEPS, Hardware, cached_rates, drifted
 from megatron_s2.offload.rounding import rounding_note
 from megatron_s2.offload.settings import OffloadSettings
 from megatron_s2.offload.simulator import Simulation, auto_plan, simulate
-from megatron_s2.offload.state import HostBuffer, Parameter
+from megatron_s2.offload.state import Parameter
 from megatron_s2.offload.trace import of_update, shifted, write_trace
 
 # Steps at rates that no longer hold cost more than measuring for half a second once in so many.
@@ -44,7 +44,7 @@ class Session:
         elements: elements of the flat state, padding included.
         share: share of this rank's parameters, and so of its budgets.
         available: bytes of host memory that this node can give to all its ranks.
-        flush_in_backward: whether gradients leave during backward.
+        late_reason: why gradients leave after backward; None where they leave during backward.
         traced: whether the user's trace is of this session.
 
     Raises:
@@ -61,12 +61,12 @@ class Session:
         elements: int,
         share: float,
         available: int,
-        flush_in_backward: bool,
+        late_reason: str | None,
         traced: bool,
     ) -> None:
         self._settings, self._rank, self._local_world_size, self._log = settings, rank, local_world_size, log
         self._threads = settings.threads(local_world_size)
-        self._flush_in_backward = flush_in_backward
+        self._late_reason = late_reason
         self._trace = settings.trace if traced else None
         self._seconds: list[float] = []  # of the latest steps
         self._usual: float | None = None
@@ -103,8 +103,8 @@ class Session:
                     os.posix_fallocate(file.fileno(), 0, 4 * (stop - start))
                 except OSError as error:
                     raise OffloadError(
-                        f"--s2-offload-nvme-dir {directory}: has no room for the copy of the state that a "
-                        f"checkpoint takes: {error.strerror}"
+                        f"--s2-offload-nvme-dir {directory}: has not enough space for the copy of the "
+                        f"state that a checkpoint takes: {error.strerror}"
                     ) from error
                 out = torch.from_file(file.name, shared=True, size=stop - start)
         return self.executor.read(name, start, stop, out)
@@ -125,22 +125,20 @@ class Session:
             host_budget=None if settings.host_budget is None else int(settings.host_budget * share),
             nvme=bool(settings.nvme_dirs),
         )
-        on_nvme = [s.size for s in plan.subgroups if s.tier == "nvme"]
         predicts = settings.gpu_fraction is None or settings.trace is not None
-        bandwidths = self._bandwidths() if on_nvme and (len(settings.nvme_dirs) > 1 or predicts) else []
+        bandwidths = (
+            self._bandwidths() if plan.tiers.nvme and (len(settings.nvme_dirs) > 1 or predicts) else []
+        )
         self._rates = self._measure(bandwidths) if predicts else None
         if settings.gpu_fraction is None:
             plan = auto_plan(plan, self._rates)
-        check_available(plan.host_bytes, "buffers and ring", self._local_world_size, available)
-        cuda = torch.cuda.is_available()
-        host = HostBuffer(plan, cuda, self._local_world_size, available)
-        tier = None
-        if on_nvme:
-            shares = [min(b.read, b.write) for b in bandwidths] or None
-            tier = NvmeTier(settings.nvme_dirs, on_nvme, plan.ring_slots, shares, pinned=cuda)
-        backend = CudaBackend(torch.device("cuda", torch.cuda.current_device())) if cuda else ThreadBackend()
+        check_available(plan.host_bytes, self._local_world_size, available)
+        shares = [min(bandwidth) for bandwidth in bandwidths] or None
+        backend: ThreadBackend = ThreadBackend()
+        if torch.cuda.is_available():
+            backend = CudaBackend(torch.device("cuda", torch.cuda.current_device()))
         update = update_on_gpu if settings.gpu_adam == "triton" else fused_update(settings.gpu_adam)
-        return Executor(plan, parameters, backend, host, tier, self._threads, update)
+        return Executor(plan, parameters, backend, settings.nvme_dirs, shares, self._threads, update)
 
     def _bandwidths(self) -> list[Bandwidth]:
         return [measure_bandwidth(directory) for directory in self._settings.nvme_dirs]
@@ -156,10 +154,10 @@ class Session:
     def _predict(self) -> Simulation | None:
         if self._rates is None:
             return None
-        return simulate(self.executor.plan, self._rates, flush_in_backward=self._flush_in_backward)
+        return simulate(self.executor.plan, self._rates, flush_in_backward=self._late_reason is None)
 
     def _report(self) -> None:
-        when = "during backward" if self._flush_in_backward else "after backward (no --overlap-grad-reduce)"
+        when = f"after backward ({self._late_reason})" if self._late_reason else "during backward"
         lines = [f"optimizer offload of rank 0: {self.executor.plan}", f"  gradients leave {when}"]
         if self._predicted is not None:
             lines.append(

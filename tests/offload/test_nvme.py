@@ -369,10 +369,9 @@ from pathlib import Path
 import torch
 from megatron_s2.offload.adam import AdamWSettings
 from megatron_s2.offload.executor import Executor
-from megatron_s2.offload.nvme import NvmeTier
 from megatron_s2.offload.plan import make_plan
 from megatron_s2.offload.queues import ThreadBackend
-from megatron_s2.offload.state import HostBuffer, lay_out
+from megatron_s2.offload.state import lay_out
 
 torch.set_num_threads(1)
 N, BUDGET = 2**23, 24 * 2**20
@@ -384,9 +383,7 @@ def resident():
 def build(n, budget, folder):
     parameters, elements = lay_out([torch.zeros(n // 8, dtype=torch.bfloat16) for _ in range(8)], [0] * 8)
     plan = make_plan(elements, FRACTION, subgroup_size=2**17, host_budget=budget, nvme=True)
-    sizes = [s.size for s in plan.subgroups if s.tier == "nvme"]
-    tier = NvmeTier([folder], sizes, plan.ring_slots) if sizes else None
-    return Executor(plan, parameters, ThreadBackend(), HostBuffer(plan), tier), parameters, plan
+    return Executor(plan, parameters, ThreadBackend(), [folder]), parameters, plan
 
 def steps(executor, parameters, gradients, count):
     for step in range(1, count + 1):
