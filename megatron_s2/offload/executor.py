@@ -36,7 +36,6 @@ from megatron_s2.offload.adam import (
     State,
     check_gradient_scale,
     update_on_cpu,
-    update_on_cpu_copies,
     update_on_gpu,
 )
 from megatron_s2.offload.plan import OffloadPlan, Subgroup
@@ -392,7 +391,7 @@ class Executor:
         """Updates state on the backend's device by gradients where backward left them."""
         step.updated.add(subgroup.index)
         on_cpu = self._backend.device.type == "cpu"
-        update = update_on_cpu_copies if on_cpu else self._gpu_update
+        update = partial(update_on_cpu, keep_gradient=True) if on_cpu else self._gpu_update
         for one in self._slices[subgroup.index]:
             cut = state.cut(one.start, one.end if on_cpu else one.stop)
             settings = step.settings[one.group]

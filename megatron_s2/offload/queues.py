@@ -156,6 +156,13 @@ class CudaBackend(ThreadBackend):
         torch.cuda.current_stream(self.device).wait_event(mark)
 
 
+def default_backend() -> ThreadBackend:
+    """Returns the backend of the current GPU, or that of threads where there is none."""
+    if torch.cuda.is_available():
+        return CudaBackend(torch.device("cuda", torch.cuda.current_device()))
+    return ThreadBackend()
+
+
 class Queues:
     """Runs tasks; of those that may begin, a queue takes the one that was submitted first.
 

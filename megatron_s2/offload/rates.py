@@ -16,13 +16,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from megatron_s2.cache_file import cache_file_name, cache_folder, read_cache_file, write_cache_file
+from megatron_s2.offload.adam import AdamWSettings, State, update_on_cpu, update_on_gpu
 from megatron_s2.offload.model import Rates
-
-if TYPE_CHECKING:
-    import torch
 
 MEASURED_SECONDS = 0.5
 MEASURED_ELEMENTS = 2**22  # 64 MiB of state and gradient for each queue: far more than caches hold
@@ -45,8 +44,6 @@ class Hardware:
     @classmethod
     def detect(cls, threads: int, local_world_size: int = 1) -> Hardware:
         """The hardware of this process."""
-        import torch
-
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
         cores = len(os.sched_getaffinity(0))
         return cls(_cpu_name(), cores, gpu, str(torch.__version__), threads, local_world_size)
@@ -111,8 +108,6 @@ def measure_rates(
     for name, value in (("threads", threads), ("seconds", seconds), ("elements", elements)):
         if not value > 0:
             raise ValueError(f"{name} {value}: must be positive")
-    import torch
-
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -157,10 +152,6 @@ def _measure_together(work: dict[str, tuple[Callable[[], object], int]], seconds
 
 def _updates(device: torch.device, elements: int) -> Callable[[], object]:
     """Returns a function that updates `elements` parameters and their 16-bit weights."""
-    import torch
-
-    from megatron_s2.offload.adam import AdamWSettings, State, update_on_cpu, update_on_gpu
-
     *state, gradient = (torch.full((elements,), 1e-3, device=device) for _ in range(4))
     weights = torch.empty(elements, dtype=torch.bfloat16, device=device)
     update = update_on_cpu if device.type == "cpu" else update_on_gpu
@@ -169,8 +160,6 @@ def _updates(device: torch.device, elements: int) -> Callable[[], object]:
 
 def _copies(device: torch.device, elements: int, up: bool) -> Callable[[], object]:
     """Returns a function that copies `elements` float32 from pinned host memory to the device, or back."""
-    import torch
-
     on_host = torch.zeros(elements, pin_memory=device.type == "cuda")
     on_device = torch.zeros(elements, device=device)
     source, target = (on_host, on_device) if up else (on_device, on_host)
@@ -181,8 +170,6 @@ def _on_stream(once: Callable[[], object], device: torch.device) -> Callable[[],
     """Returns `once` on a stream of its own, with a wait for its end."""
     if device.type != "cuda":
         return once
-    import torch
-
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
 

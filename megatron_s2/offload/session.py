@@ -16,7 +16,7 @@ from megatron_s2.offload.host_memory import check_available
 from megatron_s2.offload.model import Rates
 from megatron_s2.offload.nvme import Bandwidth, measure_bandwidth
 from megatron_s2.offload.plan import OffloadPlan, make_plan
-from megatron_s2.offload.queues import CudaBackend, ThreadBackend
+from megatron_s2.offload.queues import default_backend
 from megatron_s2.offload.rates import DRIFT_STEPS, Hardware, cached_rates, drifted
 from megatron_s2.offload.rounding import rounding_note
 from megatron_s2.offload.settings import OffloadSettings
@@ -134,11 +134,10 @@ class Session:
             plan = auto_plan(plan, self._rates)
         check_available(plan.host_bytes, self._local_world_size, available)
         shares = [min(bandwidth) for bandwidth in bandwidths] or None
-        backend: ThreadBackend = ThreadBackend()
-        if torch.cuda.is_available():
-            backend = CudaBackend(torch.device("cuda", torch.cuda.current_device()))
         update = update_on_gpu if settings.gpu_adam == "triton" else fused_update(settings.gpu_adam)
-        return Executor(plan, parameters, backend, settings.nvme_dirs, shares, self._threads, update)
+        return Executor(
+            plan, parameters, default_backend(), settings.nvme_dirs, shares, self._threads, update
+        )
 
     def _bandwidths(self) -> list[Bandwidth]:
         return [measure_bandwidth(directory) for directory in self._settings.nvme_dirs]
