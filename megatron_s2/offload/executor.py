@@ -21,6 +21,7 @@ plan nor order changes a bit.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -39,7 +40,7 @@ from megatron_s2.offload.adam import (
     update_on_gpu,
 )
 from megatron_s2.offload.plan import OffloadPlan, Subgroup
-from megatron_s2.offload.queues import ON_DEVICE, Access, Awaitable, Queues, ThreadBackend
+from megatron_s2.offload.queues import ON_DEVICE, Access, Awaitable, Buffer, Queues, ThreadBackend
 from megatron_s2.offload.state import (
     Parameter,
     ParameterSlice,
@@ -281,28 +282,42 @@ class Executor:
 
     def _submit(self, step: _Step) -> None:
         """Submits all tasks of a step, in the plan's order."""
-        in_slot = [slot.content for slot in self._store.slots]
-        through_gpu = 0
+        in_slot = {slot: slot.content for slot in self._store.slots}  # once the tasks so far have ended
+        sets = itertools.cycle(self._store.sets)
         for subgroup in self._plan.order(step.version):
+            memory, (old, new) = self._store[subgroup], step.contents(subgroup)
+            submit = partial(self._submit_task, step, subgroup)
             if subgroup.tier == "gpu":
-                self._update_resident(step, subgroup)
+                update = partial(self._update_on_device, step, subgroup, memory.state)
+                submit("gpu", "update", update, (memory.storage, old, new), in_gaps=True)
                 continue
             if subgroup.tier == "nvme":
-                self._read_record(step, subgroup, in_slot)
+                before, in_slot[memory.state_buffer] = in_slot[memory.state_buffer], new
+                if before != old:
+                    load = partial(self._store.tier.load, memory.record)
+                    submit(
+                        "nvme_read",
+                        "state",
+                        load,
+                        (memory.storage, old, old),
+                        (memory.state_buffer, before, old),
+                    )
             if subgroup.device == "gpu":
-                self._update_through_gpu(step, subgroup, through_gpu % len(self._store.sets))
-                through_gpu += 1
+                self._submit_update_through_gpu(step, subgroup, submit, *next(sets))
             else:
-                self._update_on_host(step, subgroup)
+                self._submit_update_on_host(step, subgroup, submit)
             if subgroup.tier == "nvme":
-                self._write_record(step, subgroup)
+                store = partial(self._store.tier.store, memory.record)
+                submit(
+                    "nvme_write", "state", store, (memory.state_buffer, new, new), (memory.storage, old, new)
+                )
 
     def _submit_task(
         self,
         step: _Step,
+        subgroup: Subgroup,
         queue: str,
         what: str,
-        subgroup: Subgroup,
         run: Callable[[], object],
         *accesses: Access,
         in_gaps: bool = False,
@@ -312,62 +327,33 @@ class Executor:
             run = partial(self._run_after, step.mark, run)
         self._queues.submit(queue, f"{what} {subgroup.index}", run, accesses, in_gaps)
 
-    def _update_resident(self, step: _Step, subgroup: Subgroup) -> None:
-        memory = self._store[subgroup]
-        update = partial(self._update_on_device, memory.state, subgroup, step)
-        access = (memory.storage, *step.contents(subgroup))
-        self._submit_task(step, "gpu", "update", subgroup, update, access, in_gaps=True)
-
-    def _update_through_gpu(self, step: _Step, subgroup: Subgroup, index: int) -> None:
-        """Uploads the state to buffer set `index`, updates it there and downloads it."""
+    def _submit_update_through_gpu(
+        self, step: _Step, subgroup: Subgroup, submit: Callable[..., None], buffer_set: State, buffer: Buffer
+    ) -> None:
+        """The state is uploaded to a buffer set, updated there and downloaded."""
         memory, (old, new) = self._store[subgroup], step.contents(subgroup)
-        on_host, on_gpu = memory.state_buffer, ("on gpu", *old)
-        whole_set, buffer = self._store.sets[index]
-        state = whole_set.cut(0, subgroup.size)
+        state, on_gpu = buffer_set.cut(0, subgroup.size), ("on gpu", *old)
         upload, download = partial(_copy, state, memory.state), partial(_copy, memory.state, state)
-        update = partial(self._update_on_device, state, subgroup, step)
-        self._submit_task(step, "h2d", "state", subgroup, upload, (on_host, old, on_gpu), (buffer, None, old))
-        self._submit_task(step, "gpu", "update", subgroup, update, (buffer, old, new))
-        self._submit_task(
-            step, "d2h", "state", subgroup, download, (buffer, new, None), (on_host, on_gpu, new)
-        )
+        update = partial(self._update_on_device, step, subgroup, state)
+        submit("h2d", "state", upload, (memory.state_buffer, old, on_gpu), (buffer, None, old))
+        submit("gpu", "update", update, (buffer, old, new))
+        submit("d2h", "state", download, (buffer, new, None), (memory.state_buffer, on_gpu, new))
 
-    def _update_on_host(self, step: _Step, subgroup: Subgroup) -> None:
-        """Updates the state in place and uploads the weights. Gradients of tier `nvme` are downloaded only
-        now."""
+    def _submit_update_on_host(self, step: _Step, subgroup: Subgroup, submit: Callable[..., None]) -> None:
+        """The state is updated in place, and the weights are uploaded. Gradients of tier `nvme` are
+        downloaded only now."""
         memory, (old, new) = self._store[subgroup], step.contents(subgroup)
         buffer, weights = memory.gradient_buffer, ("weights", subgroup.index)
+        slices = self._slices[subgroup.index]
+        gradients = _gradient_content(self._slices_sent[subgroup.index])
         if subgroup.tier == "nvme":
-            gradients = _gradient_content(1)
-            gather = partial(self._copy_gradients, self._slices[subgroup.index], memory.gradient)
-            self._submit_task(step, "d2h", "gradients", subgroup, gather, (buffer, None, gradients))
-        else:
-            gradients = _gradient_content(self._slices_sent[subgroup.index])
-        update = partial(self._update_in_place, memory, subgroup, step)
-        upload = partial(self._upload_weights, memory.gradient, subgroup)
-        accesses = (memory.state_buffer, old, new), (buffer, gradients, weights)
-        self._submit_task(step, "cpu", "update", subgroup, update, *accesses)
-        self._submit_task(step, "h2d", "weights", subgroup, upload, (buffer, weights, None))
-
-    def _read_record(self, step: _Step, subgroup: Subgroup, in_slot: list) -> None:
-        """Reads the state from NVMe into its slot, unless the slot still has it.
-
-        Args:
-            in_slot: content of each slot once the tasks submitted so far have ended.
-        """
-        memory, (old, new) = self._store[subgroup], step.contents(subgroup)
-        before, in_slot[memory.slot] = in_slot[memory.slot], new
-        if before != old:
-            load = partial(self._store.tier.load, memory.record)
-            accesses = (memory.storage, old, old), (memory.state_buffer, before, old)
-            self._submit_task(step, "nvme_read", "state", subgroup, load, *accesses)
-
-    def _write_record(self, step: _Step, subgroup: Subgroup) -> None:
-        """Writes the state from its slot to NVMe. The slot keeps it until another subgroup is read."""
-        memory, (old, new) = self._store[subgroup], step.contents(subgroup)
-        store = partial(self._store.tier.store, memory.record)
-        accesses = (memory.state_buffer, new, new), (memory.storage, old, new)
-        self._submit_task(step, "nvme_write", "state", subgroup, store, *accesses)
+            gradients = _gradient_content(len(slices))
+            gather = partial(self._copy_gradients, slices, memory.gradient)
+            submit("d2h", "gradients", gather, (buffer, None, gradients))
+        update = partial(self._update_in_place, step, subgroup, memory)
+        submit("cpu", "update", update, (memory.state_buffer, old, new), (buffer, gradients, weights))
+        upload = partial(self._upload_weights, slices, memory.gradient)
+        submit("h2d", "weights", upload, (buffer, weights, None))
 
     # Functions of tasks
 
@@ -375,7 +361,7 @@ class Executor:
         self._backend.wait(mark)
         run()
 
-    def _update_in_place(self, memory: SubgroupMemory, subgroup: Subgroup, step: _Step) -> None:
+    def _update_in_place(self, step: _Step, subgroup: Subgroup, memory: SubgroupMemory) -> None:
         step.updated.add(subgroup.index)
         for one in self._slices[subgroup.index]:
             memory.gradient[one.stop : one.end].zero_()
@@ -383,11 +369,11 @@ class Executor:
             weights = one.weights_in(memory.gradient)
             update_on_cpu(state, gradient, weights, step.settings[one.group], step.gradient_scale)
 
-    def _upload_weights(self, gradient: torch.Tensor, subgroup: Subgroup) -> None:
-        for one in self._slices[subgroup.index]:
+    def _upload_weights(self, slices: Sequence[ParameterSlice], gradient: torch.Tensor) -> None:
+        for one in slices:
             one.weights.copy_(one.weights_in(gradient), non_blocking=True)
 
-    def _update_on_device(self, state: State, subgroup: Subgroup, step: _Step) -> None:
+    def _update_on_device(self, step: _Step, subgroup: Subgroup, state: State) -> None:
         """Updates state on the backend's device by gradients where backward left them."""
         step.updated.add(subgroup.index)
         on_cpu = self._backend.device.type == "cpu"

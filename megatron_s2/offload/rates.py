@@ -54,25 +54,18 @@ class Hardware:
         return cache_file_name(_WHAT, asdict(self))
 
 
-def cached_rates(
-    hardware: Hardware,
-    folder: Path | None = None,
-    remeasure: bool = False,
-    measure: Callable[[int], Rates] | None = None,
-) -> Rates:
+def cached_rates(hardware: Hardware, remeasure: bool = False) -> Rates:
     """Returns the rates kept in the cache file of this hardware, or measures and keeps them.
 
     Args:
         hardware: `Hardware.detect(…)`.
-        folder: folder of the cache file; `cache_folder()` by default.
-        remeasure: measure whatever the file says, as after a drift.
-        measure: function called with the number of threads; `measure_rates` by default.
+        remeasure: whether to measure whatever the file says, as after a drift.
     """
-    path = (folder or cache_folder()) / hardware.file_name
+    path = cache_folder() / hardware.file_name
     cached = None if remeasure else read_cache_file(path, lambda content: Rates(**content["rates"]), _WHAT)
     if cached is not None:
         return cached
-    rates = (measure or measure_rates)(hardware.threads)
+    rates = measure_rates(hardware.threads)
     write_cache_file(path, {"hardware": asdict(hardware), "rates": asdict(rates)}, _WHAT)
     return rates
 

@@ -134,7 +134,6 @@ class SubgroupMemory:
     gradient: torch.Tensor | None = None  # [size], on the host; None in tier gpu
     gradient_buffer: Buffer | None = None
     record: int | None = None  # index in tier nvme
-    slot: int | None = None  # index of the ring slot
 
 
 class StateStore:
@@ -188,7 +187,7 @@ class StateStore:
             self._memory[i] = SubgroupMemory(storage[i], storage[i], *views, Buffer(f"gradients {i}"))
         for record, s in enumerate(tiers["nvme"]):
             slot = self.tier.slot_of(record)
-            own = (*self.tier.slice_of(record), slot_gradients[slot], record, slot)
+            own = (*self.tier.slice_of(record), slot_gradients[slot], record)
             self._memory[s.index] = SubgroupMemory(storage[s.index], self.slots[slot], *own)
         self._unsaved: set[int] = set()  # subgroups whose ring slot was modified since it was stored
 
