@@ -33,7 +33,7 @@ from megatron_s2.offload.plan import ALIGNMENT
 CHUNK = 2**20
 BLOCK = 1024
 _EXTENSIONS = {"transformer_engine": "transformer_engine_torch", "apex": "amp_C"}
-_ELEMENTS_PER_BLOCK = 2**16  # of those packages' kernels
+_ELEMENTS_PER_BLOCK = 2**16  # that one block of those packages' kernels updates
 
 
 @dataclass(frozen=True)
@@ -190,14 +190,14 @@ def kernel_constants(settings: AdamWSettings, gradient_scale: float) -> dict[str
 def fused_update(package: str) -> Callable[..., None]:
     """Returns an update like `update_on_gpu` with another package's fused Adam.
 
-    That has its own order of operations, so results depend on what the GPU updates, within rounding. It takes
-    a scaled float32 copy of the gradients.
+    The package's kernel has its own order of operations, so results depend on which subgroups the GPU
+    updates, within rounding. Gradients are passed to it as a scaled float32 copy.
 
     Args:
         package: `transformer_engine` or `apex`.
 
     Raises:
-        ValueError: the package is not installed, or its CUDA extension is not.
+        ValueError: the package or its CUDA extension is not installed.
     """
     module = _EXTENSIONS[package]
     try:

@@ -227,7 +227,7 @@ class Executor:
         return out
 
     def write(self, name: str, start: int, values: torch.Tensor) -> None:
-        """Replaces elements of `master`, `exp_avg` or `exp_avg_sq` from `start` on.
+        """Overwrites elements of `master`, `exp_avg` or `exp_avg_sq` from `start` on.
 
         Args:
             values: `[n]` of any float dtype, on any device.
@@ -243,12 +243,12 @@ class Executor:
                 view.copy_(values[a - start : b - start])
 
     def set_masters(self) -> None:
-        """Sets the masters to the model's weights, as at the beginning."""
+        """Sets the masters to the model's weights."""
         for p in self._parameters:
             self.write("master", p.start, p.weights)
 
     def close(self) -> None:
-        """Ends the queues and drops all memory and the files on NVMe."""
+        """Ends the queues' threads, and frees all memory and the files on NVMe."""
         self._queues.close()
         self._store.close()
         self._gradients.clear()
@@ -289,7 +289,7 @@ class Executor:
             submit = partial(self._submit_task, step, subgroup)
             if subgroup.tier == "gpu":
                 update = partial(self._update_on_device, step, subgroup, memory.state)
-                submit("gpu", "update", update, (memory.storage, old, new), in_gaps=True)
+                submit("gpu", "update", update, (memory.storage, old, new), low_priority=True)
                 continue
             if subgroup.tier == "nvme":
                 before, in_slot[memory.state_buffer] = in_slot[memory.state_buffer], new
@@ -320,12 +320,12 @@ class Executor:
         what: str,
         run: Callable[[], object],
         *accesses: Access,
-        in_gaps: bool = False,
+        low_priority: bool = False,
     ) -> None:
         """Submits a task of a subgroup; on the device it comes after what the caller of `step` began."""
         if queue in ON_DEVICE:
             run = partial(self._run_after, step.mark, run)
-        self._queues.submit(queue, f"{what} {subgroup.index}", run, accesses, in_gaps)
+        self._queues.submit(queue, f"{what} {subgroup.index}", run, accesses, low_priority)
 
     def _submit_update_through_gpu(
         self, step: _Step, subgroup: Subgroup, submit: Callable[..., None], buffer_set: State, buffer: Buffer

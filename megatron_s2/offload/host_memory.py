@@ -1,4 +1,4 @@
-"""Host memory of exact size, pinned where there is a GPU, and what the system has left of it.
+"""Host memory of exact size, pinned where there is a GPU, and how much of it the system has available.
 
 The memory is mapped from the system and registered with CUDA (`cudaHostRegister`), since PyTorch's
 `pin_memory` rounds each allocation up to a power of two. A mapping begins at a page and is zero. Processes
@@ -66,7 +66,7 @@ class HostMemory:
         return memoryview(self._memory)
 
     def close(self) -> None:
-        """Unpins the memory and drops it; it returns to the system with its last view."""
+        """Unpins the memory and frees it; the system gets it back when the last view is gone."""
         if self._pinned:
             torch.cuda.cudart().cudaHostUnregister(self.address)
             self._pinned = False
@@ -74,10 +74,10 @@ class HostMemory:
 
 
 def check_available(size: int, local_world_size: int, available: int) -> None:
-    """Raises ValueError where this node cannot give `size` bytes to each of its ranks.
+    """Raises ValueError where this node does not have `size` bytes for each of its ranks.
 
     Args:
-        available: bytes that this node can give, as `available_bytes()` at the start.
+        available: bytes that all ranks together can allocate, see `available_bytes`.
     """
     if size * local_world_size > available:
         ranks = f" for each of {local_world_size} ranks" if local_world_size > 1 else ""
@@ -89,7 +89,7 @@ def check_available(size: int, local_world_size: int, available: int) -> None:
 
 
 def available_bytes() -> int:
-    """Bytes that the system can give without swapping and that this process's control groups still allow."""
+    """Number of bytes that this process can allocate without swapping and within its control groups."""
     fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(fields["MemAvailable"].split()[0]) * 1024
     try:

@@ -117,7 +117,7 @@ def predict(rates: Rates, load: Load, fraction: float, backward_seconds: float |
 
     Args:
         backward_seconds: duration of the last micro-batch's backward, which hides the flush of gradients;
-            None where it is long enough.
+            None for one that hides all of it.
 
     Raises:
         ValueError: the fraction is not between 0 and 1, the time is negative, or there are parameters on NVMe

@@ -1,4 +1,4 @@
-"""AdamW whose state an executor holds; it replaces Megatron's `HybridDeviceOptimizer`.
+"""AdamW whose state is in an executor; it replaces Megatron's `HybridDeviceOptimizer`.
 
 Megatron's distributed optimizer passes it the parts of parameters that this rank updates, and asks its
 `state` for masters and averages when it saves and loads. Nothing is allocated before that or before the first
@@ -83,8 +83,8 @@ class OffloadedAdamW(torch.optim.AdamW):
         return self._index[shard]
 
     def flush(self, index: int, gradient: torch.Tensor, after: Awaitable | None = None) -> None:
-        """Takes the final gradient of shard `index` before the step, see `Executor.flush`. The first call of
-        a step counts."""
+        """Takes the final gradient of shard `index` before the step, see `Executor.flush`. Only the first
+        call of a step counts."""
         if not self.executor.has_gradient(index):
             self.executor.flush(index, gradient, after)
 

@@ -1,8 +1,8 @@
-"""The plan: where each part of a rank's optimizer state lies, which device updates it, and in which order.
+"""The plan: where each part of a rank's optimizer state is stored, which device updates it, in which order.
 
 A rank's state is flat: three float32 values per parameter (master weight, exp_avg, exp_avg_sq), cut into
-equal subgroups. A subgroup's *tier* is where its state lies between steps; its *device* is what updates it.
-Tiers follow from memory budgets alone, so memory is the same at every fraction; devices follow from the
+equal subgroups. A subgroup's *tier* is where its state is stored between steps; its *device* is what updates
+it. Tiers follow from memory budgets alone, so memory is the same at every fraction; devices follow from the
 fraction. Both are spread evenly. Plain values: neither torch nor a GPU is needed.
 """
 
@@ -31,7 +31,7 @@ GB = 10**9
 
 
 class TierSizes(NamedTuple):
-    """Number of parameters whose state lies in each tier."""
+    """Number of parameters whose state is in each tier."""
 
     gpu: int
     host: int
@@ -50,7 +50,7 @@ class Subgroup:
     index: int
     start: int  # a multiple of `ALIGNMENT`
     stop: int
-    tier: str  # where the state lies between steps: gpu, host or nvme
+    tier: str  # where the state is stored between steps: gpu, host or nvme
     device: str  # what updates it: cpu or gpu; gpu in tier gpu
 
     @property

@@ -1,4 +1,4 @@
-"""One optimizer's executor in training: built from the settings, timed, planned again after a drift."""
+"""An optimizer's executor in training: built from the settings, timed, and planned again after a drift."""
 
 from __future__ import annotations
 
@@ -24,12 +24,11 @@ from megatron_s2.offload.simulator import Simulation, auto_plan, simulate
 from megatron_s2.offload.state import Parameter
 from megatron_s2.offload.trace import of_update, shifted, write_trace
 
-# Steps at rates that no longer hold cost more than measuring for half a second once in so many.
-STEPS_BETWEEN_CHECKS = 100
+STEPS_BETWEEN_CHECKS = 100  # a measurement of half a second costs little against so many steps
 
 
 class OffloadError(ValueError):
-    """The settings do not fit this node or model: a budget, a directory, a file."""
+    """A budget, a directory or this node is too small for the optimizer state."""
 
 
 class Session:
@@ -45,10 +44,10 @@ class Session:
         share: share of this rank's parameters, and so of its budgets.
         available: bytes of host memory that this node can give to all its ranks.
         late_reason: why gradients leave after backward; None where they leave during backward.
-        traced: whether the user's trace is of this session.
+        traced: whether this session writes the user's trace.
 
     Raises:
-        OffloadError: a budget, a directory or this node cannot hold the state.
+        OffloadError: a budget, a directory or this node is too small for the state.
     """
 
     def __init__(
@@ -81,7 +80,7 @@ class Session:
         self.executor.set_masters()
 
     def step(self, settings: Sequence[AdamWSettings], gradient_scale: float) -> None:
-        """Takes a step of the executor; every `STEPS_BETWEEN_CHECKS` steps, checks their durations."""
+        """Runs a step of the executor; every `STEPS_BETWEEN_CHECKS` steps, checks their durations."""
         begin = time.perf_counter()
         self.executor.step(settings, gradient_scale)
         self._seconds.append(time.perf_counter() - begin)
@@ -93,8 +92,8 @@ class Session:
             self._seconds.clear()
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Returns a copy of state, see `Executor.read`. With an NVMe tier it lies in a nameless file there,
-        since a checkpoint takes copies of all state, which may not fit into memory."""
+        """Returns a copy of state, see `Executor.read`. With an NVMe tier it is in a nameless file there,
+        since a checkpoint copies all state, which may not fit into memory."""
         out = None
         if self.executor.plan.tiers.nvme and stop > start:
             directory = self._settings.nvme_dirs[0]
@@ -110,7 +109,7 @@ class Session:
         return self.executor.read(name, start, stop, out)
 
     def close(self) -> None:
-        """Ends the executor's threads, and drops all memory and the files on NVMe."""
+        """Ends the executor's threads, and frees all memory and the files on NVMe."""
         self.executor.close()
 
     def _build(

@@ -124,12 +124,12 @@ class _Operation:
     after: tuple[_Operation, ...] = ()  # operations that come before
     takes: str | None = None  # pool of which it takes a slot before its start
     frees: str | None = None  # pool of which it frees a slot at its end
-    in_gaps: bool = False  # waits while the queue has other operations
+    low_priority: bool = False  # waits while the queue has other operations
     start: float = 0.0
     end: float = 0.0
 
     def __lt__(self, other: _Operation) -> bool:
-        return (self.in_gaps, self.index) < (other.in_gaps, other.index)
+        return (self.low_priority, self.index) < (other.low_priority, other.index)
 
 
 def _pools(plan: OffloadPlan) -> dict[str, int]:
@@ -154,7 +154,7 @@ def _operations(plan: OffloadPlan, rates: Rates, step: int) -> list[_Operation]:
         size = subgroup.size
         state, weights, gradients = STATE_BYTES * size, WEIGHT_BYTES * size, GRADIENT_BYTES * size
         if subgroup.tier == "gpu":
-            add("gpu", "update", subgroup, size, 0, in_gaps=True)
+            add("gpu", "update", subgroup, size, 0, low_priority=True)
             continue
         there: tuple[_Operation, ...] = ()
         if subgroup.tier == "nvme":

@@ -1,7 +1,7 @@
 """The optimizer state of one rank: parameters in the flat state, and the memory of all tiers.
 
-The flat state holds the parameters one after another, each from a multiple of `ALIGNMENT` on. The plan cuts
-it into subgroups, which `StateStore` keeps in their tiers.
+The flat state has the parameters one after another, each beginning at a multiple of `ALIGNMENT`. The plan
+cuts it into subgroups, which `StateStore` keeps in their tiers.
 """
 
 from __future__ import annotations
@@ -243,7 +243,7 @@ class StateStore:
                 slot.content = None
 
     def close(self) -> None:
-        """Drops all memory and the files."""
+        """Frees all memory and deletes the files."""
         self._memory.clear()
         self.sets.clear()
         for memory in (self._host, self.tier):

@@ -30,7 +30,7 @@ class DelayedBackend(ThreadBackend):
         self._delay = delay
 
     @contextmanager
-    def at_work(self, task: Task):
+    def context(self, task: Task):
         if self._delay is None:
             yield
             return

@@ -424,7 +424,7 @@ def test_a_worker_is_on_the_device_of_its_stream_before_it_takes_it(monkeypatch)
     monkeypatch.setattr(torch.cuda, "Event", lambda blocking: done)
     monkeypatch.setattr(torch.cuda, "device", told)
     monkeypatch.setattr(torch.cuda, "stream", told)
-    with CudaBackend(device).at_work(SimpleNamespace(queue="h2d")):
+    with CudaBackend(device).context(SimpleNamespace(queue="h2d")):
         seen.append("task")
     assert seen == [device, "stream", "task", "synchronized", ("left", "stream"), ("left", device)]
 
@@ -445,8 +445,8 @@ def test_what_runs_in_gaps_comes_last_and_the_rest_in_turn():
     queues = Queues({"h2d": 1}, ThreadBackend())
     go, order = threading.Event(), []
     queues.submit("h2d", "wait", go.wait)
-    for n, in_gaps in enumerate((True, False, False)):
-        queues.submit("h2d", f"{n}", lambda n=n: order.append(n), in_gaps=in_gaps)
+    for n, low_priority in enumerate((True, False, False)):
+        queues.submit("h2d", f"{n}", lambda n=n: order.append(n), low_priority=low_priority)
     go.set()
     queues.join()
     queues.close()

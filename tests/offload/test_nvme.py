@@ -89,7 +89,7 @@ def test_slots_and_records_are_aligned_pages(tier):
     for j in range(len(SIZES)):
         assert tier.slice_of(j).state.master.data_ptr() % PAGE == 0
         assert tier.slice_of(j).gradient.data_ptr() % PAGE == 0
-    # Records of 12 x 128 bytes and their seals take a page each.
+    # Records of 12 x 128 bytes and their trailers take a page each.
     assert os.stat(opened(tier)).st_size == PAGE * 6
 
 
