@@ -120,7 +120,7 @@ class OffloadedAdamW(torch.optim.AdamW):
             return
         for index, shard in enumerate(self._shards):
             if not self.executor.has_gradient(index):
-                self.executor.flush(index, _gradient_of(shard))
+                self.flush(index, _gradient_of(shard))
         step = self.step_count + 1
         settings = [
             AdamWSettings(group["lr"], tuple(group["betas"]), group["eps"], group["weight_decay"], step)
