@@ -73,7 +73,8 @@ class State(NamedTuple):
 
 
 def check_gradient_scale(scale: float) -> None:
-    """Raises ValueError where `scale`, in float32, is not positive and finite."""
+    """Raises ValueError where a step cannot divide gradients by `scale`, since it is not positive and finite
+    in float32."""
     if not 0 < torch.tensor(scale, dtype=torch.float32).item() < math.inf:
         raise ValueError(f"gradient_scale {scale}: must be positive and finite; skip the step instead")
 
@@ -94,15 +95,16 @@ def update_on_cpu(
             any float dtype with `keep_gradient`.
         weights: `[n]` of any float dtype, n <= padded. May begin where `gradient` does: a gradient is
             overwritten after its use.
-        gradient_scale: what gradients are divided by: the loss scale over the clip coefficient.
+        gradient_scale: what gradients are divided by, see `check_gradient_scale`.
         keep_gradient: whether the gradient stays unchanged; the update then copies it, chunk by chunk.
 
     Raises:
-        ValueError: a size or the scale is out of range.
+        ValueError: a size is out of range.
     """
-    check_gradient_scale(gradient_scale)
-    padded, given = state.master.numel(), weights.numel() if keep_gradient else state.master.numel()
-    if padded % ALIGNMENT or weights.numel() > padded or gradient.numel() != given:
+    padded = state.master.numel()
+    longest = max(weights.numel(), gradient.numel())
+    of_one_size = state if keep_gradient else (*state, gradient)
+    if padded % ALIGNMENT or longest > padded or any(x.numel() != padded for x in of_one_size):
         raise ValueError(
             f"slice of {padded} elements with {weights.numel()} weights: must be a multiple of {ALIGNMENT} "
             "that holds them, in state and gradient alike"
@@ -146,11 +148,10 @@ def update_on_gpu(
         settings, gradient_scale: as for `update_on_cpu`.
 
     Raises:
-        ValueError: sizes differ, a tensor is not contiguous, or the scale is out of range.
+        ValueError: sizes differ, or a tensor is not contiguous.
     """
     from megatron_s2.offload.adam_kernel import adamw_kernel
 
-    check_gradient_scale(gradient_scale)
     size = gradient.numel()
     for x in (*state, gradient, weights):
         if x.numel() != size or not x.is_contiguous():
@@ -212,7 +213,6 @@ def fused_update(package: str) -> Callable[..., None]:
         settings: AdamWSettings,
         gradient_scale: float,
     ) -> None:
-        check_gradient_scale(gradient_scale)
         scaled = gradient.float() / gradient_scale
         overflow = torch.zeros(1, dtype=torch.int32, device=gradient.device)
         tensors = [[scaled], [state.master], [state.exp_avg], [state.exp_avg_sq]]

@@ -330,7 +330,7 @@ class Executor:
     def _submit_update_through_gpu(
         self, step: _Step, subgroup: Subgroup, submit: Callable[..., None], buffer_set: State, buffer: Buffer
     ) -> None:
-        """The state is uploaded to a buffer set, updated there and downloaded."""
+        """Submits the upload of the state to a buffer set, its update there and the download."""
         memory, (old, new) = self._store[subgroup], step.contents(subgroup)
         state, on_gpu = buffer_set.cut(0, subgroup.size), ("on gpu", *old)
         upload, download = partial(_copy, state, memory.state), partial(_copy, memory.state, state)
@@ -340,8 +340,8 @@ class Executor:
         submit("d2h", "state", download, (buffer, new, None), (memory.state_buffer, on_gpu, new))
 
     def _submit_update_on_host(self, step: _Step, subgroup: Subgroup, submit: Callable[..., None]) -> None:
-        """The state is updated in place, and the weights are uploaded. Gradients of tier `nvme` are
-        downloaded only now."""
+        """Submits the update of the state in place and the upload of the weights; for tier `nvme` first the
+        download of the gradients."""
         memory, (old, new) = self._store[subgroup], step.contents(subgroup)
         buffer, weights = memory.gradient_buffer, ("weights", subgroup.index)
         slices = self._slices[subgroup.index]

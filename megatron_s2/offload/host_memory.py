@@ -35,13 +35,10 @@ class HostMemory:
         pinned: whether CUDA copies to and from it without staging.
 
     Raises:
-        ValueError: the size is not positive.
         RuntimeError: the system does not have the memory, or does not let it be pinned.
     """
 
     def __init__(self, size: int, pinned: bool = False) -> None:
-        if size < 1:
-            raise ValueError(f"size {size}: must be >= 1")
         try:
             self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:

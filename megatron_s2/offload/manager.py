@@ -156,7 +156,7 @@ class OffloadManager:
         """Builds the session of a registered optimizer.
 
         Raises:
-            OffloadError: a budget, a directory or this node is too small for the state.
+            OffloadError, TierError: as `Session`.
         """
         session = self._new_session(
             optimizer.parameters,
@@ -178,8 +178,8 @@ class OffloadManager:
 
 
 def _flag_of_unknown_end(optimizer: DistributedOptimizer) -> str | None:
-    """Returns the flag with which only Megatron knows when a reduction has ended: no handle is left to wait
-    for. None without one."""
+    """Returns the flag, if any, with which only Megatron knows when a reduction has ended, since it leaves no
+    handle to wait for."""
     ddp, config = optimizer.ddp_config, optimizer.model_chunks[0].config
     flags = {
         "--num-distributed-optimizer-instances": ddp.num_distributed_optimizer_instances > 1,

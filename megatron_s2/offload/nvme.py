@@ -28,7 +28,7 @@ import torch
 
 from megatron_s2.offload.adam import State
 from megatron_s2.offload.host_memory import HostMemory, HostSlice
-from megatron_s2.offload.plan import ALIGNMENT, GB, GRADIENT_BYTES, STATE_BYTES
+from megatron_s2.offload.plan import GB, GRADIENT_BYTES, STATE_BYTES
 
 MAGIC = b"megatron-s2 state"
 PAGE = 4096
@@ -58,12 +58,12 @@ class NvmeTier:
     Args:
         directories: directories with one file each.
         sizes: elements of each subgroup of the tier, multiples of `ALIGNMENT`.
-        slots: number of slots of the ring.
+        slots: number of slots of the ring, at least 1.
         shares: size of each directory's file relative to the others, such as its measured bandwidth.
         pinned: whether the ring is pinned, as for `HostMemory`.
 
     Raises:
-        ValueError: an argument is out of range, or no file can be made in a directory.
+        ValueError: there are no directories, a share is not positive, or no file can be made in a directory.
         TierError: a directory has not enough space.
     """
 
@@ -79,10 +79,6 @@ class NvmeTier:
         shares = [1.0] * len(directories) if shares is None else shares
         if not directories or len(shares) != len(directories):
             raise ValueError(f"{_FLAG}: must name directories, one for each of {len(shares)} shares")
-        if slots < 1:
-            raise ValueError(f"slots {slots}: must be >= 1")
-        if not sizes or any(size < ALIGNMENT or size % ALIGNMENT for size in sizes):
-            raise ValueError(f"sizes {sizes}: must be multiples of {ALIGNMENT}")
         self.sizes = tuple(sizes)
         self.slots = min(slots, len(sizes))
         self.placement = distribute(sizes, shares)

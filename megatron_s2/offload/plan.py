@@ -183,7 +183,8 @@ def make_plan(
     buffer_sets: int = BUFFER_SETS,
     ring_slots: int = RING_SLOTS,
 ) -> OffloadPlan:
-    """Cuts a rank's state and places it: as much on the GPU as its budget holds, then on the host, then NVMe.
+    """Cuts a rank's state into subgroups and assigns their tiers: the GPU as far as its budget reaches, then
+    the host, then NVMe.
 
     Args:
         elements: number of parameters of the rank.
@@ -227,7 +228,8 @@ def make_plan(
 
 def spread(length: int, count: int) -> list[bool]:
     """Returns `length` booleans of which `count` are True, as evenly as integers allow and beginning with a
-    True where there is one (Bresenham): any n neighbours hold floor or ceil of n * count / length.
+    True where there is one (Bresenham): of any n neighbours, floor or ceil of
+    n * count / length are True.
 
     Raises:
         ValueError: count is not between 0 and length.

@@ -71,18 +71,13 @@ def cached_rates(hardware: Hardware, remeasure: bool = False) -> Rates:
 
 
 def drifted(usual_seconds: float, measured_seconds: Sequence[float]) -> bool:
-    """Returns whether the median of the last `DRIFT_STEPS` steps is off `usual_seconds` by more than `DRIFT`
-    of it; False where there are fewer steps.
+    """Returns whether the median of the last steps is off `usual_seconds` by more than `DRIFT` of it."""
+    return abs(usual_step(measured_seconds) - usual_seconds) > DRIFT * usual_seconds
 
-    Raises:
-        ValueError: `usual_seconds` is not positive.
-    """
-    if not usual_seconds > 0:
-        raise ValueError(f"usual_seconds {usual_seconds}: must be positive")
-    if len(measured_seconds) < DRIFT_STEPS:
-        return False
-    median = statistics.median(measured_seconds[-DRIFT_STEPS:])
-    return abs(median - usual_seconds) > DRIFT * usual_seconds
+
+def usual_step(measured_seconds: Sequence[float]) -> float:
+    """Returns the median duration of the last `DRIFT_STEPS` steps."""
+    return statistics.median(measured_seconds[-DRIFT_STEPS:])
 
 
 def measure_rates(
@@ -93,14 +88,8 @@ def measure_rates(
     Args:
         threads: number of PyTorch's threads for CPU updates (and copies, where there is no GPU).
         seconds: duration of the measurement.
-        elements: parameters of one update, a multiple of `ALIGNMENT`; a copy moves as many float32 values.
-
-    Raises:
-        ValueError: an argument is not positive.
+        elements: parameters of one update, a multiple of `ALIGNMENT`; a copy has as many float32 values.
     """
-    for name, value in (("threads", threads), ("seconds", seconds), ("elements", elements)):
-        if not value > 0:
-            raise ValueError(f"{name} {value}: must be positive")
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

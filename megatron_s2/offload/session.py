@@ -17,7 +17,7 @@ from megatron_s2.offload.model import Rates
 from megatron_s2.offload.nvme import Bandwidth, measure_bandwidth
 from megatron_s2.offload.plan import OffloadPlan, make_plan
 from megatron_s2.offload.queues import default_backend
-from megatron_s2.offload.rates import DRIFT_STEPS, Hardware, cached_rates, drifted
+from megatron_s2.offload.rates import Hardware, cached_rates, drifted, usual_step
 from megatron_s2.offload.rounding import rounding_note
 from megatron_s2.offload.settings import OffloadSettings
 from megatron_s2.offload.simulator import Simulation, auto_plan, simulate
@@ -28,7 +28,7 @@ STEPS_BETWEEN_CHECKS = 100  # a measurement of half a second costs little agains
 
 
 class OffloadError(ValueError):
-    """A budget, a directory or this node is too small for the optimizer state."""
+    """The settings do not fit this node or model, such as a budget that is too small for the state."""
 
 
 class Session:
@@ -47,7 +47,8 @@ class Session:
         traced: whether this session writes the user's trace.
 
     Raises:
-        OffloadError: a budget, a directory or this node is too small for the state.
+        OffloadError: the settings do not fit this node or model.
+        TierError: a directory has not enough space.
     """
 
     def __init__(
@@ -178,11 +179,10 @@ class Session:
 
     def _check_drift(self) -> None:
         """Measures and plans again where steps no longer take as long as they used to."""
-        latest = self._seconds[-DRIFT_STEPS:]
-        if self._usual is None or self._settings.gpu_fraction is not None:
-            self._usual = sorted(latest)[len(latest) // 2]
+        if self._usual is None:
+            self._usual = usual_step(self._seconds)
             return
-        if not drifted(self._usual, latest):
+        if self._settings.gpu_fraction is not None or not drifted(self._usual, self._seconds):
             return
         plan: OffloadPlan = self.executor.plan
         self._rates = self._measure(self._bandwidths() if plan.tiers.nvme else [], remeasure=True)

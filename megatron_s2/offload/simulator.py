@@ -191,7 +191,7 @@ def _run(operations: Sequence[_Operation], free: dict[str, int], dram: float | N
     now = 0.0
 
     def admit(op: _Operation) -> None:
-        """Gives an operation whose predecessors are done its slot, or lets it wait for one."""
+        """Assigns a slot to an operation whose predecessors are done, or queues it for one."""
         if op.takes and not free[op.takes]:
             heapq.heappush(without_slot[op.takes], op)
             return

@@ -140,9 +140,6 @@ def test_bandwidth_is_measured_and_nothing_stays(tmp_path):
 @pytest.mark.parametrize("arguments, message", [
     ({"directories": []}, "--s2-offload-nvme-dir: must name directories"),
     ({"shares": [1, 2]}, "--s2-offload-nvme-dir: must name directories, one for each of 2 shares"),
-    ({"slots": 0}, "slots 0: must be >= 1"),
-    ({"sizes": [65]}, r"sizes \[65\]: must be multiples of 64"),
-    ({"sizes": []}, r"sizes \[\]: must be"),
     ({"directories": ["/nowhere"]}, "--s2-offload-nvme-dir /nowhere: must be a directory"),
 ])  # fmt: skip
 def test_arguments_out_of_range_are_refused(tmp_path, arguments, message):

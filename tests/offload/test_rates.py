@@ -124,12 +124,6 @@ def test_a_failing_queue_is_not_swallowed(monkeypatch):
         measure_rates(threads=1, seconds=0.05, elements=64)
 
 
-@pytest.mark.parametrize("name", ["threads", "seconds", "elements"])
-def test_measuring_nothing_is_refused(name):
-    with pytest.raises(ValueError, match=f"^{name} 0: must be positive$"):
-        measure_rates(**{"threads": 1, name: 0})
-
-
 def test_this_machine_has_a_name():
     here = Hardware.detect(threads=2, local_world_size=3)
     assert here.cpu and here.cores >= 1 and here.torch
@@ -198,7 +192,6 @@ def test_the_folder_is_that_of_the_user(tmp_path, monkeypatch, calls):
         ([0.8] * 5, False),
         ([1.3] * 5, True),
         ([0.7] * 5, True),
-        ([9.0] * 4, False),
         ([9.0, 9.0, 1.0, 1.0, 1.0], False),
         ([9.0] * 50 + [1.0] * 5, False),
         ([1.0] * 50 + [9.0] * 3, True),
@@ -208,7 +201,6 @@ def test_the_folder_is_that_of_the_user(tmp_path, monkeypatch, calls):
         "a little faster",
         "slower",
         "faster",
-        "too few steps",
         "outliers",
         "long ago",
         "three of five",
@@ -216,8 +208,3 @@ def test_the_folder_is_that_of_the_user(tmp_path, monkeypatch, calls):
 )
 def test_drift_is_the_median_of_five_steps_off_by_a_quarter(measured, expected):
     assert drifted(1.0, measured) is expected
-
-
-def test_drift_from_nothing_is_refused():
-    with pytest.raises(ValueError, match="usual_seconds 0: must be positive"):
-        drifted(0, [1.0] * 5)
