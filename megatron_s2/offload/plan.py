@@ -228,8 +228,7 @@ def make_plan(
 
 def spread(length: int, count: int) -> list[bool]:
     """Returns `length` booleans of which `count` are True, as evenly as integers allow and beginning with a
-    True where there is one (Bresenham): of any n neighbours, floor or ceil of
-    n * count / length are True.
+    True where there is one (Bresenham): of any n neighbours, floor or ceil of n * count / length are True.
 
     Raises:
         ValueError: count is not between 0 and length.
