@@ -168,7 +168,7 @@ REFUSED = {
     "--recompute-modules layernorm: needs Transformer Engine": "--recompute-granularity selective "
     "--recompute-modules core_attn layernorm",
     "--config-logger-dir /nowhere/log": "--config-logger-dir /nowhere/log",
-    "--rampup-batch-size: Megatron 0.19 ignores it; use --step-batch-size-schedule": "--rampup-batch-size 2 2 8",
+    "--rampup-batch-size: Megatron 0.19 ignores it; use": "--rampup-batch-size 2 2 8",
     "--save {here}/file: {here}/file is a file": "--save {here}/file --save-interval 1",
     "--save {here}/file/run: {here}/file is a file": "--save {here}/file/run --save-interval 1",
     "--tensorboard-dir {here}/file: {here}/file is a file": "--tensorboard-dir {here}/file",
