@@ -52,6 +52,7 @@ _REFUSED = {
         "the state is not on the GPU",
     ),
 }
+_GATHER_ON_ONE_RANK = "--distrib-optim-fully-reshardable-mem-efficient"
 _DTYPES = ("main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
 
 
@@ -156,10 +157,20 @@ def validate_offload_args(args: Namespace, argv: Sequence[str] = ()) -> list[str
     if args.ckpt_format == "fsdp_dtensor":
         raise ValueError(f"--ckpt-format fsdp_dtensor: must be torch_dist or torch with {_FLAG}")
     offload_settings(args)
-    added = [name for name in _MEGATRON if not getattr(args, name)]
+    implied = dict(_MEGATRON)
+    if args.dist_ckpt_optim_fully_reshardable:
+        # Otherwise a save gathers the unsharded state, 12 bytes per parameter, on every data-parallel rank.
+        implied["distrib_optim_fully_reshardable_mem_efficient"] = _GATHER_ON_ONE_RANK
+        if not args.use_gloo_process_groups:
+            raise ValueError(
+                f"--disable-gloo-process-groups: must not be set with {_FLAG} and "
+                f"--dist-ckpt-optim-fully-reshardable, whose {_GATHER_ON_ONE_RANK} needs them; without it every "
+                "data-parallel rank would hold the unsharded state, 12 bytes per parameter, during a save"
+            )
+    added = [name for name in implied if not getattr(args, name)]
     for name in added:
         setattr(args, name, True)
-    return [_MEGATRON[name] for name in added]
+    return [implied[name] for name in added]
 
 
 def offload_settings(args: Namespace) -> OffloadSettings:
