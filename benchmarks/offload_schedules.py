@@ -12,7 +12,6 @@ from dataclasses import asdict
 from megatron_s2.offload.model import Load, Prediction, Rates, predict
 from megatron_s2.offload.plan import (
     BUFFER_SETS,
-    GRADIENT_BYTES,
     RING_SLOTS,
     STATE_BYTES,
     SUBGROUP_SIZE,
@@ -45,7 +44,6 @@ def compare(
     subgroup_size: int = SUBGROUP_SIZE,
     gpu_budget: int = 0,
     host_budget: int | None = None,
-    gradient_bytes: int = GRADIENT_BYTES,
     buffer_sets: int = BUFFER_SETS,
     ring_slots: int = RING_SLOTS,
 ) -> dict[str, Simulation]:
@@ -73,7 +71,6 @@ def compare(
         "subgroup_size": subgroup_size,
         "host_budget": host_budget,
         "nvme": rates.nvme_read is not None and rates.nvme_write is not None,
-        "gradient_bytes": gradient_bytes,
         "buffer_sets": buffer_sets,
         "ring_slots": ring_slots,
     }

@@ -21,7 +21,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from importlib import import_module
 from typing import NamedTuple
 
@@ -34,7 +33,7 @@ from megatron_s2.offload.plan import ALIGNMENT
 CHUNK = 2**20
 BLOCK = 1024
 _EXTENSIONS = {"transformer_engine": "transformer_engine_torch", "apex": "amp_C"}
-_ELEMENTS_PER_BLOCK = 2**16  # of those packages' kernels
+_ELEMENTS_PER_BLOCK = 2**16  # that one block of those packages' kernels updates
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,8 @@ class State(NamedTuple):
 
 
 def check_gradient_scale(scale: float) -> None:
-    """Raises ValueError where `scale`, in float32, is not positive and finite."""
+    """Raises ValueError where a step cannot divide gradients by `scale`, since it is not positive and finite
+    in float32."""
     if not 0 < torch.tensor(scale, dtype=torch.float32).item() < math.inf:
         raise ValueError(f"gradient_scale {scale}: must be positive and finite; skip the step instead")
 
@@ -85,22 +85,26 @@ def update_on_cpu(
     weights: torch.Tensor,
     settings: AdamWSettings,
     gradient_scale: float = 1.0,
+    keep_gradient: bool = False,
 ) -> None:
     """Updates a slice with PyTorch's fused CPU kernel and rounds the masters into `weights`.
 
     Args:
         state: `[padded]` each, changed in place; padded is a multiple of `ALIGNMENT`.
-        gradient: `[padded]` float32, divided by the scale in place; zeros beyond the weights.
+        gradient: `[padded]` float32, divided by the scale in place, with zeros beyond the weights; `[n]` of
+            any float dtype with `keep_gradient`.
         weights: `[n]` of any float dtype, n <= padded. May begin where `gradient` does: a gradient is
             overwritten after its use.
-        gradient_scale: what gradients are divided by: the loss scale over the clip coefficient.
+        gradient_scale: what gradients are divided by, see `check_gradient_scale`.
+        keep_gradient: whether the gradient stays unchanged; the update then copies it, chunk by chunk.
 
     Raises:
-        ValueError: a size or the scale is out of range.
+        ValueError: a size is out of range.
     """
-    check_gradient_scale(gradient_scale)
-    padded = gradient.numel()
-    if padded % ALIGNMENT or weights.numel() > padded or any(x.numel() != padded for x in state):
+    padded = state.master.numel()
+    longest = max(weights.numel(), gradient.numel())
+    of_one_size = state if keep_gradient else (*state, gradient)
+    if padded % ALIGNMENT or longest > padded or any(x.numel() != padded for x in of_one_size):
         raise ValueError(
             f"slice of {padded} elements with {weights.numel()} weights: must be a multiple of {ALIGNMENT} "
             "that holds them, in state and gradient alike"
@@ -108,10 +112,14 @@ def update_on_cpu(
     step = torch.tensor(float(settings.step))
     scale = None if gradient_scale == 1 else torch.tensor(gradient_scale, dtype=torch.float32)
     for start in range(0, padded, CHUNK):
-        stop = min(start + CHUNK, padded)
-        master, exp_avg, exp_avg_sq = state.cut(start, stop)
+        master, exp_avg, exp_avg_sq = state.cut(start, start + CHUNK)
+        chunk, target = gradient[start : start + CHUNK], weights[start : start + CHUNK]
+        if keep_gradient:
+            copy = torch.zeros_like(master)
+            copy[: chunk.numel()].copy_(chunk)
+            chunk = copy
         torch._fused_adamw_(
-            *([master], [gradient[start:stop]], [exp_avg], [exp_avg_sq], [], [step]),
+            *([master], [chunk], [exp_avg], [exp_avg_sq], [], [step]),
             lr=settings.lr,
             beta1=settings.betas[0],
             beta2=settings.betas[1],
@@ -121,31 +129,7 @@ def update_on_cpu(
             maximize=False,
             grad_scale=scale,
         )
-        written = min(stop, weights.numel())
-        if written > start:
-            weights[start:written].copy_(master[: written - start])
-
-
-def update_on_cpu_copies(
-    state: State,
-    gradient: torch.Tensor,
-    weights: torch.Tensor,
-    settings: AdamWSettings,
-    gradient_scale: float,
-) -> None:
-    """Updates a slice as `update_on_cpu`, but leaves the gradient unchanged: it works on copies.
-
-    Args:
-        state: `[padded]` each, changed in place; padded is a multiple of `ALIGNMENT`.
-        gradient: `[n]` of any float dtype, n <= padded.
-        weights: `[n]` of any float dtype, written.
-        settings, gradient_scale: as for `update_on_cpu`.
-    """
-    for start in range(0, state.master.numel(), CHUNK):
-        part, source = state.cut(start, start + CHUNK), gradient[start : start + CHUNK]
-        copy = torch.zeros(part.master.numel())
-        copy[: source.numel()].copy_(source)
-        update_on_cpu(part, copy, weights[start : start + CHUNK], settings, gradient_scale)
+        target.copy_(master[: target.numel()])
 
 
 def update_on_gpu(
@@ -164,39 +148,57 @@ def update_on_gpu(
         settings, gradient_scale: as for `update_on_cpu`.
 
     Raises:
-        ValueError: sizes differ, a tensor is not contiguous, or the scale is out of range.
+        ValueError: sizes differ, or a tensor is not contiguous.
     """
-    check_gradient_scale(gradient_scale)
+    from megatron_s2.offload.adam_kernel import adamw_kernel
+
     size = gradient.numel()
     for x in (*state, gradient, weights):
         if x.numel() != size or not x.is_contiguous():
             raise ValueError(f"slice of {size} elements: must be contiguous and of one size, not {x.shape}")
     if not size:
         return
-    constants = KernelConstants.of(settings, gradient_scale)
-    grid = ((size + BLOCK - 1) // BLOCK,)
-    _kernel()[grid](
-        *(*state, gradient, weights, size, *constants[:-3]),
-        SCALED=constants.scaled,
-        DECAYED=constants.decayed,
-        FROM_MEAN=constants.from_mean,
+    adamw_kernel[((size + BLOCK - 1) // BLOCK,)](
+        *(*state, gradient, weights, size),
+        **kernel_constants(settings, gradient_scale),
         BLOCK=BLOCK,
         num_warps=4,
         enable_fp_fusion=False,
     )
 
 
+def kernel_constants(settings: AdamWSettings, gradient_scale: float) -> dict[str, float | bool]:
+    """Returns the kernel's arguments besides its tensors, computed in float64 as PyTorch does for its CPU
+    kernel; a launch rounds them to float32."""
+    beta1, beta2 = settings.betas
+    weight = float(torch.tensor(1 - beta1, dtype=torch.float32))
+    from_mean = weight < 0.5
+    return {
+        "gradient_scale": float(gradient_scale),
+        "decay": 1.0 - settings.lr * settings.weight_decay,
+        "mean_weight": weight if from_mean else float(torch.tensor(weight, dtype=torch.float32) - 1),
+        "beta2": float(beta2),
+        "square_weight": 1.0 - beta2,
+        "root_correction": math.sqrt(1 - beta2**settings.step),
+        "eps": float(settings.eps),
+        "minus_step_size": -settings.lr / (1 - beta1**settings.step),
+        "SCALED": gradient_scale != 1,
+        "DECAYED": settings.weight_decay != 0,
+        "FROM_MEAN": from_mean,
+    }
+
+
 def fused_update(package: str) -> Callable[..., None]:
     """Returns an update like `update_on_gpu` with another package's fused Adam.
 
-    That has its own order of operations, so results depend on what the GPU updates, within rounding. It takes
-    a scaled float32 copy of the gradients.
+    The package's kernel has its own order of operations, so results depend on which subgroups the GPU
+    updates, within rounding. Gradients are passed to it as a scaled float32 copy.
 
     Args:
         package: `transformer_engine` or `apex`.
 
     Raises:
-        ValueError: the package is not installed, or its CUDA extension is not.
+        ValueError: the package or its CUDA extension is not installed.
     """
     module = _EXTENSIONS[package]
     try:
@@ -211,7 +213,6 @@ def fused_update(package: str) -> Callable[..., None]:
         settings: AdamWSettings,
         gradient_scale: float,
     ) -> None:
-        check_gradient_scale(gradient_scale)
         scaled = gradient.float() / gradient_scale
         overflow = torch.zeros(1, dtype=torch.int32, device=gradient.device)
         tensors = [[scaled], [state.master], [state.exp_avg], [state.exp_avg_sq]]
@@ -223,46 +224,3 @@ def fused_update(package: str) -> Callable[..., None]:
         weights.copy_(state.master)
 
     return update
-
-
-class KernelConstants(NamedTuple):
-    """Arguments of the kernel, computed in float64 as for the CPU's; a launch rounds them to float32."""
-
-    gradient_scale: float
-    decay: float
-    mean_weight: float
-    beta2: float
-    square_weight: float
-    root_correction: float
-    eps: float
-    minus_step_size: float
-    scaled: bool
-    decayed: bool
-    from_mean: bool
-
-    @classmethod
-    def of(cls, settings: AdamWSettings, gradient_scale: float) -> KernelConstants:
-        """The constants of a step."""
-        beta1, beta2 = settings.betas
-        weight = float(torch.tensor(1 - beta1, dtype=torch.float32))
-        from_mean = weight < 0.5
-        return cls(
-            float(gradient_scale),
-            1.0 - settings.lr * settings.weight_decay,
-            weight if from_mean else float(torch.tensor(weight, dtype=torch.float32) - 1),
-            float(beta2),
-            1.0 - beta2,
-            math.sqrt(1 - beta2**settings.step),
-            float(settings.eps),
-            -settings.lr / (1 - beta1**settings.step),
-            gradient_scale != 1,
-            settings.weight_decay != 0,
-            from_mean,
-        )
-
-
-@cache
-def _kernel():
-    from megatron_s2.offload.adam_kernel import adamw_kernel
-
-    return adamw_kernel

@@ -1,7 +1,7 @@
 """The executor: one optimizer step over a plan, on the CPU and on the GPU at once.
 
-During backward `flush` sends the gradients of the CPU's share to the host. `step` submits the tasks of each
-subgroup, in the plan's order, to one queue per kind of work:
+During backward `flush` begins to copy the gradients of the CPU's share to the host. `step` submits the tasks
+of each subgroup, in the plan's order, to one queue per kind of operation:
 
     tier    device   tasks
     host    cpu      d2h gradients (in backward) -> cpu update -> h2d weights
@@ -9,21 +9,25 @@ subgroup, in the plan's order, to one queue per kind of work:
     gpu     gpu      gpu update
     nvme    either   nvme_read state -> as on the host, in a ring slot -> nvme_write state
 
-The order of tasks follows from the buffers that they name (`queues.py`): a subgroup's state where it lies,
+The order of tasks follows from the buffers that they name (`queues.py`): a subgroup's state between steps,
 its gradient on the host (in whose memory updated weights wait for their transfer), a buffer set, a ring slot
-and the slot's gradient, which comes down only during the step. Weights and gradients on the device need no
-buffer: each element belongs to one subgroup, which writes the weight once and only reads the gradient.
+and the slot's gradient, which is copied to the host only during the step. Weights and gradients on the device
+need no buffer: each element belongs to one subgroup, which writes the weight once and only reads the
+gradient.
 
-Every path does the same elementwise operations (`adam.py`), so neither plan nor order changes a bit.
+Every path does the elementwise operations that `adam.py` states, so where CPU and GPU round alike neither
+plan nor order changes a bit.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -33,14 +37,11 @@ from megatron_s2.offload.adam import (
     State,
     check_gradient_scale,
     update_on_cpu,
-    update_on_cpu_copies,
     update_on_gpu,
 )
-from megatron_s2.offload.nvme import NvmeTier
 from megatron_s2.offload.plan import OffloadPlan, Subgroup
-from megatron_s2.offload.queues import ON_DEVICE, Access, Awaitable, Queues, ThreadBackend
+from megatron_s2.offload.queues import ON_DEVICE, Access, Awaitable, Buffer, Queues, ThreadBackend
 from megatron_s2.offload.state import (
-    HostBuffer,
     Parameter,
     ParameterSlice,
     StateStore,
@@ -52,22 +53,23 @@ from megatron_s2.offload.trace import Event
 
 
 class Executor:
-    """Holds a rank's optimizer state, zero at first, and updates it.
+    """A rank's optimizer state, zero at first, and its updates.
 
     Methods may be called from any thread; all but `flush` return when what they began is done. After a step
-    that left the state torn, all but `close` raise RuntimeError.
+    that failed with part of the state updated, all but `skip` and `close` raise RuntimeError.
 
     Args:
         plan: tier and device of each subgroup; as many elements as `lay_out` returns.
         parameters: in the order of their starts, without overlap.
-        backend: where the queues work.
-        host: memory of the plan's subgroups of tier `host`.
-        tier: the plan's subgroups of tier `nvme`, in order; None without.
+        backend: where the queues' operations run.
+        directories, shares: as for `NvmeTier`, for a plan with subgroups of tier `nvme`.
         cpu_threads: number of threads of one CPU update.
         gpu_update: update on a GPU, by default the Triton kernel.
 
     Raises:
-        ValueError: plan, parameters and tier do not fit.
+        ValueError: plan and parameters do not fit.
+        ValueError, TierError: as `NvmeTier`.
+        RuntimeError: as `HostMemory`.
     """
 
     def __init__(
@@ -75,14 +77,14 @@ class Executor:
         plan: OffloadPlan,
         parameters: Sequence[Parameter],
         backend: ThreadBackend,
-        host: HostBuffer,
-        tier: NvmeTier | None = None,
+        directories: Sequence[str | Path] = (),
+        shares: Sequence[float] | None = None,
         cpu_threads: int = 1,
         gpu_update: Callable[..., None] = update_on_gpu,
     ) -> None:
         check_layout(plan, parameters, backend.device)
         self._plan, self._backend, self._gpu_update = plan, backend, gpu_update
-        self._store = StateStore(plan, backend.device, host, tier)
+        self._store = StateStore(plan, backend.device, directories, shares)
         self._parameters = [replace(p, weights=p.weights.detach()) for p in parameters]
         self._slices = [slices_of(s, self._parameters) for s in plan.subgroups]  # by subgroup
         self._slices_of: list[list[tuple[int, ParameterSlice]]] = [[] for _ in parameters]  # by parameter
@@ -90,11 +92,11 @@ class Executor:
             for one in slices:
                 self._slices_of[one.parameter].append((subgroup, one))
         self._gradients: dict[int, _Gradient] = {}  # of the current step, by parameter
-        self._flushes: Counter[int] = Counter()  # of each subgroup that the CPU updates
+        self._slices_sent: Counter[int] = Counter()  # copies of gradients submitted in backward, by subgroup
         self._broken: str | None = None
         self._lock = threading.RLock()
         workers = dict.fromkeys(("h2d", "d2h", "cpu", "gpu"), 1)
-        if tier:
+        if tier := self._store.tier:
             workers |= dict.fromkeys(("nvme_read", "nvme_write"), tier.directories)
         self._queues = Queues(workers, backend, {"cpu": cpu_threads})
 
@@ -107,7 +109,7 @@ class Executor:
     @plan.setter
     def plan(self, plan: OffloadPlan) -> None:
         with self._lock:
-            if _layout_of(plan) != _layout_of(self._plan):
+            if plan.with_fraction(0) != self._plan.with_fraction(0):
                 raise ValueError("plan: must differ from the one before in devices only")
             if self._gradients:
                 raise ValueError("plan: cannot change between a flush of gradients and its step")
@@ -118,10 +120,13 @@ class Executor:
         """The timeline of the latest step, from its first flush."""
         return self._queues.events()
 
-    def flush(self, index: int, source: torch.Tensor, after: Awaitable | None = None) -> None:
-        """Takes the final gradient of parameter `index`, which moves while the caller goes on.
+    def has_gradient(self, index: int) -> bool:
+        """Whether parameter `index` was flushed in the current step."""
+        return index in self._gradients
 
-        Each parameter is flushed once per step. `step` or `skip` raises errors of the copy.
+    def flush(self, index: int, source: torch.Tensor, after: Awaitable | None = None) -> None:
+        """Takes the final gradient of parameter `index`, once per step. What the CPU updates of it is copied
+        to the host while the caller goes on; `step` or `skip` raises errors of the copy.
 
         Args:
             source: as many elements as the weights, on the backend's device, of any float dtype; finished on
@@ -158,7 +163,7 @@ class Executor:
         """Updates everything from the flushed gradients.
 
         Args:
-            settings: settings of each parameter group and the number of this step.
+            settings: settings of this step, by parameter group.
             gradient_scale: what gradients are divided by: the loss scale over the clip coefficient.
 
         Raises:
@@ -179,25 +184,24 @@ class Executor:
                     f"step: gradients of {len(missing)} of {len(self._parameters)} parameters were not "
                     f"flushed, first {missing[0]}"
                 )
+            step = _Step(tuple(settings), gradient_scale, self._backend.mark(), self._store.version)
             try:
                 self._store.save_changes()
-                self._submit(
-                    _Step(tuple(settings), gradient_scale, self._backend.mark(), self._store.version)
-                )
+                self._submit(step)
                 self._queues.join()
             except BaseException as error:
                 self._broken = "optimizer state: a step failed and its queues are not at rest"
                 self._queues.abandon(error)
-                self._after_failure(error)
+                self._after_failure(step, error)
                 raise
             self._store.version += 1
             self._forget_gradients()
 
     def skip(self) -> None:
-        """Forgets the flushed gradients; the state does not change.
+        """Drops the flushed gradients; the state does not change.
 
         Raises:
-            Exception: the error of a flush.
+            Exception: the error of a copy of gradients.
         """
         with self._lock:
             try:
@@ -223,7 +227,7 @@ class Executor:
         return out
 
     def write(self, name: str, start: int, values: torch.Tensor) -> None:
-        """Replaces elements of `master`, `exp_avg` or `exp_avg_sq` from `start` on.
+        """Overwrites elements of `master`, `exp_avg` or `exp_avg_sq` from `start` on.
 
         Args:
             values: `[n]` of any float dtype, on any device.
@@ -239,12 +243,12 @@ class Executor:
                 view.copy_(values[a - start : b - start])
 
     def set_masters(self) -> None:
-        """Sets the masters to the model's weights, as at the beginning."""
+        """Sets the masters to the model's weights."""
         for p in self._parameters:
             self.write("master", p.start, p.weights)
 
     def close(self) -> None:
-        """Ends the queues and drops all memory and the files on NVMe."""
+        """Ends the queues' threads, and frees all memory and the files on NVMe."""
         self._queues.close()
         self._store.close()
         self._gradients.clear()
@@ -252,11 +256,11 @@ class Executor:
     # Gradients
 
     def _send_gradient(self, subgroup: Subgroup, one: ParameterSlice) -> None:
-        """Submits the copy of a slice of a flushed gradient to the subgroup's gradient on the host."""
-        memory, count = self._store[subgroup], self._flushes[subgroup.index]
-        self._flushes[subgroup.index] += 1
-        access = (memory.gradient_buffer, _flushed(count), _flushed(count + 1))
-        copy = partial(self._copy_gradient, one, memory, subgroup)
+        """Submits the copy of a slice of a gradient to the subgroup's gradient on the host."""
+        memory, sent = self._store[subgroup], self._slices_sent[subgroup.index]
+        self._slices_sent[subgroup.index] += 1
+        access = (memory.gradient_buffer, _gradient_content(sent), _gradient_content(sent + 1))
+        copy = partial(self._copy_gradients, [one], memory.gradient)
         self._queues.submit("d2h", f"gradients {subgroup.index}", copy, [access])
 
     def _gradient_of(self, one: ParameterSlice) -> torch.Tensor:
@@ -265,136 +269,119 @@ class Executor:
         self._backend.wait(mark)
         return source[one.offset : one.offset + one.stop - one.start]
 
-    def _copy_gradient(self, one: ParameterSlice, memory: SubgroupMemory, subgroup: Subgroup) -> None:
-        target = memory.gradient[one.start - subgroup.start : one.stop - subgroup.start]
-        target.copy_(self._gradient_of(one), non_blocking=True)
+    def _copy_gradients(self, slices: Sequence[ParameterSlice], target: torch.Tensor) -> None:
+        for one in slices:
+            target[one.start : one.stop].copy_(self._gradient_of(one), non_blocking=True)
 
     def _forget_gradients(self) -> None:
         self._gradients.clear()
-        self._flushes.clear()
-        self._store.forget_step()
+        self._slices_sent.clear()
+        self._store.end_step()
 
     # The step
 
     def _submit(self, step: _Step) -> None:
         """Submits all tasks of a step, in the plan's order."""
-        in_slot = [slot.content for slot in self._store.slots]
-        through_gpu = 0
+        in_slot = {slot: slot.content for slot in self._store.slots}  # once the tasks so far have ended
+        sets = itertools.cycle(self._store.sets)
         for subgroup in self._plan.order(step.version):
+            memory, (old, new) = self._store[subgroup], step.contents(subgroup)
+            submit = partial(self._submit_task, step, subgroup)
             if subgroup.tier == "gpu":
-                self._update_resident(step, subgroup)
+                update = partial(self._update_on_device, step, subgroup, memory.state)
+                submit("gpu", "update", update, (memory.storage, old, new), low_priority=True)
                 continue
             if subgroup.tier == "nvme":
-                self._read_record(step, subgroup, in_slot)
+                before, in_slot[memory.state_buffer] = in_slot[memory.state_buffer], new
+                if before != old:
+                    load = partial(self._store.tier.load, memory.record)
+                    submit(
+                        "nvme_read",
+                        "state",
+                        load,
+                        (memory.storage, old, old),
+                        (memory.state_buffer, before, old),
+                    )
             if subgroup.device == "gpu":
-                self._update_through_gpu(step, subgroup, through_gpu % len(self._store.sets))
-                through_gpu += 1
+                self._submit_update_through_gpu(step, subgroup, submit, *next(sets))
             else:
-                self._update_on_host(step, subgroup)
+                self._submit_update_on_host(step, subgroup, submit)
             if subgroup.tier == "nvme":
-                self._write_record(step, subgroup)
+                store = partial(self._store.tier.store, memory.record)
+                submit(
+                    "nvme_write", "state", store, (memory.state_buffer, new, new), (memory.storage, old, new)
+                )
 
-    def _do(
+    def _submit_task(
         self,
         step: _Step,
+        subgroup: Subgroup,
         queue: str,
         what: str,
-        subgroup: Subgroup,
         run: Callable[[], object],
         *accesses: Access,
-        in_gaps: bool = False,
+        low_priority: bool = False,
     ) -> None:
         """Submits a task of a subgroup; on the device it comes after what the caller of `step` began."""
         if queue in ON_DEVICE:
             run = partial(self._run_after, step.mark, run)
-        self._queues.submit(queue, f"{what} {subgroup.index}", run, accesses, in_gaps)
+        self._queues.submit(queue, f"{what} {subgroup.index}", run, accesses, low_priority)
 
-    def _update_resident(self, step: _Step, subgroup: Subgroup) -> None:
-        memory = self._store[subgroup]
-        update = partial(self._update_on_device, memory.state, subgroup, step)
-        access = (memory.home, *step.contents(subgroup))
-        self._do(step, "gpu", "update", subgroup, update, access, in_gaps=True)
-
-    def _update_through_gpu(self, step: _Step, subgroup: Subgroup, index: int) -> None:
-        """Through buffer set `index`: up, updated and down again."""
+    def _submit_update_through_gpu(
+        self, step: _Step, subgroup: Subgroup, submit: Callable[..., None], buffer_set: State, buffer: Buffer
+    ) -> None:
+        """Submits the upload of the state to a buffer set, its update there and the download."""
         memory, (old, new) = self._store[subgroup], step.contents(subgroup)
-        home, away = memory.state_buffer, ("away", *old)
-        whole_set, buffer = self._store.sets[index]
-        on_gpu = whole_set.cut(0, subgroup.size)
-        copy_up, copy_down = partial(_copy, on_gpu, memory.state), partial(_copy, memory.state, on_gpu)
-        update = partial(self._update_on_device, on_gpu, subgroup, step)
-        self._do(step, "h2d", "state", subgroup, copy_up, (home, old, away), (buffer, None, old))
-        self._do(step, "gpu", "update", subgroup, update, (buffer, old, new))
-        self._do(step, "d2h", "state", subgroup, copy_down, (buffer, new, None), (home, away, new))
+        state, on_gpu = buffer_set.cut(0, subgroup.size), ("on gpu", *old)
+        upload, download = partial(_copy, state, memory.state), partial(_copy, memory.state, state)
+        update = partial(self._update_on_device, step, subgroup, state)
+        submit("h2d", "state", upload, (memory.state_buffer, old, on_gpu), (buffer, None, old))
+        submit("gpu", "update", update, (buffer, old, new))
+        submit("d2h", "state", download, (buffer, new, None), (memory.state_buffer, on_gpu, new))
 
-    def _update_on_host(self, step: _Step, subgroup: Subgroup) -> None:
-        """In place; the weights go up. Gradients of tier `nvme` come down only now."""
+    def _submit_update_on_host(self, step: _Step, subgroup: Subgroup, submit: Callable[..., None]) -> None:
+        """Submits the update of the state in place and the upload of the weights; for tier `nvme` first the
+        download of the gradients."""
         memory, (old, new) = self._store[subgroup], step.contents(subgroup)
-        home, buffer, weights = memory.state_buffer, memory.gradient_buffer, ("weights", subgroup.index)
+        buffer, weights = memory.gradient_buffer, ("weights", subgroup.index)
+        slices = self._slices[subgroup.index]
+        gradients = _gradient_content(self._slices_sent[subgroup.index])
         if subgroup.tier == "nvme":
-            arrived = _flushed(1)
-            gather = partial(self._gather_gradients, memory, subgroup)
-            self._do(step, "d2h", "gradients", subgroup, gather, (buffer, None, arrived))
-        else:
-            arrived = _flushed(self._flushes[subgroup.index])
-        update = partial(self._update_in_place, memory, subgroup, step)
-        send = partial(self._send_weights, memory, subgroup)
-        self._do(step, "cpu", "update", subgroup, update, (home, old, new), (buffer, arrived, weights))
-        self._do(step, "h2d", "weights", subgroup, send, (buffer, weights, None))
+            gradients = _gradient_content(len(slices))
+            gather = partial(self._copy_gradients, slices, memory.gradient)
+            submit("d2h", "gradients", gather, (buffer, None, gradients))
+        update = partial(self._update_in_place, step, subgroup, memory)
+        submit("cpu", "update", update, (memory.state_buffer, old, new), (buffer, gradients, weights))
+        upload = partial(self._upload_weights, slices, memory.gradient)
+        submit("h2d", "weights", upload, (buffer, weights, None))
 
-    def _read_record(self, step: _Step, subgroup: Subgroup, in_slot: list) -> None:
-        """From NVMe into its slot, unless the slot still holds it.
-
-        Args:
-            in_slot: content of each slot once the tasks submitted so far have ended.
-        """
-        memory, (old, new) = self._store[subgroup], step.contents(subgroup)
-        before, in_slot[memory.slot] = in_slot[memory.slot], new
-        if before != old:
-            load = partial(self._store.tier.load, memory.record)
-            accesses = (memory.home, old, old), (memory.state_buffer, before, old)
-            self._do(step, "nvme_read", "state", subgroup, load, *accesses)
-
-    def _write_record(self, step: _Step, subgroup: Subgroup) -> None:
-        """From its slot to NVMe; the slot keeps it until another subgroup comes."""
-        memory, (old, new) = self._store[subgroup], step.contents(subgroup)
-        store = partial(self._store.tier.store, memory.record)
-        accesses = (memory.state_buffer, new, new), (memory.home, old, new)
-        self._do(step, "nvme_write", "state", subgroup, store, *accesses)
-
-    # What tasks do
+    # Functions of tasks
 
     def _run_after(self, mark: object, run: Callable[[], object]) -> None:
         self._backend.wait(mark)
         run()
 
-    def _gather_gradients(self, memory: SubgroupMemory, subgroup: Subgroup) -> None:
+    def _update_in_place(self, step: _Step, subgroup: Subgroup, memory: SubgroupMemory) -> None:
+        step.updated.add(subgroup.index)
         for one in self._slices[subgroup.index]:
-            self._copy_gradient(one, memory, subgroup)
+            memory.gradient[one.stop : one.end].zero_()
+            state, gradient = memory.state.cut(one.start, one.end), memory.gradient[one.start : one.end]
+            weights = one.weights_in(memory.gradient)
+            update_on_cpu(state, gradient, weights, step.settings[one.group], step.gradient_scale)
 
-    def _update_in_place(self, memory: SubgroupMemory, subgroup: Subgroup, step: _Step) -> None:
-        for one in self._slices[subgroup.index]:
-            a, b = one.start - subgroup.start, one.end - subgroup.start
-            memory.gradient[one.stop - subgroup.start : b].zero_()
-            gradient = memory.gradient[a:b]
-            settings = step.settings[one.group]
-            weights = one.weights_in(gradient)
-            update_on_cpu(memory.state.cut(a, b), gradient, weights, settings, step.gradient_scale)
-
-    def _send_weights(self, memory: SubgroupMemory, subgroup: Subgroup) -> None:
-        for one in self._slices[subgroup.index]:
-            gradient = memory.gradient[one.start - subgroup.start : one.end - subgroup.start]
+    def _upload_weights(self, slices: Sequence[ParameterSlice], gradient: torch.Tensor) -> None:
+        for one in slices:
             one.weights.copy_(one.weights_in(gradient), non_blocking=True)
 
-    def _update_on_device(self, state: State, subgroup: Subgroup, step: _Step) -> None:
-        """On the backend's device, where the state is; gradients are where backward left them."""
+    def _update_on_device(self, step: _Step, subgroup: Subgroup, state: State) -> None:
+        """Updates state on the backend's device by gradients where backward left them."""
+        step.updated.add(subgroup.index)
         on_cpu = self._backend.device.type == "cpu"
-        update = update_on_cpu_copies if on_cpu else self._gpu_update
+        update = partial(update_on_cpu, keep_gradient=True) if on_cpu else self._gpu_update
         for one in self._slices[subgroup.index]:
-            end = one.end if on_cpu else one.stop
-            part = state.cut(one.start - subgroup.start, end - subgroup.start)
+            cut = state.cut(one.start, one.end if on_cpu else one.stop)
             settings = step.settings[one.group]
-            update(part, self._gradient_of(one), one.weights, settings, step.gradient_scale)
+            update(cut, self._gradient_of(one), one.weights, settings, step.gradient_scale)
 
     # Failure
 
@@ -402,12 +389,12 @@ class Executor:
         if self._broken:
             raise RuntimeError(self._broken)
 
-    def _after_failure(self, error: BaseException) -> None:
-        """Finds out whether the state is whole; if so, forgets the step."""
-        if torn := self._store.torn():
+    def _after_failure(self, step: _Step, error: BaseException) -> None:
+        """Notes whether the state is whole; if so, drops the step."""
+        if step.updated:
             self._broken = (
-                f"optimizer state: a step failed with {len(torn)} of {len(self._slices)} subgroups changed "
-                f"(first {torn[0]}); resume from the last checkpoint"
+                f"optimizer state: a step failed with {len(step.updated)} of {len(self._slices)} subgroups "
+                f"changed (first {min(step.updated)}); resume from the last checkpoint"
             )
             error.add_note(self._broken)
             return
@@ -425,29 +412,24 @@ class _Gradient(NamedTuple):
 
 @dataclass(frozen=True)
 class _Step:
-    """What the tasks of a step have in common; `version` is the number of steps before it."""
+    """What the tasks of a step have in common."""
 
     settings: tuple[AdamWSettings, ...]
     gradient_scale: float
     mark: object
-    version: int
+    version: int  # number of steps before this one
+    updated: set[int] = field(default_factory=set)  # subgroups whose update has begun
 
     def contents(self, subgroup: Subgroup) -> tuple[tuple[int, int], tuple[int, int]]:
         """Contents of a buffer with the subgroup's state before and after the step."""
         return (subgroup.index, self.version), (subgroup.index, self.version + 1)
 
 
-def _flushed(count: int) -> tuple[str, int] | None:
-    """Content of a gradient buffer after so many slices."""
-    return ("gradients", count) if count else None
+def _gradient_content(slices: int) -> tuple[str, int] | None:
+    """Content of a gradient buffer on the host that has the gradients of so many slices."""
+    return ("gradients", slices) if slices else None
 
 
 def _copy(target: State, source: State) -> None:
     for to, x in zip(target, source):
         to.copy_(x, non_blocking=True)
-
-
-def _layout_of(plan: OffloadPlan) -> tuple:
-    """What the buffers of a plan follow from."""
-    tiers = tuple((s.start, s.stop, s.tier) for s in plan.subgroups)
-    return tiers, plan.gradient_bytes, plan.buffer_sets, plan.ring_slots

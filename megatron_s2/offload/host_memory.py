@@ -1,11 +1,10 @@
-"""Host memory of exact size, pinned where there is a GPU, and what the system has left of it.
+"""Host memory of exact size, pinned where there is a GPU, and how much of it the system has available.
 
 The memory is mapped from the system and registered with CUDA (`cudaHostRegister`), since PyTorch's
 `pin_memory` rounds each allocation up to a power of two. A mapping begins at a page and is zero. Processes
 that fork later, such as workers of a data loader, do not inherit it: the next update would copy each page
-    that
-they share, which takes the memory twice, and a running transfer could end in the wrong copy (open(2) about
-O_DIRECT).
+that they share, which takes the memory twice, and a running transfer could end in the wrong copy (open(2)
+about O_DIRECT).
 """
 
 from __future__ import annotations
@@ -36,13 +35,10 @@ class HostMemory:
         pinned: whether CUDA copies to and from it without staging.
 
     Raises:
-        ValueError: the size is not positive.
         RuntimeError: the system does not have the memory, or does not let it be pinned.
     """
 
     def __init__(self, size: int, pinned: bool = False) -> None:
-        if size < 1:
-            raise ValueError(f"size {size}: must be >= 1")
         try:
             self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
@@ -67,33 +63,30 @@ class HostMemory:
         return memoryview(self._memory)
 
     def close(self) -> None:
-        """Unpins the memory and drops it; it returns to the system with its last view."""
+        """Unpins the memory and frees it; the system gets it back when the last view is gone."""
         if self._pinned:
             torch.cuda.cudart().cudaHostUnregister(self.address)
             self._pinned = False
         self.bytes, self._memory = self.bytes.new_empty(0), None
 
 
-def check_available(size: int, what: str, local_world_size: int = 1, available: int | None = None) -> None:
-    """Raises ValueError where this node cannot give `size` bytes to each of its ranks.
+def check_available(size: int, local_world_size: int, available: int) -> None:
+    """Raises ValueError where this node does not have `size` bytes for each of its ranks.
 
     Args:
-        what: what the memory is for.
-        available: bytes that this node can give; `available_bytes()` by default.
+        available: bytes that all ranks together can allocate, see `available_bytes`.
     """
-    if available is None:
-        available = available_bytes()
     if size * local_world_size > available:
         ranks = f" for each of {local_world_size} ranks" if local_world_size > 1 else ""
         raise ValueError(
-            f"host memory: the {what} of the optimizer state take {size / GB:.3f} GB{ranks}, and this "
-            f"machine has {available / GB:.3f} GB left; raise --s2-offload-gpu-budget-gb, or lower "
+            f"host memory: the buffers and ring of the optimizer state take {size / GB:.3f} GB{ranks}, "
+            f"and this machine has {available / GB:.3f} GB left; raise --s2-offload-gpu-budget-gb, or lower "
             "--s2-offload-host-budget-gb and name a directory with --s2-offload-nvme-dir"
         )
 
 
 def available_bytes() -> int:
-    """Bytes that the system can give without swapping and that this process's control groups still allow."""
+    """Number of bytes that this process can allocate without swapping and within its control groups."""
     fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(fields["MemAvailable"].split()[0]) * 1024
     try:

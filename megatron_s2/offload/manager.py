@@ -1,4 +1,4 @@
-"""Offload in training: what the optimizers of one rank share, and what Megatron does to their gradients.
+"""Offload in training: what the optimizers of one rank share, and how their gradients get to the executor.
 
 Gradients stay as backward and its reductions left them. What Megatron would do to them later, in passes over
 all of them (unscaling, the division by the number of tokens, clipping), becomes one number that the update
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-_MARKS = (
+# Attributes of parameters whose gradients Megatron sums again after their data-parallel reduction.
+_SUMMED_AGAIN = (
     "sequence_parallel",
     "average_gradients_across_tp_domain",
     "shared",
@@ -47,7 +48,7 @@ class _Shard(NamedTuple):
 
 @dataclass
 class _GradientScale:
-    """Factors that gradients are still to be multiplied by, and the norm that they then have."""
+    """Factors by which the update multiplies gradients, and the norm that they then have."""
 
     loss_scale: float | None = None
     tokens: float | torch.Tensor = 1.0
@@ -56,7 +57,7 @@ class _GradientScale:
 
     @property
     def before_clipping(self) -> float:
-        """Norm of the gradients over the norm of what the gradient buffers hold."""
+        """Norm of the gradients over the norm of the content of the gradient buffers."""
         return float(self.tokens) / (self.loss_scale or 1.0)
 
 
@@ -80,26 +81,24 @@ class OffloadManager:
         self._new_session = partial(Session, settings, rank, local_world_size, log)
         self._rank, self._local_world_size = rank, local_world_size
         self._optimizers: list[OffloadedAdamW] = []
-        self._early: dict[torch.nn.Parameter, _Shard] = {}  # parameters whose gradients leave when reduced
+        self._early: dict[
+            torch.nn.Parameter, _Shard
+        ] = {}  # parameters whose gradients are flushed when reduced
         self._scale = _GradientScale()
-        self._flush_in_backward = False
+        self._late_reason: str | None = None
         self._available = available_bytes()  # before any rank has allocated anything
 
     # Called by Megatron's hooks
 
     def register(self, optimizer: DistributedOptimizer) -> None:
-        """Takes the gradients of a complete distributed optimizer from here on when they are reduced."""
+        """Registers a complete distributed optimizer, whose gradients are flushed once they are reduced."""
         inner = optimizer.optimizer
         self._optimizers.append(inner)
-        ddp = optimizer.ddp_config
-        config = optimizer.model_chunks[0].config
-        if (
-            ddp.num_distributed_optimizer_instances > 1
-            or ddp.reduce_scatter_with_fp32_accumulation
-            or max(config.gtp_weight_remat_size, config.expert_gtp_weight_remat_size) > 1
-        ):
-            return  # their reduction ends where only Megatron knows
-        self._flush_in_backward = ddp.overlap_grad_reduce
+        unknown_end = _flag_of_unknown_end(optimizer)
+        overlap = optimizer.ddp_config.overlap_grad_reduce
+        self._late_reason = unknown_end or (None if overlap else "no --overlap-grad-reduce")
+        if unknown_end:
+            return
         named = {p: name for chunk in optimizer.model_chunks for name, p in chunk.named_parameters()}
         for parameter, (group, order) in optimizer.model_param_group_index_map.items():
             if not leaves_late(named[parameter], parameter):
@@ -126,22 +125,22 @@ class OffloadManager:
                     shard.optimizer.flush(shard.index, gradient, buckets.grad_reduce_handle)
 
     def set_loss_scale(self, scale: float) -> None:
-        """Lets the update divide gradients by the loss scale; the first call of a step counts, since the
-        first optimizer's scale is the one that multiplied the loss."""
+        """Sets the loss scale that the update divides gradients by. Only the first call of a step counts:
+        the first optimizer's scale is the one that multiplied the loss."""
         if self._scale.loss_scale is None:
             self._scale.loss_scale = scale
 
     def set_token_scale(self, factor: float | torch.Tensor) -> None:
-        """Lets the update multiply gradients by one over the number of tokens."""
+        """Sets the factor, one over the number of tokens, that the update multiplies gradients by."""
         self._scale.tokens = factor
 
     def set_clipping(self, max_norm: float, norm: float | torch.Tensor) -> None:
-        """Lets the update clip gradients of norm `norm` to `max_norm`."""
+        """Sets the clip coefficient of the update for gradients of norm `norm`."""
         coefficient = max_norm / (float(norm) + 1e-6)
         self._scale.clip_coefficient = 1.0 if coefficient >= 1 else coefficient  # a NaN stays one
 
     def grad_norm(self, norm: float | torch.Tensor) -> float | torch.Tensor:
-        """Returns the norm of the gradients, given the norm of what the gradient buffers hold."""
+        """Returns the norm of the gradients, given that of the content of the gradient buffers."""
         norm = norm * self._scale.before_clipping
         self._scale.norm = float(norm)
         return norm
@@ -157,25 +156,38 @@ class OffloadManager:
         """Builds the session of a registered optimizer.
 
         Raises:
-            OffloadError: a budget, a directory or this node cannot hold the state.
+            OffloadError, TierError: as `Session`.
         """
         session = self._new_session(
             optimizer.parameters,
             optimizer.elements,
             share=optimizer.elements / sum(one.elements for one in self._optimizers),
             available=self._available,
-            flush_in_backward=self._flush_in_backward,
+            late_reason=self._late_reason,
             traced=self._rank == 0 and optimizer is self._optimizers[0],
         )
         self._available -= session.executor.plan.host_bytes * self._local_world_size
         return session
 
     def close(self) -> None:
-        """Ends all threads, and drops all memory and the files on NVMe."""
+        """Ends all threads, and frees all memory and the files on NVMe."""
         for optimizer in self._optimizers:
             optimizer.close()
         self._optimizers.clear()
         self._early.clear()
+
+
+def _flag_of_unknown_end(optimizer: DistributedOptimizer) -> str | None:
+    """Returns the flag, if any, with which only Megatron knows when a reduction has ended, since it leaves no
+    handle to wait for."""
+    ddp, config = optimizer.ddp_config, optimizer.model_chunks[0].config
+    flags = {
+        "--num-distributed-optimizer-instances": ddp.num_distributed_optimizer_instances > 1,
+        "--ddp-reduce-scatter-with-fp32-accumulation": ddp.reduce_scatter_with_fp32_accumulation,
+        "--tensor-parallel-num-weight-shards": config.gtp_weight_remat_size > 1,
+        "--expert-tensor-parallel-num-weight-shards": config.expert_gtp_weight_remat_size > 1,
+    }
+    return next((flag for flag, given in flags.items() if given), None)
 
 
 def leaves_late(name: str, parameter: torch.nn.Parameter) -> bool:
@@ -185,6 +197,6 @@ def leaves_late(name: str, parameter: torch.nn.Parameter) -> bool:
     return (
         parameter.dim() < 2
         or "position_embeddings" in name
-        or any(getattr(parameter, mark, None) not in (None, False) for mark in _MARKS)
+        or any(getattr(parameter, mark, None) not in (None, False) for mark in _SUMMED_AGAIN)
         or hasattr(parameter, "main_grad_copy_in_grad_buffer")
     )

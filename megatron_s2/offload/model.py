@@ -35,7 +35,10 @@ from megatron_s2.offload.plan import (
 from megatron_s2.offload.trace import QUEUE_NAMES
 
 LIMIT_NAMES = {**QUEUE_NAMES, "buffers": "GPU buffer sets", "dram": "host DRAM"}
-_TIE = 1e-9
+# DRAM traffic of one parameter's update on the CPU, which reads state and gradient and writes state and the
+# 16-bit weight; bytes.
+CPU_UPDATE_TRAFFIC = 2 * STATE_BYTES + GRADIENT_BYTES + WEIGHT_BYTES
+_TIE = 1e-9  # relative difference below which two fractions are equally good
 
 
 @dataclass(frozen=True)
@@ -62,13 +65,12 @@ class Rates:
 
 @dataclass(frozen=True)
 class Load:
-    """The work of a step, whatever the fraction."""
+    """What a step has to update, whatever the fraction."""
 
     host: int  # parameters in each tier
     gpu: int = 0
     nvme: int = 0
-    gradient_bytes: int = GRADIENT_BYTES  # as in `OffloadPlan`
-    buffer_sets: int = BUFFER_SETS
+    buffer_sets: int = BUFFER_SETS  # as in `OffloadPlan`
     reused: int = 0  # parameters of tier nvme that are still in memory from the previous step
 
     @classmethod
@@ -76,7 +78,7 @@ class Load:
         """The load of a plan."""
         tiers = plan.tiers
         reused = min(plan.ring_slots * plan.slot_elements, tiers.nvme)
-        return cls(tiers.host, tiers.gpu, tiers.nvme, plan.gradient_bytes, plan.buffer_sets, reused)
+        return cls(tiers.host, tiers.gpu, tiers.nvme, plan.buffer_sets, reused)
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def predict(rates: Rates, load: Load, fraction: float, backward_seconds: float |
 
     Args:
         backward_seconds: duration of the last micro-batch's backward, which hides the flush of gradients;
-            None where it is long enough.
+            None for one that hides all of it.
 
     Raises:
         ValueError: the fraction is not between 0 and 1, the time is negative, or there are parameters on NVMe
@@ -134,7 +136,7 @@ def limits(rates: Rates, load: Load, fraction: float) -> dict[str, float]:
     """
     on_gpu = fraction * (load.host + load.nvme)
     on_cpu = (1 - fraction) * (load.host + load.nvme)
-    late_gradients = load.gradient_bytes * (1 - fraction) * load.nvme
+    late_gradients = GRADIENT_BYTES * (1 - fraction) * load.nvme
     up_down = STATE_BYTES / rates.h2d + 1 / rates.gpu + STATE_BYTES / rates.d2h
     seconds = {
         "h2d": (WEIGHT_BYTES * on_cpu + STATE_BYTES * on_gpu) / rates.h2d,
@@ -149,22 +151,16 @@ def limits(rates: Rates, load: Load, fraction: float) -> dict[str, float]:
         seconds["nvme_read"] = STATE_BYTES * (load.nvme - load.reused) / rates.nvme_read
         seconds["nvme_write"] = STATE_BYTES * load.nvme / rates.nvme_write
     if rates.dram is not None:
-        moved = (cpu_update_traffic(load.gradient_bytes) + WEIGHT_BYTES) * on_cpu + 2 * STATE_BYTES * on_gpu
-        moved += STATE_BYTES * (2 * load.nvme - load.reused) + late_gradients
-        seconds["dram"] = moved / rates.dram
+        traffic = (CPU_UPDATE_TRAFFIC + WEIGHT_BYTES) * on_cpu + 2 * STATE_BYTES * on_gpu
+        traffic += STATE_BYTES * (2 * load.nvme - load.reused) + late_gradients
+        seconds["dram"] = traffic / rates.dram
     return seconds
-
-
-def cpu_update_traffic(gradient_bytes: int) -> int:
-    """Bytes of DRAM traffic of one parameter's update on the CPU, which reads state and gradient and writes
-    state and the 16-bit weight."""
-    return 2 * STATE_BYTES + gradient_bytes + WEIGHT_BYTES
 
 
 def flush_seconds(rates: Rates, load: Load, fraction: float) -> float:
     """Seconds to copy the gradients of the CPU's share of tier `host` to the host. Those of tier `nvme` have
     no memory there before the update and are copied during it."""
-    size = load.gradient_bytes * (1 - fraction) * load.host
+    size = GRADIENT_BYTES * (1 - fraction) * load.host
     return size / min(rates.d2h, rates.dram or math.inf)
 
 

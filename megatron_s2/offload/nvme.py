@@ -1,9 +1,9 @@
 """The NVMe tier: one file per directory, read and written past the page cache by several threads.
 
-A record holds one subgroup: master, exp_avg and exp_avg_sq (float32), padding, and a seal with the index and
-the generation of the record. Records begin at multiples of 4096 bytes and pass through a ring of slots in
-host memory. Record j always uses slot j modulo the number of slots, so any so many neighbours fit at once, in
-either order, and a step in the other direction finds what the previous one left.
+A record stores one subgroup: master, exp_avg and exp_avg_sq (float32), padding, and a trailer with the index
+and the generation of the record. Records begin at multiples of 4096 bytes and pass through a ring of slots in
+host memory. Record j always uses slot j modulo the number of slots, so as many neighbouring records as there
+are slots fit at once, and a step in the opposite direction begins with those that the previous one left.
 
 The files are scratch: only checkpoints hold state that outlives a run. They have no names, so their space is
 free again however the process ends. (The idea of NVMe as a tier beside an active CPU and GPU: Fuyou, arXiv
@@ -21,30 +21,29 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from megatron_s2.offload.adam import State
 from megatron_s2.offload.host_memory import HostMemory, HostSlice
-from megatron_s2.offload.plan import ALIGNMENT, GB, STATE_BYTES
+from megatron_s2.offload.plan import GB, GRADIENT_BYTES, STATE_BYTES
 
 MAGIC = b"megatron-s2 state"
 PAGE = 4096
 TRANSFER_BYTES = 2**23  # of one system call: several at a time keep a drive busy
 THREADS = 4  # per directory
-_SEAL = struct.Struct("<17sQQ")
-_HALF = -1  # generation of a record that a failed write left neither old nor new
+_TRAILER = struct.Struct("<17sQQ")
+_INCOMPLETE = -1  # generation of a record that a failed write left incomplete
 _FLAG = "--s2-offload-nvme-dir"
 
 
 class TierError(RuntimeError):
-    """The tier cannot store or return state; checkpoints are not affected."""
+    """State cannot be written to the tier or read from it; checkpoints are not affected."""
 
 
-@dataclass(frozen=True)
-class Bandwidth:
+class Bandwidth(NamedTuple):
     """Bandwidth of a directory, bytes/s."""
 
     read: float
@@ -52,19 +51,19 @@ class Bandwidth:
 
 
 class NvmeTier:
-    """Records on disk and the ring that they pass through.
+    """Records on NVMe and the ring of host memory that they pass through.
 
     Several threads may call `load` and `store` for different records.
 
     Args:
         directories: directories with one file each.
         sizes: elements of each subgroup of the tier, multiples of `ALIGNMENT`.
-        slots: number of slots of the ring.
-        shares: how much each directory holds relative to the others, such as its measured bandwidth.
+        slots: number of slots of the ring, at least 1.
+        shares: size of each directory's file relative to the others, such as its measured bandwidth.
         pinned: whether the ring is pinned, as for `HostMemory`.
 
     Raises:
-        ValueError: an argument is out of range, or a directory does not exist or takes no files.
+        ValueError: there are no directories, a share is not positive, or no file can be made in a directory.
         TierError: a directory has not enough space.
     """
 
@@ -80,10 +79,6 @@ class NvmeTier:
         shares = [1.0] * len(directories) if shares is None else shares
         if not directories or len(shares) != len(directories):
             raise ValueError(f"{_FLAG}: must name directories, one for each of {len(shares)} shares")
-        if slots < 1:
-            raise ValueError(f"slots {slots}: must be >= 1")
-        if not sizes or any(size < ALIGNMENT or size % ALIGNMENT for size in sizes):
-            raise ValueError(f"sizes {sizes}: must be multiples of {ALIGNMENT}")
         self.sizes = tuple(sizes)
         self.slots = min(slots, len(sizes))
         self.placement = distribute(sizes, shares)
@@ -99,7 +94,7 @@ class NvmeTier:
                 self._files.append(_File(Path(directory), end))
             largest = max(sizes)
             self._gradients = _record_bytes(largest)  # offset in a slot
-            self._slot_bytes = self._gradients + _whole_pages(4 * largest)
+            self._slot_bytes = self._gradients + _whole_pages(GRADIENT_BYTES * largest)
             self._ring = HostMemory(self.slots * self._slot_bytes, pinned)
         except BaseException:
             self._close_files()
@@ -110,13 +105,12 @@ class NvmeTier:
         return j % self.slots
 
     def slice_of(self, j: int) -> HostSlice:
-        """Views of the slot of record j: state and gradient, float32 `[sizes[j]]` each, whatever they
-        hold."""
+        """Views of the slot of record j: state and gradient, float32 `[sizes[j]]` each. The slot may have the
+        content of another record."""
         size, base = self.sizes[j], self.slot_of(j) * self._slot_bytes
         floats = self._ring.bytes[base : base + self._slot_bytes].view(torch.float32)
         state = State(*floats[: 3 * size].view(3, size))
-        begin = self._gradients // 4
-        return HostSlice(state, floats[begin : begin + size])
+        return HostSlice(state, floats[self._gradients // GRADIENT_BYTES :][:size])
 
     def load(self, j: int) -> None:
         """Reads record j into its slot; zeros where it has not been written yet.
@@ -130,10 +124,10 @@ class NvmeTier:
             torch.frombuffer(slot, dtype=torch.uint8).zero_()
             return
         file = self._files[self.placement[j]]
-        if generation == _HALF:
+        if generation == _INCOMPLETE:
             raise TierError(f"{file}: the record at {self._offsets[j]} was written half")
         self._transfer(file.read, slot, self._offsets[j])
-        if bytes(slot[-_SEAL.size :]) != _SEAL.pack(MAGIC, j, generation):
+        if bytes(slot[-_TRAILER.size :]) != _TRAILER.pack(MAGIC, j, generation):
             raise TierError(
                 f"{file}: the record at {self._offsets[j]} is not the one that was written "
                 "there; another program changed the file. Resume from the last checkpoint"
@@ -147,13 +141,13 @@ class NvmeTier:
         """
         slot = self._slot(j)
         generation = max(self._generations[j] or 0, 0) + 1
-        slot[-_SEAL.size :] = _SEAL.pack(MAGIC, j, generation)
-        self._generations[j] = _HALF
+        slot[-_TRAILER.size :] = _TRAILER.pack(MAGIC, j, generation)
+        self._generations[j] = _INCOMPLETE
         self._transfer(self._files[self.placement[j]].write, slot, self._offsets[j])
         self._generations[j] = generation
 
     def close(self) -> None:
-        """Drops the files and the ring."""
+        """Deletes the files and frees the ring."""
         self._close_files()
         self._ring.close()
 
@@ -164,12 +158,12 @@ class NvmeTier:
         self._files = []
 
     def _slot(self, j: int) -> memoryview:
-        """The bytes of a slot that go to record j."""
+        """The bytes of the slot of record j that are written to it."""
         base = self.slot_of(j) * self._slot_bytes
         return self._ring.view()[base : base + _record_bytes(self.sizes[j])]
 
     def _transfer(self, move: Callable[[memoryview, int], None], memory: memoryview, offset: int) -> None:
-        """Moves memory in several transfers at a time, all of which have ended when it returns."""
+        """Reads or writes a record in several concurrent transfers, all of which have ended on return."""
         transfers: list[Future[None]] = []
         try:
             for a in range(0, len(memory), TRANSFER_BYTES):
@@ -274,8 +268,8 @@ class _File:
 
 
 def distribute(sizes: Sequence[int], shares: Sequence[float]) -> list[int]:
-    """Returns the index of a directory for each subgroup, such that all directories need equally long and
-    neighbours lie on different ones where shares allow.
+    """Returns the index of a directory for each subgroup, such that all directories take equally long and
+    neighbouring subgroups are in different ones where shares allow.
 
     Raises:
         ValueError: a share is not positive.
@@ -292,26 +286,23 @@ def distribute(sizes: Sequence[int], shares: Sequence[float]) -> list[int]:
 
 
 def measure_bandwidth(directory: str | Path, size: int = 2**28) -> Bandwidth:
-    """Measures the bandwidth of a directory with a file of `size` bytes, which is gone afterwards.
+    """Measures the bandwidth of a directory with a file of `size` bytes, a multiple of 4096, which is gone
+    afterwards.
 
     Raises:
-        ValueError: there is no such directory, or the size is not a positive multiple of 4096.
+        ValueError: there is no such directory.
         TierError: the directory has not enough space.
     """
-    if size < PAGE or size % PAGE:
-        raise ValueError(f"size {size}: must be a positive multiple of {PAGE}")
-    if not Path(directory).is_dir():
-        raise ValueError(f"{_FLAG} {directory}: must be a directory")
-    memory = HostMemory(min(size, TRANSFER_BYTES))
-    memory.bytes.fill_(1)
     file = _File(Path(directory), size)
-    pieces = range(0, size, TRANSFER_BYTES)
+    offsets = range(0, size, TRANSFER_BYTES)
     seconds = []
     try:
+        memory = HostMemory(min(size, TRANSFER_BYTES))
+        memory.bytes.fill_(1)
         with ThreadPoolExecutor(THREADS) as threads:
             for move in (file.write, file.read):
                 begin = time.perf_counter()
-                list(threads.map(lambda a, move=move: move(memory.view()[: size - a], a), pieces))
+                list(threads.map(lambda a, move=move: move(memory.view()[: size - a], a), offsets))
                 seconds.append(time.perf_counter() - begin)
     finally:
         file.close()
@@ -319,7 +310,7 @@ def measure_bandwidth(directory: str | Path, size: int = 2**28) -> Bandwidth:
 
 
 def _record_bytes(size: int) -> int:
-    return _whole_pages(STATE_BYTES * size + _SEAL.size)
+    return _whole_pages(STATE_BYTES * size + _TRAILER.size)
 
 
 def _whole_pages(size: int) -> int:

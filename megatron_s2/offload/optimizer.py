@@ -1,4 +1,4 @@
-"""AdamW whose state an executor holds; it replaces Megatron's `HybridDeviceOptimizer`.
+"""AdamW whose state is in an executor; it replaces Megatron's `HybridDeviceOptimizer`.
 
 Megatron's distributed optimizer passes it the parts of parameters that this rank updates, and asks its
 `state` for masters and averages when it saves and loads. Nothing is allocated before that or before the first
@@ -66,7 +66,6 @@ class OffloadedAdamW(torch.optim.AdamW):
         self.parameters, self.elements = lay_out(flat, [group for _, group in shards])
         self.state = {shard: _ShardState(self, p) for shard, p in zip(self._shards, self.parameters)}
         self._index = {shard: n for n, shard in enumerate(self._shards)}
-        self._flushed: set[int] = set()  # indices of shards
 
     @property
     def executor(self) -> Executor | None:
@@ -84,17 +83,14 @@ class OffloadedAdamW(torch.optim.AdamW):
         return self._index[shard]
 
     def flush(self, index: int, gradient: torch.Tensor, after: Awaitable | None = None) -> None:
-        """Takes the final gradient of shard `index` before the step, see `Executor.flush`. The first call of
-        a step counts."""
-        if index in self._flushed:
-            return
-        self.executor.flush(index, gradient, after)
-        self._flushed.add(index)
+        """Takes the final gradient of shard `index` before the step, see `Executor.flush`. Only the first
+        call of a step counts."""
+        if not self.executor.has_gradient(index):
+            self.executor.flush(index, gradient, after)
 
     def forget_gradients(self) -> None:
         """Drops the flushed gradients of a step that does not happen."""
-        if self._flushed:
-            self._flushed.clear()
+        if self._session is not None:
             self.executor.skip()
 
     @torch.no_grad()
@@ -123,7 +119,7 @@ class OffloadedAdamW(torch.optim.AdamW):
             self.forget_gradients()
             return
         for index, shard in enumerate(self._shards):
-            if index not in self._flushed:
+            if not self.executor.has_gradient(index):
                 self.flush(index, _gradient_of(shard))
         step = self.step_count + 1
         settings = [
@@ -131,7 +127,6 @@ class OffloadedAdamW(torch.optim.AdamW):
             for group in self.param_groups
         ]
         self.build().step(settings, scale)
-        self._flushed.clear()
         self.step_count = step
 
     def read(self, name: str, p: Parameter) -> torch.Tensor:

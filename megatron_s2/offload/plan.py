@@ -1,8 +1,8 @@
-"""The plan: where each part of a rank's optimizer state lies, which device updates it, and in which order.
+"""The plan: where each part of a rank's optimizer state is stored, which device updates it, in which order.
 
 A rank's state is flat: three float32 values per parameter (master weight, exp_avg, exp_avg_sq), cut into
-equal subgroups. A subgroup's *tier* is where its state lies between steps; its *device* is what updates it.
-Tiers follow from memory budgets alone, so memory is the same at every fraction; devices follow from the
+equal subgroups. A subgroup's *tier* is where its state is stored between steps; its *device* is what updates
+it. Tiers follow from memory budgets alone, so memory is the same at every fraction; devices follow from the
 fraction. Both are spread evenly. Plain values: neither torch nor a GPU is needed.
 """
 
@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 STATE_BYTES = 12  # of a parameter: master weight, exp_avg and exp_avg_sq in float32
 WEIGHT_BYTES = 2  # of a parameter's model weight, bfloat16 or float16
-GRADIENT_BYTES = 4  # of a parameter's gradient, float32
+GRADIENT_BYTES = 4  # of a parameter's gradient on the host, float32
+HOST_BYTES = STATE_BYTES + GRADIENT_BYTES  # of a parameter of tier host
 ALIGNMENT = 64  # elements; 256 bytes of float32, a multiple of what copies, AVX-512 and bfloat16 tiles want
 
 TIERS = ("gpu", "host", "nvme")
@@ -30,7 +31,7 @@ GB = 10**9
 
 
 class TierSizes(NamedTuple):
-    """Number of parameters whose state lies in each tier."""
+    """Number of parameters whose state is in each tier."""
 
     gpu: int
     host: int
@@ -49,7 +50,7 @@ class Subgroup:
     index: int
     start: int  # a multiple of `ALIGNMENT`
     stop: int
-    tier: str  # where the state lies between steps: gpu, host or nvme
+    tier: str  # where the state is stored between steps: gpu, host or nvme
     device: str  # what updates it: cpu or gpu; gpu in tier gpu
 
     @property
@@ -64,7 +65,6 @@ class OffloadPlan:
 
     subgroup_size: int  # elements of each subgroup but the last
     subgroups: tuple[Subgroup, ...]  # in the order of their elements
-    gradient_bytes: int = GRADIENT_BYTES  # of one parameter's gradient on the host, 4 or 2
     buffer_sets: int = BUFFER_SETS  # subgroups whose state fits on the GPU while they are updated
     ring_slots: int = RING_SLOTS  # subgroups of tier nvme whose state and gradients fit on the host
 
@@ -109,7 +109,7 @@ class OffloadPlan:
         has updated wait for their transfer in the memory of the gradient, which is no longer needed.
         """
         ring = self.ring_slots * self.slot_elements if self.tiers.nvme else 0
-        return host_bytes_per_parameter(self.gradient_bytes) * (self.tiers.host + ring)
+        return HOST_BYTES * (self.tiers.host + ring)
 
     @property
     def nvme_bytes(self) -> int:
@@ -180,11 +180,11 @@ def make_plan(
     gpu_budget: int = 0,
     host_budget: int | None = None,
     nvme: bool = False,
-    gradient_bytes: int = GRADIENT_BYTES,
     buffer_sets: int = BUFFER_SETS,
     ring_slots: int = RING_SLOTS,
 ) -> OffloadPlan:
-    """Cuts a rank's state and places it: as much on the GPU as its budget holds, then on the host, then NVMe.
+    """Cuts a rank's state into subgroups and assigns their tiers: the GPU as far as its budget reaches, then
+    the host, then NVMe.
 
     Args:
         elements: number of parameters of the rank.
@@ -193,7 +193,7 @@ def make_plan(
         gpu_budget: bytes of state that may stay on the GPU, in addition to the buffer sets.
         host_budget: limit of `OffloadPlan.host_bytes`; None for no limit.
         nvme: whether there is an NVMe tier for what the host budget does not hold.
-        gradient_bytes, buffer_sets, ring_slots: as in `OffloadPlan`.
+        buffer_sets, ring_slots: as in `OffloadPlan`.
 
     Raises:
         ValueError: an argument is out of range, or the host budget cannot hold the state (without NVMe) or
@@ -204,8 +204,6 @@ def make_plan(
         raise ValueError(f"elements {elements}: must be >= 1")
     if subgroup_size < ALIGNMENT or subgroup_size % ALIGNMENT:
         raise ValueError(f"--s2-offload-subgroup-size {subgroup_size}: must be a multiple of {ALIGNMENT}")
-    if gradient_bytes not in (2, 4):
-        raise ValueError(f"gradient_bytes {gradient_bytes}: must be 2 or 4")
     for name, value in (("buffer_sets", buffer_sets), ("ring_slots", ring_slots)):
         if value < 1:
             raise ValueError(f"{name} {value}: must be >= 1")
@@ -221,18 +219,16 @@ def make_plan(
         resident = min(gpu_budget // (STATE_BYTES * largest), count - 1)
     is_resident = spread(count, resident)
     streamed = [i for i in range(count) if not is_resident[i]]
-    on_host = _subgroups_on_host(
-        [edges[i + 1] - edges[i] for i in streamed], host_budget, nvme, gradient_bytes, ring_slots
-    )
+    on_host = _subgroups_on_host([edges[i + 1] - edges[i] for i in streamed], host_budget, nvme, ring_slots)
     tier = {i: "host" if host else "nvme" for i, host in zip(streamed, spread(len(streamed), on_host))}
     subgroups = tuple(Subgroup(i, edges[i], edges[i + 1], tier.get(i, "gpu"), "gpu") for i in range(count))
-    plan = OffloadPlan(subgroup_size, subgroups, gradient_bytes, buffer_sets, ring_slots)
+    plan = OffloadPlan(subgroup_size, subgroups, buffer_sets, ring_slots)
     return plan.with_fraction(fraction)
 
 
 def spread(length: int, count: int) -> list[bool]:
     """Returns `length` booleans of which `count` are True, as evenly as integers allow and beginning with a
-    True where there is one (Bresenham): any n neighbours hold floor or ceil of n * count / length.
+    True where there is one (Bresenham): of any n neighbours, floor or ceil of n * count / length are True.
 
     Raises:
         ValueError: count is not between 0 and length.
@@ -248,34 +244,27 @@ def check_fraction(fraction: float) -> None:
         raise ValueError(f"--s2-offload-gpu-fraction {fraction}: must be between 0 and 1")
 
 
-def host_bytes_per_parameter(gradient_bytes: int) -> int:
-    """Host memory of a parameter of tier `host`: state and gradient."""
-    return STATE_BYTES + gradient_bytes
-
-
-def _subgroups_on_host(
-    sizes: Sequence[int], budget: int | None, nvme: bool, gradient_bytes: int, ring_slots: int
-) -> int:
+def _subgroups_on_host(sizes: Sequence[int], budget: int | None, nvme: bool, ring_slots: int) -> int:
     """Returns how many of the streamed subgroups, of `sizes` elements, have their state on the host."""
     if budget is None or not sizes:
         return len(sizes)
-    largest, each = max(sizes), host_bytes_per_parameter(gradient_bytes)
-    if each * sum(sizes) <= budget:
+    largest, needed = max(sizes), HOST_BYTES * sum(sizes)
+    if needed <= budget:
         return len(sizes)
     flag = f"--s2-offload-host-budget-gb {budget / GB:g}"
     if not nvme:
         raise ValueError(
-            f"{flag}: the host must hold {each * sum(sizes) / GB:.3f} GB ({sum(sizes)} parameters of {each} "
+            f"{flag}: the host must hold {needed / GB:.3f} GB ({sum(sizes)} parameters of {HOST_BYTES} "
             "bytes); raise it, raise --s2-offload-gpu-budget-gb, or name a directory with "
             "--s2-offload-nvme-dir"
         )
-    ring = each * ring_slots * largest
+    ring = HOST_BYTES * ring_slots * largest
     if ring > budget:
         raise ValueError(
             f"{flag}: a ring of {ring_slots} subgroups of {largest} parameters takes {ring / GB:.3f} GB; "
             "raise it, or lower --s2-offload-subgroup-size"
         )
-    return min((budget - ring) // (each * largest), len(sizes) - 1)
+    return min((budget - ring) // (HOST_BYTES * largest), len(sizes) - 1)
 
 
 def _count(number: int, noun: str) -> str:

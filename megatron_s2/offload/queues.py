@@ -1,4 +1,4 @@
-"""Queues of tasks: a thread pool each, an order that follows from the buffers tasks use, and hazard checks.
+"""Queues of tasks, a thread pool each, with an order that follows from the buffers that tasks use.
 
 Every task names the buffers that it uses, with the content that it expects in each and the content that it
 leaves there. It begins when the tasks submitted before it that use one of its buffers have ended. So no
@@ -6,8 +6,8 @@ dependency is written down that could be missing, and tasks cannot wait for each
 that nevertheless finds a buffer in use, or with other content, ends the step with a `HazardError`: a mistake
 in the schedule shows itself and cannot corrupt state unseen.
 
-A queue's copies and kernels run where its backend says: on CUDA streams, or in the pools' threads where there
-is no GPU. Everything else is the same code.
+The backend decides where copies and kernels run: on CUDA streams, or in the pools' threads where there is no
+GPU. Everything else is the same code.
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ class HazardError(RuntimeError):
 class Buffer:
     """Memory, or a record in a file, that one task at a time uses.
 
-    Its content is None for nothing of use, and `("half", content)` after a failure of the task that would
-    have left `content`.
+    Its content is None where no task needs it, as after the failure of a task that would have changed it.
     """
 
     name: str
@@ -53,7 +52,7 @@ Access = tuple[Buffer, Hashable, Hashable]
 
 @dataclass(eq=False)
 class Task:
-    """Work of a queue; made by `Queues.submit`."""
+    """A function that a queue runs; made by `Queues.submit`."""
 
     queue: str
     name: str
@@ -72,15 +71,15 @@ class Task:
 
 
 class Awaitable(Protocol):
-    """Something under way, such as an asynchronous collective of `torch.distributed`."""
+    """An operation in progress, such as an asynchronous collective of `torch.distributed`."""
 
     def wait(self) -> object:
-        """Lets the current stream, or this thread, wait for the end. Several threads may call it."""
+        """Makes the current stream, or this thread, wait for the end. Several threads may call it."""
 
 
 class AwaitedOnce:
-    """Passes on the first `wait` only; later ones return when the first has. For collectives of gloo, whose
-    every wait copies the result again, over what may have been written there since.
+    """Waits for an operation only once; later calls of `wait` return when the first has. For collectives of
+    gloo, each of whose waits copies the result again, over what may have been written there since.
     """
 
     def __init__(self, inner: Awaitable) -> None:
@@ -95,7 +94,7 @@ class AwaitedOnce:
 
 
 class ThreadBackend:
-    """Work in the queues' own threads, for machines without a GPU: host memory stands for the GPU's.
+    """Runs tasks in the queues' own threads, for machines without a GPU: host memory takes the GPU's place.
 
     Attributes:
         device: device of the gradients, the weights, and the state that the GPU updates.
@@ -104,24 +103,24 @@ class ThreadBackend:
     device = torch.device("cpu")
 
     @contextmanager
-    def at_work(self, task: Task) -> Iterator[None]:
-        """Context of a task's function, at whose end everything that the function began is done."""
+    def context(self, task: Task) -> Iterator[None]:
+        """Context in which a task's function runs; at its end everything that the function began is done."""
         yield
 
     def mark(self, after: Awaitable | None = None) -> Awaitable | None:
-        """Returns a mark of the point that the caller's work on the device has reached, or of the end of
-        `after`."""
+        """Returns a mark of what the caller has begun on the device so far, or of the end of `after`."""
         return after
 
     def wait(self, mark: Awaitable | None) -> None:
-        """Lets what a task begins from here on come after a mark."""
+        """Makes what a task begins from here on wait for a mark."""
         if mark is not None:
             mark.wait()
 
 
 class CudaBackend(ThreadBackend):
-    """Work on a CUDA stream for each of h2d, d2h and gpu. The worker waits for the end of what it launched:
-    10 or 20 us against the milliseconds of a transfer, and order and hazards are those of the threads."""
+    """Runs the tasks of h2d, d2h and gpu on a CUDA stream each. The worker waits for the end of what it
+    launched: 10 or 20 us against the milliseconds of a transfer, and order and hazards are those of the
+    threads."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -129,7 +128,7 @@ class CudaBackend(ThreadBackend):
         self._waiting = torch.cuda.Stream(device)
 
     @contextmanager
-    def at_work(self, task: Task) -> Iterator[None]:
+    def context(self, task: Task) -> Iterator[None]:
         stream = self._streams.get(task.queue)
         if stream is None:
             yield
@@ -149,12 +148,19 @@ class CudaBackend(ThreadBackend):
             point.record(torch.cuda.current_stream(self.device))
             return point
         with torch.cuda.device(self.device), torch.cuda.stream(self._waiting):
-            after.wait()  # lets the stream wait, not this thread
+            after.wait()  # makes the stream wait, not this thread
             point.record(self._waiting)
         return point
 
     def wait(self, mark: torch.cuda.Event) -> None:
         torch.cuda.current_stream(self.device).wait_event(mark)
+
+
+def default_backend() -> ThreadBackend:
+    """Returns the backend of the current GPU, or that of threads where there is none."""
+    if torch.cuda.is_available():
+        return CudaBackend(torch.device("cuda", torch.cuda.current_device()))
+    return ThreadBackend()
 
 
 class Queues:
@@ -165,7 +171,7 @@ class Queues:
 
     Args:
         workers: number of threads of each queue.
-        backend: where the queues work.
+        backend: where the queues' operations run.
         threads: number of PyTorch's threads inside a task, by queue; 1 by default.
     """
 
@@ -196,22 +202,22 @@ class Queues:
         name: str,
         run: Callable[[], object],
         accesses: Sequence[Access] = (),
-        in_gaps: bool = False,
+        low_priority: bool = False,
     ) -> None:
-        """Lets a queue run a function. After an error nothing new begins until `join` has raised it.
+        """Submits a function to a queue. After an error nothing new begins until `join` has raised it.
 
         Args:
             queue: name of the queue.
             name: name of the event.
             run: function called in a worker.
             accesses: the buffers that it uses, which no other task uses while it runs.
-            in_gaps: whether it lets all tasks of the queue that may begin go first.
+            low_priority: whether it runs only when no other task of the queue may begin.
 
         Raises:
             RuntimeError: the queues are closed.
         """
         with self._lock:
-            task = Task(queue, name, run, tuple(accesses), (in_gaps, self._submitted))
+            task = Task(queue, name, run, tuple(accesses), (low_priority, self._submitted))
             self._submitted += 1
             if self._closed:
                 raise RuntimeError(f"{task}: the queues are closed")
@@ -286,19 +292,19 @@ class Queues:
                 if not ready:
                     return
                 task = heapq.heappop(ready)
-                _take(task)
+                _acquire(task)
         except HazardError as hazard:
             self._fail(hazard)
             return
         error, start = None, time.perf_counter()
         try:
-            with self._backend.at_work(task):
+            with self._backend.context(task):
                 task.run()
         except BaseException as raised:
             error = raised
         end = time.perf_counter()
         with self._lock:
-            _give_back(task, failed=error is not None)
+            _release(task, failed=error is not None)
             times = (max(moment - self._begin, 0.0) for moment in (start, end))
             self._events.append(Event(task.queue, task.name, *times))
             if error is not None:
@@ -359,7 +365,7 @@ def _started_pool(name: str, workers: int, threads: int) -> ThreadPoolExecutor:
     return pool
 
 
-def _take(task: Task) -> None:
+def _acquire(task: Task) -> None:
     """Takes all buffers of a task, or none.
 
     Raises:
@@ -375,10 +381,10 @@ def _take(task: Task) -> None:
     task.running = True
 
 
-def _give_back(task: Task, failed: bool) -> None:
+def _release(task: Task, failed: bool) -> None:
     for buffer, expects, leaves in task.accesses:
         if leaves != expects:
-            buffer.content = ("half", leaves) if failed else leaves
+            buffer.content = None if failed else leaves
         buffer.user = None
         if buffer.last_task is task:
             buffer.last_task = None

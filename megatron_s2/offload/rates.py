@@ -16,13 +16,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from megatron_s2.cache_file import cache_file_name, cache_folder, read_cache_file, write_cache_file
+from megatron_s2.offload.adam import AdamWSettings, State, update_on_cpu, update_on_gpu
 from megatron_s2.offload.model import Rates
-
-if TYPE_CHECKING:
-    import torch
 
 MEASURED_SECONDS = 0.5
 MEASURED_ELEMENTS = 2**22  # 64 MiB of state and gradient for each queue: far more than caches hold
@@ -45,8 +44,6 @@ class Hardware:
     @classmethod
     def detect(cls, threads: int, local_world_size: int = 1) -> Hardware:
         """The hardware of this process."""
-        import torch
-
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
         cores = len(os.sched_getaffinity(0))
         return cls(_cpu_name(), cores, gpu, str(torch.__version__), threads, local_world_size)
@@ -57,42 +54,30 @@ class Hardware:
         return cache_file_name(_WHAT, asdict(self))
 
 
-def cached_rates(
-    hardware: Hardware,
-    folder: Path | None = None,
-    remeasure: bool = False,
-    measure: Callable[[int], Rates] | None = None,
-) -> Rates:
+def cached_rates(hardware: Hardware, remeasure: bool = False) -> Rates:
     """Returns the rates kept in the cache file of this hardware, or measures and keeps them.
 
     Args:
         hardware: `Hardware.detect(…)`.
-        folder: folder of the cache file; `cache_folder()` by default.
-        remeasure: measure whatever the file says, as after a drift.
-        measure: function called with the number of threads; `measure_rates` by default.
+        remeasure: whether to measure whatever the file says, as after a drift.
     """
-    path = (folder or cache_folder()) / hardware.file_name
+    path = cache_folder() / hardware.file_name
     cached = None if remeasure else read_cache_file(path, lambda content: Rates(**content["rates"]), _WHAT)
     if cached is not None:
         return cached
-    rates = (measure or measure_rates)(hardware.threads)
+    rates = measure_rates(hardware.threads)
     write_cache_file(path, {"hardware": asdict(hardware), "rates": asdict(rates)}, _WHAT)
     return rates
 
 
 def drifted(usual_seconds: float, measured_seconds: Sequence[float]) -> bool:
-    """Returns whether the median of the last `DRIFT_STEPS` steps is off `usual_seconds` by more than `DRIFT`
-    of it; False where there are fewer steps.
+    """Returns whether the median of the last steps is off `usual_seconds` by more than `DRIFT` of it."""
+    return abs(usual_step(measured_seconds) - usual_seconds) > DRIFT * usual_seconds
 
-    Raises:
-        ValueError: `usual_seconds` is not positive.
-    """
-    if not usual_seconds > 0:
-        raise ValueError(f"usual_seconds {usual_seconds}: must be positive")
-    if len(measured_seconds) < DRIFT_STEPS:
-        return False
-    median = statistics.median(measured_seconds[-DRIFT_STEPS:])
-    return abs(median - usual_seconds) > DRIFT * usual_seconds
+
+def usual_step(measured_seconds: Sequence[float]) -> float:
+    """Returns the median duration of the last `DRIFT_STEPS` steps."""
+    return statistics.median(measured_seconds[-DRIFT_STEPS:])
 
 
 def measure_rates(
@@ -103,16 +88,8 @@ def measure_rates(
     Args:
         threads: number of PyTorch's threads for CPU updates (and copies, where there is no GPU).
         seconds: duration of the measurement.
-        elements: parameters of one update, a multiple of `ALIGNMENT`; a copy moves as many float32 values.
-
-    Raises:
-        ValueError: an argument is not positive.
+        elements: parameters of one update, a multiple of `ALIGNMENT`; a copy has as many float32 values.
     """
-    for name, value in (("threads", threads), ("seconds", seconds), ("elements", elements)):
-        if not value > 0:
-            raise ValueError(f"{name} {value}: must be positive")
-    import torch
-
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -157,10 +134,6 @@ def _measure_together(work: dict[str, tuple[Callable[[], object], int]], seconds
 
 def _updates(device: torch.device, elements: int) -> Callable[[], object]:
     """Returns a function that updates `elements` parameters and their 16-bit weights."""
-    import torch
-
-    from megatron_s2.offload.adam import AdamWSettings, State, update_on_cpu, update_on_gpu
-
     *state, gradient = (torch.full((elements,), 1e-3, device=device) for _ in range(4))
     weights = torch.empty(elements, dtype=torch.bfloat16, device=device)
     update = update_on_cpu if device.type == "cpu" else update_on_gpu
@@ -169,8 +142,6 @@ def _updates(device: torch.device, elements: int) -> Callable[[], object]:
 
 def _copies(device: torch.device, elements: int, up: bool) -> Callable[[], object]:
     """Returns a function that copies `elements` float32 from pinned host memory to the device, or back."""
-    import torch
-
     on_host = torch.zeros(elements, pin_memory=device.type == "cuda")
     on_device = torch.zeros(elements, device=device)
     source, target = (on_host, on_device) if up else (on_device, on_host)
@@ -181,8 +152,6 @@ def _on_stream(once: Callable[[], object], device: torch.device) -> Callable[[],
     """Returns `once` on a stream of its own, with a wait for its end."""
     if device.type != "cuda":
         return once
-    import torch
-
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
 

@@ -1,4 +1,4 @@
-"""One optimizer's executor in training: built from the settings, timed, planned again after a drift."""
+"""An optimizer's executor in training: built from the settings, timed, and planned again after a drift."""
 
 from __future__ import annotations
 
@@ -14,22 +14,21 @@ from megatron_s2.offload.adam import AdamWSettings, fused_update, update_on_gpu
 from megatron_s2.offload.executor import Executor
 from megatron_s2.offload.host_memory import check_available
 from megatron_s2.offload.model import Rates
-from megatron_s2.offload.nvme import Bandwidth, NvmeTier, measure_bandwidth
+from megatron_s2.offload.nvme import Bandwidth, measure_bandwidth
 from megatron_s2.offload.plan import OffloadPlan, make_plan
-from megatron_s2.offload.queues import CudaBackend, ThreadBackend
-from megatron_s2.offload.rates import DRIFT_STEPS, Hardware, cached_rates, drifted
+from megatron_s2.offload.queues import default_backend
+from megatron_s2.offload.rates import Hardware, cached_rates, drifted, usual_step
 from megatron_s2.offload.rounding import rounding_note
 from megatron_s2.offload.settings import OffloadSettings
 from megatron_s2.offload.simulator import Simulation, auto_plan, simulate
-from megatron_s2.offload.state import HostBuffer, Parameter
+from megatron_s2.offload.state import Parameter
 from megatron_s2.offload.trace import of_update, shifted, write_trace
 
-# Steps at rates that no longer hold cost more than measuring for half a second once in so many.
-STEPS_BETWEEN_CHECKS = 100
+STEPS_BETWEEN_CHECKS = 100  # a measurement of half a second costs little against so many steps
 
 
 class OffloadError(ValueError):
-    """The settings do not fit this node or model: a budget, a directory, a file."""
+    """The settings do not fit this node or model, such as a budget that is too small for the state."""
 
 
 class Session:
@@ -44,11 +43,12 @@ class Session:
         elements: elements of the flat state, padding included.
         share: share of this rank's parameters, and so of its budgets.
         available: bytes of host memory that this node can give to all its ranks.
-        flush_in_backward: whether gradients leave during backward.
-        traced: whether the user's trace is of this session.
+        late_reason: why gradients leave after backward; None where they leave during backward.
+        traced: whether this session writes the user's trace.
 
     Raises:
-        OffloadError: a budget, a directory or this node cannot hold the state.
+        OffloadError: the settings do not fit this node or model.
+        TierError: a directory has not enough space.
     """
 
     def __init__(
@@ -61,12 +61,12 @@ class Session:
         elements: int,
         share: float,
         available: int,
-        flush_in_backward: bool,
+        late_reason: str | None,
         traced: bool,
     ) -> None:
         self._settings, self._rank, self._local_world_size, self._log = settings, rank, local_world_size, log
         self._threads = settings.threads(local_world_size)
-        self._flush_in_backward = flush_in_backward
+        self._late_reason = late_reason
         self._trace = settings.trace if traced else None
         self._seconds: list[float] = []  # of the latest steps
         self._usual: float | None = None
@@ -81,7 +81,7 @@ class Session:
         self.executor.set_masters()
 
     def step(self, settings: Sequence[AdamWSettings], gradient_scale: float) -> None:
-        """Takes a step of the executor; every `STEPS_BETWEEN_CHECKS` steps, checks their durations."""
+        """Runs a step of the executor; every `STEPS_BETWEEN_CHECKS` steps, checks their durations."""
         begin = time.perf_counter()
         self.executor.step(settings, gradient_scale)
         self._seconds.append(time.perf_counter() - begin)
@@ -93,8 +93,8 @@ class Session:
             self._seconds.clear()
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Returns a copy of state, see `Executor.read`. With an NVMe tier it lies in a nameless file there,
-        since a checkpoint takes copies of all state, which may not fit into memory."""
+        """Returns a copy of state, see `Executor.read`. With an NVMe tier it is in a nameless file there,
+        since a checkpoint copies all state, which may not fit into memory."""
         out = None
         if self.executor.plan.tiers.nvme and stop > start:
             directory = self._settings.nvme_dirs[0]
@@ -103,14 +103,14 @@ class Session:
                     os.posix_fallocate(file.fileno(), 0, 4 * (stop - start))
                 except OSError as error:
                     raise OffloadError(
-                        f"--s2-offload-nvme-dir {directory}: has no room for the copy of the state that a "
-                        f"checkpoint takes: {error.strerror}"
+                        f"--s2-offload-nvme-dir {directory}: has not enough space for the copy of the "
+                        f"state that a checkpoint takes: {error.strerror}"
                     ) from error
                 out = torch.from_file(file.name, shared=True, size=stop - start)
         return self.executor.read(name, start, stop, out)
 
     def close(self) -> None:
-        """Ends the executor's threads, and drops all memory and the files on NVMe."""
+        """Ends the executor's threads, and frees all memory and the files on NVMe."""
         self.executor.close()
 
     def _build(
@@ -125,22 +125,19 @@ class Session:
             host_budget=None if settings.host_budget is None else int(settings.host_budget * share),
             nvme=bool(settings.nvme_dirs),
         )
-        on_nvme = [s.size for s in plan.subgroups if s.tier == "nvme"]
         predicts = settings.gpu_fraction is None or settings.trace is not None
-        bandwidths = self._bandwidths() if on_nvme and (len(settings.nvme_dirs) > 1 or predicts) else []
+        bandwidths = (
+            self._bandwidths() if plan.tiers.nvme and (len(settings.nvme_dirs) > 1 or predicts) else []
+        )
         self._rates = self._measure(bandwidths) if predicts else None
         if settings.gpu_fraction is None:
             plan = auto_plan(plan, self._rates)
-        check_available(plan.host_bytes, "buffers and ring", self._local_world_size, available)
-        cuda = torch.cuda.is_available()
-        host = HostBuffer(plan, cuda, self._local_world_size, available)
-        tier = None
-        if on_nvme:
-            shares = [min(b.read, b.write) for b in bandwidths] or None
-            tier = NvmeTier(settings.nvme_dirs, on_nvme, plan.ring_slots, shares, pinned=cuda)
-        backend = CudaBackend(torch.device("cuda", torch.cuda.current_device())) if cuda else ThreadBackend()
+        check_available(plan.host_bytes, self._local_world_size, available)
+        shares = [min(bandwidth) for bandwidth in bandwidths] or None
         update = update_on_gpu if settings.gpu_adam == "triton" else fused_update(settings.gpu_adam)
-        return Executor(plan, parameters, backend, host, tier, self._threads, update)
+        return Executor(
+            plan, parameters, default_backend(), settings.nvme_dirs, shares, self._threads, update
+        )
 
     def _bandwidths(self) -> list[Bandwidth]:
         return [measure_bandwidth(directory) for directory in self._settings.nvme_dirs]
@@ -156,10 +153,10 @@ class Session:
     def _predict(self) -> Simulation | None:
         if self._rates is None:
             return None
-        return simulate(self.executor.plan, self._rates, flush_in_backward=self._flush_in_backward)
+        return simulate(self.executor.plan, self._rates, flush_in_backward=self._late_reason is None)
 
     def _report(self) -> None:
-        when = "during backward" if self._flush_in_backward else "after backward (no --overlap-grad-reduce)"
+        when = f"after backward ({self._late_reason})" if self._late_reason else "during backward"
         lines = [f"optimizer offload of rank 0: {self.executor.plan}", f"  gradients leave {when}"]
         if self._predicted is not None:
             lines.append(
@@ -182,11 +179,10 @@ class Session:
 
     def _check_drift(self) -> None:
         """Measures and plans again where steps no longer take as long as they used to."""
-        latest = self._seconds[-DRIFT_STEPS:]
-        if self._usual is None or self._settings.gpu_fraction is not None:
-            self._usual = sorted(latest)[len(latest) // 2]
+        if self._usual is None:
+            self._usual = usual_step(self._seconds)
             return
-        if not drifted(self._usual, latest):
+        if self._settings.gpu_fraction is not None or not drifted(self._usual, self._seconds):
             return
         plan: OffloadPlan = self.executor.plan
         self._rates = self._measure(self._bandwidths() if plan.tiers.nvme else [], remeasure=True)

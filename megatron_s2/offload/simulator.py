@@ -1,8 +1,7 @@
 """An optimizer step simulated event by event.
 
 - Each queue does one operation at a time: of those that are ready, the first in the plan's order. An
-  operation is ready when its predecessors are done and it holds what it needs: a GPU buffer set (from upload
-      to
+  operation is ready when its predecessors are done and it has what it needs: a GPU buffer set (from upload to
   download), a ring slot (from NVMe read to NVMe write). Subgroups resident on the GPU are updated while the
   GPU has nothing else to do.
 - Host DRAM is shared: while the running operations ask for more than its rate, all those that use it slow
@@ -19,15 +18,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_s2.offload.model import (
+    CPU_UPDATE_TRAFFIC,
     LIMIT_NAMES,
     Load,
     Rates,
     best_fraction,
-    cpu_update_traffic,
     exposed,
     flush_seconds,
 )
-from megatron_s2.offload.plan import STATE_BYTES, WEIGHT_BYTES, OffloadPlan, Subgroup
+from megatron_s2.offload.plan import GRADIENT_BYTES, STATE_BYTES, WEIGHT_BYTES, OffloadPlan, Subgroup
 from megatron_s2.offload.trace import QUEUES, Event
 
 
@@ -115,7 +114,7 @@ def auto_plan(plan: OffloadPlan, rates: Rates) -> OffloadPlan:
 
 @dataclass(eq=False)
 class _Operation:
-    """Work of a queue."""
+    """An operation of one queue."""
 
     index: int  # in the plan's order
     queue: str
@@ -125,12 +124,12 @@ class _Operation:
     after: tuple[_Operation, ...] = ()  # operations that come before
     takes: str | None = None  # pool of which it takes a slot before its start
     frees: str | None = None  # pool of which it frees a slot at its end
-    in_gaps: bool = False  # waits while the queue has other work
+    low_priority: bool = False  # waits while the queue has other operations
     start: float = 0.0
     end: float = 0.0
 
     def __lt__(self, other: _Operation) -> bool:
-        return (self.in_gaps, self.index) < (other.in_gaps, other.index)
+        return (self.low_priority, self.index) < (other.low_priority, other.index)
 
 
 def _pools(plan: OffloadPlan) -> dict[str, int]:
@@ -153,9 +152,9 @@ def _operations(plan: OffloadPlan, rates: Rates, step: int) -> list[_Operation]:
 
     for subgroup in plan.order(step):
         size = subgroup.size
-        state, weights, gradients = STATE_BYTES * size, WEIGHT_BYTES * size, plan.gradient_bytes * size
+        state, weights, gradients = STATE_BYTES * size, WEIGHT_BYTES * size, GRADIENT_BYTES * size
         if subgroup.tier == "gpu":
-            add("gpu", "update", subgroup, size, 0, in_gaps=True)
+            add("gpu", "update", subgroup, size, 0, low_priority=True)
             continue
         there: tuple[_Operation, ...] = ()
         if subgroup.tier == "nvme":
@@ -170,8 +169,7 @@ def _operations(plan: OffloadPlan, rates: Rates, step: int) -> list[_Operation]:
         else:
             if subgroup.tier == "nvme":
                 there = (add("d2h", "gradients", subgroup, gradients, gradients, *there),)
-            traffic = cpu_update_traffic(plan.gradient_bytes) * size
-            updated = add("cpu", "update", subgroup, size, traffic, *there)
+            updated = add("cpu", "update", subgroup, size, CPU_UPDATE_TRAFFIC * size, *there)
             done = add("h2d", "weights", subgroup, weights, weights, updated)
         if subgroup.tier == "nvme":
             add("nvme_write", "state", subgroup, state, state, done, frees="ring")
@@ -193,7 +191,7 @@ def _run(operations: Sequence[_Operation], free: dict[str, int], dram: float | N
     now = 0.0
 
     def admit(op: _Operation) -> None:
-        """Gives an operation whose predecessors are done its slot, or lets it wait for one."""
+        """Assigns a slot to an operation whose predecessors are done, or queues it for one."""
         if op.takes and not free[op.takes]:
             heapq.heappush(without_slot[op.takes], op)
             return

@@ -1,7 +1,7 @@
 """The optimizer state of one rank: parameters in the flat state, and the memory of all tiers.
 
-The flat state holds the parameters one after another, each from a multiple of `ALIGNMENT` on. The plan cuts
-it into subgroups, which `StateStore` keeps in their tiers.
+The flat state has the parameters one after another, each beginning at a multiple of `ALIGNMENT`. The plan
+cuts it into subgroups, which `StateStore` keeps in their tiers.
 """
 
 from __future__ import annotations
@@ -9,17 +9,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from megatron_s2.offload.adam import State
-from megatron_s2.offload.host_memory import HostMemory, HostSlice, check_available
+from megatron_s2.offload.host_memory import HostMemory, HostSlice
 from megatron_s2.offload.nvme import NvmeTier
-from megatron_s2.offload.plan import ALIGNMENT, OffloadPlan, Subgroup
+from megatron_s2.offload.plan import ALIGNMENT, HOST_BYTES, TIERS, OffloadPlan, Subgroup
 from megatron_s2.offload.queues import Buffer
-
-_ARRAYS = (*State._fields, "gradient")
 
 
 @dataclass(frozen=True)
@@ -42,23 +41,24 @@ class Parameter:
 
 
 class ParameterSlice(NamedTuple):
-    """A parameter's elements within a subgroup, in flat coordinates."""
+    """A parameter's elements within a subgroup. Positions count from the subgroup's first element."""
 
     parameter: int  # index
-    offset: int  # of its first element in the parameter
+    offset: int  # of the first element in the parameter
     start: int
     stop: int
-    end: int  # from stop on, padding
+    end: int  # of the padding that follows the elements
     weights: torch.Tensor  # [stop - start]
     group: int
 
     def weights_in(self, gradient: torch.Tensor) -> torch.Tensor:
-        """View of a gradient's memory, float32 `[end - start]`, as weights `[stop - start]`."""
-        return gradient.view(self.weights.dtype)[: self.stop - self.start]
+        """View of the memory of the subgroup's gradient, float32 `[size]`, as weights `[stop - start]`."""
+        return gradient[self.start : self.end].view(self.weights.dtype)[: self.stop - self.start]
 
 
 def lay_out(weights: Sequence[torch.Tensor], groups: Sequence[int]) -> tuple[list[Parameter], int]:
-    """Returns parameters one after another in the flat state, and the elements of that, padding included."""
+    """Returns parameters one after another in the flat state, and the number of elements of the state,
+    padding included."""
     starts, elements = aligned_starts([x.numel() for x in weights])
     return [Parameter(*one) for one in zip(starts, weights, groups)], elements
 
@@ -67,11 +67,12 @@ def slices_of(subgroup: Subgroup, parameters: Sequence[Parameter]) -> list[Param
     """Returns the slices of the parameters that lie in a subgroup."""
     slices = []
     for n, p in enumerate(parameters):
-        a, end = max(p.start, subgroup.start), min(p.end, subgroup.stop)
-        if a < end:
-            offset, stop = a - p.start, min(p.stop, end)
-            weights = p.weights[offset : stop - p.start]
-            slices.append(ParameterSlice(n, offset, a, stop, end, weights, p.group))
+        start, end = max(p.start, subgroup.start), min(p.end, subgroup.stop)
+        if start < end:
+            stop = min(p.stop, end)
+            weights = p.weights[start - p.start : stop - p.start]
+            positions = (x - subgroup.start for x in (start, stop, end))
+            slices.append(ParameterSlice(n, start - p.start, *positions, weights, p.group))
     return slices
 
 
@@ -90,127 +91,105 @@ def check_layout(plan: OffloadPlan, parameters: Sequence[Parameter], device: tor
 
 
 def aligned_starts(sizes: Sequence[int]) -> tuple[list[int], int]:
-    """Returns where stretches of so many elements begin, each at a multiple of `ALIGNMENT`, and the end of
-    the last one's padding."""
-    starts, end = [], 0
-    for size in sizes:
-        starts.append(end)
-        end += _aligned(size)
-    return starts, end
+    """Returns where arrays of `sizes` elements begin, one after another, each at a multiple of `ALIGNMENT`,
+    and the end of the last one's padding."""
+    ends = [0, *itertools.accumulate(_aligned(size) for size in sizes)]
+    return ends[:-1], ends[-1]
 
 
 def _aligned(elements: int) -> int:
     return -(-elements // ALIGNMENT) * ALIGNMENT
 
 
-class HostBuffer:
-    """State and gradients of the subgroups of tier `host`: four flat arrays, one after another.
+def allocate_on_host(
+    subgroups: Sequence[Subgroup], pinned: bool = False
+) -> tuple[HostMemory | None, list[HostSlice]]:
+    """Allocates state and gradients of subgroups: four flat arrays, one after another.
 
     Args:
-        plan: the plan of the subgroups; its gradients must have 4 bytes.
         pinned: as for `HostMemory`.
-        local_world_size, available: as for `check_available`.
+
+    Returns:
+        The memory, None without subgroups, and the views of each subgroup.
 
     Raises:
-        ValueError: the gradients do not have 4 bytes, or the node has not enough memory.
+        RuntimeError: as `HostMemory`.
+    """
+    starts, total = aligned_starts([s.size for s in subgroups])
+    if not total:
+        return None, []
+    memory = HostMemory(HOST_BYTES * total, pinned)
+    arrays = memory.bytes.view(torch.float32).view(4, total)
+    views = (arrays[:, start : start + s.size] for s, start in zip(subgroups, starts))
+    return memory, [HostSlice(State(*state), gradient) for *state, gradient in views]
+
+
+@dataclass(frozen=True)
+class SubgroupMemory:
+    """A subgroup's memory, and the buffers by which tasks use it."""
+
+    storage: Buffer  # the state between steps: memory, or a record of tier nvme
+    state_buffer: Buffer  # memory of `state`: the storage, or a ring slot
+    state: State  # what an update changes in place, or what moves to the GPU and back
+    gradient: torch.Tensor | None = None  # [size], on the host; None in tier gpu
+    gradient_buffer: Buffer | None = None
+    record: int | None = None  # index in tier nvme
+
+
+class StateStore:
+    """The memory of all tiers, by subgroup.
+
+    A buffer with the state of subgroup i after v steps has the content `(i, v)`, or `("on gpu", i, v)` while
+    a buffer set has that state.
+
+    Args:
+        plan: the tier of each subgroup.
+        device: device of tier `gpu` and of the buffer sets.
+        directories, shares: as for `NvmeTier`, for a plan with subgroups of tier `nvme`.
+
+    Attributes:
+        version: number of steps so far.
+        sets: memory on the device for the state of one subgroup, and its buffer, for each buffer set.
+        tier: tier `nvme`, None without one.
+        slots: buffers of the ring's slots.
+
+    Raises:
+        ValueError, TierError: as `NvmeTier`.
         RuntimeError: as `HostMemory`.
     """
 
     def __init__(
         self,
         plan: OffloadPlan,
-        pinned: bool = False,
-        local_world_size: int = 1,
-        available: int | None = None,
+        device: torch.device,
+        directories: Sequence[str | Path] = (),
+        shares: Sequence[float] | None = None,
     ) -> None:
-        if plan.gradient_bytes != 4:
-            raise ValueError(f"gradient_bytes {plan.gradient_bytes}: must be 4, the CPU updates in float32")
-        subgroups = [s for s in plan.subgroups if s.tier == "host"]
-        starts, total = aligned_starts([s.size for s in subgroups])
-        self.size = 4 * len(_ARRAYS) * total
-        check_available(self.size, "buffers", local_world_size, available)
-        self._memory = HostMemory(self.size, pinned) if total else None
-        self._slices: dict[int, HostSlice] = {}
-        if self._memory is not None:
-            arrays = self._memory.bytes.view(torch.float32).view(len(_ARRAYS), total)
-            for s, start in zip(subgroups, starts):
-                *state, gradient = arrays[:, start : start + s.size]
-                self._slices[s.index] = HostSlice(State(*state), gradient)
-
-    def __getitem__(self, index: int) -> HostSlice:
-        """Views of subgroup `index`."""
-        return self._slices[index]
-
-    def close(self) -> None:
-        """Drops the memory and the views of it."""
-        self._slices.clear()
-        if self._memory is not None:
-            self._memory.close()
-            self._memory = None
-
-
-@dataclass(frozen=True)
-class SubgroupMemory:
-    """Where a subgroup's state is, and the buffers by which tasks use that memory."""
-
-    home: Buffer  # of the state between steps: in memory, or in a record of tier nvme
-    state_buffer: Buffer  # of `state`: the home's, or the ring slot's
-    state: State  # what an update changes in place, or what moves to the GPU and back
-    gradient: torch.Tensor | None = None  # [size], on the host; None in tier gpu
-    gradient_buffer: Buffer | None = None
-    record: int | None = None  # index in tier nvme
-    slot: int | None = None  # index of the ring slot
-
-
-class StateStore:
-    """The memory of all tiers, by subgroup.
-
-    A buffer with the state of subgroup i after v steps has the content `(i, v)`, or `("away", i, v)` while
-    that state is on the GPU.
-
-    Args:
-        plan: the tier of each subgroup.
-        device: device of tier `gpu` and of the buffer sets.
-        host: memory of tier `host`.
-        tier: tier `nvme`, None without one.
-
-    Attributes:
-        version: number of steps so far.
-        sets: memory on the device for the state of one subgroup, and its buffer, for each buffer set.
-        slots: buffers of the ring's slots.
-
-    Raises:
-        ValueError: the tier has other subgroups.
-    """
-
-    def __init__(
-        self, plan: OffloadPlan, device: torch.device, host: HostBuffer, tier: NvmeTier | None
-    ) -> None:
-        on_nvme = [s.size for s in plan.subgroups if s.tier == "nvme"]
-        if on_nvme != list(tier.sizes if tier else ()):
-            raise ValueError(f"tier: must be of the plan's {len(on_nvme)} subgroups of tier nvme")
-        self._host, self.tier = host, tier
+        pinned = device.type == "cuda"
+        tiers = {tier: [s for s in plan.subgroups if s.tier == tier] for tier in TIERS}
         self.version = 0
         self.sets = [
             (State(*torch.empty(3, plan.slot_elements, device=device)), Buffer(f"buffer set {n}"))
             for n in range(plan.buffer_sets)
         ]
-        self.slots = [Buffer(f"ring slot {n}") for n in range(tier.slots if tier else 0)]
+        self._host, on_host = allocate_on_host(tiers["host"], pinned)
+        sizes = [s.size for s in tiers["nvme"]]
+        self.tier = NvmeTier(directories, sizes, plan.ring_slots, shares, pinned) if sizes else None
+        self.slots = [Buffer(f"ring slot {n}") for n in range(self.tier.slots if sizes else 0)]
         slot_gradients = [Buffer(f"gradients of {slot.name}") for slot in self.slots]
+        storage = [Buffer(f"state {s.index}", (s.index, 0)) for s in plan.subgroups]
         self._memory: dict[int, SubgroupMemory] = {}
-        records = itertools.count()
-        for s in plan.subgroups:
-            home = Buffer(f"state {s.index}", (s.index, 0))
-            if s.tier == "gpu":
-                memory = SubgroupMemory(home, home, State(*torch.zeros(3, s.size, device=device)))
-            elif s.tier == "host":
-                memory = SubgroupMemory(home, home, *host[s.index], Buffer(f"gradients {s.index}"))
-            else:
-                slot = tier.slot_of(record := next(records))
-                own = (*tier.slice_of(record), slot_gradients[slot], record, slot)
-                memory = SubgroupMemory(home, self.slots[slot], *own)
-            self._memory[s.index] = memory
-        self._unsaved: set[int] = set()  # subgroups that were modified in their slots since they were stored
+        for i, size in ((s.index, s.size) for s in tiers["gpu"]):
+            state = State(*torch.zeros(3, size, device=device))
+            self._memory[i] = SubgroupMemory(storage[i], storage[i], state)
+        for s, views in zip(tiers["host"], on_host):
+            i = s.index
+            self._memory[i] = SubgroupMemory(storage[i], storage[i], *views, Buffer(f"gradients {i}"))
+        for record, s in enumerate(tiers["nvme"]):
+            slot = self.tier.slot_of(record)
+            own = (*self.tier.slice_of(record), slot_gradients[slot], record)
+            self._memory[s.index] = SubgroupMemory(storage[s.index], self.slots[slot], *own)
+        self._unsaved: set[int] = set()  # subgroups whose ring slot was modified since it was stored
 
     def __getitem__(self, subgroup: Subgroup) -> SubgroupMemory:
         return self._memory[subgroup.index]
@@ -251,51 +230,37 @@ class StateStore:
         for index in sorted(self._unsaved):
             self._save(index)
 
-    def torn(self) -> list[int]:
-        """Indices of the subgroups whose state or weights a step that failed may have changed."""
-        changed = {i for i, memory in self._memory.items() if memory.home.content != (i, self.version)}
-        return sorted(changed.union(*(self._torn_in(slot) for slot in self.slots)))
-
-    def forget_step(self) -> None:
-        """Forgets the gradients that have arrived, and what a step that failed left in the ring."""
-        for buffer in (buffer for _, buffer in self.sets):
+    def end_step(self) -> None:
+        """Resets the buffers after a step, or after one that failed before it changed any state."""
+        for _, buffer in self.sets:
             buffer.content = None
-        for memory in self._memory.values():
+        for index, memory in self._memory.items():
+            memory.storage.content = (index, self.version)
             if memory.gradient_buffer:
                 memory.gradient_buffer.content = None
         for slot in self.slots:
-            if slot.content is not None and slot.content[0] in ("half", "away"):
+            if slot.content is not None and slot.content[0] == "on gpu":
                 slot.content = None
 
     def close(self) -> None:
-        """Drops all memory and the files."""
+        """Frees all memory and deletes the files."""
         self._memory.clear()
         self.sets.clear()
-        self._host.close()
-        if self.tier:
-            self.tier.close()
-
-    def _torn_in(self, slot: Buffer) -> set[int]:
-        """A download that is missing may follow an update that has written weights; an upload cannot."""
-        if slot.content is None:
-            return set()
-        half = slot.content[0] == "half"
-        content = slot.content[1] if half else slot.content
-        index, version = content[-2:]
-        whole = version == self.version and (half or content[0] != "away")
-        return set() if whole else {index}
+        for memory in (self._host, self.tier):
+            if memory is not None:
+                memory.close()
 
     def _load(self, subgroup: Subgroup) -> None:
-        """Lets the slot of a subgroup hold its state, and the file what the slot held."""
-        memory, wanted = self[subgroup], (subgroup.index, self.version)
+        """Reads a subgroup's state into its ring slot, unless the slot has it."""
+        memory, content = self[subgroup], (subgroup.index, self.version)
         slot = memory.state_buffer
-        if slot.content == wanted:
+        if slot.content == content:
             return
         if slot.content is not None and slot.content[0] in self._unsaved:
             self._save(slot.content[0])
         slot.content = None
         self.tier.load(memory.record)
-        slot.content = wanted
+        slot.content = content
 
     def _save(self, index: int) -> None:
         self.tier.store(self._memory[index].record)

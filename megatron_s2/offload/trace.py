@@ -20,7 +20,7 @@ QUEUES = tuple(QUEUE_NAMES)
 
 @dataclass(frozen=True)
 class Event:
-    """Work that one queue did.
+    """A task of one queue, with its start and end.
 
     Raises:
         ValueError: there is no such queue, or the end is before the start.

@@ -19,7 +19,9 @@ ALLOCATORS = (
 def poisoned(allocate):
     def allocate_nan(*args, **kwargs):
         x = allocate(*args, **kwargs)
-        return x.fill_(float("nan")) if x.is_floating_point() else x
+        if x.is_floating_point():
+            x.detach().fill_(float("nan"))
+        return x
 
     return allocate_nan
 

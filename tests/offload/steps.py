@@ -9,10 +9,9 @@ import torch
 
 from megatron_s2.offload.adam import AdamWSettings
 from megatron_s2.offload.executor import Executor
-from megatron_s2.offload.nvme import NvmeTier
 from megatron_s2.offload.plan import make_plan
 from megatron_s2.offload.queues import CudaBackend, Task, ThreadBackend
-from megatron_s2.offload.state import HostBuffer, lay_out
+from megatron_s2.offload.state import lay_out
 
 SIZES = (100, 64 * 7, 1, 1000, 64 * 20, 33)
 GROUPS = (0, 0, 1, 0, 1, 1)
@@ -31,7 +30,7 @@ class DelayedBackend(ThreadBackend):
         self._delay = delay
 
     @contextmanager
-    def at_work(self, task: Task):
+    def context(self, task: Task):
         if self._delay is None:
             yield
             return
@@ -101,14 +100,10 @@ def executor(tmp_path=None, *, delay=None, directories=1, gpu=False, **plan) -> 
     weights = [x.to(backend.device) for x in weights_at_start()]
     parameters, elements = lay_out(weights, GROUPS)
     plan = make_plan(elements, **{"subgroup_size": 256} | plan)
-    sizes = [s.size for s in plan.subgroups if s.tier == "nvme"]
-    tier = None
-    if sizes:
-        folders = [tmp_path / str(n) for n in range(directories)]
-        for folder in folders:
-            folder.mkdir(exist_ok=True)
-        tier = NvmeTier(folders, sizes, plan.ring_slots, pinned=gpu)
-    one = Executor(plan, parameters, backend, HostBuffer(plan, pinned=gpu), tier)
+    folders = [tmp_path / str(n) for n in range(directories)] if plan.tiers.nvme else []
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
+    one = Executor(plan, parameters, backend, folders)
     one.parameters = parameters
     one.set_masters()
     return one

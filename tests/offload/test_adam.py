@@ -17,11 +17,12 @@ import pytest
 import torch
 from interpreter import fma, round_fma_once
 
+from megatron_s2.offload import adam
 from megatron_s2.offload.adam import (
     CHUNK,
     AdamWSettings,
-    KernelConstants,
     State,
+    check_gradient_scale,
     fused_update,
     update_on_cpu,
     update_on_gpu,
@@ -177,6 +178,17 @@ if not INTERPRETED:
         require_same_bits([*state, weights], [*expected[:3], expected[3][:-5]])
         require_same_bits([weights], [state.master[:-5].to(dtype)])
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+    def test_a_gradient_that_is_kept_stays_and_gives_the_same_bits(dtype, monkeypatch):
+        monkeypatch.setattr("megatron_s2.offload.adam.CHUNK", 128)
+        state, gradient = sample(64 * 9)
+        gradient[-5:] = 0
+        gradient = gradient.to(dtype)
+        expected = updated(state, gradient.float(), SETTINGS["late"], 2.0)
+        before, weights = gradient.clone(), torch.empty(64 * 9 - 5, dtype=torch.bfloat16)
+        update_on_cpu(state, gradient[:-5], weights, SETTINGS["late"], 2.0, keep_gradient=True)
+        require_same_bits([*state, weights, gradient], [*expected[:3], expected[3][:-5], before])
+
     def test_a_slice_longer_than_a_chunk():
         state, gradient = sample(CHUNK + 64)
         whole = updated(state, gradient, SETTINGS["first"])
@@ -198,11 +210,8 @@ if not INTERPRETED:
 
     @pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), float("nan"), 1e-46, 1e39])
     def test_a_scale_that_would_destroy_the_state_is_refused(scale):
-        state, gradient = sample(64)
-        before = copied(state)
         with pytest.raises(ValueError, match=r"gradient_scale .*: must be positive and finite"):
-            update_on_cpu(state, gradient, torch.empty(64), SETTINGS["first"], scale)
-        require_same_bits(state, before)
+            check_gradient_scale(scale)
 
     def test_a_ragged_slice_is_refused():
         state, gradient = sample(65)
@@ -316,10 +325,10 @@ def test_the_user_is_told_where_cpu_and_gpu_round_differently():
 
 @on_device
 def test_a_last_bit_is_noticed_and_more_than_rounding_is_an_error(monkeypatch):
-    of, device = KernelConstants.of, torch.device(DEVICE)
-    monkeypatch.setattr(KernelConstants, "of", lambda *args: of(*args)._replace(eps=3e-8))
+    constants, device = adam.kernel_constants, torch.device(DEVICE)
+    monkeypatch.setattr(adam, "kernel_constants", lambda *args: constants(*args) | {"eps": 3e-8})
     assert not same_bits(device, DTYPES[-1])
-    monkeypatch.setattr(KernelConstants, "of", lambda *args: of(*args)._replace(beta2=0.951))
+    monkeypatch.setattr(adam, "kernel_constants", lambda *args: constants(*args) | {"beta2": 0.951})
     with pytest.raises(RuntimeError, match=r"master differs from the CPU's by .* times what rounding"):
         same_bits(device, DTYPES[-1])
 

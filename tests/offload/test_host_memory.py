@@ -6,9 +6,9 @@ import sys
 import pytest
 import torch
 
-from megatron_s2.offload.host_memory import HostMemory, _left_in_groups, available_bytes
+from megatron_s2.offload.host_memory import HostMemory, _left_in_groups, available_bytes, check_available
 from megatron_s2.offload.plan import make_plan
-from megatron_s2.offload.state import HostBuffer, aligned_starts
+from megatron_s2.offload.state import aligned_starts, allocate_on_host
 
 PLAN = make_plan(64 * 10 + 5, subgroup_size=128)
 MIXED = make_plan(
@@ -16,38 +16,33 @@ MIXED = make_plan(
 )
 
 
+def on_host(plan):
+    """The memory of tier `host`, and the views of each of its subgroups by index."""
+    subgroups = [s for s in plan.subgroups if s.tier == "host"]
+    memory, views = allocate_on_host(subgroups)
+    return memory, dict(zip([s.index for s in subgroups], views, strict=True))
+
+
 def test_subgroups_are_views_of_aligned_zeros_that_do_not_overlap():
-    buffer = HostBuffer(PLAN)
+    _, views = on_host(PLAN)
     for subgroup in PLAN.subgroups:
-        for n, view in enumerate((*buffer[subgroup.index].state, buffer[subgroup.index].gradient)):
+        for n, view in enumerate((*views[subgroup.index].state, views[subgroup.index].gradient)):
             assert view.dtype == torch.float32 and view.shape == (subgroup.size,)
             assert view.data_ptr() % 256 == 0 and not view.any()
             view.fill_(4 * subgroup.index + n)
     for subgroup in PLAN.subgroups:
-        for n, view in enumerate((*buffer[subgroup.index].state, buffer[subgroup.index].gradient)):
+        for n, view in enumerate((*views[subgroup.index].state, views[subgroup.index].gradient)):
             assert (view == 4 * subgroup.index + n).all()
 
 
 def test_it_takes_what_it_holds_and_padding_only():
-    assert HostBuffer(PLAN).size == 16 * 704 and PLAN.host_bytes == 16 * 645
-
-
-def test_other_tiers_take_no_place():
-    buffer = HostBuffer(MIXED)
-    on_host = {s.index for s in MIXED.subgroups if s.tier == "host"}
-    assert 0 < len(on_host) < len(MIXED.subgroups) and buffer.size == 16 * 128 * len(on_host)
-    for subgroup in MIXED.subgroups:
-        if subgroup.index in on_host:
-            assert buffer[subgroup.index].gradient.numel() == 128
-        else:
-            with pytest.raises(KeyError):
-                buffer[subgroup.index]
+    assert on_host(PLAN)[0].size == 16 * 704 and PLAN.host_bytes == 16 * 645
+    memory, views = on_host(MIXED)
+    assert 0 < len(views) < len(MIXED.subgroups) and memory.size == 16 * 128 * len(views)
 
 
 def test_nothing_on_the_host_takes_nothing():
-    buffer = HostBuffer(make_plan(640, gpu_budget=12 * 640))
-    assert buffer.size == 0
-    buffer.close()
+    assert on_host(make_plan(640, gpu_budget=12 * 640)) == (None, {})
 
 
 @pytest.mark.parametrize("ranks, available", [(1, 16 * 704 - 1), (4, 4 * 16 * 704 - 1)])
@@ -55,14 +50,14 @@ def test_what_does_not_fit_is_refused_with_the_numbers(ranks, available):
     with pytest.raises(
         ValueError, match=r"host memory: the buffers .* take 0.000 GB.* has 0.000 GB left; raise"
     ):
-        HostBuffer(PLAN, local_world_size=ranks, available=available)
-    assert HostBuffer(PLAN, local_world_size=ranks, available=available + 1).size == 16 * 704
+        check_available(16 * 704, ranks, available)
+    check_available(16 * 704, ranks, available + 1)
 
 
 def test_more_than_this_machine_has_is_refused():
-    elements = available_bytes() // 16 + 10**9
-    with pytest.raises(ValueError, match=rf"take {16 * elements / 1e9:.3f} GB"):
-        HostBuffer(make_plan(elements, subgroup_size=2**30))
+    size = available_bytes() + 10**10
+    with pytest.raises(ValueError, match=rf"take {size / 1e9:.3f} GB"):
+        check_available(size, 1, available_bytes())
 
 
 def group(folder, limit, most, **used):
@@ -88,16 +83,9 @@ def test_control_groups_of_version_1_count(tmp_path):
     assert list(_left_in_groups(groups, tmp_path)) == [680, 2**63 - 4096 - 300]
 
 
-def test_gradients_of_two_bytes_are_refused():
-    with pytest.raises(ValueError, match="gradient_bytes 2: must be 4"):
-        HostBuffer(make_plan(640, gradient_bytes=2))
-
-
 def test_memory_the_system_has_not_is_refused():
     with pytest.raises(RuntimeError, match=r"host memory: \d+.000 GB cannot be mapped"):
         HostMemory(2**62 // 10**9 * 10**9)
-    with pytest.raises(ValueError, match="size 0: must be >= 1"):
-        HostMemory(0)
 
 
 def test_memory_returns_to_the_system_with_the_last_view():
@@ -140,6 +128,6 @@ def test_stretches_begin_aligned():
 
 @pytest.mark.gpu
 def test_pinned_memory_is_known_to_pytorch():
-    buffer = HostBuffer(PLAN, pinned=True)
-    assert buffer[0].gradient.is_pinned()
-    buffer.close()
+    memory, views = allocate_on_host(PLAN.subgroups, pinned=True)
+    assert views[0].gradient.is_pinned()
+    memory.close()

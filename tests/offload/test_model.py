@@ -26,14 +26,14 @@ def test_each_limit_is_the_formula():
 
 
 def test_nvme_is_read_and_written_once_and_its_gradients_come_late():
-    load = Load(host=PARAMS, nvme=PARAMS, reused=PARAMS // 5, gradient_bytes=2)
+    load = Load(host=PARAMS, nvme=PARAMS, reused=PARAMS // 5)
     rates = Rates(cpu=2e9, gpu=80e9, h2d=50e9, d2h=40e9, dram=200e9, nvme_read=6e9, nvme_write=5e9)
     found = limits(rates, load, 0.25)
     assert found["nvme_read"] == pytest.approx(12 * 0.8 / 6)
     assert found["nvme_write"] == pytest.approx(12 / 5)
-    assert found["d2h"] == pytest.approx((12 * 0.5 + 2 * 0.75) / 40)
-    # 26 of state and weights, 2 of the gradient, 2 of weights sent; state up and down; NVMe both ways.
-    assert found["dram"] == pytest.approx((30 * 1.5 + 24 * 0.5 + 12 * 1.8 + 2 * 0.75) / 200)
+    assert found["d2h"] == pytest.approx((12 * 0.5 + 4 * 0.75) / 40)
+    # 26 of state and weights, 4 of the gradient, 2 of weights sent; state up and down; NVMe both ways.
+    assert found["dram"] == pytest.approx((32 * 1.5 + 24 * 0.5 + 12 * 1.8 + 4 * 0.75) / 200)
 
 
 def test_the_load_of_a_plan_counts_its_tiers_and_what_the_ring_keeps():
@@ -75,10 +75,10 @@ def test_no_other_fraction_is_better():
 
 
 def test_of_equally_good_fractions_the_middle_is_taken():
-    # NVMe takes 12 s whatever the fraction; the CPU keeps up from g = 0.4 on, the download up to 0.76.
+    # NVMe takes 12 s whatever the fraction; the CPU keeps up from g = 0.4 on, the download up to 0.7.
     rates = Rates(cpu=0.05e9, gpu=80e9, h2d=50e9, d2h=0.8e9, nvme_read=1e9, nvme_write=1e9)
-    load = Load(host=0, nvme=PARAMS, gradient_bytes=2)
-    least, most = 0.4, 0.76
+    load = Load(host=0, nvme=PARAMS)
+    least, most = 0.4, 0.7
     assert predict(rates, load, least).update_seconds == pytest.approx(12)
     assert predict(rates, load, most).update_seconds == pytest.approx(12)
     assert best_fraction(rates, load) == pytest.approx((least + most) / 2)

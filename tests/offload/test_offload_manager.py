@@ -172,17 +172,28 @@ def test_gradients_of_a_step_that_does_not_happen_are_dropped(offload):
     assert one.optimizer.step_count == 1
 
 
-@pytest.mark.parametrize(
-    "ddp", [{"num_distributed_optimizer_instances": 2}, {"reduce_scatter_with_fp32_accumulation": True}]
-)
-def test_where_only_megatron_knows_the_end_of_a_reduction_gradients_leave_with_the_step(offload, ddp):
-    run = offload(gpu_fraction=0.0)
-    one = distributed(run, 640, **ddp)
+@pytest.mark.parametrize(("ddp", "flag"), [
+    ({"num_distributed_optimizer_instances": 2}, "--num-distributed-optimizer-instances"),
+    ({"reduce_scatter_with_fp32_accumulation": True}, "--ddp-reduce-scatter-with-fp32-accumulation"),
+])  # fmt: skip
+def test_where_only_megatron_knows_the_end_of_a_reduction_gradients_leave_with_the_step(offload, ddp, flag):
+    logged = []
+    run = offload(logged, gpu_fraction=0.0)
+    one = distributed(run, 640, overlap=True, **ddp)
     run.register(one)
     run.begin_step()
+    assert f"gradients leave after backward ({flag})" in logged[0]
     run.gradients_reduced(bucket_group(one.model_chunks[0]))
     with pytest.raises(ValueError, match="shard of 640 elements: has no gradient"):
         one.optimizer.step()
+
+
+def test_gradients_that_leave_during_backward_are_reported(offload):
+    logged = []
+    run = offload(logged, gpu_fraction=0.0)
+    run.register(distributed(run, 640, overlap=True))
+    run.begin_step()
+    assert "gradients leave during backward" in logged[0]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
+from megatron_s2.offload import rates
 from megatron_s2.offload.model import Rates
 from megatron_s2.offload.rates import Hardware, _on_stream, cached_rates, drifted, measure_rates
 
@@ -16,15 +17,24 @@ HARDWARE = Hardware(cpu="a CPU", cores=8, gpu=None, torch="2.15", threads=4, loc
 RATES = Rates(cpu=1e9, gpu=2e9, h2d=3e9, d2h=4e9)
 
 
-def measured_once():
-    """A measurement and the numbers of threads it was called with."""
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The folder of cache files, which does not exist yet."""
+    monkeypatch.setenv("MEGATRON_S2_CACHE", str(tmp_path / "made" / "for it"))
+    return tmp_path / "made" / "for it"
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The numbers of threads that a stand-in for the measurement was called with."""
     calls = []
 
     def measure(threads):
         calls.append(threads)
         return replace(RATES, cpu=len(calls) * 1e9)
 
-    return measure, calls
+    monkeypatch.setattr(rates, "measure_rates", measure)
+    return calls
 
 
 def test_rates_are_positive_and_take_the_time_they_are_given():
@@ -32,10 +42,10 @@ def test_rates_are_positive_and_take_the_time_they_are_given():
 
     before = torch.get_num_threads()
     began = time.perf_counter()
-    rates = measure_rates(threads=1, seconds=0.1, elements=2**16)
+    measured = measure_rates(threads=1, seconds=0.1, elements=2**16)
     passed = time.perf_counter() - began
-    assert all(1e5 < getattr(rates, name) < math.inf for name in ("cpu", "gpu", "h2d", "d2h"))
-    assert rates.dram is None  # the others, measured at once, contain it
+    assert all(1e5 < getattr(measured, name) < math.inf for name in ("cpu", "gpu", "h2d", "d2h"))
+    assert measured.dram is None  # the others, measured at once, contain it
     assert passed >= 0.1
     assert torch.get_num_threads() == before
 
@@ -69,9 +79,9 @@ def test_an_interrupted_measurement_leaves_no_thread_that_waits(monkeypatch):
 
 @pytest.mark.gpu
 def test_on_a_gpu_its_updates_are_the_faster_ones():
-    rates = measure_rates(threads=2)
-    assert rates.gpu > rates.cpu
-    assert min(rates.h2d, rates.d2h) > 1e9
+    measured = measure_rates(threads=2)
+    assert measured.gpu > measured.cpu
+    assert min(measured.h2d, measured.d2h) > 1e9
 
 
 def test_a_thread_is_on_the_device_of_its_stream_before_it_takes_it(monkeypatch):
@@ -114,76 +124,64 @@ def test_a_failing_queue_is_not_swallowed(monkeypatch):
         measure_rates(threads=1, seconds=0.05, elements=64)
 
 
-@pytest.mark.parametrize("name", ["threads", "seconds", "elements"])
-def test_measuring_nothing_is_refused(name):
-    with pytest.raises(ValueError, match=f"^{name} 0: must be positive$"):
-        measure_rates(**{"threads": 1, name: 0})
-
-
 def test_this_machine_has_a_name():
     here = Hardware.detect(threads=2, local_world_size=3)
     assert here.cpu and here.cores >= 1 and here.torch
     assert (here.threads, here.local_world_size) == (2, 3)
 
 
-def test_rates_are_measured_once_and_remembered(tmp_path):
-    measure, calls = measured_once()
-    folder = tmp_path / "made" / "for it"
-    assert cached_rates(HARDWARE, folder, measure=measure) == RATES
-    assert cached_rates(HARDWARE, folder, measure=measure) == RATES
+def test_rates_are_measured_once_and_remembered(folder, calls):
+    assert cached_rates(HARDWARE) == RATES
+    assert cached_rates(HARDWARE) == RATES
     assert calls == [4]
     assert [file.name for file in folder.iterdir()] == [HARDWARE.file_name]
     stored = json.loads((folder / HARDWARE.file_name).read_text())
     assert stored == {"hardware": asdict(HARDWARE), "rates": asdict(RATES)}
 
 
-def test_again_measures_and_remembers_the_new(tmp_path):
-    measure, calls = measured_once()
-    cached_rates(HARDWARE, tmp_path, measure=measure)
-    assert cached_rates(HARDWARE, tmp_path, remeasure=True, measure=measure).cpu == 2e9
-    assert cached_rates(HARDWARE, tmp_path, measure=measure).cpu == 2e9
+def test_again_measures_and_remembers_the_new(folder, calls):
+    cached_rates(HARDWARE)
+    assert cached_rates(HARDWARE, remeasure=True).cpu == 2e9
+    assert cached_rates(HARDWARE).cpu == 2e9
     assert calls == [4, 4]
 
 
 @pytest.mark.parametrize("field", ["cpu", "cores", "gpu", "torch", "threads", "local_world_size"])
-def test_another_machine_is_measured_itself(tmp_path, field):
-    measure, calls = measured_once()
+def test_another_machine_is_measured_itself(folder, calls, field):
     other = replace(HARDWARE, **{field: 2 if isinstance(getattr(HARDWARE, field), int) else "another"})
-    cached_rates(HARDWARE, tmp_path, measure=measure)
-    cached_rates(other, tmp_path, measure=measure)
+    cached_rates(HARDWARE)
+    cached_rates(other)
     assert len(calls) == 2
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(folder.iterdir())) == 2
 
 
 @pytest.mark.parametrize(
     "text",
     ["", "{}", '{"rates": {"cpu": 1}}', '{"rates": {"cpu": -1, "gpu": 1, "h2d": 1, "d2h": 1}}', "[1]"],
 )
-def test_a_broken_file_is_a_warning_and_replaced(tmp_path, text):
-    (tmp_path / HARDWARE.file_name).write_text(text)
-    measure, calls = measured_once()
+def test_a_broken_file_is_a_warning_and_replaced(folder, calls, text):
+    folder.mkdir(parents=True)
+    (folder / HARDWARE.file_name).write_text(text)
     with pytest.warns(UserWarning, match=rf"offload: .*{HARDWARE.file_name} is not used"):
-        assert cached_rates(HARDWARE, tmp_path, measure=measure) == RATES
-    assert cached_rates(HARDWARE, tmp_path, measure=measure) == RATES
+        assert cached_rates(HARDWARE) == RATES
+    assert cached_rates(HARDWARE) == RATES
     assert calls == [4]
 
 
-def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path):
-    (tmp_path / "file").write_text("")
-    measure, calls = measured_once()
+def test_a_folder_that_cannot_be_written_is_a_warning(folder, calls):
+    folder.parent.write_text("")
     with pytest.warns(UserWarning, match="cannot be written, the result is not kept"):
-        assert cached_rates(HARDWARE, tmp_path / "file", measure=measure) == RATES
+        assert cached_rates(HARDWARE) == RATES
     assert calls == [4]
 
 
-def test_the_folder_is_that_of_the_user(tmp_path, monkeypatch):
-    measure, _ = measured_once()
+def test_the_folder_is_that_of_the_user(tmp_path, monkeypatch, calls):
     monkeypatch.delenv("MEGATRON_S2_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    cached_rates(HARDWARE, measure=measure)
+    cached_rates(HARDWARE)
     assert (tmp_path / "xdg" / "megatron_s2" / HARDWARE.file_name).exists()
     monkeypatch.setenv("MEGATRON_S2_CACHE", str(tmp_path / "own"))
-    cached_rates(HARDWARE, measure=measure)
+    cached_rates(HARDWARE)
     assert (tmp_path / "own" / HARDWARE.file_name).exists()
 
 
@@ -194,7 +192,6 @@ def test_the_folder_is_that_of_the_user(tmp_path, monkeypatch):
         ([0.8] * 5, False),
         ([1.3] * 5, True),
         ([0.7] * 5, True),
-        ([9.0] * 4, False),
         ([9.0, 9.0, 1.0, 1.0, 1.0], False),
         ([9.0] * 50 + [1.0] * 5, False),
         ([1.0] * 50 + [9.0] * 3, True),
@@ -204,7 +201,6 @@ def test_the_folder_is_that_of_the_user(tmp_path, monkeypatch):
         "a little faster",
         "slower",
         "faster",
-        "too few steps",
         "outliers",
         "long ago",
         "three of five",
@@ -212,8 +208,3 @@ def test_the_folder_is_that_of_the_user(tmp_path, monkeypatch):
 )
 def test_drift_is_the_median_of_five_steps_off_by_a_quarter(measured, expected):
     assert drifted(1.0, measured) is expected
-
-
-def test_drift_from_nothing_is_refused():
-    with pytest.raises(ValueError, match="usual_seconds 0: must be positive"):
-        drifted(0, [1.0] * 5)

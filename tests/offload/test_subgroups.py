@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from megatron_s2.offload.plan import (
     ALIGNMENT,
     GB,
+    HOST_BYTES,
     STATE_BYTES,
-    host_bytes_per_parameter,
     make_plan,
     spread,
 )
@@ -16,7 +16,6 @@ from megatron_s2.offload.plan import (
 sizes = st.integers(1, 40).map(lambda n: n * ALIGNMENT)
 elements = st.integers(1, 20_000)
 fractions = st.floats(0, 1)
-gradient_bytes = st.sampled_from((2, 4))
 
 
 @given(elements, sizes, fractions)
@@ -51,9 +50,9 @@ def test_a_fraction_is_met_to_half_a_subgroup_and_evenly(elements, size, fractio
     assert on_gpu == spread(len(on_gpu), sum(on_gpu))
 
 
-@given(elements, sizes, st.integers(0, 300_000), gradient_bytes)
-def test_the_gpu_budget_is_used_to_the_last_subgroup_and_not_beyond(elements, size, budget, gradient_bytes):
-    plan = make_plan(elements, subgroup_size=size, gpu_budget=budget, gradient_bytes=gradient_bytes)
+@given(elements, sizes, st.integers(0, 300_000))
+def test_the_gpu_budget_is_used_to_the_last_subgroup_and_not_beyond(elements, size, budget):
+    plan = make_plan(elements, subgroup_size=size, gpu_budget=budget)
     resident = STATE_BYTES * plan.tiers.gpu
     assert resident <= budget
     assert plan.tiers.streamed == 0 or resident + 2 * STATE_BYTES * size > budget
@@ -62,15 +61,15 @@ def test_the_gpu_budget_is_used_to_the_last_subgroup_and_not_beyond(elements, si
     assert {s.device for s in plan.subgroups if s.tier == "gpu"} <= {"gpu"}
 
 
-@given(elements, sizes, st.integers(0, 400_000), st.integers(0, 300_000), gradient_bytes, fractions)
+@given(elements, sizes, st.integers(0, 400_000), st.integers(0, 300_000), fractions)
 def test_the_host_budget_holds_at_every_fraction_or_is_refused_with_the_numbers(
-    elements, size, budget, gpu_budget, gradient_bytes, fraction
+    elements, size, budget, gpu_budget, fraction
 ):
-    settings = {"subgroup_size": size, "gradient_bytes": gradient_bytes, "gpu_budget": gpu_budget}
+    settings = {"subgroup_size": size, "gpu_budget": gpu_budget}
     try:
         plan = make_plan(elements, host_budget=budget, nvme=True, **settings)
     except ValueError as refused:
-        needed = 4 * host_bytes_per_parameter(gradient_bytes) * min(size, elements)
+        needed = 4 * HOST_BYTES * min(size, elements)
         assert str(refused).startswith(f"--s2-offload-host-budget-gb {budget / GB:g}: a ring of 4 subgroups")
         assert budget < needed
         return
@@ -79,7 +78,7 @@ def test_the_host_budget_holds_at_every_fraction_or_is_refused_with_the_numbers(
     assert sum(plan.tiers) == elements
     all_on_host = make_plan(elements, **settings).host_bytes
     if plan.tiers.nvme:
-        one_more = host_bytes_per_parameter(gradient_bytes) * size
+        one_more = HOST_BYTES * size
         assert all_on_host > budget
         assert plan.host_bytes + 2 * one_more > budget
     else:
@@ -88,7 +87,7 @@ def test_the_host_budget_holds_at_every_fraction_or_is_refused_with_the_numbers(
 
 @given(elements, sizes, st.integers(0, 400_000))
 def test_without_nvme_the_host_holds_all_or_refuses(elements, size, budget):
-    needed = host_bytes_per_parameter(4) * elements
+    needed = HOST_BYTES * elements
     if needed <= budget:
         assert make_plan(elements, subgroup_size=size, host_budget=budget).host_bytes == needed
     else:
@@ -108,7 +107,7 @@ def test_another_fraction_changes_devices_alone(elements, size, fraction, other,
 
 def test_tiers_fill_from_the_fastest_and_mix():
     # Of 100 subgroups the budgets hold exactly 25 on the GPU and 50, with the ring, on the host.
-    state, both = 64 * STATE_BYTES, 64 * host_bytes_per_parameter(4)
+    state, both = 64 * STATE_BYTES, 64 * HOST_BYTES
     plan = make_plan(
         6400, 0.5, subgroup_size=64, gpu_budget=25 * state, host_budget=(50 + 4) * both, nvme=True
     )
@@ -149,7 +148,6 @@ def test_the_plan_reads_as_a_table():
         ({"subgroup_size": 100}, "--s2-offload-subgroup-size 100: must be a multiple of 64"),
         ({"subgroup_size": 0}, "--s2-offload-subgroup-size 0: must be a multiple of 64"),
         ({"gpu_budget": -GB}, "--s2-offload-gpu-budget-gb -1: must be >= 0"),
-        ({"gradient_bytes": 8}, "gradient_bytes 8: must be 2 or 4"),
         ({"buffer_sets": 0}, "buffer_sets 0: must be >= 1"),
         ({"ring_slots": 0}, "ring_slots 0: must be >= 1"),
         (

@@ -175,7 +175,7 @@ def test_plot_trace_ends_in_one_line(tmp_path, monkeypatch, capsys, trace, outpu
 
 def test_plan_model_simulator_and_trace_import_nothing_heavy():
     program = (
-        "import sys, megatron_s2.offload.simulator, megatron_s2.offload.rates\n"
+        "import sys, megatron_s2.offload.simulator\n"
         "import megatron_s2.report.offload_timeline\n"
         "print([name for name in ('torch', 'numpy', 'matplotlib', 'megatron') if name in sys.modules])"
     )
