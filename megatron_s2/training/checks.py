@@ -87,8 +87,8 @@ def check_schedule(args: Namespace, saved: Namespace) -> None:
         return
     if (args.decoupled_lr is None) != (saved.decoupled_lr is None):
         raise ValueError(
-            f"--decoupled-lr {args.decoupled_lr}: the checkpoint was trained with {saved.decoupled_lr}, so "
-            "its optimizer has other parameter groups; give the same, or --no-load-optim to leave its state out"
+            f"--decoupled-lr {args.decoupled_lr}: the checkpoint was trained with {saved.decoupled_lr}, "
+            "so its optimizer has other parameter groups; give the same, or --no-load-optim to drop its state"
         )
     if args.override_opt_param_scheduler:
         return
