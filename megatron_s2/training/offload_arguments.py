@@ -164,8 +164,8 @@ def validate_offload_args(args: Namespace, argv: Sequence[str] = ()) -> list[str
         if not args.use_gloo_process_groups:
             raise ValueError(
                 f"--disable-gloo-process-groups: must not be set with {_FLAG} and "
-                f"--dist-ckpt-optim-fully-reshardable, whose {_GATHER_ON_ONE_RANK} needs them; without it a save "
-                "would hold the unsharded state, 12 bytes per parameter, on every data-parallel rank"
+                "--dist-ckpt-optim-fully-reshardable: without them a save would hold the unsharded state, 12 "
+                "bytes per parameter, on every data-parallel rank"
             )
     added = [name for name in implied if not getattr(args, name)]
     for name in added:
