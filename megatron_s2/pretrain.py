@@ -7,11 +7,14 @@
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -50,9 +53,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         _leave(130)
     except PeerLostError as error:
         print(f"error: {error} (on rank {_rank()})", file=sys.stderr)
+        _report_to_launcher(str(error))
         _leave(1)
     except Exception as error:
         sys.excepthook(type(error), error, error.__traceback__)
+        _report_to_launcher("".join(traceback.format_exception(error)))
         _leave(1)
 
 
@@ -156,12 +161,24 @@ def _refuse(message: str) -> NoReturn:
     line = f"error: {' '.join(message.split())}"
     if _rank() == 0:
         print(line, file=sys.stderr, flush=True)
+        _report_to_launcher(message)
     else:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(2))
         time.sleep(_SECONDS_RANK_0_HAS_TO_SPEAK)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{line} (on rank {_rank()})", file=sys.stderr, flush=True)
+            _report_to_launcher(message)
     sys.exit(2)
+
+
+def _report_to_launcher(message: str) -> None:
+    """Gives torchrun the message for its summary, in place of the advice to enable tracebacks.
+
+    The file and its fields are those of `torch.distributed.elastic.multiprocessing.errors`.
+    """
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        details = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": details}}))
 
 
 def _leave(status: int) -> NoReturn:

@@ -249,7 +249,7 @@ def _last_lines(text: str) -> str:
 
 
 def _words(log_dir: Path, *flags: str) -> list[str]:
-    return [*shlex.split(" ".join(flags)), "--tensorboard-dir", str(log_dir)]
+    return ["--tensorboard-dir", str(log_dir), *shlex.split(" ".join(flags))]
 
 
 def _launcher(ranks: int) -> list[str]:

@@ -1,5 +1,6 @@
 """Stock Megatron through our entry point, on CPU: parallelism, precision, resume, refusals, signals."""
 
+import re
 import signal
 from pathlib import Path
 
@@ -34,6 +35,39 @@ def one_rank(tmp_path_factory) -> Runs:
             "resumed-sharded": f"{schedule} --use-distributed-optimizer --load {sharded} --ckpt-step 4",
         },
     )
+
+
+# A checkpoint of three steps, continued to the fifth with other flags.
+OVERRIDE = "--override-opt-param-scheduler"
+RESUMED = {
+    "same rate": f"{OVERRIDE}",
+    "higher rate": f"--lr 2e-3 --min-lr 2e-4 {OVERRIDE}",
+    "higher rate, sharded": f"--lr 2e-3 --min-lr 2e-4 {OVERRIDE} --use-distributed-optimizer",
+    "rate of the checkpoint": "--lr 2e-3 --min-lr 2e-4 --use-checkpoint-opt-param-scheduler",
+    "--lr 0.002: the checkpoint was trained with 0.001": "--lr 2e-3",
+    "--min-lr 0.0002: the checkpoint was trained with 0.0001": "--min-lr 2e-4",
+    "--train-iters 5: the checkpoint was trained with 3": "",
+    "--decoupled-lr 0.0001: the checkpoint was trained with None": f"--decoupled-lr 1e-4 {OVERRIDE}",
+}
+
+
+@pytest.fixture(scope="module")
+def other_schedules(tmp_path_factory) -> Runs:
+    directory = tmp_path_factory.mktemp("schedules")
+    saved = {
+        "": directory / "checkpoint-plain",
+        "--use-distributed-optimizer": directory / "checkpoint-sharded",
+    }
+    first = {
+        f"start {flag}": f"--train-iters 3 --save-interval 3 --save {path} {flag}"
+        for flag, path in saved.items()
+    }
+    sharded = "--use-distributed-optimizer"
+    resumed = {
+        name: f"--train-iters 5 --load {saved[sharded if sharded in flags else '']} {flags}"
+        for name, flags in RESUMED.items()
+    }
+    return Runs(directory, first | resumed)
 
 
 @pytest.fixture(scope="module")
@@ -134,13 +168,21 @@ REFUSED = {
     "--recompute-modules layernorm: needs Transformer Engine": "--recompute-granularity selective "
     "--recompute-modules core_attn layernorm",
     "--config-logger-dir /nowhere/log": "--config-logger-dir /nowhere/log",
+    "--rampup-batch-size: Megatron 0.19 ignores it; use": "--rampup-batch-size 2 2 8",
+    "--save {here}/file: {here}/file is a file": "--save {here}/file --save-interval 1",
+    "--save {here}/file/run: {here}/file is a file": "--save {here}/file/run --save-interval 1",
+    "--tensorboard-dir {here}/file: {here}/file is a file": "--tensorboard-dir {here}/file",
+    "--data-cache-path {here}/file/cache: {here}/file is a file": "--data-cache-path {here}/file/cache",
+    "--s2-offload-trace {here}: is a directory": "--s2-offload --s2-offload-trace {here}",
 }
 
 
 @pytest.fixture(scope="module")
 def refused(tmp_path_factory) -> dict[str, Run]:
-    runs = {f"run-{i}": flags for i, flags in enumerate(REFUSED.values())}
-    finished = train_all(tmp_path_factory.mktemp("refused"), runs, data="")
+    here = tmp_path_factory.mktemp("refused")
+    (here / "file").touch()
+    runs = {f"run-{i}": flags.format(here=here) for i, flags in enumerate(REFUSED.values())}
+    finished = train_all(here, runs, data="")
     return dict(zip(REFUSED, finished.values()))
 
 
@@ -183,7 +225,7 @@ def assert_refused(run: Run, what: str) -> None:
 @pytest.mark.parametrize("what", REFUSED)
 def test_bad_input_is_refused_in_one_line(refused, what):
     assert refused[what].status == 2
-    assert_refused(refused[what], what)
+    assert_refused(refused[what], what.format(here=refused[what].log_dir.parent))
 
 
 def test_several_ranks_refuse_with_one_voice(tmp_path):
@@ -198,8 +240,44 @@ def test_torchrun_ends_when_its_ranks_refuse(tmp_path):
     run = launch(tmp_path, "--data-path /nowhere/text", ranks=2, data="")
     assert run.status != 0
     assert "exitcode  : 2" in run.output
+    assert "traceback : --data-path /nowhere/text: there is no file" in run.output  # torchrun's summary
+    assert "To enable traceback see" not in run.output.split("Root Cause")[1]
     launchers_words = run.output[: run.output.index("torch/distributed/")]
     assert_refused(Run(run.status, launchers_words, run.log_dir), "--data-path /nowhere/text")
+
+
+@pytest.mark.parametrize("sharded", ["", ", sharded"])
+def test_a_resumed_run_trains_on_at_another_rate(other_schedules, sharded):
+    plain, higher = (
+        other_schedules[name].scalar("learning-rate") for name in ("same rate", f"higher rate{sharded}")
+    )
+    assert higher[5] == pytest.approx(2e-4)  # the cosine has ended
+    assert {step: rate / plain[step] for step, rate in higher.items()} == pytest.approx({4: 2, 5: 2})
+    assert other_schedules[f"higher rate{sharded}"].losses.keys() == {4, 5}
+
+
+def test_a_resumed_run_keeps_the_schedule_of_its_checkpoint(other_schedules):
+    rates = other_schedules["rate of the checkpoint"].scalar("learning-rate")
+    assert rates == pytest.approx({4: 1e-4, 5: 1e-4})  # of three steps, which have ended
+
+
+@pytest.mark.parametrize("what", [name for name in RESUMED if name.startswith("--")])
+def test_a_schedule_that_the_checkpoint_does_not_have_is_refused(other_schedules, what):
+    assert other_schedules[what].status == 2
+    assert_refused(other_schedules[what], what)
+
+
+def test_each_line_of_the_log_has_the_loss_of_its_step(other_schedules):
+    run = other_schedules["start "]
+    printed = [float(loss) for loss in re.findall(r"lm loss: (\S+)", run.output)][:3]
+    assert printed == pytest.approx(list(run.losses.values()), rel=1e-6)
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run_by_its_name(tmp_path):
+    run = train_all(tmp_path, {"run": "--lr 1e30 --min-lr 1e30 --clip-grad 0"})["run"]
+    assert run.status not in (0, 2)
+    assert "TypeError" not in run.output
+    assert "nan" in run.output.lower()
 
 
 def test_ctrl_c_ends_a_run_quietly(tmp_path):

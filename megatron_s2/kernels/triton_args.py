@@ -167,6 +167,20 @@ def padded(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-@lru_cache(maxsize=256)
+_CAPTURED: dict[int, Tensor] = {}  # tables that a CUDA graph reads, by address; kept as long as the process
+
+
 def _on_device(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    table = _cached_table(rows, device)
+    if _is_capturing(device):
+        _CAPTURED[table.data_ptr()] = table
+    return table
+
+
+@lru_cache(maxsize=256)
+def _cached_table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
     return torch.tensor(rows, dtype=torch.int32, device=device)
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -84,6 +84,7 @@ class OffloadManager:
         self._early: dict[
             torch.nn.Parameter, _Shard
         ] = {}  # parameters whose gradients are flushed when reduced
+        self._master_of: dict[torch.nn.Parameter, tuple[OffloadedAdamW, torch.Tensor]] = {}  # with its shard
         self._scale = _GradientScale()
         self._late_reason: str | None = None
         self._available = available_bytes()  # before any rank has allocated anything
@@ -94,6 +95,8 @@ class OffloadManager:
         """Registers a complete distributed optimizer, whose gradients are flushed once they are reduced."""
         inner = optimizer.optimizer
         self._optimizers.append(inner)
+        for parameter, (group, order) in optimizer.model_param_group_index_map.items():
+            self._master_of[parameter] = inner, inner.param_groups[group]["params"][order]
         unknown_end = _flag_of_unknown_end(optimizer)
         overlap = optimizer.ddp_config.overlap_grad_reduce
         self._late_reason = unknown_end or (None if overlap else "no --overlap-grad-reduce")
@@ -105,6 +108,13 @@ class OffloadManager:
                 shard = optimizer._get_model_param_range_map(parameter)["param"]
                 index = inner.shard_index(inner.param_groups[group]["params"][order])
                 self._early[parameter] = _Shard(inner, index, shard.start, shard.end)
+
+    def master_norms(self) -> dict[torch.nn.Parameter, torch.Tensor]:
+        """The L2 norm `[1]` of the masters that this rank holds, by model parameter, on its device."""
+        return {
+            parameter: inner.state[shard]["master_param"].norm().view(1).to(parameter.device)
+            for parameter, (inner, shard) in self._master_of.items()
+        }
 
     def begin_step(self) -> None:
         """Drops the gradients of a step that did not happen; called when gradients are set to zero."""

@@ -166,7 +166,11 @@ def validate_s2_args(args: Namespace, argv: Sequence[str] = ()) -> list[str]:
     args.s2_cp_schedule = args.s2_cp_schedule or "auto"
     cluster_from_args(args)
     if args.s2_anneal_steps:
-        _check_annealing(args)
+        _refuse_cuda_graphs(args, "--s2-anneal-steps: a graph keeps the attention of its capture")
+    if args.dataloader_inter_document_masking:
+        _refuse_cuda_graphs(
+            args, "--dataloader-inter-document-masking: a graph keeps the documents of its capture"
+        )
     if args.seq_length is not None and args.seq_length < settings.block_size:
         raise ValueError(
             f"--seq-length {args.seq_length}: must be at least one block "
@@ -195,7 +199,7 @@ def cluster_from_args(args: Namespace) -> Cluster:
         raise ValueError(f"{flag_name('s2_' + name)} {rest}") from None
 
 
-def _check_annealing(args: Namespace) -> None:
+def _refuse_cuda_graphs(args: Namespace, beside: str) -> None:
     older = (
         (args.enable_cuda_graph, "--enable-cuda-graph"),
         (args.external_cuda_graph, "--external-cuda-graph"),
@@ -203,9 +207,7 @@ def _check_annealing(args: Namespace) -> None:
     captures = args.cuda_graph_impl != "none", f"--cuda-graph-impl {args.cuda_graph_impl}"
     for given, flag in (captures, *older):
         if given:
-            raise ValueError(
-                f"{flag}: must not be set with --s2-anneal-steps: a graph keeps the attention of its capture"
-            )
+            raise ValueError(f"{flag}: must not be set with {beside}")
 
 
 def _check_context_parallel(args: Namespace) -> None:

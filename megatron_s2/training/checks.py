@@ -12,6 +12,9 @@ from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from megatron_s2.data.output import check_writable
+from megatron_s2.errors import flag_name
+
 # Megatron's names of tokenizers that `--tokenizer-model` describes, as a file or (Hugging Face) also by name.
 _TOKENIZERS_FROM_FILE = (
     "SentencePieceTokenizer",
@@ -26,17 +29,28 @@ _INDEX_HEAD = struct.Struct("<9sQBQ")
 _INDEX_MAGIC = b"MMIDIDX\x00\x00"
 _DEFAULT_SPLIT = "969, 30, 1"  # Megatron's, for --data-path
 _SPLITS = ("training", "validation", "test")
+_OUTPUT_DIRECTORIES = (
+    "save",
+    "tensorboard_dir",
+    "wandb_save_dir",
+    "data_cache_path",
+    "non_persistent_global_ckpt_dir",
+    "non_persistent_local_ckpt_dir",
+)
 
 
 def check_paths(args: Namespace) -> None:
-    """Checks every path that a run will read.
+    """Checks every path that a run will read or write.
 
     Raises:
-        ValueError: naming the flag and the path that does not exist.
+        ValueError: naming the flag and the path that does not exist, or where nothing can be written.
     """
     _check_data(args)
     _check_load(args)
     _check_tokenizer(args)
+    for name in _OUTPUT_DIRECTORIES:
+        if (path := getattr(args, name, None)) and not path.startswith(_REMOTE_SCHEMES):
+            check_writable(flag_name(name), path)
 
 
 def check_model(args: Namespace) -> None:
@@ -53,6 +67,59 @@ def check_model(args: Namespace) -> None:
             f"--config-logger-dir {args.config_logger_dir}: Megatron cannot write it, because its "
             "configuration holds process groups; remove it, all arguments are printed at the start"
         )
+
+
+def check_schedule(args: Namespace, saved: Namespace) -> None:
+    """Checks that a resumed run has the learning-rate schedule of its checkpoint, or says which one counts.
+
+    Call it with validated arguments. With `--use-checkpoint-opt-param-scheduler` the rates of the checkpoint
+    replace those in `args`, since Megatron builds the parameter groups by them.
+
+    Args:
+        args: arguments of the run, changed in place.
+        saved: arguments in the checkpoint that it loads.
+
+    Raises:
+        ValueError: naming the flag that differs, both values and what to do.
+    """
+    resumes = not (args.finetune or args.no_load_optim) and getattr(saved, "lr", None) is not None
+    if not resumes:
+        return
+    if (args.decoupled_lr is None) != (saved.decoupled_lr is None):
+        raise ValueError(
+            f"--decoupled-lr {args.decoupled_lr}: the checkpoint was trained with {saved.decoupled_lr}, "
+            "so its optimizer has other parameter groups; give the same, or --no-load-optim to drop its state"
+        )
+    if args.override_opt_param_scheduler:
+        return
+    if args.use_checkpoint_opt_param_scheduler:
+        for name in _RATES:
+            setattr(args, name, getattr(saved, name, None))
+        return
+    mine, its = _schedule(args), _schedule(saved)
+    for flag, value in mine.items():
+        if value != its.get(flag, value):
+            raise ValueError(
+                f"{flag} {value}: the checkpoint was trained with {its[flag]}; give the same, or "
+                "--override-opt-param-scheduler to train on with the new schedule, or "
+                "--use-checkpoint-opt-param-scheduler to keep the checkpoint's"
+            )
+
+
+_RATES = ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "start_weight_decay", "end_weight_decay")
+
+
+def _schedule(args: Namespace) -> dict[str, object]:
+    """What Megatron compares on resume, as flags: the rates, and where the schedule ends."""
+    names = [*_RATES, "lr_decay_style", "weight_decay_incr_style", "lr_warmup_fraction", "global_batch_size"]
+    if args.train_iters:
+        names += ["train_iters", "lr_warmup_iters"]
+        decay = "lr_decay_iters", args.lr_decay_iters or args.train_iters
+    else:
+        names += ["train_samples", "lr_warmup_samples"]
+        decay = "lr_decay_samples", args.lr_decay_samples or args.train_samples
+    values = {name: getattr(args, name, None) for name in names} | dict([decay])
+    return {flag_name(name): value for name, value in values.items()}
 
 
 def check_splits(args: Namespace) -> None:

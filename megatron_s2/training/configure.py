@@ -31,10 +31,14 @@ from megatron_s2.training.arguments import (
     take_from_checkpoint,
     validate_s2_args,
 )
-from megatron_s2.training.checks import check_model, check_paths, check_splits
+from megatron_s2.training.checks import check_model, check_paths, check_schedule, check_splits
 from megatron_s2.training.hooks import count_s2_flops, log_context_parallel_traffic
 from megatron_s2.training.offload_arguments import validate_offload_args
-from megatron_s2.training.patches import escape_help_texts, let_eval_interval_be_unset
+from megatron_s2.training.patches import (
+    escape_help_texts,
+    let_eval_interval_be_unset,
+    let_resumes_change_the_learning_rate,
+)
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -55,6 +59,13 @@ _UNSUPPORTED = {
     "logits_save_dir": "--logits-save-dir",
     "inprocess_restart": "--inprocess-restart",
     "yaml_cfg": "--yaml-cfg",
+}
+# What Megatron parses and ignores, and what replaces it.
+_IGNORED = {
+    "rampup_batch_size": (
+        "--rampup-batch-size",
+        '--step-batch-size-schedule, such as "0:16 300B:32", in place of --global-batch-size',
+    ),
 }
 
 
@@ -91,7 +102,7 @@ def configure(argv: Sequence[str]) -> tuple[Namespace, PretrainConfigContainer]:
 
     args, checkpoint_args = _read_arguments(argv)
     decided = _check_arguments(args, argv, checkpoint_args)
-    config, model = _build_configs(args)
+    config, model = _build_configs(args, checkpoint_args)
     _insert_s2(args, config, model, decided)
     _report(args, config, decided)
     return args, pretrain_cfg_container_from_args(args, model)
@@ -135,7 +146,9 @@ def _check_arguments(args: Namespace, argv: Sequence[str], checkpoint_args: Name
     return decided
 
 
-def _build_configs(args: Namespace) -> tuple[TransformerConfig, GPTModelConfig]:
+def _build_configs(
+    args: Namespace, checkpoint_args: Namespace | None
+) -> tuple[TransformerConfig, GPTModelConfig]:
     """Megatron's own validation, its global variables, and the transformer and model configurations."""
     from megatron.training import arguments
     from megatron.training.argument_utils import gpt_config_from_args
@@ -144,6 +157,10 @@ def _build_configs(args: Namespace) -> tuple[TransformerConfig, GPTModelConfig]:
     from megatron_s2.layers.config import S2TransformerConfig
 
     arguments.validate_args(args)
+    if checkpoint_args is not None:
+        check_schedule(args, checkpoint_args)
+    if args.override_opt_param_scheduler:
+        let_resumes_change_the_learning_rate()
     config_class = S2TransformerConfig if args.s2_attention else None
     config = arguments.core_transformer_config_from_args(args, config_class=config_class)
     set_global_variables(args)
@@ -270,6 +287,9 @@ def _refuse_unsupported(args: Namespace) -> None:
     for name, flag in _UNSUPPORTED.items():
         if getattr(args, name, None):
             raise ValueError(f"{flag}: not supported by megatron-s2; use Megatron-LM's own pretrain_gpt.py")
+    for name, (flag, replacement) in _IGNORED.items():
+        if getattr(args, name, None):
+            raise ValueError(f"{flag}: Megatron 0.19 ignores it; use {replacement}")
     if args.dataloader_inter_document_masking and args.context_parallel_size > 1 and not args.s2_attention:
         raise ValueError(
             f"--context-parallel-size {args.context_parallel_size}: must be 1 with "

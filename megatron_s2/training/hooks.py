@@ -25,19 +25,21 @@ def use_offload(offload: OffloadManager | None) -> None:
     update to apply: unscaling (the check for infinities stays), the division by the number of tokens, and
     clipping. Norms are corrected accordingly and computed in float32 (of 16-bit gradients, Megatron's own
     functions for machines without Transformer Engine return 16 bits). A checkpoint takes one copy of each
-    state tensor, where Megatron would ask for each twice; `--log-params-norm` reads weights, since the
-    masters are not where it looks for them.
+    state tensor, where Megatron would ask for each twice. `--log-params-norm` gets norms of the masters,
+    which are not where it looks for them.
 
     Touches `HybridDeviceOptimizer` of `megatron.core.optimizer` and of its module `distrib_optimizer`; there
     `DistributedOptimizer.__init__`, `zero_grad`, `_get_main_param_and_optimizer_states` and
     `_unscale_main_grads_and_check_for_nan`; `main_param` of parameters, where it is None;
     `get_grad_norm_fp32` and `clip_grad_by_total_norm_fp32` of its module `optimizer`;
-    `DistributedDataParallel.scale_gradients`; and `start_grad_sync` of `_ParamAndGradBucketGroup`.
+    `DistributedDataParallel.scale_gradients`; `start_grad_sync` of `_ParamAndGradBucketGroup`; and
+    `calc_params_l2_norm` of `megatron.training.training`.
     """
     from megatron.core import optimizer as package
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
     from megatron.core.optimizer import distrib_optimizer, optimizer
+    from megatron.training import training
 
     class OffloadedOptimizer(OffloadedAdamW):
         def __init__(self, params, *, lr, betas, eps, weight_decay, **of_hybrid_device_optimizer):
@@ -96,6 +98,18 @@ def use_offload(offload: OffloadManager | None) -> None:
     def scale(original, self, scaling_factor):
         offload.set_token_scale(scaling_factor)
 
+    def params_norm(original, model, *args, **kwargs):
+        # The norm of all masters is that of their norms. Shards of other ranks are None here, as in Megatron.
+        norms = offload.master_norms()
+        trained = [p for chunk in model for p in chunk.parameters() if p.requires_grad]
+        for parameter in trained:
+            parameter.main_param, parameter.main_param_sharded = norms.get(parameter), True
+        try:
+            return original(model, *args, **kwargs)
+        finally:
+            for parameter in trained:
+                del parameter.main_param, parameter.main_param_sharded
+
     def start_grad_sync(original, self, *args, **kwargs):
         original(self, *args, **kwargs)
         offload.gradients_reduced(self)
@@ -110,6 +124,7 @@ def use_offload(offload: OffloadManager | None) -> None:
         (optimizer, "get_grad_norm_fp32"): norm,
         (optimizer, "clip_grad_by_total_norm_fp32"): clip,
         (DistributedDataParallel, "scale_gradients"): scale,
+        (training, "calc_params_l2_norm"): params_norm,
         (_ParamAndGradBucketGroup, "start_grad_sync"): start_grad_sync,
     }
     if offload is None:

@@ -129,6 +129,8 @@ def runnable_arguments(argv: Sequence[str], machine: Machine) -> tuple[list[str]
         fixes += _WITHOUT_GPU
         for flag, remedy in _NEEDS_GPU.items():
             value = _given(argv, flag)
+            if flag == "--optimizer-cpu-offload" and _given(argv, "--s2-offload") is not None:
+                continue  # which sets it itself and runs everywhere
             if value is not None and (flag, value) not in _HARMLESS_VALUES:
                 shown = flag if value is True else f"{flag} {value}"
                 raise ValueError(f"{shown}: needs a GPU, and there is none here; {remedy}")

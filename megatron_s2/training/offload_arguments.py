@@ -8,6 +8,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_s2.data.output import check_writable
 from megatron_s2.errors import flag_name
 from megatron_s2.offload.plan import ALIGNMENT, GB, SUBGROUP_SIZE, check_fraction
 from megatron_s2.offload.settings import OffloadSettings
@@ -51,6 +52,7 @@ _REFUSED = {
         "the state is not on the GPU",
     ),
 }
+_GATHER_ON_ONE_RANK = "--distrib-optim-fully-reshardable-mem-efficient"
 _DTYPES = ("main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
 
 
@@ -155,10 +157,20 @@ def validate_offload_args(args: Namespace, argv: Sequence[str] = ()) -> list[str
     if args.ckpt_format == "fsdp_dtensor":
         raise ValueError(f"--ckpt-format fsdp_dtensor: must be torch_dist or torch with {_FLAG}")
     offload_settings(args)
-    added = [name for name in _MEGATRON if not getattr(args, name)]
+    implied = dict(_MEGATRON)
+    if args.dist_ckpt_optim_fully_reshardable:
+        # Otherwise a save gathers the unsharded state, 12 bytes per parameter, on every data-parallel rank.
+        implied["distrib_optim_fully_reshardable_mem_efficient"] = _GATHER_ON_ONE_RANK
+        if not args.use_gloo_process_groups:
+            raise ValueError(
+                f"--disable-gloo-process-groups: must not be set with {_FLAG} and "
+                "--dist-ckpt-optim-fully-reshardable: without them a save would hold the unsharded state, 12 "
+                "bytes per parameter, on every data-parallel rank"
+            )
+    added = [name for name in implied if not getattr(args, name)]
     for name in added:
         setattr(args, name, True)
-    return [_MEGATRON[name] for name in added]
+    return [implied[name] for name in added]
 
 
 def offload_settings(args: Namespace) -> OffloadSettings:
@@ -197,6 +209,10 @@ def offload_settings(args: Namespace) -> OffloadSettings:
     trace = args.s2_offload_trace
     if trace is not None and not Path(trace).absolute().parent.is_dir():
         raise ValueError(f"--s2-offload-trace {trace}: there is no such directory")
+    if trace is not None:
+        if Path(trace).is_dir():
+            raise ValueError(f"--s2-offload-trace {trace}: is a directory; give a file in it")
+        check_writable("--s2-offload-trace", str(Path(trace).absolute().parent))
     return OffloadSettings(
         gpu_fraction=None if fraction == "auto" else fraction,
         subgroup_size=size,

@@ -30,6 +30,8 @@ def apply_patches(cpu: bool) -> None:
     keep_padding_to_its_own_sample()
     rotate_packed_tokens_of_a_row()
     pass_rope_scaling_factor_on()
+    log_the_loss_of_each_interval()
+    end_without_saving_nowhere()
     if cpu:
         let_pretrain_start_without_cuda()
         skip_jit_warmup()
@@ -253,6 +255,82 @@ def pass_rope_scaling_factor_on() -> None:
         return config
 
     wrap_once(argument_utils, "gpt_config_from_args", gpt_config_from_args)
+
+
+def log_the_loss_of_each_interval() -> None:
+    """With `--log-interval 1` the second loss of a launch is the mean of its first two (seen in 0.19.2).
+
+    Megatron logs the first iteration of a launch too, and does not reset its sums there because its interval
+    has not ended. Where it has ended, as every interval of one iteration, the sums are reset here. Touches
+    `megatron.training.training.training_log`.
+    """
+    from megatron.training import get_args, training
+
+    def reset_at_the_end(original, loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs):
+        if iteration % get_args().log_interval == 0:
+            kwargs["is_first_iteration"] = False
+        return original(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs)
+
+    wrap_once(training, "training_log", reset_at_the_end)
+
+
+def end_without_saving_nowhere() -> None:
+    """A NaN in the loss of a run without `--save` is hidden by a TypeError (seen in 0.19.2).
+
+    Megatron saves a checkpoint before it ends such a run, and joins paths to `None`. Touches
+    `megatron.training.training.save_checkpoint_and_time`, for runs without `--save`.
+    """
+    from megatron.training import get_args, training
+    from megatron.training.utils import print_rank_0
+
+    def save(original, iteration, *args, **kwargs):
+        if get_args().save is None and not kwargs.get("non_persistent_ckpt"):
+            print_rank_0(f"megatron-s2: no --save: the state of iteration {iteration} is lost")
+            return
+        original(iteration, *args, **kwargs)
+
+    wrap_once(training, "save_checkpoint_and_time", save)
+
+
+def let_resumes_change_the_learning_rate() -> None:
+    """`--override-opt-param-scheduler` with another rate ends in a KeyError on resume (seen in 0.19.2).
+
+    Parameter groups of optimizer and checkpoint are matched by everything that the scheduler reads, the
+    rates among them, and the group in the checkpoint would then bring its old rates with it. Here groups that
+    agree in everything else get the optimizer's rates before they are matched. Touches
+    `MegatronOptimizer._filter_and_reorder_param_groups` of `megatron.core.optimizer.optimizer` and
+    `DistributedOptimizer.load_state_dict` of its neighbour `distrib_optimizer`.
+    """
+    from megatron.core.optimizer import distrib_optimizer, optimizer
+
+    rates = {"max_lr", "min_lr", "start_wd", "end_wd"}
+    role_keys = [key for key in optimizer.param_group_identifier_keys if key not in rates]
+
+    def role(group: dict) -> tuple:
+        return tuple(group.get(key, group.get(f"pre_{key}")) for key in role_keys)
+
+    def with_rates_of(current: list[dict], saved: list[dict]) -> list[dict]:
+        groups = {role(group): group for group in current}
+        if len(groups) < len(current):
+            return saved  # groups that differ in their rates alone cannot be told apart
+        return [
+            group | {key: its[key] for key in rates if key in its}
+            if (its := groups.get(role(group))) is not None
+            else group
+            for group in saved
+        ]
+
+    def reorder(original, current_groups, state_dict_groups):
+        return original(current_groups, with_rates_of(current_groups, state_dict_groups))
+
+    def load_state_dict(original, self, state_dict):
+        if "optimizer" in state_dict:
+            inner = state_dict["optimizer"]
+            inner["param_groups"] = with_rates_of(self.optimizer.param_groups, inner["param_groups"])
+        return original(self, state_dict)
+
+    wrap_once(optimizer.MegatronOptimizer, "_filter_and_reorder_param_groups", reorder)
+    wrap_once(distrib_optimizer.DistributedOptimizer, "load_state_dict", load_state_dict)
 
 
 def escape_help_texts(parser: ArgumentParser) -> None:

@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 
 _ORIGINAL = "before_megatron_s2"
+_WRAPPERS = "wrappers_of_megatron_s2"
 
 
 def wrap_once(owner: object, name: str, wrapper: Callable) -> None:
     """Replaces the function `owner.name` by `wrapper(original, *args, **kwargs)`.
 
-    A second call replaces the wrapper: the original is never wrapped twice.
+    Several wrappers of one function call each other, the latest first. A wrapper of the same qualified name
+    takes the place of the earlier one, so that nothing is wrapped twice by one hook.
 
     Args:
         owner: module or class.
         name: name of the function or method.
-        wrapper: called in its place, with the original first.
+        wrapper: called in its place, with the original, or the next wrapper, first.
     """
     function = getattr(owner, name)
     original = getattr(function, _ORIGINAL, function)
+    wrappers = getattr(function, _WRAPPERS, {}) | {wrapper.__qualname__: wrapper}
+    call = original
+    for each in wrappers.values():
+        call = partial(each, call)
 
     @wraps(original)
     def wrapped(*args, **kwargs):
-        return wrapper(original, *args, **kwargs)
+        return call(*args, **kwargs)
 
     setattr(wrapped, _ORIGINAL, original)
-    setattr(owner, name, wrapped)
+    setattr(wrapped, _WRAPPERS, wrappers)
+    is_static = isinstance(inspect.getattr_static(owner, name), staticmethod)
+    setattr(owner, name, staticmethod(wrapped) if is_static else wrapped)
 
 
 def replace_class(owner: object, name: str, replacement: type) -> None:

@@ -211,6 +211,8 @@ def test_what_would_bypass_s2_is_refused_with_the_reason(flag, why):
         "--tensor-model-parallel-size 1",
         "--s2-anneal-steps 9 --cuda-graph-impl local": "--cuda-graph-impl local: must not be set with "
         "--s2-anneal-steps: a graph keeps the attention of its capture",
+        "--dataloader-inter-document-masking --cuda-graph-impl local": "--cuda-graph-impl local: must not be "
+        "set with --dataloader-inter-document-masking: a graph keeps the documents of its capture",
         "--s2-anneal-steps 9 --enable-cuda-graph": "--enable-cuda-graph: must not be set with "
         "--s2-anneal-steps: a graph keeps the attention of its capture",
         "--context-parallel-size 2 --s2-autotune": "--s2-autotune: must not be set with "

@@ -28,6 +28,12 @@ def test_what_megatron_needs_is_set_and_told():
     assert offload_settings(args) == OffloadSettings()
 
 
+def test_a_fully_reshardable_save_gathers_the_state_on_one_rank():
+    args, told = validate("--s2-offload", "--dist-ckpt-optim-fully-reshardable")
+    assert args.distrib_optim_fully_reshardable_mem_efficient
+    assert "--distrib-optim-fully-reshardable-mem-efficient" in told
+
+
 def test_every_flag_reaches_the_settings(tmp_path):
     directories = [tmp_path / "a", tmp_path / "b"]
     for directory in directories:
@@ -81,6 +87,8 @@ REFUSED = {
     "--s2-offload --s2-offload-host-budget-gb 1 --s2-offload-nvme-dir /tmp,/tmp/.": "--s2-offload-nvme-dir "
     "/tmp,/tmp/.: must name each directory once",
     "--s2-offload --s2-offload-trace /nowhere/trace.json": "--s2-offload-trace /nowhere/trace.json: there is",
+    "--s2-offload --dist-ckpt-optim-fully-reshardable --disable-gloo-process-groups": "--disable-gloo-"
+    "process-groups: must not be set with --s2-offload and --dist-ckpt-optim-fully-reshardable",
     "--s2-offload --s2-offload-gpu-adam apex": "--s2-offload-gpu-adam apex: needs a GPU",
 }
 
