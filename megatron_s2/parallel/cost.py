@@ -245,19 +245,15 @@ def _chunk_pairs(head: S2Pattern, zigzag: Zigzag) -> np.ndarray:
     The pairs of all queries before a position are those of the whole rows before it and of the row that it
     cuts. All rows from j + L on see shard block j beyond their windows.
     """
-    B, L, sinks, first, stride = (
-        head.block_size,
-        head.local_blocks,
-        head.sink_blocks,
-        head.first_strided(0),
-        head.strides[0],
-    )
+    B, L, sinks = head.block_size, head.local_blocks, head.sink_blocks
+    first_strided, stride = head.first_strided(0), head.strides[0]
     rows, cut = np.divmod(_edges(zigzag), B)
 
     seen = _shard_sizes(head, rows - L)  # shard blocks that the last whole row sees beyond its window
     seen_sinks = np.minimum(seen, sinks)
     strided = seen - seen_sinks
-    positions = seen_sinks * (seen_sinks - 1) // 2 + strided * first + stride * (strided * (strided - 1) // 2)
+    positions = seen_sinks * (seen_sinks - 1) // 2 + strided * first_strided
+    positions += stride * (strided * (strided - 1) // 2)
     ramp = np.minimum(rows, L)
     window = ramp * (ramp - 1) // 2 + (rows - ramp) * (L - 1)
     past = window + seen * (rows - L) - positions

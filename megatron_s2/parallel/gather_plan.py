@@ -163,8 +163,8 @@ def _shards(pattern: S2Pattern, documents: Documents, unit: int):
         for g in range(pattern.num_kv_heads):
             size = pattern.shard_prefix(g, (stop - start - 1) // B)
             blocks = _shard_blocks(pattern, g, size)
-            firsts = (start + blocks * B) // unit
-            units.append((firsts[:, None] + np.arange(B // unit)).ravel())
+            starts = (start + blocks * B) // unit
+            units.append((starts[:, None] + np.arange(B // unit)).ravel())
             heads.append(np.full(len(units[-1]), g))
             of_document.append((total, total + size * B))
             total += size * B

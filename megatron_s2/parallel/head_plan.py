@@ -131,8 +131,8 @@ def _contiguous(assigned: list[list[HeadShare]], group: int) -> tuple[tuple[Head
         counts: Counter[int] = Counter()
         for share in held:
             counts[share.kv_head] += share.stop - share.start
-        firsts = {g: g * group + dealt[g] for g in sorted(counts)}
-        shares.append(tuple(HeadShare(g, first, first + counts[g]) for g, first in firsts.items()))
+        starts = {g: g * group + dealt[g] for g in sorted(counts)}
+        shares.append(tuple(HeadShare(g, start, start + counts[g]) for g, start in starts.items()))
         dealt += counts
     return tuple(shares)
 

@@ -48,7 +48,7 @@ def add_s2_args(parser: ArgumentParser) -> ArgumentParser:
         "--s2-vert-stride",
         type=int,
         nargs="+",
-        help="Every so many blocks of the past one is in a head's shard; one number, or one per KV head. "
+        help="v: beyond its window a head sees every v-th block of the past; one number, or one per KV head. "
         f"1 is dense. Default {S2Settings.vert_stride}.",
     )
     add(
@@ -60,8 +60,9 @@ def add_s2_args(parser: ArgumentParser) -> ArgumentParser:
         "--s2-phases",
         type=int,
         nargs="+",
-        help="Residue of each KV head's shard: it sees block j when (j + phase) %% stride is 0. By default "
-        "phases spread over the KV heads and, where these are fewer than the stride, rotate with the layer.",
+        help="Phase of each KV head, which sees block j of the past when (j + phase) %% stride is 0. By "
+        "default phases spread over the KV heads and, where these are fewer than the stride, rotate with the "
+        "layer.",
     )
     add(
         "--s2-num-dense-heads",

@@ -124,7 +124,7 @@ def test_transformers_4_and_5_describe_the_same_model(tmp_path, name):
 
 
 def test_a_window_without_a_switch_and_without_a_default(monkeypatch):
-    """As in Phi-3, whose `sliding_window` applies wherever it is not null, and is null where it is missing."""
+    """As in Phi-3, whose `sliding_window` applies wherever it is not null, and is null if missing."""
     monkeypatch.setitem(FAMILIES, "phi3", Family("Phi3ForCausalLM"))
     config = PUBLISHED["Llama 2"] | {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}
     assert sliding_window(config) is sliding_window(config | {"sliding_window": None}) is None
