@@ -18,10 +18,10 @@ import torch
 
 from megatron_s2.offload.manager import OffloadManager
 from megatron_s2.offload.session import OffloadError
-from megatron_s2.parallel.exchange import PeerLostError
+from megatron_s2.parallel.collectives import PeerLostError
 from megatron_s2.training.configure import configure, failed_assertion
+from megatron_s2.training.environment import Environment, describe, runnable_arguments
 from megatron_s2.training.hooks import use_offload
-from megatron_s2.training.machine import Machine, describe, runnable_arguments
 from megatron_s2.training.offload_arguments import offload_settings
 from megatron_s2.training.patches import EmptySplitError, apply_patches, quiet_known_warnings
 
@@ -77,19 +77,19 @@ def train(argv: Sequence[str]) -> None:
     offload's threads, which may wait for peers that are gone.
     """
     quiet_known_warnings()
-    machine = Machine.detect()
+    environment = Environment.detect()
     try:
-        argv, added = runnable_arguments(argv, machine)
+        argv, added = runnable_arguments(argv, environment)
     except ValueError as error:
         _refuse(str(error))
-    if _rank() == 0 and (line := describe(machine, added)):
+    if _rank() == 0 and (line := describe(environment, added)):
         print(line, flush=True)
 
-    if not machine.gpu:
+    if not environment.gpu:
         from megatron_s2.training.cpu_runtime import enable_cpu_runtime
 
         enable_cpu_runtime()
-    apply_patches(cpu=not machine.gpu)
+    apply_patches(cpu=not environment.gpu)
 
     try:
         args, container = configure(argv)

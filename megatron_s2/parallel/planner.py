@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from megatron_s2.parallel.cost import SCHEDULES, AttentionCall
-from megatron_s2.parallel.time_model import OURS, Cluster, SchedulePlan, plan_schedule
+from megatron_s2.parallel.time_model import S2_SCHEDULES, Cluster, SchedulePlan, plan_schedule
 from megatron_s2.pattern import S2Pattern, S2Settings
 
 
@@ -74,10 +74,10 @@ def choose(
     tensor_parallel: int = 1,
 ) -> Choice:
     """Chooses the schedule for one attention call; arguments and errors as for `plan_layer`."""
-    if schedule not in ("auto", *OURS):
-        raise ValueError(f"--s2-cp-schedule {schedule}: must be one of auto, {', '.join(OURS)}")
+    if schedule not in ("auto", *S2_SCHEDULES):
+        raise ValueError(f"--s2-cp-schedule {schedule}: must be one of auto, {', '.join(S2_SCHEDULES)}")
     cluster = cluster or Cluster()
-    plans = {name: plan_schedule(name, pattern, call, cluster, tensor_parallel) for name in OURS}
+    plans = {name: plan_schedule(name, pattern, call, cluster, tensor_parallel) for name in S2_SCHEDULES}
     if plans["a2a"] is None:
         if schedule == "a2a":
             raise ValueError(
@@ -90,7 +90,7 @@ def choose(
             f"a2a cannot give {call.query_heads} query heads of a tensor-parallel rank to {call.ranks} ranks"
         )
         return Choice("gather", few if schedule == "auto" else f"as asked; {few}")
-    name = min(OURS, key=lambda name: plans[name].seconds) if schedule == "auto" else schedule
+    name = min(S2_SCHEDULES, key=lambda name: plans[name].seconds) if schedule == "auto" else schedule
     chosen, other = plans[name], plans["gather" if name == "a2a" else "a2a"]
     prediction = (
         f"{time_text(chosen.seconds)} predicted for forward and backward against {time_text(other.seconds)} "

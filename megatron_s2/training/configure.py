@@ -19,7 +19,7 @@ import torch
 
 from megatron_s2.errors import flag_name
 from megatron_s2.layers.arguments import refuse_bypasses
-from megatron_s2.parallel.exchange import Traffic
+from megatron_s2.parallel.collectives import Traffic
 from megatron_s2.parallel.planner import ModelPlan, plan_model
 from megatron_s2.pattern import S2Settings
 from megatron_s2.pattern.annealing import Annealing
@@ -27,8 +27,8 @@ from megatron_s2.report.startup_table import startup_table
 from megatron_s2.training.arguments import (
     add_s2_args,
     differences_from_checkpoint,
-    settle_for_s2,
-    take_from_checkpoint,
+    load_s2_args,
+    set_required_args,
     validate_s2_args,
 )
 from megatron_s2.training.checks import check_model, check_paths, check_splits
@@ -41,21 +41,21 @@ if TYPE_CHECKING:
     from megatron.training.config.container import PretrainConfigContainer
     from megatron.training.models.gpt import GPTModelConfig
 
-# What Megatron can do and this entry point does not, so that it is refused instead of half done.
-_UNSUPPORTED = {
-    "sft": "--sft",
-    "fim_data": "--fim-data",
-    "mtp_num_layers": "--mtp-num-layers",
-    "hybrid_layer_pattern": "--hybrid-layer-pattern",
-    "hybrid_override_pattern": "--hybrid-override-pattern",
-    "hybrid_context_parallel": "--hybrid-context-parallel",
-    "overlap_moe_expert_parallel_comm": "--overlap-moe-expert-parallel-comm",
-    "perform_rl_step": "--perform-rl-step",
-    "logits_load_dir": "--logits-load-dir",
-    "logits_save_dir": "--logits-save-dir",
-    "inprocess_restart": "--inprocess-restart",
-    "yaml_cfg": "--yaml-cfg",
-}
+# Arguments of Megatron that its own pretrain_gpt.py implements and this entry point does not.
+_UNSUPPORTED = (
+    "sft",
+    "fim_data",
+    "mtp_num_layers",
+    "hybrid_layer_pattern",
+    "hybrid_override_pattern",
+    "hybrid_context_parallel",
+    "overlap_moe_expert_parallel_comm",
+    "perform_rl_step",
+    "logits_load_dir",
+    "logits_save_dir",
+    "inprocess_restart",
+    "yaml_cfg",
+)
 
 
 @dataclass
@@ -111,7 +111,7 @@ def _read_arguments(argv: Sequence[str]) -> tuple[Namespace, Namespace | None]:
         load_args_from_checkpoint(args)
         _refuse_unsupported(args)
         if checkpoint_args is not None:
-            take_from_checkpoint(args, checkpoint_args)
+            load_s2_args(args, checkpoint_args)
     args.tokenizer_type = args.tokenizer_type or "GPT2BPETokenizer"
     args.enable_one_logger &= find_spec("one_logger") is not None  # else Megatron reports it as missing
     return args, checkpoint_args
@@ -127,9 +127,9 @@ def _check_arguments(args: Namespace, argv: Sequence[str], checkpoint_args: Name
         raise ValueError("--s2-backend triton: needs a GPU, and there is none here; use auto or torch")
     decided.spec_settings = _s2_settings_of_spec(args)
     if decided.spec_settings is not None:
-        asked_by = f"--spec {' '.join(args.spec)}"
-        refuse_bypasses(args, asked_by)
-        decided.set_for_s2 = settle_for_s2(args, argv, asked_by)
+        source = f"--spec {' '.join(args.spec)}"
+        refuse_bypasses(args, source)
+        decided.set_for_s2 = set_required_args(args, argv, source)
     elif checkpoint_args is not None:
         _compare_with_checkpoint(args, checkpoint_args)
     return decided
@@ -267,9 +267,11 @@ def _parse(argv: Sequence[str]) -> Namespace:
 
 
 def _refuse_unsupported(args: Namespace) -> None:
-    for name, flag in _UNSUPPORTED.items():
+    for name in _UNSUPPORTED:
         if getattr(args, name, None):
-            raise ValueError(f"{flag}: not supported by megatron-s2; use Megatron-LM's own pretrain_gpt.py")
+            raise ValueError(
+                f"{flag_name(name)}: not supported by megatron-s2; use Megatron-LM's own pretrain_gpt.py"
+            )
     if args.dataloader_inter_document_masking and args.context_parallel_size > 1 and not args.s2_attention:
         raise ValueError(
             f"--context-parallel-size {args.context_parallel_size}: must be 1 with "

@@ -11,7 +11,7 @@ import torch
 
 from megatron_s2.offload.manager import OffloadManager
 from megatron_s2.offload.optimizer import OffloadedAdamW
-from megatron_s2.parallel.exchange import Traffic
+from megatron_s2.parallel.collectives import Traffic
 from megatron_s2.pattern import S2Settings
 from megatron_s2.pattern.annealing import Annealing
 from megatron_s2.training.wrap import replace_class, unwrap, wrap_once
