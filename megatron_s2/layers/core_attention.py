@@ -22,8 +22,9 @@ from megatron_s2.kv_cache.cache import KVCache
 from megatron_s2.kv_cache.cached_attention import cached_attention
 from megatron_s2.parallel.collectives import ContextParallelGroup, Traffic
 from megatron_s2.parallel.context_parallel_attention import context_parallel_attention
+from megatron_s2.parallel.cost import AttentionCall
 from megatron_s2.parallel.gather_plan import Documents
-from megatron_s2.parallel.planner import LayerSchedules
+from megatron_s2.parallel.planner import choose
 from megatron_s2.parallel.time_model import Cluster
 from megatron_s2.pattern import S2Pattern, S2Settings
 from megatron_s2.pattern.annealing import Annealing, stages
@@ -100,20 +101,11 @@ class S2CoreAttention(MegatronModule):
         self.context_parallel = None
         if config.context_parallel_size > 1:
             self.context_parallel = ContextParallelGroup(pg_collection.cp, layer_number, traffic or Traffic())
-            self.schedules = LayerSchedules(
-                cp_schedule,
-                ranks=config.context_parallel_size,
-                query_heads=heads,
-                head_dim=config.kv_channels,
-                v_head_dim=config.kv_channels,
-                element_size=config.params_dtype.itemsize,
-                cluster=cluster or Cluster(),
-                tensor_parallel=tensor_parallel,
-            )
+            self.cp_schedule, self.cluster = cp_schedule, cluster
             # A plain `TransformerConfig` has no sequence length; the first call with a length then chooses.
             if (seq_length := getattr(config, "seq_length", None)) is not None:
                 for pattern in self._stages:
-                    self.schedules.choose(pattern, seq_length)
+                    self._choose_schedule(pattern, seq_length)
         self.kv_cache: KVCache | None = None
         self.current_max_attn_logits = None  # read by Megatron's qk-clip, which is refused with S2
         self._add_sink_logits(heads)
@@ -211,12 +203,26 @@ class S2CoreAttention(MegatronModule):
             v,
             self.pattern,
             group,
-            self.schedules.choose(self.pattern, tokens=q.shape[1] * group.ranks),
+            self._choose_schedule(self.pattern, tokens=q.shape[1] * group.ranks),
             softmax_scale=self.softmax_scale,
             sink_logits=self.softmax_offset,
             documents=documents,
             backend=self.backend,
         )
+
+    def _choose_schedule(self, pattern: S2Pattern, tokens: int) -> str:
+        """Returns the schedule of context parallelism for sequences of `tokens` tokens over all ranks."""
+        tensor_parallel = get_pg_size(self.tp_group)
+        call = AttentionCall(
+            ranks=self.config.context_parallel_size,
+            tokens=tokens,
+            batch=1,
+            query_heads=divide(self.config.num_attention_heads, tensor_parallel),
+            head_dim=self.config.kv_channels,
+            v_head_dim=self.config.kv_channels,
+            element_size=self.config.params_dtype.itemsize,
+        )
+        return choose(self.cp_schedule, pattern, call, self.cluster, tensor_parallel).schedule
 
     def _attend_to_cache(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return cached_attention(

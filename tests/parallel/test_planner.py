@@ -22,7 +22,7 @@ from megatron_s2.parallel.cost import (
     transfers,
 )
 from megatron_s2.parallel.gather_plan import plan_gather
-from megatron_s2.parallel.planner import LayerSchedules, choose, plan_layer, plan_model, time_text
+from megatron_s2.parallel.planner import choose, plan_layer, plan_model, time_text
 from megatron_s2.parallel.time_model import Cluster
 from megatron_s2.pattern import S2Pattern, S2Settings
 from megatron_s2.pattern.block_pattern import attention_flops
@@ -347,32 +347,24 @@ def test_schedules_for_comparison_cannot_be_chosen():
         choose("ring", PATTERN, CALL)
 
 
-DENSE = replace(PATTERN, vert_stride=1)
-
-
-def layer_schedules(schedule: str) -> LayerSchedules:
-    shapes = {name: getattr(CALL, name) for name in ("query_heads", "head_dim", "v_head_dim", "element_size")}
-    return LayerSchedules(schedule, ranks=16, cluster=Cluster(), tensor_parallel=1, **shapes)
-
-
 @pytest.mark.parametrize("schedule", ["auto", "gather", "a2a"])
-@pytest.mark.parametrize("batch", [1, 3, 8])
-def test_a_layer_chooses_as_the_planner_for_each_pattern_and_length(schedule, batch):
-    schedules = layer_schedules(schedule)
-    chosen = {}
-    for pattern in (DENSE, PATTERN):
-        for tokens in (2**14, 2**17):
-            call = replace(CALL, ranks=16, tokens=tokens, batch=batch)
-            chosen[pattern, tokens] = choose(schedule, pattern, call, Cluster()).schedule
-            assert schedules.choose(pattern, tokens) == chosen[pattern, tokens]
-    assert set(chosen.values()) == ({"gather", "a2a"} if schedule == "auto" else {schedule})
+def test_the_batch_does_not_change_the_choice(schedule):
+    chosen = {
+        batch: [
+            choose(schedule, pattern, replace(CALL, ranks=16, tokens=tokens, batch=batch)).schedule
+            for pattern in (replace(PATTERN, vert_stride=1), PATTERN)
+            for tokens in (2**14, 2**17)
+        ]
+        for batch in (1, 3, 8)
+    }
+    assert chosen[1] == chosen[3] == chosen[8]
+    assert set(chosen[1]) == ({"gather", "a2a"} if schedule == "auto" else {schedule})
 
 
-def test_a_layer_chooses_once_for_each_pattern_and_length(monkeypatch):
-    schedules = layer_schedules("auto")
-    before = [schedules.choose(pattern, 2**17) for pattern in (DENSE, PATTERN)]
+def test_a_choice_is_made_once(monkeypatch):
+    before = choose("auto", PATTERN, CALL)
     monkeypatch.setattr(planner, "plan_schedule", None)
-    assert [schedules.choose(pattern, 2**17) for pattern in (DENSE, PATTERN)] == before
+    assert choose("auto", PATTERN, CALL) == before
 
 
 @pytest.mark.parametrize(
