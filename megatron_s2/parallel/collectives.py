@@ -100,10 +100,8 @@ class ContextParallelGroup:
         parts = parts.contiguous()
         result = parts.new_empty(sum(receive), *parts.shape[1:])
         row = _bytes(parts[:1]) if len(parts) else _bytes(result[:1])
-        mine = self.rank
-        self.traffic.add(
-            self.layer, received=(sum(receive) - receive[mine]) * row, sent=(sum(send) - send[mine]) * row
-        )
+        received, sent = (row * (sum(rows) - rows[self.rank]) for rows in (receive, send))
+        self.traffic.add(self.layer, received, sent)
         with _reporting_lost_peers(self):
             work = dist.all_to_all_single(
                 result, parts, list(receive), list(send), group=self.process_group, async_op=True

@@ -102,7 +102,7 @@ class SchedulePlan:
         received_forward, received_backward: bytes received from other ranks.
         flops: FLOPs of attention, forward and backward.
         imbalance: largest number of visible pairs of a rank divided by the mean.
-        key_value_bytes: largest size of the keys and values that a rank holds while it computes attention;
+        key_value_bytes: largest size of the keys and values that a rank stores while it computes attention;
             `gather` and `a2a` keep them for the backward.
         activation_bytes: largest size of the queries, outputs and log-sum-exps that a rank keeps for the
             backward.

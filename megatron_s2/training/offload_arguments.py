@@ -1,4 +1,4 @@
-"""The `--s2-offload…` flags, their checks against Megatron's own flags, and the settings that they make."""
+"""The `--s2-offload…` flags, their checks together with Megatron's flags, and the settings of offload."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _DTYPES = ("main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
 
 
 def add_offload_args(parser: ArgumentParser) -> None:
-    """Adds the flags to Megatron's parser. They parse to None where they are not given."""
+    """Adds the flags to Megatron's parser; those that are not given are parsed as None."""
     add = parser.add_argument_group("S2 optimizer offload").add_argument
     add(
         _FLAG,
@@ -56,7 +56,7 @@ def add_offload_args(parser: ArgumentParser) -> None:
         "--s2-offload-gpu-fraction",
         type=_fraction,
         help="Share of the state not resident on the GPU that the GPU updates, 0 to 1. Default auto: the "
-        "best at the rates of this machine, measured once and kept. Results do not depend on it.",
+        "best at the measured rates of this node, which are stored. Results do not depend on it.",
     )
     add(
         "--s2-offload-subgroup-size",
@@ -71,20 +71,20 @@ def add_offload_args(parser: ArgumentParser) -> None:
     add(
         "--s2-offload-host-budget-gb",
         type=float,
-        help="GB of host memory that each rank may take for state and gradients; what it cannot hold goes to "
-        "--s2-offload-nvme-dir. A checkpoint being saved takes more. Default: no limit.",
+        help="GB of host memory for state and gradients of each rank; further state is stored in "
+        "--s2-offload-nvme-dir. Saving a checkpoint needs more memory. Default: no limit.",
     )
     add(
         "--s2-offload-nvme-dir",
         metavar="DIR[,DIR]",
-        help="Directories for the state that neither budget holds, shared by their measured bandwidth. Needs "
-        "--s2-offload-host-budget-gb. While a checkpoint is saved or loaded the first holds a copy of the "
-        "state, 12 bytes per parameter.",
+        help="Directories for the state that exceeds both budgets, distributed by measured bandwidth. Needs "
+        "--s2-offload-host-budget-gb. While a checkpoint is saved or loaded, the first directory contains a "
+        "copy of the state, 12 bytes per parameter.",
     )
     add(
         "--s2-offload-cpu-threads",
         type=int,
-        help="Threads of each rank's CPU updates. Default: the cores divided by the ranks of this machine.",
+        help="Threads of the CPU updates of each rank. Default: cores of the node divided by its ranks.",
     )
     add(
         "--s2-offload-gpu-adam",
@@ -128,8 +128,8 @@ def validate_offload_args(args: Namespace, argv: Sequence[str] = ()) -> list[str
     modules = " ".join(map(str, (args.cuda_graph_modules or []) + (args.cuda_graph_scope_deprecated or [])))
     if args.cuda_graph_impl == "full_iteration" or "full_iteration" in modules:
         raise ValueError(
-            f"--cuda-graph-impl full_iteration: must be another with {_FLAG}: gradients leave by the host's "
-            "code during backward"
+            f"--cuda-graph-impl full_iteration: must be another with {_FLAG}: the host's code copies "
+            "gradients during backward"
         )
     if args.optimizer != "adam":
         raise ValueError(f"--optimizer {args.optimizer}: must be adam with {_FLAG}")
