@@ -38,7 +38,7 @@ def settings_from_args(args: Namespace) -> S2Settings:
     for flag, value in (("--num-layers", args.num_layers), ("--num-attention-heads", kv_heads)):
         if value is None:
             raise ValueError(f"{flag}: must be given")
-    return _from_flags(S2Settings, args, num_layers=args.num_layers, num_kv_heads=kv_heads)
+    return from_s2_fields(S2Settings, args, num_layers=args.num_layers, num_kv_heads=kv_heads)
 
 
 def cluster_from_args(args: Namespace) -> Cluster:
@@ -47,14 +47,23 @@ def cluster_from_args(args: Namespace) -> Cluster:
     Raises:
         ValueError: a rate is not positive; the message starts with its flag.
     """
-    return _from_flags(Cluster, args)
+    return from_s2_fields(Cluster, args)
 
 
-def _from_flags[T](kind: type[T], args: Namespace, **others: object) -> T:
-    """Returns the dataclass whose fields are the `--s2-…` flags of their names and `others`."""
+def from_s2_fields[T](kind: type[T], args: object, **others: object) -> T:
+    """Returns the dataclass `kind` with the fields of `args` of the same names, prefixed by `s2_`.
+
+    Args:
+        args: parsed arguments or transformer configuration, in which None is replaced by the default.
+        others: fields that replace those of `args`.
+
+    Raises:
+        ValueError: a field is out of range; the message starts with its flag, or with the name of one of
+            `others`.
+    """
     values = {}
     for name, field in kind.__dataclass_fields__.items():
-        if f"s2_{name}" not in args:
+        if name in others or not hasattr(args, f"s2_{name}"):
             continue
         value = getattr(args, f"s2_{name}")
         if value is None:

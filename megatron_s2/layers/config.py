@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_s2.layers.arguments import from_s2_fields
 from megatron_s2.parallel.time_model import Cluster
 from megatron_s2.pattern import S2Settings
 
@@ -58,16 +59,10 @@ def s2_settings(config: TransformerConfig, **overrides) -> S2Settings:
             tensor-parallel size.
         overrides: fields of `S2Settings` that replace those of the configuration.
     """
-    chosen = {
-        name: getattr(config, f"s2_{name}")
-        for name in S2Settings.__dataclass_fields__
-        if hasattr(config, f"s2_{name}")
-    }
-    whole = {"num_layers": config.num_layers, "num_kv_heads": config.num_query_groups}
-    return S2Settings(**whole | chosen | overrides)
+    model = {"num_layers": config.num_layers, "num_kv_heads": config.num_query_groups}
+    return from_s2_fields(S2Settings, config, **model | overrides)
 
 
 def cluster_of(config: TransformerConfig) -> Cluster:
     """Returns the planner's rates of a transformer configuration; the defaults for one without S2 fields."""
-    rates = {name: getattr(config, f"s2_{name}", default) for name, default in vars(Cluster()).items()}
-    return Cluster(**rates)
+    return from_s2_fields(Cluster, config)
