@@ -24,9 +24,9 @@ from benchmarks.options import add_integers, add_names, require_positive
 from benchmarks.results import newest_match
 from megatron_s2 import S2Pattern
 from megatron_s2.kernels.compare import Results
+from megatron_s2.parallel.collectives import ContextParallelGroup
 from megatron_s2.parallel.context_parallel_attention import context_parallel_attention
-from megatron_s2.parallel.cost import AttentionCall, ExchangeBytes, attention_work, exchange_bytes
-from megatron_s2.parallel.exchange import Exchange
+from megatron_s2.parallel.cost import AttentionCall, ExchangeBytes, exchange_bytes, pair_counts
 from megatron_s2.parallel.layout import Zigzag
 
 SHAPES = {
@@ -135,7 +135,7 @@ def measure(
             "bytes": [vars(rank_bytes) for rank_bytes in counted[schedule]],
             "predicted_bytes": [vars(x) for x in predicted_bytes(schedule, case, ranks.count)],
             "megatron_bytes": {name: vars(exchange_bytes(name, pattern, call, rank=0)) for name in MEGATRON},
-            "imbalance": attention_work(schedule, pattern, call).imbalance,
+            "imbalance": pair_counts(schedule, pattern, call).imbalance,
             "other_cpus": load.cpus(own_seconds),
             "seconds": summary(slowest),
             "note": NOTE,
@@ -214,18 +214,18 @@ def _local_inputs(case: Case, rows: Tensor | None = None) -> tuple[list[Tensor],
 def run_once(case: Case, schedule: str, rows: Tensor) -> tuple[Results, ExchangeBytes]:
     """Returns this rank's part of the results of a loss that depends on `rows` only, and the bytes it
     counted."""
-    exchange = Exchange(dist.group.WORLD)
+    group = ContextParallelGroup(dist.group.WORLD)
     inputs, dout = _local_inputs(case, rows)
-    traffic = exchange.traffic
-    out = context_parallel_attention(*inputs, case.pattern, exchange, schedule)
-    received, sent = traffic.received[exchange.layer], traffic.sent[exchange.layer]
+    traffic = group.traffic
+    out = context_parallel_attention(*inputs, case.pattern, group, schedule)
+    received, sent = traffic.received[group.layer], traffic.sent[group.layer]
     gradients = torch.autograd.grad(out, inputs, dout)
     results = {"out": out.detach(), **dict(zip(("dq", "dk", "dv"), gradients))}
     counted = ExchangeBytes(
         forward_received=received,
         forward_sent=sent,
-        backward_received=traffic.received[exchange.layer] - received,
-        backward_sent=traffic.sent[exchange.layer] - sent,
+        backward_received=traffic.received[group.layer] - received,
+        backward_sent=traffic.sent[group.layer] - sent,
     )
     return {name: x.cpu() for name, x in results.items()}, counted
 
@@ -237,7 +237,9 @@ def timed_runs(case: Case, schedules: list[str], repeats: int) -> tuple[dict[str
     def stages(schedule: str) -> Iterator[None]:
         dist.barrier()
         yield
-        out = context_parallel_attention(*inputs, case.pattern, Exchange(dist.group.WORLD), schedule)
+        out = context_parallel_attention(
+            *inputs, case.pattern, ContextParallelGroup(dist.group.WORLD), schedule
+        )
         torch.autograd.grad(out, inputs, dout)
         if case.device == "cuda":
             torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""The entry point: unmodified `megatron.training.pretrain` with S2 attention, on whatever machine this is.
+"""The entry point: unmodified `megatron.training.pretrain` with S2 attention, on GPUs or a CPU.
 
 `torchrun … scripts/pretrain_gpt.py <Megatron flags> <--s2-… flags>` or, in one process without torchrun,
 `python -m megatron_s2.pretrain …`. Every Megatron flag means what it means there.
@@ -21,20 +21,20 @@ import torch
 
 from megatron_s2.offload.manager import OffloadManager
 from megatron_s2.offload.session import OffloadError
-from megatron_s2.parallel.exchange import PeerLostError
+from megatron_s2.parallel.collectives import PeerLostError
 from megatron_s2.training.configure import configure, failed_assertion
+from megatron_s2.training.environment import Environment, describe, runnable_arguments
 from megatron_s2.training.hooks import use_offload
-from megatron_s2.training.machine import Machine, describe, runnable_arguments
 from megatron_s2.training.offload_arguments import offload_settings
 from megatron_s2.training.patches import EmptySplitError, apply_patches, quiet_known_warnings
 
-_SECONDS_RANK_0_HAS_TO_SPEAK = 10.0
+_RANK_0_MESSAGE_SECONDS = 10.0
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Trains as the command line says.
+    """Trains a model, given the command line.
 
-    Every end but that of a complete run ends the process: bad input with status 2 and one line on stderr,
+    Unless the run is complete, this ends the process: bad input with status 2 and one line on stderr,
     Ctrl-C with status 130, a lost peer with status 1 and one line, any other error with status 1 and its
     traceback.
     """
@@ -43,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             _train_to_the_end(words)
         except BaseException:
-            # A Ctrl-C that arrived while a collective was waiting shows first as the peer's lost connection;
-            # the sleep lets Python deliver the signal itself.
+            # Ctrl-C in a collective first raises the error of a lost peer. The sleep lets Python deliver the
+            # signal.
             time.sleep(0)
             raise
     except KeyboardInterrupt:
@@ -82,19 +82,19 @@ def train(argv: Sequence[str]) -> None:
     offload's threads, which may wait for peers that are gone.
     """
     quiet_known_warnings()
-    machine = Machine.detect()
+    environment = Environment.detect()
     try:
-        argv, added = runnable_arguments(argv, machine)
+        argv, added = runnable_arguments(argv, environment)
     except ValueError as error:
         _refuse(str(error))
-    if _rank() == 0 and (line := describe(machine, added)):
+    if _rank() == 0 and (line := describe(environment, added)):
         print(line, flush=True)
 
-    if not machine.gpu:
+    if not environment.gpu:
         from megatron_s2.training.cpu_runtime import enable_cpu_runtime
 
         enable_cpu_runtime()
-    apply_patches(cpu=not machine.gpu)
+    apply_patches(cpu=not environment.gpu)
 
     try:
         args, container = configure(argv)
@@ -138,11 +138,11 @@ def _end(offload: OffloadManager | None) -> None:
 
 
 def _local_world_size() -> int:
-    """On this machine, as the launcher says."""
+    """Number of ranks on this node, as set by the launcher."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return 1
-    said = [os.environ.get(name, "") for name in ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE")]
-    numbers = [int(word) for word in said if word.isdigit()]
+    values = [os.environ.get(name, "") for name in ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE")]
+    numbers = [int(value) for value in values if value.isdigit()]
     if not numbers:
         _refuse("LOCAL_WORLD_SIZE: must be set by the launcher, or SLURM_NTASKS_PER_NODE, with --s2-offload")
     return numbers[0]
@@ -153,10 +153,10 @@ def _rank() -> int:
 
 
 def _refuse(message: str) -> NoReturn:
-    """Ends this rank with status 2; rank 0 says why, in one line.
+    """Ends this rank with status 2; rank 0 prints the message, in one line.
 
-    A launcher kills the other ranks as soon as one has ended, so they give rank 0 time to be first. If it
-    does not end, the input is bad only here (a path that this node lacks), and one rank of the node says so.
+    A launcher kills all ranks when one has ended, so other ranks first wait for rank 0. If it does not end,
+    the input is bad only on this node (for example a missing path), and one rank of the node prints it.
     """
     line = f"error: {' '.join(message.split())}"
     if _rank() == 0:
@@ -164,7 +164,7 @@ def _refuse(message: str) -> NoReturn:
         _report_to_launcher(message)
     else:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(2))
-        time.sleep(_SECONDS_RANK_0_HAS_TO_SPEAK)
+        time.sleep(_RANK_0_MESSAGE_SECONDS)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{line} (on rank {_rank()})", file=sys.stderr, flush=True)
             _report_to_launcher(message)
@@ -182,14 +182,14 @@ def _report_to_launcher(message: str) -> None:
 
 
 def _leave(status: int) -> NoReturn:
-    """Ends the process at once, whatever its threads do.
+    """Ends the process at once, without waiting for its threads.
 
-    An interpreter that ends in order waits for process groups, and these for peers that may be gone; and it
-    aborts when a thread comes back from C++ code. All else that it would do is done here.
+    At a regular exit the interpreter would wait for process groups, and these for peers that may be gone; and
+    it would abort when a thread returns from C++ code. Its other steps are taken here.
     """
     try:
         if (wandb := sys.modules.get("wandb")) is not None:
-            wandb.finish(exit_code=status)  # by itself it knows of `sys.exit` and of tracebacks only
+            wandb.finish(exit_code=status)  # by itself it notices only `sys.exit` and tracebacks
         atexit._run_exitfuncs()  # ends child processes and removes temporary files; has no public name
         sys.stdout.flush()
         sys.stderr.flush()

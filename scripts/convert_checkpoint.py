@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_s2.checkpoint.families import ambiguous_families
 from megatron_s2.data.command import CommandParser, run_command
 from megatron_s2.training.arguments import add_s2_args
 
@@ -72,9 +73,9 @@ def arguments() -> CommandParser:
     )
     export_parser.add_argument(
         "--family",
-        choices=["llama", "mistral"],
-        help="family of a model that is the same in Megatron in each of them (default: that of the model it "
-        "began with, or llama)",
+        choices=ambiguous_families(),
+        help="family of a model, of those that are the same in Megatron (default: that of the model it began "
+        "with, or the first)",
     )
     return parser
 

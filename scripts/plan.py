@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 from megatron_s2.data.command import CommandParser
-from megatron_s2.layers.arguments import settings_from_args
+from megatron_s2.layers.arguments import cluster_from_args, settings_from_args
 from megatron_s2.parallel.planner import ModelPlan, plan_model
 from megatron_s2.report.context_parallel_plan import as_json, table
 from megatron_s2.report.figure import check_suffix
-from megatron_s2.training.arguments import add_s2_args, cluster_from_args
+from megatron_s2.training.arguments import add_s2_args
 
 
 def main(argv: list[str] | None = None) -> None:

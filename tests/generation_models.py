@@ -39,7 +39,7 @@ SHAPE = {
     "tie_word_embeddings": False,
     "initializer_range": 0.2,  # large enough that rounding does not change greedy tokens
 }
-FAMILIES = {
+MODEL_CLASSES = {
     "llama": (LlamaForCausalLM, LlamaConfig, {}),
     "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": None, "head_dim": 16}),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
@@ -49,7 +49,7 @@ FAMILIES = {
 
 def save_model(directory, family: str, **config) -> None:
     """Saves a random model with S2 settings in its config.json, as the export writes them."""
-    model_class, config_class, options = FAMILIES[family]
+    model_class, config_class, options = MODEL_CLASSES[family]
     torch.manual_seed(0)
     model = model_class(config_class(**{**SHAPE, **options}))
     for key, value in {"s2_attention": SETTINGS, "attn_implementation": "s2", **config}.items():

@@ -29,7 +29,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-FAMILIES = {
+CONFIGS = {
     "llama2": {"model_type": "llama", "num_key_value_heads": 4},
     "llama3.1": {"model_type": "llama", "rope_parameters": {**LLAMA3, "factor": 8.0}},
     "llama3.2, tied": {
@@ -60,8 +60,8 @@ FAMILIES = {
 def make_model(
     directory: Path, family: str, dtype: torch.dtype = torch.float32, shard_size: str = "5GB", **changes
 ) -> Path:
-    """Saves a random model of `FAMILIES`; norms and biases are random, too, not ones and zeros."""
-    described = {**TINY, **FAMILIES[family], **changes}
+    """Saves a random model of `CONFIGS`; norms and biases are random, too, not ones and zeros."""
+    described = {**TINY, **CONFIGS[family], **changes}
     with torch.random.fork_rng():
         torch.manual_seed(7)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**described))

@@ -25,7 +25,7 @@ def fail(argv):
 
 
 def lose_a_peer(argv):
-    from megatron_s2.parallel.exchange import PeerLostError
+    from megatron_s2.parallel.collectives import PeerLostError
 
     raise PeerLostError(LOST) from RuntimeError("Timed out")
 

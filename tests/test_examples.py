@@ -20,7 +20,7 @@ from waiting import PATIENCE
 from megatron_s2.layers.arguments import settings_from_args
 from megatron_s2.training.arguments import validate_s2_args
 from megatron_s2.training.checks import check_paths
-from megatron_s2.training.machine import Machine, runnable_arguments
+from megatron_s2.training.environment import Environment, runnable_arguments
 
 EXAMPLES = ROOT / "examples"
 RECIPES = {
@@ -29,8 +29,8 @@ RECIPES = {
     "slurm": EXAMPLES / "slurm" / "train.sbatch",
 }
 RANKS = {"one-gpu": 1, "slurm": 32}
-NVIDIA_CONTAINER = Machine(gpu=True, transformer_engine=True, apex=True)
-PLAIN_GPU = Machine(gpu=True, transformer_engine=False, apex=False)
+NVIDIA_CONTAINER = Environment(gpu=True, transformer_engine=True, apex=True)
+PLAIN_GPU = Environment(gpu=True, transformer_engine=False, apex=False)
 SLURM = {
     "SLURM_SUBMIT_DIR": str(ROOT),
     "SLURM_NNODES": "4",
@@ -75,9 +75,9 @@ def split(done: subprocess.CompletedProcess) -> tuple[list[str], list[str]]:
     return words[:script], words[script + 1 :]
 
 
-def accepted(argv: list[str], ranks: int, machine: Machine = NVIDIA_CONTAINER) -> Namespace:
+def accepted(argv: list[str], ranks: int, target: Environment = NVIDIA_CONTAINER) -> Namespace:
     """The arguments after everything that a run asks of them before it builds a model."""
-    argv, _ = runnable_arguments(argv, machine)
+    argv, _ = runnable_arguments(argv, target)
     args = parse(argv, ranks)
     check_paths(args)
     validate_s2_args(args, argv)

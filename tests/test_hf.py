@@ -5,7 +5,17 @@ import json
 
 import pytest
 import torch
-from generation_models import FAMILIES, PAD, SETTINGS, SHAPE, Batch, greedy, logits_of, prompts, save_model
+from generation_models import (
+    MODEL_CLASSES,
+    PAD,
+    SETTINGS,
+    SHAPE,
+    Batch,
+    greedy,
+    logits_of,
+    prompts,
+    save_model,
+)
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import megatron_s2.hf
@@ -22,13 +32,13 @@ def load(directory, **options):
 
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory):
-    directories = {family: tmp_path_factory.mktemp(family) for family in FAMILIES}
+    directories = {family: tmp_path_factory.mktemp(family) for family in MODEL_CLASSES}
     for family, directory in directories.items():
         save_model(directory, family)
     return directories
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=MODEL_CLASSES)
 def model(request, directories):
     return load(directories[request.param])
 
@@ -116,7 +126,7 @@ def test_max_tokens_bounds_the_allocation(llama):
         llama(torch.ones(1, 1, dtype=torch.long), **{CACHE_ARGUMENT: cache})
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODEL_CLASSES)
 def test_stride_1_is_dense(family, tmp_path):
     save_model(tmp_path, family, s2_attention={**SETTINGS, "vert_stride": 1})
     sparse, dense = load(tmp_path), load(tmp_path, attn_implementation="eager")

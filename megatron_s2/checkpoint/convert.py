@@ -51,7 +51,7 @@ _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
 
 @dataclass(frozen=True)
 class ExportSummary:
-    """What `to_hugging_face` wrote.
+    """The model that `to_hugging_face` has written.
 
     Args:
         settings: S2 settings of the model; None for dense attention.
@@ -245,7 +245,7 @@ def _check_weights(reader: SafetensorsReader, tensors: Iterable[ModelTensor], mo
 
 def _hf_files(source: Path, args: Namespace) -> Path:
     """Returns the directory with the tokenizer and config.json of a checkpoint's model: in the checkpoint, or
-    where its training had the tokenizer."""
+    that of its `--tokenizer-model`."""
     inside = source / HF_FILES
     tokenizer = getattr(args, "tokenizer_model", None)
     from_hf = getattr(args, "tokenizer_type", None) == "HuggingFaceTokenizer" and tokenizer

@@ -68,19 +68,21 @@ class Family:
         required_entries: sizes that config.json must state, because transformers would otherwise use a fixed
             number. The others may be missing or null: `head_dim` is then hidden_size / num_attention_heads,
             `num_key_value_heads` is num_attention_heads.
-        default_sliding_window: window in tokens that a config.json without `sliding_window` means; None for a
-            family whose window is off by default.
+        has_window_switch: whether `sliding_window` in config.json applies only where `use_sliding_window` or
+            `layer_types` turns it on. In other families it applies wherever it is not null.
+        default_sliding_window: value of `sliding_window` in tokens where config.json lacks the entry.
     """
 
     architecture: str
     layer_tensors: tuple[TensorMapping, ...] = LAYER
     megatron_args: Mapping[str, object] = field(default_factory=dict)
     required_entries: tuple[str, ...] = ()
+    has_window_switch: bool = False
     default_sliding_window: int | None = None
 
 
 FAMILIES = {
-    "llama": Family("LlamaForCausalLM"),
+    "llama": Family("LlamaForCausalLM", has_window_switch=True),
     "mistral": Family(
         "MistralForCausalLM",
         required_entries=("num_key_value_heads",),
@@ -91,14 +93,22 @@ FAMILIES = {
         layer_tensors=(*LAYER, QKV_BIAS),
         megatron_args={"add_qkv_bias": True},
         required_entries=("num_key_value_heads",),
+        has_window_switch=True,
     ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
         layer_tensors=(*LAYER, *QK_NORMS),
         megatron_args={"qk_layernorm": True},
         required_entries=("num_key_value_heads", "head_dim"),
+        has_window_switch=True,
     ),
 }
+
+
+def ambiguous_families() -> list[str]:
+    """Returns the families that are the same in Megatron as another one, so that `--family` has to choose."""
+    arguments = [family.megatron_args for family in FAMILIES.values()]
+    return [name for name, family in FAMILIES.items() if arguments.count(family.megatron_args) > 1]
 
 
 def model_tensors(model: ModelConfig) -> Iterator[ModelTensor]:

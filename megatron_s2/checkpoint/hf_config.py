@@ -114,12 +114,14 @@ def _rope_from_config(config: Config) -> dict[str, object]:
 
 def sliding_window(config: Config) -> int | None:
     """Returns the attention window of a model in tokens; None where every layer attends to all tokens."""
-    default = FAMILIES[config["model_type"]].default_sliding_window
-    if default is not None:
-        return config.get("sliding_window", default)
+    family = FAMILIES[config["model_type"]]
     layer_types = config.get("layer_types")
-    windowed = "sliding_attention" in layer_types if layer_types else config.get("use_sliding_window", False)
-    return config.get("sliding_window") if windowed else None
+    switched_on = (
+        "sliding_attention" in layer_types if layer_types else config.get("use_sliding_window", False)
+    )
+    if family.has_window_switch and not switched_on:
+        return None
+    return config.get("sliding_window", family.default_sliding_window)
 
 
 def s2_settings_from_config(config: Config, model: ModelConfig) -> S2Settings | None:
@@ -172,10 +174,10 @@ def config_from_model(
         for entry in ("rope_parameters", "rope_theta", "rope_scaling"):
             config.pop(entry, None)
         config |= _architecture_entries(model)
-    windowed_by_default = FAMILIES[model.family].default_sliding_window is not None
-    if windowed_by_default or (base and sliding_window(base) is not None):
+    family = FAMILIES[model.family]
+    if family.default_sliding_window is not None or (base and sliding_window(base) is not None):
         config["sliding_window"] = None
-        if not windowed_by_default:
+        if family.has_window_switch:
             config |= {"use_sliding_window": False, "layer_types": ["full_attention"] * model.num_layers}
     config["dtype" if "dtype" in base else "torch_dtype"] = dtype
     if settings is not None:

@@ -10,15 +10,15 @@ from megatron_s2.pattern import S2Settings
 from megatron_s2.pattern.settings import PATTERN_FIELDS
 
 _FLAG_OF_FALSE = {"add_bias_linear": "--disable-bias-linear"}
-# What the families have in common, apart from sizes.
+# Arguments that are the same in all families, apart from sizes.
 _COMMON = {
     "position_embedding_type": "rope",
     "normalization": "RMSNorm",
     "swiglu": True,
     "add_bias_linear": False,
 }
-# What a checkpoint's arguments must say. An argument that an older checkpoint lacks passes.
-_REQUIRED = _COMMON | {
+# Values that a checkpoint's arguments must have. Older checkpoints may lack some of these arguments.
+_REQUIRED_VALUES = _COMMON | {
     "rotary_percent": 1.0,
     "rotary_interleaved": False,
     "no_rope_freq": None,
@@ -38,8 +38,8 @@ _REQUIRED = _COMMON | {
     "hybrid_layer_pattern": None,
     "spec": None,  # may replace the attention that the other arguments describe
 }
-# Arguments without which a checkpoint's model is not known; its vocabulary may be known otherwise.
-_NEEDED = (
+# Arguments that a checkpoint must have, so that its model is known. The vocabulary may be known otherwise.
+_REQUIRED_ARGUMENTS = (
     *(argument for _, _, argument in SIZES if argument != "vocab_size"),
     "group_query_attention",
     "layernorm_epsilon",
@@ -153,12 +153,12 @@ def model_from_args(args: Namespace, family: str, vocab_size: int | None) -> Mod
         raise InputError(
             "--s2-learnable-sink: none of the families has learned sinks; they cannot be written"
         )
-    for argument in _NEEDED:
+    for argument in _REQUIRED_ARGUMENTS:
         if getattr(args, argument, None) is None:
             raise InputError(
                 f"{_flag(argument)}: missing from the checkpoint's arguments, so the model is not known"
             )
-    for argument, required in _REQUIRED.items():
+    for argument, required in _REQUIRED_VALUES.items():
         value = getattr(args, argument, required)
         if value != required:
             raise InputError(

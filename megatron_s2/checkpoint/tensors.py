@@ -4,16 +4,20 @@ Hugging Face stores one tensor per layer and projection. Megatron stores one ten
 along the first axis, and fuses query, key and value into one tensor and gate and up into another.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-
-import torch
+from typing import TYPE_CHECKING
 
 from megatron_s2.checkpoint.model_config import ModelConfig
 
+if TYPE_CHECKING:
+    import torch
+
 LAYERS = "decoder.layers."
 
-Tensors = Sequence[torch.Tensor]
+Tensors = Sequence["torch.Tensor"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,8 @@ class Fusion:
 
 
 def _concatenate_gate_up(tensors: Tensors, model: ModelConfig) -> torch.Tensor:
+    import torch
+
     return torch.cat(tuple(tensors))
 
 
@@ -34,6 +40,8 @@ def _split_gate_up(fused: torch.Tensor, model: ModelConfig) -> Tensors:
 
 def _interleave_qkv(tensors: Tensors, model: ModelConfig) -> torch.Tensor:
     """Returns rows [groups, (queries per group + key + value) * head_dim]; a KV head follows its queries."""
+    import torch
+
     groups = [tensor.reshape(model.num_query_groups, -1, *tensor.shape[1:]) for tensor in tensors]
     return torch.cat(groups, dim=1).flatten(0, 1)
 

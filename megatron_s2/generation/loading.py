@@ -146,16 +146,16 @@ def _command_line(
 
 
 def _build(argv: list[str], stop: frozenset[int]) -> LoadedGPT:
-    from megatron_s2.training.machine import Machine, runnable_arguments
+    from megatron_s2.training.environment import Environment, runnable_arguments
     from megatron_s2.training.patches import apply_patches
 
-    machine = Machine.detect()
-    argv, _ = runnable_arguments(argv, machine)
-    if not machine.gpu:
+    environment = Environment.detect()
+    argv, _ = runnable_arguments(argv, environment)
+    if not environment.gpu:
         from megatron_s2.training.cpu_runtime import enable_cpu_runtime
 
         enable_cpu_runtime()
-    apply_patches(cpu=not machine.gpu)
+    apply_patches(cpu=not environment.gpu)
 
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.utils import unwrap_model
@@ -169,7 +169,7 @@ def _build(argv: list[str], stop: frozenset[int]) -> LoadedGPT:
         args, container = configure(argv)
     except AssertionError as error:
         raise ValueError(f"--load: Megatron refuses the checkpoint's arguments: {error}") from error
-    initialize_megatron(allow_no_cuda=not machine.gpu, store=torch.distributed.HashStore())
+    initialize_megatron(allow_no_cuda=not environment.gpu, store=torch.distributed.HashStore())
     atexit.register(_destroy_process_group)
     builder = container.model.get_builder_cls()(container.model)
     models = builder.build_distributed_models(

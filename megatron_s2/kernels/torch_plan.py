@@ -113,8 +113,8 @@ def _plan_shard(pattern: S2Pattern, head: int, q_start: int, q_stop: int) -> Ite
     B, L = pattern.block_size, pattern.local_blocks
     prefix = max(1, pattern.shard_prefix(head, q_start // B))
     last = pattern.shard_prefix(head, (q_stop - 1) // B)
-    firsts = [(pattern.shard_block(head, n - 1) + L) * B for n in range(prefix, last + 2)]
-    for n, (a, b) in enumerate(pairwise(firsts), prefix):
+    edges = [(pattern.shard_block(head, n - 1) + L) * B for n in range(prefix, last + 2)]
+    for n, (a, b) in enumerate(pairwise(edges), prefix):
         yield Past(max(a, q_start), min(b, q_stop), "shard", 0, n * B)
 
 

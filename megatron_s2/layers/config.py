@@ -1,7 +1,7 @@
 """The S2 fields of Megatron's transformer configuration.
 
-Megatron copies every argument whose name is a field of the configuration class into it, so each `--s2-…`
-flag of `arguments.py` arrives here, and with the configuration in every layer.
+Megatron copies each argument into the field of the same name, so that every layer has the `--s2-…` flags in
+its configuration.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ from dataclasses import dataclass
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_s2.layers.arguments import from_s2_fields
 from megatron_s2.parallel.time_model import Cluster
 from megatron_s2.pattern import S2Settings
 
 
 @dataclass
 class S2TransformerConfig(TransformerConfig):
-    """Megatron's `TransformerConfig` with S2 attention: fields of `S2Settings` and `Cluster`, prefixed `s2_`.
+    """Megatron's `TransformerConfig` with the fields of `S2Settings` and `Cluster`, prefixed by `s2_`.
 
-    `seq_length` (`--seq-length`) lets layers choose their context-parallel schedules when they are built.
+    With `seq_length` (`--seq-length`), layers choose their context-parallel schedules when they are built.
 
     Raises:
         ValueError: as `S2Settings`.
@@ -51,23 +52,17 @@ class S2TransformerConfig(TransformerConfig):
 
 
 def s2_settings(config: TransformerConfig, **overrides) -> S2Settings:
-    """The S2 settings of a transformer configuration; the defaults where it has no S2 fields.
+    """Returns the S2 settings of a transformer configuration; the defaults for one without S2 fields.
 
-    `overrides` are fields of `S2Settings` that count more than the configuration's.
-
-    Must see the model's own configuration: in a layer, `num_query_groups` may be the one Megatron pads to
-    the tensor-parallel size.
+    Args:
+        config: configuration of the model. In that of a layer, `num_query_groups` may be padded to the
+            tensor-parallel size.
+        overrides: fields of `S2Settings` that replace those of the configuration.
     """
-    chosen = {
-        name: getattr(config, f"s2_{name}")
-        for name in S2Settings.__dataclass_fields__
-        if hasattr(config, f"s2_{name}")
-    }
-    whole = {"num_layers": config.num_layers, "num_kv_heads": config.num_query_groups}
-    return S2Settings(**whole | chosen | overrides)
+    model = {"num_layers": config.num_layers, "num_kv_heads": config.num_query_groups}
+    return from_s2_fields(S2Settings, config, **model | overrides)
 
 
 def cluster_of(config: TransformerConfig) -> Cluster:
-    """The planner's rates of a transformer configuration; the defaults where it has no S2 fields."""
-    rates = {name: getattr(config, f"s2_{name}", default) for name, default in vars(Cluster()).items()}
-    return Cluster(**rates)
+    """Returns the planner's rates of a transformer configuration; the defaults for one without S2 fields."""
+    return from_s2_fields(Cluster, config)

@@ -20,10 +20,11 @@ from torch import Tensor
 from megatron_s2.kernels import s2_attention
 from megatron_s2.kv_cache.cache import KVCache
 from megatron_s2.kv_cache.cached_attention import cached_attention
+from megatron_s2.parallel.collectives import ContextParallelGroup, Traffic
 from megatron_s2.parallel.context_parallel_attention import context_parallel_attention
-from megatron_s2.parallel.exchange import Exchange, Traffic
+from megatron_s2.parallel.cost import AttentionCall
 from megatron_s2.parallel.gather_plan import Documents
-from megatron_s2.parallel.planner import LayerSchedules
+from megatron_s2.parallel.planner import choose
 from megatron_s2.parallel.time_model import Cluster
 from megatron_s2.pattern import S2Pattern, S2Settings
 from megatron_s2.pattern.annealing import Annealing, stages
@@ -32,28 +33,28 @@ _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 
 
 class S2CoreAttention(MegatronModule):
-    """Core attention of one layer: S2, or dense causal where `settings` keep the layer dense.
+    """Core attention of one layer: S2, or dense causal attention if `settings` keep the layer dense.
 
-    Which of the two, and which phases its heads have, follows from the layer's global number and this
-    tensor-parallel rank's global heads, so no parallel layout changes the model. The pattern is no state:
-    checkpoints hold only the sink logits, where there are any.
+    The choice, and the phases of the heads, depend on the global layer number and the global heads of this
+    tensor-parallel rank, so that the model is the same in every parallel layout. The pattern is not part of
+    the state: a checkpoint contains at most the sink logits.
 
     Args:
-        settings: S2 settings of the whole model, bound by the layer spec.
-        backend: implementation of S2 attention.
-        autotune: measure which tiles of the Triton kernels are fastest.
-        cp_schedule: how context-parallel ranks share the work: `auto`, `gather` or `a2a`.
-        cluster: rates by which `auto` chooses.
-        traffic: counts the bytes of context parallelism while training.
-        annealing: where the run is between dense attention and S2; None where it is S2 from the beginning.
         config, layer_number, attn_mask_type, attention_type, attention_dropout, softmax_scale, cp_comm_type,
-            pg_collection: Megatron's contract of a core attention module.
+            pg_collection: as in every core attention module of Megatron.
+        settings: S2 settings of the whole model.
+        backend: implementation of S2 attention.
+        autotune: whether to measure which tiles of the Triton kernels are fastest.
+        cp_schedule: schedule of context parallelism: `auto`, `gather` or `a2a`.
+        cluster: rates from which `auto` predicts the faster schedule.
+        traffic: counters of the bytes that context parallelism exchanges in training.
+        annealing: annealing schedule of the run; None without annealing.
 
     Attributes:
-        kv_cache: in generation the tokens before; forward is given new ones alone, and adds them to it.
+        kv_cache: cache of the earlier tokens in generation, to which `forward` appends the new ones.
 
     Raises:
-        ValueError: what is asked for is not causal self-attention, or needs dropout.
+        ValueError: the layer is not causal self-attention, or has dropout.
     """
 
     def __init__(
@@ -99,32 +100,23 @@ class S2CoreAttention(MegatronModule):
         heads = divide(config.num_attention_heads, tensor_parallel)
         self.context_parallel = None
         if config.context_parallel_size > 1:
-            self.context_parallel = Exchange(pg_collection.cp, layer_number, traffic or Traffic())
-            self.schedules = LayerSchedules(
-                cp_schedule,
-                ranks=config.context_parallel_size,
-                query_heads=heads,
-                head_dim=config.kv_channels,
-                v_head_dim=config.kv_channels,
-                element_size=config.params_dtype.itemsize,
-                cluster=cluster or Cluster(),
-                tensor_parallel=tensor_parallel,
-            )
-            # A plain `TransformerConfig` has no sequence length: then the first call of a length chooses.
+            self.context_parallel = ContextParallelGroup(pg_collection.cp, layer_number, traffic or Traffic())
+            self.cp_schedule, self.cluster = cp_schedule, cluster
+            # A plain `TransformerConfig` has no sequence length; the first call with a length then chooses.
             if (seq_length := getattr(config, "seq_length", None)) is not None:
                 for pattern in self._stages:
-                    self.schedules.choose(pattern, seq_length)
+                    self._choose_schedule(pattern, seq_length)
         self.kv_cache: KVCache | None = None
         self.current_max_attn_logits = None  # read by Megatron's qk-clip, which is refused with S2
         self._add_sink_logits(heads)
 
     @property
     def pattern(self) -> S2Pattern:
-        """Of this tensor-parallel rank's KV heads, at this step."""
+        """Pattern of the KV heads of this tensor-parallel rank in the current step."""
         return self.annealing.current(self._stages) if self.annealing else self._stages[-1]
 
     def _add_sink_logits(self, heads: int) -> None:
-        """Sink logits under Megatron's name, `[heads of this rank]`; learned ones start at 0."""
+        """Adds the sink logits `[heads of this rank]` under Megatron's name, initialized to 0."""
         kind = self.config.softmax_type
         if kind == "vanilla":
             self.softmax_offset = None
@@ -146,15 +138,16 @@ class S2CoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Causal attention over this rank's heads, after the rotary embedding.
+        """Computes causal attention of the heads of this rank.
 
         Args:
-            query: `[seq_q, batch, heads, head_dim]`; packed `[tokens, heads, head_dim]`.
-            key, value: `[seq_k, batch, kv_heads, head_dim]`; packed `[tokens, kv_heads, head_dim]`. With more
-                keys than queries (inference) the queries are the last positions. With `kv_cache` the new
-                tokens' alone.
-            attention_mask: not read; causality and documents say everything.
-            attn_mask_type: causal, or without a mask for a single query.
+            query: queries after the rotary embedding `[seq_q, batch, heads, head_dim]`; packed
+                `[tokens, heads, head_dim]`.
+            key, value: `[seq_k, batch, kv_heads, head_dim]`; packed `[tokens, kv_heads, head_dim]`. If there
+                are more keys than queries, the queries are the last positions. With `kv_cache`, keys and
+                values are those of the new tokens.
+            attention_mask: ignored, because attention is causal within each document.
+            attn_mask_type: a causal type, or `no_mask` for a single query.
             attention_bias: must be None.
             packed_seq_params: document boundaries of packed sequences (thd).
 
@@ -162,7 +155,7 @@ class S2CoreAttention(MegatronModule):
             `[seq_q, batch, heads * head_dim]`; packed `[tokens, heads * head_dim]`.
         """
         if attention_bias is not None:
-            raise ValueError("attention_bias: must be None: S2 attention takes no bias")
+            raise ValueError("attention_bias: must be None with S2 attention")
         mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
         if mask_type not in _CAUSAL and not (mask_type == AttnMaskType.no_mask and query.shape[0] == 1):
             raise ValueError(f"attn_mask_type {mask_type.name}: must be causal with S2 attention")
@@ -185,7 +178,7 @@ class S2CoreAttention(MegatronModule):
         if packed.qkv_format != "thd":
             raise ValueError(f"qkv_format {packed.qkv_format}: must be thd")
         if not hasattr(packed, "s2_boundaries"):
-            # All layers of a micro-batch, recomputed ones too, are given this object: one copy to the host.
+            # All layers of a micro-batch share this object, so the boundaries are copied to the host once.
             padded = packed.cu_seqlens_q_padded
             packed.s2_boundaries = (packed.cu_seqlens_q if padded is None else padded).tolist()
         if self.context_parallel is None:
@@ -193,7 +186,7 @@ class S2CoreAttention(MegatronModule):
         if not getattr(packed, "s2_zigzag_over_row", False):
             raise ValueError(
                 "packed_seq_params: must come from megatron_s2's entry point with context parallelism, which "
-                "deals out the row of packed documents as one sequence"
+                "splits the row of packed documents as one sequence"
             )
         documents = tuple((a, b) for a, b in pairwise(packed.s2_boundaries) if a < b)
         return self._attend_over_ranks(q[None], k[None], v[None], documents)[0].flatten(1)
@@ -201,21 +194,35 @@ class S2CoreAttention(MegatronModule):
     def _attend_over_ranks(
         self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None
     ) -> Tensor:
-        exchange = self.context_parallel
+        group = self.context_parallel
         if not self.training:
-            exchange = replace(exchange, traffic=Traffic())
+            group = replace(group, traffic=Traffic())
         return context_parallel_attention(
             q,
             k,
             v,
             self.pattern,
-            exchange,
-            self.schedules.choose(self.pattern, tokens=q.shape[1] * exchange.ranks),
+            group,
+            self._choose_schedule(self.pattern, tokens=q.shape[1] * group.ranks),
             softmax_scale=self.softmax_scale,
             sink_logits=self.softmax_offset,
             documents=documents,
             backend=self.backend,
         )
+
+    def _choose_schedule(self, pattern: S2Pattern, tokens: int) -> str:
+        """Returns the schedule of context parallelism for sequences of `tokens` tokens over all ranks."""
+        tensor_parallel = get_pg_size(self.tp_group)
+        call = AttentionCall(
+            ranks=self.config.context_parallel_size,
+            tokens=tokens,
+            batch=1,
+            query_heads=divide(self.config.num_attention_heads, tensor_parallel),
+            head_dim=self.config.kv_channels,
+            v_head_dim=self.config.kv_channels,
+            element_size=self.config.params_dtype.itemsize,
+        )
+        return choose(self.cp_schedule, pattern, call, self.cluster, tensor_parallel).schedule
 
     def _attend_to_cache(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return cached_attention(
@@ -229,7 +236,7 @@ class S2CoreAttention(MegatronModule):
             backend=self.backend,
         )
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, **where) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, **positions) -> Tensor:
         return s2_attention(
             q,
             k,
@@ -240,11 +247,11 @@ class S2CoreAttention(MegatronModule):
             return_lse=False,
             backend=self.backend,
             tuning=self.tuning,
-            **where,
+            **positions,
         )
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
-        """The sink logits, split over tensor-parallel ranks by head (Megatron's checkpoint contract)."""
+        """Returns the sink logits, sharded over tensor-parallel ranks by head, for Megatron's checkpoints."""
         learned = (
             self.state_dict(prefix="", keep_vars=True) if self.config.softmax_type == "learnable" else {}
         )
@@ -259,7 +266,7 @@ class S2CoreAttention(MegatronModule):
 
 
 def _dense_causal(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    """Dense causal attention of `[batch, seq, heads, head_dim]` through PyTorch's fused kernels."""
+    """Returns dense causal attention of `[batch, seq, heads, head_dim]`, by PyTorch's SDPA."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(
         q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]

@@ -1,4 +1,4 @@
-"""Megatron's self-attention over S2 core attention, with the small KV cache in static inference."""
+"""Megatron's self-attention with S2 core attention and, in static inference, the small KV cache."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from megatron_s2.kv_cache.cache import KVCache
 class S2SelfAttention(SelfAttention):
     """`SelfAttention` whose core attention is `S2CoreAttention`, with the same parameters and arguments.
 
-    Megatron's own keeps all keys and values of a static inference context, before the rotary embedding, and
-    does not ask core attention at all in a dynamic one. This one keeps in the static context, at
-    `key_value_memory_dict[layer_number, batch_size_offset]`, a `KVCache`; `swap_key_value_dict` cannot take
-    that apart, and raises TypeError.
+    Megatron's own stores all keys and values of a static inference context, before the rotary embedding, and
+    does not call core attention in a dynamic one. This class stores a `KVCache` in the static context, at
+    `key_value_memory_dict[layer_number, batch_size_offset]`. The context's `swap_key_value_dict` does not
+    support it, and raises TypeError.
 
     Raises:
-        ValueError: in `forward`: the context is a dynamic one or too short, the model is in training mode, or
-            tokens do not follow those that the cache has had.
+        ValueError: in `forward`: the context is dynamic or too short, the model is in training mode, or the
+            tokens do not follow those in the cache.
     """
 
     def forward(
@@ -41,15 +41,15 @@ class S2SelfAttention(SelfAttention):
         if context.is_dynamic_batching():
             raise ValueError(
                 "inference_context: must be a StaticInferenceContext with S2 attention: a dynamic one "
-                "bypasses core attention (a StaticInferenceEngine makes one itself without legacy=True)"
+                "bypasses core attention (a StaticInferenceEngine creates one itself without legacy=True)"
             )
         if self.training:
             raise ValueError("inference_context: must be None in training mode with S2 attention")
-        before = self.core_attention.kv_cache
+        previous = self.core_attention.kv_cache
         try:
             return super().forward(*arguments, **named)
         finally:
-            self.core_attention.kv_cache = before
+            self.core_attention.kv_cache = previous
 
     def _adjust_key_value_for_inference(
         self,
@@ -61,7 +61,7 @@ class S2SelfAttention(SelfAttention):
         *others,
         **named,
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None, AttnMaskType, None]:
-        """New tokens stay alone, at their own positions: core attention finds the others in its cache."""
+        """Returns only the new tokens, with the rotary angles of their positions; others are in the cache."""
         if inference_context is None:
             return super()._adjust_key_value_for_inference(
                 None, query, key, value, rotary_pos_emb, *others, **named
@@ -73,20 +73,21 @@ class S2SelfAttention(SelfAttention):
         return query, key, value, rotary_pos_emb, self.attn_mask_type, None
 
     def _cache(self, context: BaseInferenceContext, key: Tensor) -> KVCache:
-        """That of this layer and part of the batch; an empty one where a sequence begins."""
-        caches, place = context.key_value_memory_dict, (self.layer_number, context.batch_size_offset)
+        """Returns the cache of this layer for a part of the batch, a new one if the sequences start."""
+        caches, index = context.key_value_memory_dict, (self.layer_number, context.batch_size_offset)
         start, (tokens, batch, _, head_dim) = context.sequence_len_offset, key.shape
-        most = context.max_sequence_length
-        if start + tokens > most:
+        limit = context.max_sequence_length
+        if start + tokens > limit:
             raise ValueError(
-                f"max_sequence_length {most}: must be at least the {start + tokens} tokens of a row"
+                f"max_sequence_length {limit}: must be at least the {start + tokens} tokens of a row"
             )
         if start == 0:
-            caches[place] = KVCache(self.core_attention.pattern, batch, head_dim, key.dtype, key.device, most)
-        had = caches[place].lengths if place in caches else []
-        if had != [start] * batch:
+            pattern = self.core_attention.pattern
+            caches[index] = KVCache(pattern, batch, head_dim, key.dtype, key.device, limit)
+        lengths = caches[index].lengths if index in caches else []
+        if lengths != [start] * batch:
             raise ValueError(
-                f"sequence_len_offset {start}: must be what each of the {batch} sequences has had, {had}: S2 "
-                "attention's cache forgets, and can neither go back nor leave out"
+                f"sequence_len_offset {start}: must be the length of each of the {batch} cached sequences, "
+                f"{lengths}: S2 attention's cache drops tokens, and can neither go back nor skip some"
             )
-        return caches[place]
+        return caches[index]

@@ -1,4 +1,4 @@
-"""Layer specs: Megatron's own, with S2 core attention, and self-attention that knows its small cache."""
+"""Megatron's layer specs with S2 core attention, and self-attention that uses the small KV cache."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_s2.layers.arguments import refuse_bypasses
 from megatron_s2.layers.config import cluster_of, s2_settings
 from megatron_s2.layers.core_attention import S2CoreAttention
 from megatron_s2.layers.self_attention import S2SelfAttention
-from megatron_s2.parallel.exchange import Traffic
+from megatron_s2.parallel.collectives import Traffic
 from megatron_s2.pattern.annealing import Annealing
 
 
@@ -25,22 +25,22 @@ def s2_layer_spec(
     annealing: Annealing | None = None,
     **settings,
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    """The layer spec that Megatron would choose for `config` (local or Transformer Engine, MLP or MoE), with
-    S2 core attention.
+    """Returns Megatron's layer spec for `config` (local or Transformer Engine, MLP or MoE) with S2 core
+    attention.
 
-    Also for a stock Megatron-LM checkout: `--spec megatron_s2.layers.specs s2_layer_spec`. Its parser knows
-    no `--s2-...` flags, so there the settings are the defaults of `S2Settings`. A module of your own sets
-    others: `my_spec = functools.partial(s2_layer_spec, block_size=32, vert_stride=8)`.
+    It also works from a stock Megatron-LM checkout, by `--spec megatron_s2.layers.specs s2_layer_spec`. That
+    has no `--s2-…` flags, so the settings are the defaults of `S2Settings`. To choose others, bind them in a
+    module of your own: `my_spec = functools.partial(s2_layer_spec, block_size=32, vert_stride=8)`.
 
     Args:
-        config: the model configuration; S2 settings come from its transformer configuration.
+        config: model configuration, whose transformer configuration contains the S2 settings.
         vp_stage: virtual pipeline stage, for specs that differ between stages.
-        traffic: where the layers count the bytes of context parallelism.
-        annealing: where the run is between dense attention and S2.
-        settings: fields of `S2Settings` that count more than the configuration's.
+        traffic: counters of the bytes of context parallelism.
+        annealing: annealing schedule of the run; None without annealing.
+        settings: fields of `S2Settings` that replace those of the configuration.
 
     Raises:
-        ValueError: as `S2Settings`, or the configuration would bypass S2 attention.
+        ValueError: a setting is out of range, or the configuration would bypass S2 attention.
     """
     refuse_bypasses(config.transformer, "S2 attention")
     spec = default_layer_spec(config, vp_stage)

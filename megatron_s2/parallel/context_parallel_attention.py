@@ -1,4 +1,4 @@
-"""S2 attention over context-parallel ranks, each of which holds two chunks of the sequence (zigzag).
+"""S2 attention over context-parallel ranks, each of which stores two chunks of the sequence (zigzag).
 
 `gather`: queries stay; an all-gather brings the keys and values of the shards, and neighbours send halos for
 the windows, which are computed while the all-gather runs. `a2a`: each rank computes some heads over the whole
@@ -20,8 +20,8 @@ from megatron_s2.kernels import s2_attention
 from megatron_s2.kernels.backends import choose_backend, slice_class
 from megatron_s2.kernels.numerics import compute_dtype, merge_sink, sink_gradient
 from megatron_s2.kernels.slice import SequenceSlice
+from megatron_s2.parallel.collectives import ContextParallelGroup
 from megatron_s2.parallel.cost import AttentionCall, ExchangeBytes, exchange_bytes, plan_heads
-from megatron_s2.parallel.exchange import Exchange
 from megatron_s2.parallel.gather_plan import Documents, GatherPlan, Range, plan_gather
 from megatron_s2.parallel.head_exchange import FromHeads, ToHeads
 from megatron_s2.parallel.head_plan import HeadPlan
@@ -35,7 +35,7 @@ def context_parallel_attention(
     k: Tensor,
     v: Tensor,
     pattern: S2Pattern,
-    exchange: Exchange,
+    group: ContextParallelGroup,
     schedule: str,
     softmax_scale: float | None = None,
     sink_logits: Tensor | None = None,
@@ -49,7 +49,7 @@ def context_parallel_attention(
         k: keys of this rank `[batch, local_tokens, kv_heads, head_dim]`.
         v: values of this rank `[batch, local_tokens, kv_heads, v_head_dim]`.
         pattern: pattern of these KV heads.
-        exchange: context-parallel group of the layer.
+        group: context-parallel group of the layer.
         schedule: `gather` or `a2a`.
         softmax_scale, sink_logits, backend: as in `s2_attention`.
         documents: (start, stop) of each packed document in the whole sequence, at which the pattern restarts.
@@ -64,8 +64,8 @@ def context_parallel_attention(
     if schedule not in ("gather", "a2a"):
         raise ValueError(f"schedule {schedule!r}: must be gather or a2a")
     call = AttentionCall(
-        ranks=exchange.ranks,
-        tokens=q.shape[1] * exchange.ranks,
+        ranks=group.ranks,
+        tokens=q.shape[1] * group.ranks,
         batch=q.shape[0],
         query_heads=q.shape[2],
         head_dim=q.shape[3],
@@ -77,19 +77,19 @@ def context_parallel_attention(
     if documents[-1][1] != zigzag.tokens:
         raise ValueError(f"documents {documents[-1:]}: must end at the sequence's {zigzag.tokens} tokens")
     scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
-    plan = plan_gather(pattern, zigzag, exchange.rank, documents) if schedule == "gather" else None
+    plan = plan_gather(pattern, zigzag, group.rank, documents) if schedule == "gather" else None
     if plan is None or len(documents) == 1:
-        predicted = exchange_bytes(schedule, pattern, call, exchange.rank)
+        predicted = exchange_bytes(schedule, pattern, call, group.rank)
     else:
         predicted = _packed_bytes(plan, pattern.num_kv_heads, call)
-    exchange.traffic.predict(exchange.layer, predicted.forward_received)
+    group.traffic.predict(group.layer, predicted.forward_received)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        exchange.traffic.predict(exchange.layer, predicted.backward_received)
+        group.traffic.predict(group.layer, predicted.backward_received)
     if plan is not None:
         make_slice = partial(slice_class(choose_backend(backend, q, v)), pattern, scale)
-        return _GatherAttention.apply(q, k, v, sink_logits, plan, make_slice, exchange)
+        return _GatherAttention.apply(q, k, v, sink_logits, plan, make_slice, group)
     heads = plan_heads(pattern, call)
-    return _attend_by_head(q, k, v, pattern, scale, sink_logits, documents, backend, heads, zigzag, exchange)
+    return _attend_by_head(q, k, v, pattern, scale, sink_logits, documents, backend, heads, zigzag, group)
 
 
 def _packed_bytes(plan: GatherPlan, kv_heads: int, call: AttentionCall) -> ExchangeBytes:
@@ -109,8 +109,8 @@ def _packed_bytes(plan: GatherPlan, kv_heads: int, call: AttentionCall) -> Excha
 
 class _GatherAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, sink_logits, plan, make_slice, exchange):
-        shards = ShardExchange(exchange, plan, q.device)
+    def forward(ctx, q, k, v, sink_logits, plan, make_slice, group):
+        shards = ShardExchange(group, plan, q.device)
         halo = shards.start_halo(k, v)
         gathered = shards.start_gather(k, v)
         compute = compute_dtype(q.dtype)
@@ -130,14 +130,14 @@ class _GatherAttention(torch.autograd.Function):
             lse = merge_sink(out, lse, sink_logits)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, sink_logits, out, lse, halo, shard)
-        ctx.rest = make_slice, shards
+        ctx.make_slice, ctx.shards = make_slice, shards
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
         q, k, v, sink_logits, out, lse, halo, shard = ctx.saved_tensors
-        make_slice, shards = ctx.rest
+        make_slice, shards = ctx.make_slice, ctx.shards
         plan = shards.plan
         compute, dims = lse.dtype, [k.shape[-1], v.shape[-1]]
         dq = torch.zeros_like(q, dtype=compute)
@@ -194,16 +194,16 @@ def _attend_by_head(
     backend: str,
     heads: HeadPlan,
     zigzag: Zigzag,
-    exchange: Exchange,
+    group: ContextParallelGroup,
 ) -> Tensor:
-    q, k, v = ToHeads.apply(q, k, v, heads, zigzag, exchange)
+    q, k, v = ToHeads.apply(q, k, v, heads, zigzag, group)
     batch, boundaries = q.shape[0], None
     if len(documents) > 1:
         boundaries = [b * zigzag.tokens + stop for b in range(batch) for _, stop in documents]
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     outs, first, kv_first = [], 0, 0
     # All shares have the same number of query heads unless groups were split.
-    for size, equal in groupby(heads.shares[exchange.rank], key=lambda share: share.stop - share.start):
+    for size, equal in groupby(heads.shares[group.rank], key=lambda share: share.stop - share.start):
         shares = list(equal)
         stop, kv_stop = first + size * len(shares), kv_first + len(shares)
         sinks = None
@@ -224,4 +224,4 @@ def _attend_by_head(
         )
         first, kv_first = stop, kv_stop
     out = torch.cat(outs, -2)
-    return FromHeads.apply(out.unflatten(0, (batch, -1)) if boundaries else out, heads, zigzag, exchange)
+    return FromHeads.apply(out.unflatten(0, (batch, -1)) if boundaries else out, heads, zigzag, group)

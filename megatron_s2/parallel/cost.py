@@ -1,4 +1,4 @@
-"""Cost of one attention call on each context-parallel rank: bytes moved, pairs computed, keys held.
+"""Cost of one attention call on each context-parallel rank: bytes transferred, pairs computed, keys stored.
 
 All counts are exact and in closed form: a chunk's part of a shard, of a window or of the visible pairs is the
 difference of a count at its two ends. The largest arrays have one entry per chunk.
@@ -90,9 +90,9 @@ def exchange_bytes(schedule: str, pattern: S2Pattern, call: AttentionCall, rank:
         ValueError: another schedule; the query heads are not a multiple of the KV heads; or, for `a2a`, there
             are fewer query heads than ranks.
     """
-    moved = transfers(schedule, pattern, call)
-    gathered = (call.ranks - 1) * moved.gathered
-    received, sent = (gathered + int(count[:, rank].sum()) for count in (moved.received, moved.sent))
+    total = transfers(schedule, pattern, call)
+    gathered = (call.ranks - 1) * total.gathered
+    received, sent = (gathered + int(count[:, rank].sum()) for count in (total.received, total.sent))
     if schedule in ("ring", "all_gather"):
         return ExchangeBytes(received, sent, 2 * received, 2 * sent)
     return ExchangeBytes(received, sent, backward_received=sent, backward_sent=received)
@@ -100,7 +100,7 @@ def exchange_bytes(schedule: str, pattern: S2Pattern, call: AttentionCall, rank:
 
 @dataclass(frozen=True, eq=False)
 class Transfers:
-    """Bytes that all ranks move in one forward.
+    """Bytes that all ranks transfer in one forward.
 
     Args:
         gathered: bytes that every rank contributes to the all-gather, or passes round the ring.
@@ -136,7 +136,7 @@ def transfers(schedule: str, pattern: S2Pattern, call: AttentionCall, node_ranks
 
 
 @dataclass(frozen=True, eq=False)
-class AttentionWork:
+class PairCounts:
     """Query-key pairs that each rank computes, over its query heads and the batch.
 
     Args:
@@ -153,7 +153,7 @@ class AttentionWork:
         return float(self.pairs.max() / self.pairs.mean())
 
 
-def attention_work(schedule: str, pattern: S2Pattern, call: AttentionCall) -> AttentionWork:
+def pair_counts(schedule: str, pattern: S2Pattern, call: AttentionCall) -> PairCounts:
     """Returns the pairs that each rank computes; they are equal in all schedules in which queries stay.
 
     Raises:
@@ -161,18 +161,18 @@ def attention_work(schedule: str, pattern: S2Pattern, call: AttentionCall) -> At
     """
     if schedule == "a2a":
         costs = call.batch * np.array(plan_heads(pattern, call).costs)
-        return AttentionWork(costs, np.zeros_like(costs))
+        return PairCounts(costs, np.zeros_like(costs))
     heads = call.batch * call.query_heads // pattern.num_kv_heads
     pairs = sum(_chunk_pairs(head, call.zigzag) for head in _single_heads(pattern))
     window = pattern.num_kv_heads * _chunk_pairs(_window_only(pattern, call.tokens), call.zigzag)
-    return AttentionWork(heads * _per_rank(pairs), heads * _per_rank(window))
+    return PairCounts(heads * _per_rank(pairs), heads * _per_rank(window))
 
 
 def key_value_tokens(schedule: str, pattern: S2Pattern, call: AttentionCall) -> np.ndarray:
-    """`[ranks]`, tokens of keys and values, summed over KV heads, that a rank holds for one sequence.
+    """`[ranks]`, tokens of keys and values, summed over KV heads, that a rank stores for one sequence.
 
     gather: its tokens, the gathered shards and the halos. a2a: the whole sequence of its heads. Both keep
-    them for the backward. ring: its tokens and those passing by. all_gather: the whole sequence.
+    them for the backward. ring: its tokens and those of the rank before it. all_gather: the whole sequence.
     """
     zigzag, heads = call.zigzag, pattern.num_kv_heads
     if schedule == "gather":
@@ -181,8 +181,8 @@ def key_value_tokens(schedule: str, pattern: S2Pattern, call: AttentionCall) -> 
     if schedule == "a2a":
         plan = plan_heads(pattern, call)
         return call.tokens * np.array([len(plan.kv_heads(rank)) for rank in range(call.ranks)])
-    held = {"ring": 2 * zigzag.local_tokens, "all_gather": call.tokens}[schedule]
-    return np.full(call.ranks, heads * held)
+    tokens = {"ring": 2 * zigzag.local_tokens, "all_gather": call.tokens}[schedule]
+    return np.full(call.ranks, heads * tokens)
 
 
 def query_tokens(schedule: str, pattern: S2Pattern, call: AttentionCall) -> np.ndarray:
@@ -245,19 +245,15 @@ def _chunk_pairs(head: S2Pattern, zigzag: Zigzag) -> np.ndarray:
     The pairs of all queries before a position are those of the whole rows before it and of the row that it
     cuts. All rows from j + L on see shard block j beyond their windows.
     """
-    B, L, sinks, first, stride = (
-        head.block_size,
-        head.local_blocks,
-        head.sink_blocks,
-        head.first_strided(0),
-        head.strides[0],
-    )
+    B, L, sinks = head.block_size, head.local_blocks, head.sink_blocks
+    first_strided, stride = head.first_strided(0), head.strides[0]
     rows, cut = np.divmod(_edges(zigzag), B)
 
     seen = _shard_sizes(head, rows - L)  # shard blocks that the last whole row sees beyond its window
     seen_sinks = np.minimum(seen, sinks)
     strided = seen - seen_sinks
-    positions = seen_sinks * (seen_sinks - 1) // 2 + strided * first + stride * (strided * (strided - 1) // 2)
+    positions = seen_sinks * (seen_sinks - 1) // 2 + strided * first_strided
+    positions += stride * (strided * (strided - 1) // 2)
     ramp = np.minimum(rows, L)
     window = ramp * (ramp - 1) // 2 + (rows - ramp) * (L - 1)
     past = window + seen * (rows - L) - positions

@@ -1,4 +1,4 @@
-"""The index plan of the gather schedule: what each context-parallel rank holds, sends, receives and computes.
+"""The index plan of the gather schedule: what each context-parallel rank sends, receives and computes.
 
 Queries stay on their rank. A rank lacks the rest of every head's shard, 1/vert_stride of the past, which one
 all-gather brings to all ranks, and the halos: the keys of the window that lie before its two chunks.
@@ -127,8 +127,8 @@ def plan_gather(pattern: S2Pattern, zigzag: Zigzag, rank: int, documents: Docume
     index[order] = np.arange(len(order)) - (np.cumsum(counts) - counts)[owner[order]]
 
     halos = [_halo_units(pattern, zigzag, p, documents, unit) for p in range(zigzag.ranks)]
-    wanted = [halo[zigzag.owner(halo * unit) == rank] for both in halos for halo in both]
-    sends = [zigzag.local(units * unit) // unit for units in wanted]
+    requested = [halo[zigzag.owner(halo * unit) == rank] for both in halos for halo in both]
+    sends = [zigzag.local(units * unit) // unit for units in requested]
     sources = zigzag.owner(np.concatenate(halos[rank]) * unit)
     halo_unpack = np.empty(len(sources), dtype=np.int64)
     halo_unpack[np.argsort(sources, kind="stable")] = np.arange(len(sources))
@@ -163,8 +163,8 @@ def _shards(pattern: S2Pattern, documents: Documents, unit: int):
         for g in range(pattern.num_kv_heads):
             size = pattern.shard_prefix(g, (stop - start - 1) // B)
             blocks = _shard_blocks(pattern, g, size)
-            firsts = (start + blocks * B) // unit
-            units.append((firsts[:, None] + np.arange(B // unit)).ravel())
+            starts = (start + blocks * B) // unit
+            units.append((starts[:, None] + np.arange(B // unit)).ravel())
             heads.append(np.full(len(units[-1]), g))
             of_document.append((total, total + size * B))
             total += size * B

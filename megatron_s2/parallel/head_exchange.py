@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_s2.kernels.numerics import compute_dtype
-from megatron_s2.parallel.exchange import Exchange
+from megatron_s2.parallel.collectives import ContextParallelGroup
 from megatron_s2.parallel.gather_plan import Range
 from megatron_s2.parallel.head_plan import HeadPlan
 from megatron_s2.parallel.layout import Zigzag
@@ -27,15 +27,15 @@ class ToHeads(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, plan: HeadPlan, zigzag: Zigzag, exchange: Exchange):
-        ctx.rest = plan, zigzag, exchange, [x.shape[2] for x in (q, k, v)]
-        return tuple(_to_heads([q, k, v], _qkv_ranges(plan), zigzag, exchange))
+    def forward(ctx, q, k, v, plan: HeadPlan, zigzag: Zigzag, group: ContextParallelGroup):
+        ctx.rest = plan, zigzag, group, [x.shape[2] for x in (q, k, v)]
+        return tuple(_to_heads([q, k, v], _qkv_ranges(plan), zigzag, group))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dq, dk, dv):
-        plan, zigzag, exchange, heads = ctx.rest
-        grads = _from_heads([dq, dk, dv], _qkv_ranges(plan), heads, zigzag, exchange)
+        plan, zigzag, group, heads = ctx.rest
+        grads = _from_heads([dq, dk, dv], _qkv_ranges(plan), heads, zigzag, group)
         return *grads, None, None, None
 
 
@@ -43,16 +43,16 @@ class FromHeads(torch.autograd.Function):
     """Maps out from `[batch, tokens, local_heads, head_dim]` to `[batch, local_tokens, heads, head_dim]`."""
 
     @staticmethod
-    def forward(ctx, out, plan: HeadPlan, zigzag: Zigzag, exchange: Exchange):
-        ctx.rest = plan, zigzag, exchange
+    def forward(ctx, out, plan: HeadPlan, zigzag: Zigzag, group: ContextParallelGroup):
+        ctx.rest = plan, zigzag, group
         heads = sum(stop - start for ranges in _query_ranges(plan) for start, stop in ranges)
-        return _from_heads([out], [_query_ranges(plan)], [heads], zigzag, exchange)[0]
+        return _from_heads([out], [_query_ranges(plan)], [heads], zigzag, group)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        plan, zigzag, exchange = ctx.rest
-        return _to_heads([dout], [_query_ranges(plan)], zigzag, exchange)[0], None, None, None
+        plan, zigzag, group = ctx.rest
+        return _to_heads([dout], [_query_ranges(plan)], zigzag, group)[0], None, None, None
 
 
 def _query_ranges(plan: HeadPlan) -> HeadRanges:
@@ -69,11 +69,11 @@ def _count(ranges: Sequence[Range]) -> int:
 
 
 def _to_heads(
-    tensors: Sequence[Tensor], ranges: Sequence[HeadRanges], zigzag: Zigzag, exchange: Exchange
+    tensors: Sequence[Tensor], ranges: Sequence[HeadRanges], zigzag: Zigzag, group: ContextParallelGroup
 ) -> list[Tensor]:
     """Sends each rank its heads of the local tokens: `[batch, tokens, local_heads, head_dim]` for each."""
     parts, send = [], []
-    for rank in range(exchange.ranks):
+    for rank in range(group.ranks):
         for_rank = [
             x[:, :, start:stop].flatten()
             for x, by_rank in zip(tensors, ranges)
@@ -82,12 +82,12 @@ def _to_heads(
         parts += for_rank
         send.append(sum(part.numel() for part in for_rank))
     shapes = [
-        [(x.shape[0], x.shape[1], stop - start, x.shape[3]) for start, stop in by_rank[exchange.rank]]
+        [(x.shape[0], x.shape[1], stop - start, x.shape[3]) for start, stop in by_rank[group.rank]]
         for x, by_rank in zip(tensors, ranges)
     ]
     sizes = [torch.Size(shape).numel() for of_tensor in shapes for shape in of_tensor]
-    received = exchange.all_to_all(torch.cat(parts), send, [sum(sizes)] * exchange.ranks).wait()
-    heads = iter(received.view(exchange.ranks, -1).split(sizes, 1))
+    received = group.all_to_all(torch.cat(parts), send, [sum(sizes)] * group.ranks).wait()
+    heads = iter(received.view(group.ranks, -1).split(sizes, 1))
     return [
         _in_sequence(torch.cat([next(heads).unflatten(1, shape) for shape in of_tensor], 3), zigzag)
         for of_tensor in shapes
@@ -99,7 +99,7 @@ def _from_heads(
     ranges: Sequence[HeadRanges],
     heads: Sequence[int],
     zigzag: Zigzag,
-    exchange: Exchange,
+    group: ContextParallelGroup,
 ) -> list[Tensor]:
     """Sends each rank its tokens of the local heads: `[batch, local_tokens, heads, head_dim]` for each.
 
@@ -111,16 +111,16 @@ def _from_heads(
     local = batch * zigzag.local_tokens
     counts = [
         [local * _count(by_rank[rank]) * x.shape[-1] for by_rank, x in zip(ranges, tensors)]
-        for rank in range(exchange.ranks)
+        for rank in range(group.ranks)
     ]
-    send = [sum(counts[exchange.rank])] * exchange.ranks
-    received = exchange.all_to_all(parts.flatten(), send, [sum(count) for count in counts]).wait()
+    send = [sum(counts[group.rank])] * group.ranks
+    received = group.all_to_all(parts.flatten(), send, [sum(count) for count in counts]).wait()
     received_parts = iter(received.split([count for of_rank in counts for count in of_rank]))
     totals = [
         x.new_zeros(batch, zigzag.local_tokens, count, x.shape[-1], dtype=compute_dtype(x.dtype))
         for x, count in zip(tensors, heads)
     ]
-    for rank in range(exchange.ranks):
+    for rank in range(group.ranks):
         for total, by_rank in zip(totals, ranges):
             part = next(received_parts).view(batch, zigzag.local_tokens, -1, total.shape[-1])
             widths = [stop - start for start, stop in by_rank[rank]]

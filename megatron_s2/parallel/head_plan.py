@@ -116,7 +116,7 @@ def _assign(
     _improve(assigned, loads, cost)
     if search:
         assigned = _search(assigned, cost)
-    loads = [sum(cost[share] for share in held) for held in assigned]
+    loads = [sum(cost[share] for share in shares) for shares in assigned]
     return HeadPlan(_contiguous(assigned, group), tuple(loads))
 
 
@@ -125,16 +125,16 @@ def _contiguous(assigned: list[list[HeadShare]], group: int) -> tuple[tuple[Head
 
     Each rank keeps its number of query heads of the group, and receives the KV head only once.
     """
-    dealt: Counter[int] = Counter()
-    shares = []
-    for held in assigned:
+    numbered: Counter[int] = Counter()  # query heads of each KV head that earlier ranks have
+    contiguous = []
+    for shares in assigned:
         counts: Counter[int] = Counter()
-        for share in held:
+        for share in shares:
             counts[share.kv_head] += share.stop - share.start
-        firsts = {g: g * group + dealt[g] for g in sorted(counts)}
-        shares.append(tuple(HeadShare(g, first, first + counts[g]) for g, first in firsts.items()))
-        dealt += counts
-    return tuple(shares)
+        starts = {g: g * group + numbered[g] for g in sorted(counts)}
+        contiguous.append(tuple(HeadShare(g, start, start + counts[g]) for g, start in starts.items()))
+        numbered += counts
+    return tuple(contiguous)
 
 
 def _improve(assigned: list[list[HeadShare]], loads: list[int], cost: dict[HeadShare, int]) -> None:
@@ -171,7 +171,7 @@ def _search(assigned: list[list[HeadShare]], cost: dict[HeadShare, int]) -> list
     """
     shares = sorted(cost, key=cost.__getitem__, reverse=True)
     ranks = len(assigned)
-    best = max(sum(cost[share] for share in held) for held in assigned)
+    best = max(sum(cost[share] for share in of_rank) for of_rank in assigned)
     bound = max(-(-sum(cost.values()) // ranks), cost[shares[0]])
     loads, owner, steps = [0] * ranks, [0] * len(shares), 0
 

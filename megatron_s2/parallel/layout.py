@@ -1,6 +1,6 @@
-"""The zigzag layout: which tokens of a sequence each context-parallel rank holds.
+"""The zigzag layout: which tokens of a sequence each context-parallel rank stores.
 
-The sequence is cut into 2P equal chunks, and rank r of P holds chunks r and 2P-1-r, as in Megatron's data
+The sequence is cut into 2P equal chunks, and rank r of P stores chunks r and 2P-1-r, as in Megatron's data
 loader. The cost of a query grows with its position, so one early and one late chunk per rank balance the
 work.
 """
@@ -43,26 +43,26 @@ class Zigzag:
         return 2 * self.chunk
 
     def chunks(self, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """The (start, stop) of the two chunks of a rank, in the order in which it holds them."""
+        """Returns (start, stop) of the two chunks of a rank, in the order in which it stores them."""
         C = self.chunk
         late = 2 * self.ranks - 1 - rank
         return (rank * C, (rank + 1) * C), (late * C, (late + 1) * C)
 
     def owner(self, position: np.ndarray) -> np.ndarray:
-        """The rank that holds each position."""
+        """Returns the rank that stores each position."""
         chunk = np.asarray(position) // max(self.chunk, 1)
         return np.minimum(chunk, 2 * self.ranks - 1 - chunk)
 
     def local(self, position: np.ndarray) -> np.ndarray:
-        """The index of each position among the tokens of its owner."""
+        """Returns the index of each position among the tokens of the rank that stores it."""
         chunk, offset = np.divmod(np.asarray(position), max(self.chunk, 1))
         return offset + np.where(chunk < self.ranks, 0, self.chunk)
 
     def positions(self, rank: int) -> np.ndarray:
-        """The positions that a rank holds, in order."""
+        """Returns the positions that a rank stores, in order."""
         return np.concatenate([np.arange(start, stop) for start, stop in self.chunks(rank)])
 
     def chunk_order(self) -> list[int]:
-        """For each chunk of the sequence, its index among the chunks of all ranks, rank after rank."""
+        """Returns for each chunk of the sequence its index among the chunks of all ranks, rank after rank."""
         P = self.ranks
         return [2 * c if c < P else 2 * (2 * P - 1 - c) + 1 for c in range(2 * P)]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from megatron_s2.parallel.cost import SCHEDULES, AttentionCall
-from megatron_s2.parallel.time_model import OURS, Cluster, SchedulePlan, plan_schedule
+from megatron_s2.parallel.time_model import S2_SCHEDULES, Cluster, SchedulePlan, plan_schedule
 from megatron_s2.pattern import S2Pattern, S2Settings
 
 
@@ -66,6 +67,7 @@ def plan_layer(
     return LayerPlan(pattern, call, plans, choose(schedule, pattern, call, cluster, tensor_parallel))
 
 
+@lru_cache(maxsize=1024)
 def choose(
     schedule: str,
     pattern: S2Pattern,
@@ -73,11 +75,14 @@ def choose(
     cluster: Cluster | None = None,
     tensor_parallel: int = 1,
 ) -> Choice:
-    """Chooses the schedule for one attention call; arguments and errors as for `plan_layer`."""
-    if schedule not in ("auto", *OURS):
-        raise ValueError(f"--s2-cp-schedule {schedule}: must be one of auto, {', '.join(OURS)}")
+    """Chooses the schedule for one attention call; arguments and errors as for `plan_layer`.
+
+    The choice does not depend on the batch, because bytes and FLOPs of all schedules are proportional to it.
+    """
+    if schedule not in ("auto", *S2_SCHEDULES):
+        raise ValueError(f"--s2-cp-schedule {schedule}: must be one of auto, {', '.join(S2_SCHEDULES)}")
     cluster = cluster or Cluster()
-    plans = {name: plan_schedule(name, pattern, call, cluster, tensor_parallel) for name in OURS}
+    plans = {name: plan_schedule(name, pattern, call, cluster, tensor_parallel) for name in S2_SCHEDULES}
     if plans["a2a"] is None:
         if schedule == "a2a":
             raise ValueError(
@@ -90,57 +95,13 @@ def choose(
             f"a2a cannot give {call.query_heads} query heads of a tensor-parallel rank to {call.ranks} ranks"
         )
         return Choice("gather", few if schedule == "auto" else f"as asked; {few}")
-    name = min(OURS, key=lambda name: plans[name].seconds) if schedule == "auto" else schedule
+    name = min(S2_SCHEDULES, key=lambda name: plans[name].seconds) if schedule == "auto" else schedule
     chosen, other = plans[name], plans["gather" if name == "a2a" else "a2a"]
     prediction = (
         f"{time_text(chosen.seconds)} predicted for forward and backward against {time_text(other.seconds)} "
         f"of {other.schedule}, which receives {mib_text(other.received_forward.most)}"
     )
     return Choice(name, prediction if schedule == "auto" else f"as asked; {prediction}")
-
-
-@dataclass(frozen=True, eq=False)
-class LayerSchedules:
-    """The schedules of one layer, each chosen once: one for every pattern and sequence length of the layer.
-
-    The micro-batch size does not matter: bytes and FLOPs of all schedules are proportional to it.
-
-    Args:
-        schedule: `auto`, `gather` or `a2a`, as in `plan_layer`.
-        ranks: number of context-parallel ranks.
-        query_heads, head_dim, v_head_dim, element_size: as in `AttentionCall`.
-        cluster, tensor_parallel: as in `plan_layer`.
-    """
-
-    schedule: str
-    ranks: int
-    query_heads: int
-    head_dim: int
-    v_head_dim: int
-    element_size: int
-    cluster: Cluster
-    tensor_parallel: int
-    _chosen: dict[tuple[S2Pattern, int], str] = field(default_factory=dict, init=False, repr=False)
-
-    def choose(self, pattern: S2Pattern, tokens: int) -> str:
-        """Returns `gather` or `a2a` for sequences of `tokens` tokens over all ranks.
-
-        Raises:
-            ValueError: as for `plan_layer`.
-        """
-        if (pattern, tokens) not in self._chosen:
-            call = AttentionCall(
-                ranks=self.ranks,
-                tokens=tokens,
-                batch=1,
-                query_heads=self.query_heads,
-                head_dim=self.head_dim,
-                v_head_dim=self.v_head_dim,
-                element_size=self.element_size,
-            )
-            choice = choose(self.schedule, pattern, call, self.cluster, self.tensor_parallel)
-            self._chosen[pattern, tokens] = choice.schedule
-        return self._chosen[pattern, tokens]
 
 
 def time_text(seconds: float) -> str:

@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from megatron_s2.parallel.exchange import Exchange, Pending
+from megatron_s2.parallel.collectives import ContextParallelGroup, Pending
 from megatron_s2.parallel.gather_plan import GatherPlan
 
 KeysValues = Sequence[Tensor]  # keys and values of a chunk, or their gradients
@@ -40,23 +40,23 @@ class ShardExchange:
     has one row per unit: `[units, batch, tokens of a unit, …]`.
 
     Args:
-        exchange: context-parallel group of the layer.
+        group: context-parallel group of the layer.
         plan: index plan of this rank.
         device: device of the tensors.
     """
 
-    def __init__(self, exchange: Exchange, plan: GatherPlan, device: torch.device) -> None:
+    def __init__(self, group: ContextParallelGroup, plan: GatherPlan, device: torch.device) -> None:
         self.plan = plan
-        self._exchange = exchange
+        self._group = group
         self._indices = _indices(plan, device)
 
     # Halos: all KV heads of some tokens.
 
     def start_halo(self, k: Tensor, v: Tensor) -> Pending:
-        """Starts to exchange the halos of `k` and `v` `[batch, local_tokens, kv_heads, …]`."""
+        """Starts to group the halos of `k` and `v` `[batch, local_tokens, kv_heads, …]`."""
         units = self._indices.send_units
         rows = [self._by_unit(x).transpose(0, 1)[units] for x in (k, v)]
-        return self._exchange.all_to_all(torch.cat(rows, -1), self.plan.send_counts, self.plan.recv_counts)
+        return self._group.all_to_all(torch.cat(rows, -1), self.plan.send_counts, self.plan.recv_counts)
 
     def unpack_halo(self, received: Tensor) -> Tensor:
         """Returns the halos of both chunks `[batch, tokens, kv_heads, head_dim + v_head_dim]`."""
@@ -83,7 +83,7 @@ class ShardExchange:
         rows = self._by_unit(torch.cat(halos, 1)).transpose(0, 1).to(dtype)
         packed = torch.empty_like(rows, memory_format=torch.contiguous_format)
         packed[self._indices.halo_unpack] = rows
-        return self._exchange.all_to_all(packed, self.plan.recv_counts, self.plan.send_counts)
+        return self._group.all_to_all(packed, self.plan.recv_counts, self.plan.send_counts)
 
     def add_halo(self, returned: Tensor, dk: Tensor, dv: Tensor) -> None:
         """Adds the halo gradients that other ranks returned to `dk` and `dv`, in the order of the ranks."""
@@ -100,7 +100,7 @@ class ShardExchange:
         units, heads = self._indices.pack_units, self._indices.pack_heads
         rows = torch.cat([self._by_unit(x)[:, units, :, heads] for x in (k, v)], -1)
         padding = self.plan.width - len(rows)
-        return self._exchange.all_gather(torch.nn.functional.pad(rows, (0, 0) * 3 + (0, padding)))
+        return self._group.all_gather(torch.nn.functional.pad(rows, (0, 0) * 3 + (0, padding)))
 
     def unpack_shard(self, gathered: Tensor) -> Tensor:
         """Returns the shards of all heads, one after another, `[batch, tokens, head_dim + v_head_dim]`."""
@@ -112,15 +112,15 @@ class ShardExchange:
         With the sum in `add_shard` this is a reduce-scatter that rounds once and adds in a fixed order.
         """
         rows = self._by_unit(dshard).transpose(0, 1)
-        width, ranks = self.plan.width, self._exchange.ranks
+        width, ranks = self.plan.width, self._group.ranks
         padded = rows.new_zeros(ranks * width, *rows.shape[1:])
         padded[self._indices.unpack] = rows
-        return self._exchange.all_to_all(padded, [width] * ranks, [width] * ranks)
+        return self._group.all_to_all(padded, [width] * ranks, [width] * ranks)
 
     def add_shard(self, returned: Tensor, dk: Tensor, dv: Tensor) -> None:
         """Adds the shard gradients that all ranks returned to `dk` and `dv`."""
         units, heads = self._indices.pack_units, self._indices.pack_heads
-        total = returned.unflatten(0, (self._exchange.ranks, -1))[:, : len(units)].sum(0, dtype=dk.dtype)
+        total = returned.unflatten(0, (self._group.ranks, -1))[:, : len(units)].sum(0, dtype=dk.dtype)
         for grad, part in zip((dk, dv), total.split([dk.shape[-1], dv.shape[-1]], -1)):
             self._by_unit(grad)[:, units, :, heads] += part
 

@@ -27,15 +27,15 @@ import numpy as np
 from megatron_s2.parallel.cost import (
     AttentionCall,
     Transfers,
-    attention_work,
     key_value_tokens,
+    pair_counts,
     query_tokens,
     transfers,
 )
 from megatron_s2.pattern import S2Pattern
 from megatron_s2.pattern.block_pattern import attention_flops
 
-OURS = ("gather", "a2a")
+S2_SCHEDULES = ("gather", "a2a")
 _LSE_BYTES = 4
 
 
@@ -102,7 +102,7 @@ class SchedulePlan:
         received_forward, received_backward: bytes received from other ranks.
         flops: FLOPs of attention, forward and backward.
         imbalance: largest number of visible pairs of a rank divided by the mean.
-        key_value_bytes: largest size of the keys and values that a rank holds while it computes attention;
+        key_value_bytes: largest size of the keys and values that a rank stores while it computes attention;
             `gather` and `a2a` keep them for the backward.
         activation_bytes: largest size of the queries, outputs and log-sum-exps that a rank keeps for the
             backward.
@@ -135,28 +135,29 @@ def plan_schedule(
     """
     if schedule == "a2a" and call.query_heads < call.ranks:
         return None
-    work = attention_work(schedule, pattern, call)
-    moved = transfers(schedule, pattern, call, cluster.node_ranks(tensor_parallel))
+    counts = pair_counts(schedule, pattern, call)
+    transferred = transfers(schedule, pattern, call, cluster.node_ranks(tensor_parallel))
     received, sent = (
-        (call.ranks - 1) * moved.gathered + count.sum(axis=0) for count in (moved.received, moved.sent)
+        (call.ranks - 1) * transferred.gathered + count.sum(axis=0)
+        for count in (transferred.received, transferred.sent)
     )
     flops, window_flops = (
         np.array(attention_flops(pairs.astype(float), call.head_dim, call.v_head_dim))
-        for pairs in (work.pairs, work.window_pairs)
+        for pairs in (counts.pairs, counts.window_pairs)
     )  # [forward and backward, ranks]
     queries = query_tokens(schedule, pattern, call)
     per_query = (call.head_dim + call.v_head_dim) * call.element_size + _LSE_BYTES
     keys = key_value_tokens(schedule, pattern, call)
     forward, backward = (
-        _seconds(schedule, call, cluster, tensor_parallel, moved, *direction).max().item()
+        _seconds(schedule, call, cluster, tensor_parallel, transferred, *direction).max().item()
         for direction in zip(flops, window_flops, (False, True))
     )
     return SchedulePlan(
         schedule=schedule,
         received_forward=Spread.of(received),
-        received_backward=Spread.of(sent if schedule in OURS else 2 * received),
+        received_backward=Spread.of(sent if schedule in S2_SCHEDULES else 2 * received),
         flops=Spread.of(flops.sum(axis=0)),
-        imbalance=work.imbalance,
+        imbalance=counts.imbalance,
         key_value_bytes=int(keys.max()) * call.key_value_bytes,
         activation_bytes=int(queries.max()) * call.batch * per_query,
         forward_seconds=forward,
@@ -169,27 +170,28 @@ def _seconds(
     call: AttentionCall,
     cluster: Cluster,
     tensor_parallel: int,
-    moved: Transfers,
+    transferred: Transfers,
     flops: np.ndarray,
     window_flops: np.ndarray,
     backward: bool,
 ) -> np.ndarray:
     """`[ranks]`, predicted seconds of the forward or the backward, by the model at the top of the file."""
-    P, size = call.ranks, cluster.node_ranks(tensor_parallel)
+    P, size, gathered = call.ranks, cluster.node_ranks(tensor_parallel), transferred.gathered
     first = np.arange(P) // size * size
-    near = np.minimum(first + size, P) - first  # ranks on the node of each rank, including itself
+    local = np.minimum(first + size, P) - first  # ranks on the node of each rank, including itself
     attention = cluster.compute_seconds(flops)
-    between = cluster.link_seconds(*np.maximum(moved.received, moved.sent))
-    shared = cluster.link_seconds((near - 1) * P * moved.gathered / near, (P - near) * moved.gathered / near)
+    point_to_point = cluster.link_seconds(*np.maximum(transferred.received, transferred.sent))
+    all_gather = cluster.link_seconds((local - 1) * P * gathered / local, (P - local) * gathered / local)
     if schedule == "a2a":
-        return between + attention
+        return point_to_point + attention
     if schedule == "gather":
-        alone = cluster.link_seconds((near - 1) * moved.gathered, (P - near) * moved.gathered)
+        all_to_all = cluster.link_seconds((local - 1) * gathered, (P - local) * gathered)
         window = cluster.compute_seconds(window_flops)
-        return between + np.maximum(alone if backward else shared, window) + attention - window
+        shards = all_to_all if backward else all_gather
+        return point_to_point + np.maximum(shards, window) + attention - window
     times = 2 if backward else 1
     if schedule == "all_gather":
-        return times * shared + attention
-    around = times * (P - 1) * moved.gathered
-    ring = cluster.link_seconds(0, around) if size < P else cluster.link_seconds(around, 0)
+        return times * all_gather + attention
+    ring_bytes = times * (P - 1) * gathered
+    ring = cluster.link_seconds(0, ring_bytes) if size < P else cluster.link_seconds(ring_bytes, 0)
     return np.maximum(ring, attention)

@@ -5,12 +5,12 @@ The sequence is cut into blocks of `block_size` tokens. Query block i of KV head
 
     j <= i  and  ( i - j < local_blocks                            the window, diagonal block included
                    or j < sink_blocks                              the sinks
-                   or (j + phase[g]) % vert_stride[g] == 0 )       the head's shard of the past
+                   or (j + phase[g]) % vert_stride[g] == 0 )       the strided blocks
 
-Inside the diagonal block attention is causal token by token. Positions are absolute: a block outside the
-shard is never seen again once the window has passed it. So the blocks that row i sees beyond its window are a
-*prefix* of one ascending list of blocks, the head's shard (sinks included). All counts below follow from that
-in closed form; no array grows with the square of the sequence length.
+Inside the diagonal block attention is causal token by token. A head's *shard* is the ascending list of its
+sink blocks and its strided blocks. Positions are absolute: a block outside the shard is never seen again once
+the window has passed it. So the blocks that row i sees beyond its window are a *prefix* of the shard. All
+counts below follow from that in closed form; no array grows with the square of the sequence length.
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ class Coverage(NamedTuple):
 
 @dataclass(frozen=True)
 class S2Pattern(BlockPattern):
-    """The S2 pattern of one layer: a window, sinks, and for each KV head its strided shard of the past.
+    """The S2 pattern of one layer: a window, sinks, and strided blocks of each KV head.
 
     Args:
         num_kv_heads: number of KV heads of the layer, over all tensor-parallel ranks.
         block_size: tokens per block, a power of two >= 16.
         local_blocks: size of the window in blocks, including the diagonal block, >= 1.
-        vert_stride: distance in blocks between two shard blocks, one for all heads or one per KV head; 1 is a
-            dense head.
+        vert_stride: distance between two strided blocks, in blocks, one for all heads or one per KV head; 1
+            is a dense head.
         sink_blocks: number of blocks at the start of the sequence that every head always sees.
-        phases: phase of each KV head: its shard holds the blocks j with (j + phase) % stride == 0. By default
-            phases spread evenly over the heads of equal stride v. If there are fewer such heads than v,
-            phases rotate with `layer`, so that any ceil(v / heads) consecutive layers see everything.
+        phases: phase of each KV head, whose strided blocks are the j with (j + phase) % stride == 0. By
+            default phases spread evenly over the heads of equal stride v. If there are fewer such heads than
+            v, phases rotate with `layer`, so that any ceil(v / heads) consecutive layers see everything.
         num_dense_heads: number of dense KV heads, which are the last ones, for any `vert_stride`.
         layer: index of the layer from 0; it rotates default phases and has no effect on given ones.
         warn_lost: whether to warn if given `phases` leave distant blocks that no head sees.
@@ -197,10 +197,10 @@ class S2Pattern(BlockPattern):
             warn_lost=False,
         )
 
-    # A head's shard: the sinks 0 .. sink_blocks-1, then every stride-th block from `first_strided` on.
+    # A head's shard: the sink blocks 0 .. sink_blocks-1, then every stride-th block from `first_strided` on.
 
     def first_strided(self, head: int) -> int:
-        """The first block of the head's shard that is not a sink."""
+        """The first strided block of the head that is not a sink block."""
         return self.sink_blocks + -(self.sink_blocks + self.head_phases[head]) % self.strides[head]
 
     def shard_block(self, head: int, index: int) -> int:
@@ -211,8 +211,8 @@ class S2Pattern(BlockPattern):
 
     def shard_size(self, head: int, num_blocks: int) -> int:
         """Number of the head's shard blocks among key blocks 0 .. num_blocks-1."""
-        first, stride = self.first_strided(head), self.strides[head]
-        return min(max(num_blocks, 0), self.sink_blocks) + max(0, -(-(num_blocks - first) // stride))
+        strided = -(-(num_blocks - self.first_strided(head)) // self.strides[head])
+        return min(max(num_blocks, 0), self.sink_blocks) + max(0, strided)
 
     def shard_prefix(self, head: int, row: int) -> int:
         """Number of shard blocks that query block `row` sees before its window."""

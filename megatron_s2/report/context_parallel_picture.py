@@ -42,21 +42,19 @@ _HALO_HATCH = "/////"
 
 
 def draw_exchange(
-    pattern: S2Pattern, path: str | Path, ranks: int = 4, rank: int = 1, chunk_blocks: int = 8
-) -> None:
-    """Draws the keys and values that one rank receives in each schedule, coloured by the sending rank.
+    pattern: S2Pattern, path: str | Path | None = None, ranks: int = 4, rank: int = 1, chunk_blocks: int = 8
+) -> Figure:
+    """Draws the keys and values that one rank receives in each schedule, coloured by the sending rank, and
+    returns the figure. There is one query head per KV head.
 
-    There is one query head per KV head. `path` is a PNG or an SVG by its suffix.
+    Args:
+        path: PNG or SVG file to write, by its suffix; None to write no file.
+        chunk_blocks: blocks per chunk.
 
     Raises:
         ValueError: another suffix, more ranks than KV heads or than colours, or `rank` is not below `ranks`.
         ImportError: matplotlib is not installed.
     """
-    save_figure(exchange_figure(pattern, ranks, rank, chunk_blocks), path)
-
-
-def exchange_figure(pattern: S2Pattern, ranks: int = 4, rank: int = 1, chunk_blocks: int = 8) -> Figure:
-    """Returns the figure that `draw_exchange` writes."""
     limit = min(pattern.num_kv_heads, len(_RANK_COLOURS))
     if not 1 <= ranks <= limit:
         raise ValueError(f"ranks {ranks}: must be between 1 and {limit}")
@@ -78,7 +76,10 @@ def exchange_figure(pattern: S2Pattern, ranks: int = 4, rank: int = 1, chunk_blo
             received = (held.sum() - 2 * chunk_blocks * held.any(1).sum()) / held.size
         text = f"{title} ({received:.0%} of keys and values received)"
         strips.append((text, [f"KV head {g}" for g in range(heads)], np.where(held, owner, -1), halo))
-    return _draw_strips(strips, zigzag, rank)
+    figure = _draw_strips(strips, zigzag, rank)
+    if path is not None:
+        save_figure(figure, path)
+    return figure
 
 
 def _keys_held(
@@ -174,18 +175,17 @@ def plan_sizes(largest: int, seq_length: int) -> list[int]:
     return [*(size for size in powers if seq_length % (2 * size) == 0), largest]
 
 
-def draw_plans(plans: Sequence[ModelPlan], path: str | Path) -> None:
-    """Draws bytes and predicted time of every schedule over the number of ranks, from one plan for each.
+def draw_plans(plans: Sequence[ModelPlan], path: str | Path | None = None) -> Figure:
+    """Draws bytes and predicted time of every schedule over the number of ranks, and returns the figure.
+
+    Args:
+        plans: one plan for each number of ranks.
+        path: PNG or SVG file to write, by its suffix; None to write no file.
 
     Raises:
-        ValueError: the suffix of `path` is not .png or .svg.
+        ValueError: another suffix.
         ImportError: matplotlib is not installed.
     """
-    save_figure(plans_figure(plans), path)
-
-
-def plans_figure(plans: Sequence[ModelPlan]) -> Figure:
-    """Returns the figure that `draw_plans` writes."""
     figure = new_figure(9.6, 4.3)
     from matplotlib.ticker import LogLocator
 
@@ -216,6 +216,8 @@ def plans_figure(plans: Sequence[ModelPlan]) -> Figure:
     lines = figure.axes[0].get_legend_handles_labels()
     figure.legend(*lines, loc="lower center", ncols=4, frameon=False, fontsize=9)
     figure.subplots_adjust(left=0.07, right=0.98, top=0.84, bottom=0.22, wspace=0.16)
+    if path is not None:
+        save_figure(figure, path)
     return figure
 
 

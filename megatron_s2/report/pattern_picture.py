@@ -35,11 +35,12 @@ class _Kind(NamedTuple):
 
 
 _UNSEEN = _Kind("not seen by this head", Colour.PALE)
-_SHARD = _Kind("the head's shard", Colour.ORANGE)
+_STRIDED = _Kind("strided", Colour.ORANGE)
 _SINK = _Kind("sink", Colour.GREEN)
 _WINDOW = _Kind("window", Colour.BLUE)
 _DIAGONAL = _Kind("diagonal, causal inside", Colour.NAVY)
 _SEEN = _Kind("seen", Colour.BLUE)
+_KINDS = (_DIAGONAL, _WINDOW, _SEEN, _SINK, _STRIDED, _UNSEEN)  # in the order of the legend
 _LOST = _Kind("seen by no head", Colour.RED)
 _FUTURE_COLOUR = "#ffffff"
 _FEW_TO_ALL_HEADS = ("#fbd5a0", "#7fb2dd", Colour.NAVY)
@@ -47,32 +48,23 @@ _FEW_TO_ALL_HEADS = ("#fbd5a0", "#7fb2dd", Colour.NAVY)
 
 def draw_pattern(
     pattern: BlockPattern,
-    path: str | Path,
+    path: str | Path | None = None,
     num_blocks: int = 32,
     title: str | None = None,
     num_layers: int = 1,
-) -> None:
-    """Draws the first `num_blocks` blocks of `pattern` to `path`, a PNG or an SVG by its suffix.
+) -> Figure:
+    """Draws the first `num_blocks` blocks of `pattern`, and returns the figure.
 
     The picture has one panel per KV head (with more than eight heads, the first seven and the last), and one
     with the number of heads that see each block, counted over `num_layers` consecutive layers from
     the pattern's layer on.
 
-    Raises:
-        ValueError: another suffix, or as for `pattern_figure`.
-        ImportError: matplotlib is not installed.
-    """
-    save_figure(pattern_figure(pattern, num_blocks, title, num_layers), path)
-
-
-def pattern_figure(
-    pattern: BlockPattern, num_blocks: int = 32, title: str | None = None, num_layers: int = 1
-) -> Figure:
-    """Returns the figure that `draw_pattern` writes.
+    Args:
+        path: PNG or SVG file to write, by its suffix; None to write no file.
 
     Raises:
-        ValueError: `num_blocks` or `num_layers` is not positive, or `num_layers` is more than 1 for a
-            pattern that is not an `S2Pattern`.
+        ValueError: another suffix; `num_blocks` or `num_layers` is not positive; or `num_layers` is more than
+            1 for a pattern that is not an `S2Pattern`.
         ImportError: matplotlib is not installed.
     """
     if num_blocks < 1:
@@ -95,14 +87,14 @@ def pattern_figure(
     def square(left: float, bottom: float, size: float) -> Axes:
         return figure.add_axes((left / width, bottom / height, size / width, size / height))
 
-    shown: list[_Kind] = []
+    shown: set[int] = set()
     for panel, head in enumerate(heads):
         row, column = divmod(panel, columns)
         axes = square(_LEFT + column * (side + _GAP), _BOTTOM + (rows - 1 - row) * (side + _TITLED_GAP), side)
-        kinds, cells = _cells_of_head(pattern, head, num_blocks)
-        _draw_head(axes, cells, kinds, _head_title(pattern, head))
+        cells = _cells_of_head(pattern, head, num_blocks)
+        _draw_head(axes, cells, _head_title(pattern, head))
         _label_blocks(axes, num_blocks, x=panel + columns >= len(heads), y=column == 0)
-        shown.extend(kind for kind in kinds if kind not in shown)
+        shown.update(cells[cells >= 0].tolist())
 
     counts = _heads_that_see(pattern, num_blocks, num_layers)
     axes = square(union_left, _BOTTOM, union_side)
@@ -123,6 +115,8 @@ def pattern_figure(
         )
     entries = _legend(shown, some_lost=bool((counts == 0).any()))
     draw_legend(figure, entries, _LEFT, 0.1, handlelength=1, handleheight=1)
+    if path is not None:
+        save_figure(figure, path)
     return figure
 
 
@@ -132,27 +126,21 @@ def _heads_to_show(num_kv_heads: int) -> list[int]:
     return [*range(_MAX_HEAD_PANELS - 1), num_kv_heads - 1]  # dense heads are the last ones
 
 
-def _cells_of_head(pattern: BlockPattern, head: int, num_blocks: int) -> tuple[list[_Kind], np.ndarray]:
-    """The kinds that occur, and for each block `[query, key]` the index of its kind, -1 in the future."""
+def _cells_of_head(pattern: BlockPattern, head: int, num_blocks: int) -> np.ndarray:
+    """`[query, key]`, the index in `_KINDS` of the kind of each block, -1 in the future."""
     import numpy as np
 
     is_s2 = isinstance(pattern, S2Pattern)
-    kinds = [_UNSEEN, _SHARD, _SINK, _WINDOW, _DIAGONAL] if is_s2 else [_UNSEEN, _SEEN, _DIAGONAL]
     cells = np.full((num_blocks, num_blocks), -1)
     for row in range(num_blocks):
-        cells[row, :row] = kinds.index(_UNSEEN)
+        cells[row, :row] = _KINDS.index(_UNSEEN)
         visible = np.array(pattern.row_blocks(head, row))
+        cells[row, visible] = _KINDS.index(_STRIDED if is_s2 else _SEEN)
         if is_s2:
-            cells[row, visible] = kinds.index(_SHARD)
-            cells[row, visible[visible < pattern.sink_blocks]] = kinds.index(_SINK)
-            cells[row, visible[visible > row - pattern.local_blocks]] = kinds.index(_WINDOW)
-        else:
-            cells[row, visible] = kinds.index(_SEEN)
-        cells[row, row] = kinds.index(_DIAGONAL)
-    present = [index for index in range(len(kinds)) if (cells == index).any()]
-    renumbered = np.full(len(kinds) + 1, -1)
-    renumbered[present] = range(len(present))
-    return [kinds[index] for index in present], renumbered[cells]
+            cells[row, visible[visible < pattern.sink_blocks]] = _KINDS.index(_SINK)
+            cells[row, visible[visible > row - pattern.local_blocks]] = _KINDS.index(_WINDOW)
+        cells[row, row] = _KINDS.index(_DIAGONAL)
+    return cells
 
 
 def _heads_that_see(pattern: BlockPattern, num_blocks: int, num_layers: int) -> np.ndarray:
@@ -170,11 +158,11 @@ def _heads_that_see(pattern: BlockPattern, num_blocks: int, num_layers: int) -> 
     return counts
 
 
-def _draw_head(axes: Axes, cells: np.ndarray, kinds: list[_Kind], title: str) -> None:
-    draw_cells(axes, cells, [_FUTURE_COLOUR, *(kind.colour for kind in kinds)], _grid(len(cells)))
+def _draw_head(axes: Axes, cells: np.ndarray, title: str) -> None:
+    draw_cells(axes, cells, [_FUTURE_COLOUR, *(kind.colour for kind in _KINDS)], _grid(len(cells)))
     axes.set_title(title, fontsize=9, pad=4)
-    unseen = kinds.index(_UNSEEN) if _UNSEEN in kinds else -1
-    _write_share(axes, seen=(cells >= 0) & (cells != unseen), past=cells >= 0, fontsize=9)
+    past = cells >= 0
+    _write_share(axes, seen=past & (cells != _KINDS.index(_UNSEEN)), past=past, fontsize=9)
 
 
 def _draw_union(axes: Axes, bar_axes: Axes, counts: np.ndarray, title: str) -> None:
@@ -233,13 +221,11 @@ def _write_share(axes: Axes, seen: np.ndarray, past: np.ndarray, fontsize: float
     )
 
 
-def _legend(kinds: list[_Kind], some_lost: bool) -> list[Patch]:
+def _legend(shown: set[int], some_lost: bool) -> list[Patch]:
     from matplotlib.patches import Patch
 
-    in_order = [kind for kind in (_DIAGONAL, _WINDOW, _SEEN, _SINK, _SHARD, _UNSEEN) if kind in kinds]
-    if some_lost:
-        in_order.append(_LOST)
-    return [Patch(facecolor=kind.colour, label=kind.label) for kind in in_order]
+    kinds = [_KINDS[index] for index in sorted(shown)] + [_LOST] * some_lost
+    return [Patch(facecolor=kind.colour, label=kind.label) for kind in kinds]
 
 
 def _head_title(pattern: BlockPattern, head: int) -> str:

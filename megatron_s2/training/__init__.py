@@ -1,1 +1,1 @@
-"""What stands around `megatron.training.pretrain`."""
+"""Flags, checks, configuration, batches, CPU runtime, patches and hooks of `megatron.training.pretrain`."""

@@ -1,4 +1,4 @@
-"""Every `--s2-…` flag, and what is checked about it before Megatron builds anything."""
+"""The `--s2-…` flags of attention, and their checks before Megatron builds anything."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 
 from megatron_s2.errors import flag_name
-from megatron_s2.layers.arguments import refuse_bypasses, settings_from_args
-from megatron_s2.parallel.time_model import OURS, Cluster
+from megatron_s2.layers.arguments import cluster_from_args, refuse_bypasses, settings_from_args
+from megatron_s2.parallel.time_model import S2_SCHEDULES, Cluster
 from megatron_s2.pattern import S2Settings
 from megatron_s2.training.offload_arguments import add_offload_args
 
 _S2_FLAG = "--s2-attention"
-# What a checkpoint's attention depends on: the S2 flags, and Megatron's for sink logits.
+# Arguments that a checkpoint's attention depends on: those of S2, and Megatron's for sink logits.
 _CHECKPOINTED = (
     "s2_attention",
     *(f"s2_{name}" for name in S2Settings.__dataclass_fields__),
@@ -24,7 +24,8 @@ _CHECKPOINTED = (
 def add_s2_args(parser: ArgumentParser) -> ArgumentParser:
     """Adds the `--s2-…` flags to Megatron's parser (an `extra_args_provider`).
 
-    Their parsed defaults are None, so that `validate_s2_args` knows what the user gave; it fills them in.
+    Flags that are not given are parsed as None, so that `validate_s2_args` can distinguish them from given
+    ones; it sets their defaults.
     """
     group = parser.add_argument_group("S2 attention")
     add = group.add_argument
@@ -48,7 +49,7 @@ def add_s2_args(parser: ArgumentParser) -> ArgumentParser:
         "--s2-vert-stride",
         type=int,
         nargs="+",
-        help="Every so many blocks of the past one is in a head's shard; one number, or one per KV head. "
+        help="v: beyond its window a head sees every v-th block of the past; one number, or one per KV head. "
         f"1 is dense. Default {S2Settings.vert_stride}.",
     )
     add(
@@ -60,8 +61,9 @@ def add_s2_args(parser: ArgumentParser) -> ArgumentParser:
         "--s2-phases",
         type=int,
         nargs="+",
-        help="Residue of each KV head's shard: it sees block j when (j + phase) %% stride is 0. By default "
-        "phases spread over the KV heads and, where these are fewer than the stride, rotate with the layer.",
+        help="Phase of each KV head, which sees block j of the past when (j + phase) %% stride is 0. By "
+        "default phases spread over the KV heads and, where these are fewer than the stride, rotate with the "
+        "layer.",
     )
     add(
         "--s2-num-dense-heads",
@@ -73,26 +75,27 @@ def add_s2_args(parser: ArgumentParser) -> ArgumentParser:
         type=_layer_numbers,
         help="Layers that keep dense attention, numbered from 1: 1,2. Default none.",
     )
-    add("--s2-dense-layer-freq", type=int, help="Every so many layers one stays dense. Default 0: none.")
+    add("--s2-dense-layer-freq", type=int, help="n: every n-th layer keeps dense attention. Default 0: none.")
     add(
         "--s2-learnable-sink",
         action="store_true",
         default=None,
-        help="A learned logit per head, from 0 on, that takes part in the softmax without a value; the same "
-        "as --softmax-type learnable.",
+        help="Add a learned logit per head to the softmax, without a value and initialized to 0; the same as "
+        "--softmax-type learnable.",
     )
     add(
         "--s2-anneal-steps",
         type=int,
-        help="Narrow from dense attention to the pattern over so many steps, for --finetune of a dense "
-        "model: strides double from 1, while the window halves. Default 0: the pattern from the first step.",
+        help="Number of steps in which attention narrows from dense to the pattern, for --finetune of a "
+        "dense model: strides double from 1, while the window halves. Default 0: the pattern from the first "
+        "step.",
     )
     add(
         "--s2-autotune",
         action="store_true",
         default=None,
-        help="Measure once which tiles of the Triton kernels are fastest on this GPU; the bits of results "
-        "depend on the choice. Default: the shipped ones.",
+        help="Measure once which tiles of the Triton kernels are fastest on this GPU; the rounding of "
+        "results depends on the choice. Default: the shipped tiles.",
     )
     add(
         "--s2-backend",
@@ -108,16 +111,21 @@ def _add_context_parallel_args(parser: ArgumentParser) -> None:
     add = parser.add_argument_group("S2 attention under --context-parallel-size").add_argument
     add(
         "--s2-cp-schedule",
-        choices=["auto", *OURS],
-        help="gather: ranks exchange the shards and windows their heads need. a2a: heads move to the ranks. "
-        "Default auto: for each layer what the planner predicts to be faster (scripts/plan.py shows why).",
+        choices=["auto", *S2_SCHEDULES],
+        help="gather: ranks exchange the shards and window halos of all heads. a2a: each rank receives some "
+        "heads of the whole sequence. Default auto: for each layer the one that the planner predicts to be "
+        "faster (scripts/plan.py prints the reason).",
     )
     rates = Cluster()
     for name, kind, meaning in (
-        ("gpus_per_node", int, "GPUs that share the fast link"),
-        ("intra_gigabytes_per_s", float, "GB/s (10**9 bytes) of a GPU to its own node, each direction"),
-        ("inter_gigabytes_per_s", float, "GB/s (10**9 bytes) of a GPU to other nodes, each direction"),
-        ("chip_tflops", float, "peak of a GPU in 10**12 FLOP/s"),
+        ("gpus_per_node", int, "number of GPUs that share the fast link"),
+        ("intra_gigabytes_per_s", float, "GB/s (10**9 bytes) between a GPU and its node, in each direction"),
+        (
+            "inter_gigabytes_per_s",
+            float,
+            "GB/s (10**9 bytes) between a GPU and other nodes, in each direction",
+        ),
+        ("chip_tflops", float, "peak rate of a GPU in 10**12 FLOP/s"),
         ("efficiency", float, "share of the peak that attention reaches"),
     ):
         default = getattr(rates, name)
@@ -129,16 +137,16 @@ def _add_context_parallel_args(parser: ArgumentParser) -> None:
 
 
 def validate_s2_args(args: Namespace, argv: Sequence[str] = ()) -> list[str]:
-    """Checks the parsed S2 flags, fills in their defaults, and settles Megatron flags that follow.
+    """Checks the parsed S2 flags, and sets their defaults and the Megatron flags that S2 attention requires.
 
     Call it after parsing and before Megatron's own validation.
 
     Args:
-        args: the parsed namespace, changed in place.
-        argv: the command line, to tell what the user asked for from Megatron's defaults.
+        args: the parsed arguments, changed in place.
+        argv: the command line, which distinguishes the user's flags from Megatron's defaults.
 
     Returns:
-        What was settled for the user, as flags.
+        The Megatron flags that were set.
 
     Raises:
         ValueError: `--flag value: must be …`.
@@ -154,7 +162,9 @@ def validate_s2_args(args: Namespace, argv: Sequence[str] = ()) -> list[str]:
             raise ValueError(f"{flag_name(given[0])}: needs --s2-attention")
         return []
     if args.spec is not None:
-        raise ValueError(f"--spec: must not be set with {_S2_FLAG}, which brings its own; use one of the two")
+        raise ValueError(
+            f"--spec: must not be set with {_S2_FLAG}, which has a layer spec of its own; use one of the two"
+        )
     refuse_bypasses(args, _S2_FLAG)
     if args.s2_learnable_sink and args.softmax_type == "off-by-one":
         raise ValueError("--softmax-type off-by-one: must not be set with --s2-learnable-sink")
@@ -166,11 +176,9 @@ def validate_s2_args(args: Namespace, argv: Sequence[str] = ()) -> list[str]:
     args.s2_cp_schedule = args.s2_cp_schedule or "auto"
     cluster_from_args(args)
     if args.s2_anneal_steps:
-        _refuse_cuda_graphs(args, "--s2-anneal-steps: a graph keeps the attention of its capture")
+        _refuse_cuda_graphs(args, "--s2-anneal-steps: a CUDA graph keeps the attention")
     if args.dataloader_inter_document_masking:
-        _refuse_cuda_graphs(
-            args, "--dataloader-inter-document-masking: a graph keeps the documents of its capture"
-        )
+        _refuse_cuda_graphs(args, "--dataloader-inter-document-masking: a CUDA graph keeps the documents")
     if args.seq_length is not None and args.seq_length < settings.block_size:
         raise ValueError(
             f"--seq-length {args.seq_length}: must be at least one block "
@@ -180,34 +188,17 @@ def validate_s2_args(args: Namespace, argv: Sequence[str] = ()) -> list[str]:
         _check_context_parallel(args)
     if args.s2_learnable_sink:
         args.softmax_type = "learnable"
-    return settle_for_s2(args, argv, _S2_FLAG)
-
-
-def cluster_from_args(args: Namespace) -> Cluster:
-    """The planner's rates of parsed arguments; fills in the defaults of those flags that were not given.
-
-    Raises:
-        ValueError: a rate is not positive; the message starts with its flag.
-    """
-    for name, default in vars(Cluster()).items():
-        if getattr(args, f"s2_{name}") is None:
-            setattr(args, f"s2_{name}", default)
-    try:
-        return Cluster(**{name: getattr(args, f"s2_{name}") for name in Cluster.__dataclass_fields__})
-    except ValueError as error:
-        name, rest = str(error).split(" ", 1)
-        raise ValueError(f"{flag_name('s2_' + name)} {rest}") from None
+    return set_required_args(args, argv, _S2_FLAG)
 
 
 def _refuse_cuda_graphs(args: Namespace, beside: str) -> None:
-    older = (
+    for is_set, flag in (
+        (args.cuda_graph_impl != "none", f"--cuda-graph-impl {args.cuda_graph_impl}"),
         (args.enable_cuda_graph, "--enable-cuda-graph"),
         (args.external_cuda_graph, "--external-cuda-graph"),
-    )
-    captures = args.cuda_graph_impl != "none", f"--cuda-graph-impl {args.cuda_graph_impl}"
-    for given, flag in (captures, *older):
-        if given:
-            raise ValueError(f"{flag}: must not be set with {beside}")
+    ):
+        if is_set:
+            raise ValueError(f"{flag}: must not be set with {beside} that it captured")
 
 
 def _check_context_parallel(args: Namespace) -> None:
@@ -218,7 +209,7 @@ def _check_context_parallel(args: Namespace) -> None:
         )
     if args.s2_autotune:
         raise ValueError(
-            f"--s2-autotune: must not be set with --context-parallel-size {ranks}, where nothing is tuned"
+            f"--s2-autotune: must not be set with --context-parallel-size {ranks}, which does not tune"
         )
     if args.seq_length is not None and args.seq_length % (2 * ranks):
         raise ValueError(
@@ -233,58 +224,69 @@ def _check_context_parallel(args: Namespace) -> None:
         )
 
 
-def settle_for_s2(args: Namespace, argv: Sequence[str], asked_by: str) -> list[str]:
-    """Sets the Megatron flags that S2 attention decides, where the user did not; returns them as flags.
+def set_required_args(args: Namespace, argv: Sequence[str], source: str) -> list[str]:
+    """Sets the Megatron arguments that S2 attention requires, and returns them as flags.
+
+    Args:
+        args, argv: as in `validate_s2_args`.
+        source: the flag that selects S2 attention.
 
     Raises:
-        ValueError: the user asked for dropout inside attention.
+        ValueError: the command line has dropout inside attention.
     """
-    settled = []
+    added = []
     if args.attention_dropout:
         if any(word.split("=")[0] == "--attention-dropout" for word in argv):
             raise ValueError(
-                f"--attention-dropout {args.attention_dropout}: must be 0 with {asked_by}: S2 attention "
+                f"--attention-dropout {args.attention_dropout}: must be 0 with {source}: S2 attention "
                 "has no dropout inside the softmax"
             )
         args.attention_dropout = 0.0
-        settled.append("--attention-dropout 0")
+        added.append("--attention-dropout 0")
     if args.create_attention_mask_in_dataloader:
-        # A mask of seq x seq per sample, which S2 attention would not read.
+        # The mask has seq x seq elements per sample, and S2 attention does not read it.
         args.create_attention_mask_in_dataloader = False
-        settled.append("--no-create-attention-mask-in-dataloader")
+        added.append("--no-create-attention-mask-in-dataloader")
     packed = getattr(args, "dataloader_inter_document_masking", False)
     if packed and args.context_parallel_size > 1 and args.apply_rope_fusion:
-        # The fused kernel places packed tokens as if each document were dealt out on its own.
+        # The fused kernel assumes that each document is distributed over the ranks on its own.
         args.apply_rope_fusion = False
-        settled.append("--no-rope-fusion")
-    return settled
+        added.append("--no-rope-fusion")
+    return added
 
 
-def take_from_checkpoint(args: Namespace, saved: Namespace) -> None:
-    """Takes the S2 flags that a checkpoint depends on from its arguments where the command line gives none
-    (`--use-checkpoint-args`; call it before `validate_s2_args`)."""
+def load_s2_args(args: Namespace, saved: Namespace) -> None:
+    """Sets the S2 arguments that were not given to those of a checkpoint, for `--use-checkpoint-args`.
+
+    Call it before `validate_s2_args`.
+
+    Args:
+        args: the parsed arguments, changed in place.
+        saved: the arguments in the checkpoint.
+    """
     if not getattr(saved, "s2_attention", False):
         return
     args.s2_attention = True
     for name in (n for n in (*_CHECKPOINTED, "s2_learnable_sink") if n in args and n.startswith("s2_")):
-        anneals_afresh = name == "s2_anneal_steps" and args.finetune  # only if the command line says so
-        if getattr(args, name) is None and not anneals_afresh:
+        is_new_annealing = name == "s2_anneal_steps" and args.finetune
+        if getattr(args, name) is None and not is_new_annealing:
             setattr(args, name, getattr(saved, name, None))
     args.softmax_type = saved.softmax_type if args.softmax_type == "vanilla" else args.softmax_type
 
 
 def differences_from_checkpoint(args: Namespace, saved: Namespace) -> list[str]:
-    """Where the attention of validated arguments is not that of a checkpoint's arguments, one text each."""
-    mine, its = ({name: getattr(a, name, None) for name in _CHECKPOINTED} for a in (args, saved))
-    if bool(mine["s2_attention"]) != bool(its["s2_attention"]):
-        given, trained = ("not given", "with") if its["s2_attention"] else ("given", "without")
+    """Returns one message for each difference between the attention of validated arguments and that of the
+    arguments in a checkpoint."""
+    ours, theirs = ({name: getattr(a, name, None) for name in _CHECKPOINTED} for a in (args, saved))
+    if bool(ours["s2_attention"]) != bool(theirs["s2_attention"]):
+        given, trained = ("not given", "with") if theirs["s2_attention"] else ("given", "without")
         return [f"--s2-attention {given}: the checkpoint was trained {trained} it"]
-    if not mine["s2_attention"]:
+    if not ours["s2_attention"]:
         return []
     return [
-        f"{flag_name(name)} {mine[name]}: the checkpoint was trained with {its[name]}"
+        f"{flag_name(name)} {ours[name]}: the checkpoint was trained with {theirs[name]}"
         for name in _CHECKPOINTED
-        if name in vars(args) and mine[name] != its[name]
+        if name in vars(args) and ours[name] != theirs[name]
     ]
 
 

@@ -1,8 +1,8 @@
-"""Refuses, before anything is built, a run that Megatron would let start and then break or hang.
+"""Checks of arguments that Megatron accepts at first and that make it fail or hang later.
 
-Megatron finds a missing data file only after the model has been built, takes a missing `--load` directory
-for a fresh start, and waits for ever for samples of a split without documents. These checks read the parsed
-arguments and the file system, nothing else.
+Megatron opens data files only after it has built the model, starts from random weights if the directory of
+`--load` does not exist, and loops forever on a split without documents. These checks read only the parsed
+arguments and the file system.
 """
 
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 from megatron_s2.data.output import check_writable
 from megatron_s2.errors import flag_name
 
-# Megatron's names of tokenizers that `--tokenizer-model` describes, as a file or (Hugging Face) also by name.
+# Values of `--tokenizer-type` that need `--tokenizer-model`: a file or, for Hugging Face, a name on the hub.
 _TOKENIZERS_FROM_FILE = (
     "SentencePieceTokenizer",
     "GPTSentencePieceTokenizer",
@@ -24,8 +24,8 @@ _TOKENIZERS_FROM_FILE = (
 )
 _TOKENIZERS_FROM_MODEL = (*_TOKENIZERS_FROM_FILE, "HuggingFaceTokenizer")
 _REMOTE_SCHEMES = ("s3://", "msc://")
-# Head of an .idx file: magic, version, code of the token type, number of sequences (which a GPT splits by).
-_INDEX_HEAD = struct.Struct("<9sQBQ")
+# Header of an .idx file: magic, version, code of the dtype, number of sequences (documents, for a GPT).
+_INDEX_HEADER = struct.Struct("<9sQBQ")
 _INDEX_MAGIC = b"MMIDIDX\x00\x00"
 _DEFAULT_SPLIT = "969, 30, 1"  # Megatron's, for --data-path
 _SPLITS = ("training", "validation", "test")
@@ -40,10 +40,11 @@ _OUTPUT_DIRECTORIES = (
 
 
 def check_paths(args: Namespace) -> None:
-    """Checks every path that a run will read or write.
+    """Checks that every path that the run will read exists, and that every directory that it will write to
+    exists or can be made.
 
     Raises:
-        ValueError: naming the flag and the path that does not exist, or where nothing can be written.
+        ValueError: a path does not exist or is not writable; the message names it and its flag.
     """
     _check_data(args)
     _check_load(args)
@@ -54,18 +55,18 @@ def check_paths(args: Namespace) -> None:
 
 
 def check_model(args: Namespace) -> None:
-    """Checks the parts of the model's description that Megatron takes without a look and breaks on later.
+    """Checks arguments of the model that Megatron does not validate.
 
     Raises:
-        ValueError: naming the flag, its value and what is allowed.
+        ValueError: an argument is invalid; the message names its flag.
     """
     heads, groups = args.num_attention_heads, args.num_query_groups
     if args.group_query_attention and heads and (groups < 1 or heads % groups):
         raise ValueError(f"--num-query-groups {groups}: must divide --num-attention-heads {heads}")
     if args.config_logger_dir:
         raise ValueError(
-            f"--config-logger-dir {args.config_logger_dir}: Megatron cannot write it, because its "
-            "configuration holds process groups; remove it, all arguments are printed at the start"
+            f"--config-logger-dir {args.config_logger_dir}: Megatron cannot write its configuration, which "
+            "contains process groups; remove the flag, all arguments are printed at the start"
         )
 
 
@@ -123,23 +124,20 @@ def _schedule(args: Namespace) -> dict[str, object]:
 
 
 def check_splits(args: Namespace) -> None:
-    """Checks that every split that will be built has documents, by Megatron's own arithmetic.
+    """Checks that every split with a share of the documents has at least one, with Megatron's rounding.
 
-    Megatron builds each split that has a share, also when `--eval-iters 0` leaves it unread, and never ends
-    on one without documents. Files must be there: call `check_paths` first.
+    Megatron builds such a split even if `--eval-iters 0` leaves it unused, and loops forever if it is empty.
+    Call `check_paths` first, because the files must exist.
 
     Raises:
-        ValueError: naming the flag, the prefix, the split without documents and what to do.
+        ValueError: a split is empty; the message names its flag, the prefix and what to do.
     """
     for flag, prefixes in _data_prefixes(args):
-        is_split = flag in ("--data-path", "--data-args-path")
-        if is_split and not args.split and flag != "--data-path":
+        if flag == "--data-args-path" and not args.split:
             raise ValueError(f"--split: must be given with {flag}")
         split = args.split or _DEFAULT_SPLIT
-        shares = _shares(split) if is_split else [(0.0, 1.0)]
+        shares = _shares(split) if flag in ("--data-path", "--data-args-path") else [(0.0, 1.0)]
         for prefix in prefixes:
-            if prefix.startswith(_REMOTE_SCHEMES):
-                continue
             documents = _number_of_documents(flag, prefix)
             if documents == 0:
                 raise ValueError(f"{flag} {prefix}: has no documents")
@@ -157,7 +155,7 @@ def _boundary(share: float, documents: int) -> int:
 
 
 def _shares(split: str) -> list[tuple[float, float] | None]:
-    """Where each split begins and ends, as parts of all documents; None for a split that is not built."""
+    """Returns start and stop of each split as fractions of all documents; None for one without a share."""
     from megatron.core.datasets import blended_megatron_dataset_config as config
 
     try:
@@ -173,17 +171,15 @@ def _shares(split: str) -> list[tuple[float, float] | None]:
 
 def _number_of_documents(flag: str, prefix: str) -> int:
     with open(f"{prefix}.idx", "rb") as index:
-        head = index.read(_INDEX_HEAD.size)
-    if len(head) < _INDEX_HEAD.size or not head.startswith(_INDEX_MAGIC):
-        raise ValueError(f"{flag} {prefix}: {prefix}.idx is no index that scripts/preprocess_data.py wrote")
-    return _INDEX_HEAD.unpack(head)[3]
+        header = index.read(_INDEX_HEADER.size)
+    if len(header) < _INDEX_HEADER.size or not header.startswith(_INDEX_MAGIC):
+        raise ValueError(f"{flag} {prefix}: {prefix}.idx is not an index of scripts/preprocess_data.py")
+    return _INDEX_HEADER.unpack(header)[3]
 
 
 def _check_data(args: Namespace) -> None:
     for flag, prefixes in _data_prefixes(args):
         for prefix in prefixes:
-            if prefix.startswith(_REMOTE_SCHEMES):
-                continue
             for suffix in (".bin", ".idx"):
                 if not os.path.isfile(prefix + suffix):
                     raise ValueError(
@@ -193,17 +189,17 @@ def _check_data(args: Namespace) -> None:
 
 
 def _data_prefixes(args: Namespace) -> Iterator[tuple[str, list[str]]]:
-    """Each flag that names data, with the prefixes it names."""
+    """Yields each flag that was given data, and the prefixes of its files on local disks."""
     for flag in ("--data-path", "--train-data-path", "--valid-data-path", "--test-data-path"):
         words = getattr(args, flag[2:].replace("-", "_"))
         if words is None:
             continue
         if not words:
             raise ValueError(f"{flag}: must be followed by a prefix, or weights and prefixes")
-        yield flag, _without_weights(words)
+        yield flag, _local_prefixes(words)
     if args.data_args_path:
         _check_file("--data-args-path", args.data_args_path)
-        yield "--data-args-path", _without_weights(Path(args.data_args_path).read_text().split())
+        yield "--data-args-path", _local_prefixes(Path(args.data_args_path).read_text().split())
     if args.per_split_data_args_path:
         flag, path = "--per-split-data-args-path", args.per_split_data_args_path
         _check_file(flag, path)
@@ -215,15 +211,16 @@ def _data_prefixes(args: Namespace) -> Iterator[tuple[str, list[str]]]:
             if split not in splits:
                 raise ValueError(f'{flag} {path}: must have the keys "train", "valid" and "test"')
             words = splits[split] or []
-            yield flag, _without_weights(words.split() if isinstance(words, str) else words)
+            yield flag, _local_prefixes(words.split() if isinstance(words, str) else words)
 
 
-def _without_weights(words: Iterable[str]) -> list[str]:
-    """The prefixes of a blend, given as Megatron reads it: prefixes, or weight, prefix, weight, prefix, …"""
-    words = [str(word) for word in words]
+def _local_prefixes(blend: Iterable[str]) -> list[str]:
+    """Returns the local prefixes of a blend, which is as in Megatron a list of prefixes, or of weights and
+    prefixes in turn."""
+    words = [str(word) for word in blend]
     if len(words) % 2 == 0 and all(_is_number(word) for word in words[::2]):
-        return words[1::2]
-    return words
+        words = words[1::2]
+    return [word for word in words if not word.startswith(_REMOTE_SCHEMES)]
 
 
 def _is_number(word: str) -> bool:
@@ -235,18 +232,18 @@ def _is_number(word: str) -> bool:
 
 
 def _check_load(args: Namespace) -> None:
-    """The first launch of a job that saves and loads in one place finds nothing there; that is no mistake."""
     for flag in ("--load", "--pretrained-checkpoint"):
         path = getattr(args, flag[2:].replace("-", "_"), None)
         if not path or path.startswith(_REMOTE_SCHEMES) or os.path.isdir(path):
             continue
+        # A job that saves to the directory that it loads from finds nothing there when it first starts.
         is_first_launch = (
             flag == "--load" and args.save and os.path.abspath(args.save) == os.path.abspath(path)
         )
         if not is_first_launch:
             raise ValueError(
                 f"{flag} {path}: there is no such directory; "
-                "to start afresh, remove the flag or give the --save directory"
+                "to start from random weights, remove the flag or give the --save directory"
             )
 
 
@@ -256,7 +253,7 @@ def _check_tokenizer(args: Namespace) -> None:
             _check_file(flag, path)
     model = args.tokenizer_model
     if args.use_checkpoint_args and not args.tokenizer_type:
-        return  # the checkpoint names the tokenizer
+        return  # the tokenizer is an argument in the checkpoint
     if (args.tokenizer_type or "GPT2BPETokenizer") == "GPT2BPETokenizer" and not args.vocab_file:
         raise ValueError(
             "--vocab-file: must be given, with --merge-file, for GPT2BPETokenizer (Megatron's default); "
@@ -266,7 +263,7 @@ def _check_tokenizer(args: Namespace) -> None:
         raise ValueError(f"--tokenizer-model: must be given for --tokenizer-type {args.tokenizer_type}")
     if not model:
         return
-    # A Hugging Face name such as "org/model" is looked up on the hub, so only what looks like a path is one.
+    # "org/model" may be a name on the Hugging Face hub; any other value with a slash is a path.
     looks_like_path = model.startswith(("/", "./", "../", "~")) or model.count("/") > 1
     if (args.tokenizer_type in _TOKENIZERS_FROM_FILE or looks_like_path) and not os.path.exists(model):
         raise ValueError(f"--tokenizer-model {model}: there is no such file or directory")

@@ -1,4 +1,4 @@
-"""From a command line to what `megatron.training.pretrain` takes, checked before anything is built."""
+"""Turns a command line into checked arguments of `megatron.training.pretrain`, before anything is built."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import sys
 import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -19,7 +18,7 @@ import torch
 
 from megatron_s2.errors import flag_name
 from megatron_s2.layers.arguments import refuse_bypasses
-from megatron_s2.parallel.exchange import Traffic
+from megatron_s2.parallel.collectives import Traffic
 from megatron_s2.parallel.planner import ModelPlan, plan_model
 from megatron_s2.pattern import S2Settings
 from megatron_s2.pattern.annealing import Annealing
@@ -27,8 +26,8 @@ from megatron_s2.report.startup_table import startup_table
 from megatron_s2.training.arguments import (
     add_s2_args,
     differences_from_checkpoint,
-    settle_for_s2,
-    take_from_checkpoint,
+    load_s2_args,
+    set_required_args,
     validate_s2_args,
 )
 from megatron_s2.training.checks import check_model, check_paths, check_schedule, check_splits
@@ -45,54 +44,35 @@ if TYPE_CHECKING:
     from megatron.training.config.container import PretrainConfigContainer
     from megatron.training.models.gpt import GPTModelConfig
 
-# What Megatron can do and this entry point does not, so that it is refused instead of half done.
-_UNSUPPORTED = {
-    "sft": "--sft",
-    "fim_data": "--fim-data",
-    "mtp_num_layers": "--mtp-num-layers",
-    "hybrid_layer_pattern": "--hybrid-layer-pattern",
-    "hybrid_override_pattern": "--hybrid-override-pattern",
-    "hybrid_context_parallel": "--hybrid-context-parallel",
-    "overlap_moe_expert_parallel_comm": "--overlap-moe-expert-parallel-comm",
-    "perform_rl_step": "--perform-rl-step",
-    "logits_load_dir": "--logits-load-dir",
-    "logits_save_dir": "--logits-save-dir",
-    "inprocess_restart": "--inprocess-restart",
-    "yaml_cfg": "--yaml-cfg",
-}
-# What Megatron parses and ignores, and what replaces it.
+# Arguments of Megatron that its own pretrain_gpt.py implements and this entry point does not.
+_UNSUPPORTED = (
+    "sft",
+    "fim_data",
+    "mtp_num_layers",
+    "hybrid_layer_pattern",
+    "hybrid_override_pattern",
+    "hybrid_context_parallel",
+    "overlap_moe_expert_parallel_comm",
+    "perform_rl_step",
+    "logits_load_dir",
+    "logits_save_dir",
+    "inprocess_restart",
+    "yaml_cfg",
+)
+# Arguments that Megatron 0.19 parses and ignores, and what replaces them.
 _IGNORED = {
-    "rampup_batch_size": (
-        "--rampup-batch-size",
-        '--step-batch-size-schedule, such as "0:16 300B:32", in place of --global-batch-size',
-    ),
+    "rampup_batch_size": '--step-batch-size-schedule, such as "0:16 300B:32", in place of --global-batch-size',
 }
-
-
-@dataclass
-class _Decided:
-    """What the checks found and set before Megatron validates the arguments.
-
-    Args:
-        set_for_s2, set_for_offload: Megatron flags that were set for the user.
-        spec_settings: the settings that `--spec` binds to our layer spec; None without it.
-        annealing: position of the run between dense attention and S2; None without `--s2-anneal-steps`.
-    """
-
-    set_for_s2: list[str] = field(default_factory=list)
-    set_for_offload: list[str] = field(default_factory=list)
-    spec_settings: dict | None = None
-    annealing: Annealing | None = None
 
 
 def configure(argv: Sequence[str]) -> tuple[Namespace, PretrainConfigContainer]:
     """Parses and validates the command line and sets Megatron's global variables.
 
-    These are the steps of Megatron's `parse_and_validate_args`, one by one, so that input is checked between
-    them: paths before Megatron opens any, S2 flags before it opens log writers and reads the tokenizer.
+    These are the steps of Megatron's `parse_and_validate_args`, with checks between them: of paths before
+    Megatron opens any, of S2 flags before it opens log writers and reads the tokenizer.
 
     Returns:
-        Megatron's arguments, and the container that `megatron.training.pretrain` takes.
+        Megatron's arguments, and the configuration container for `megatron.training.pretrain`.
 
     Raises:
         ValueError: bad input; the message names the flag.
@@ -100,17 +80,27 @@ def configure(argv: Sequence[str]) -> tuple[Namespace, PretrainConfigContainer]:
     """
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
+    from megatron_s2.layers.config import s2_settings
+
     args, checkpoint_args = _read_arguments(argv)
-    decided = _check_arguments(args, argv, checkpoint_args)
+    overrides, set_for_s2, set_for_offload = _check_arguments(args, argv, checkpoint_args)
     config, model = _build_configs(args, checkpoint_args)
-    _insert_s2(args, config, model, decided)
-    _report(args, config, decided)
+    if overrides is not None:
+        settings = s2_settings(config, **overrides)
+        annealing = _annealing(args, settings)
+        if args.s2_attention:
+            _insert_s2(args, model, annealing)
+        count_s2_flops(annealing or settings)
+        if _rank() == 0:
+            _report(args, config, settings, annealing, set_for_s2)
+    if set_for_offload and _rank() == 0:
+        print(f"megatron-s2: set for --s2-offload: {' '.join(set_for_offload)}", flush=True)
     return args, pretrain_cfg_container_from_args(args, model)
 
 
 def _read_arguments(argv: Sequence[str]) -> tuple[Namespace, Namespace | None]:
-    """The parsed command line, completed from the checkpoint with `--use-checkpoint-args`; and the arguments
-    in the checkpoint that the run loads, None where there is none yet."""
+    """Returns the parsed command line, completed from the checkpoint with `--use-checkpoint-args`; and the
+    arguments in the checkpoint that the run loads, None if there is none yet."""
     from megatron.training.checkpointing import load_args_from_checkpoint
 
     args = _parse(argv)
@@ -122,34 +112,42 @@ def _read_arguments(argv: Sequence[str]) -> tuple[Namespace, Namespace | None]:
         load_args_from_checkpoint(args)
         _refuse_unsupported(args)
         if checkpoint_args is not None:
-            take_from_checkpoint(args, checkpoint_args)
+            load_s2_args(args, checkpoint_args)
     args.tokenizer_type = args.tokenizer_type or "GPT2BPETokenizer"
     args.enable_one_logger &= find_spec("one_logger") is not None  # else Megatron reports it as missing
     return args, checkpoint_args
 
 
-def _check_arguments(args: Namespace, argv: Sequence[str], checkpoint_args: Namespace | None) -> _Decided:
-    """Refuses what would fail later or train something else, and sets the flags that follow from others."""
+def _check_arguments(
+    args: Namespace, argv: Sequence[str], checkpoint_args: Namespace | None
+) -> tuple[dict | None, list[str], list[str]]:
+    """Refuses what would fail later or train something else, and sets the flags that others require.
+
+    Returns:
+        Fields of `S2Settings` that `--spec` sets, None without S2 attention; and the flags that were set for
+        S2 attention and for offload.
+    """
     check_model(args)
     check_splits(args)
     let_eval_interval_be_unset(args)
-    decided = _Decided(validate_s2_args(args, argv), validate_offload_args(args, argv))
+    set_for_s2, set_for_offload = validate_s2_args(args, argv), validate_offload_args(args, argv)
     if args.s2_backend == "triton" and not torch.cuda.is_available():
         raise ValueError("--s2-backend triton: needs a GPU, and there is none here; use auto or torch")
-    decided.spec_settings = _s2_settings_of_spec(args)
-    if decided.spec_settings is not None:
-        asked_by = f"--spec {' '.join(args.spec)}"
-        refuse_bypasses(args, asked_by)
-        decided.set_for_s2 = settle_for_s2(args, argv, asked_by)
+    overrides = {} if args.s2_attention else _settings_of_spec(args)
+    if args.spec is not None and overrides is not None:
+        source = f"--spec {' '.join(args.spec)}"
+        refuse_bypasses(args, source)
+        set_for_s2 = set_required_args(args, argv, source)
     elif checkpoint_args is not None:
         _compare_with_checkpoint(args, checkpoint_args)
-    return decided
+    return overrides, set_for_s2, set_for_offload
 
 
 def _build_configs(
     args: Namespace, checkpoint_args: Namespace | None
 ) -> tuple[TransformerConfig, GPTModelConfig]:
-    """Megatron's own validation, its global variables, and the transformer and model configurations."""
+    """Runs Megatron's validation, sets its global variables, and returns the transformer and the model
+    configuration."""
     from megatron.training import arguments
     from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.global_vars import set_global_variables
@@ -167,47 +165,48 @@ def _build_configs(
     return config, gpt_config_from_args(args, config=config)
 
 
-def _insert_s2(args: Namespace, config: TransformerConfig, model: GPTModelConfig, decided: _Decided) -> None:
-    """Puts S2 attention into the model's layer spec, and its FLOPs and traffic into Megatron's log."""
-    from megatron_s2.layers.config import s2_settings
+def _annealing(args: Namespace, settings: S2Settings) -> Annealing | None:
+    return (
+        Annealing(settings, args.s2_anneal_steps, partial(_iteration, args)) if args.s2_anneal_steps else None
+    )
+
+
+def _iteration(args: Namespace) -> int:
+    """Number of training steps completed so far."""
+    return getattr(args, "curr_iteration", None) or args.iteration
+
+
+def _insert_s2(args: Namespace, model: GPTModelConfig, annealing: Annealing | None) -> None:
+    """Puts S2 attention into the model's layer spec, and its traffic into Megatron's log."""
     from megatron_s2.layers.specs import s2_layer_spec
 
-    if args.s2_attention:
-        traffic = Traffic()
-        if args.s2_anneal_steps:
-            steps_done = partial(_steps_done, args)
-            decided.annealing = Annealing(s2_settings(config), args.s2_anneal_steps, steps_done)
-        model.transformer_layer_spec = partial(s2_layer_spec, traffic=traffic, annealing=decided.annealing)
-        if args.context_parallel_size > 1:
-            log_context_parallel_traffic(traffic)
-    if args.s2_attention or decided.spec_settings is not None:
-        count_s2_flops(decided.annealing or s2_settings(config, **(decided.spec_settings or {})))
+    traffic = Traffic()
+    model.transformer_layer_spec = partial(s2_layer_spec, traffic=traffic, annealing=annealing)
+    if args.context_parallel_size > 1:
+        log_context_parallel_traffic(traffic)
 
 
-def _report(args: Namespace, config: TransformerConfig, decided: _Decided) -> None:
-    """Prints, on rank 0, the startup table and what was set for the user."""
-    from megatron_s2.layers.config import s2_settings
-
-    if _rank():
-        return
-    if args.s2_attention or decided.spec_settings is not None:
-        settings = s2_settings(config, **(decided.spec_settings or {}))
-        element_size = torch.finfo(args.params_dtype).bits // 8
-        plan = _context_parallel_plan(args, config, settings, element_size)
-        print(startup_table(settings, args.seq_length, args.kv_channels, element_size, plan))
-        if decided.set_for_s2:
-            print(f"  set for S2: {' '.join(decided.set_for_s2)}")
-        if decided.annealing is not None:
-            print(f"  annealing: {decided.annealing}")
-    if decided.set_for_offload:
-        print(f"megatron-s2: set for --s2-offload: {' '.join(decided.set_for_offload)}")
+def _report(
+    args: Namespace,
+    config: TransformerConfig,
+    settings: S2Settings,
+    annealing: Annealing | None,
+    set_for_s2: list[str],
+) -> None:
+    """Prints the startup table and the flags that were set for S2 attention."""
+    plan = _context_parallel_plan(args, config, settings)
+    print(startup_table(settings, args.seq_length, args.kv_channels, args.params_dtype.itemsize, plan))
+    if set_for_s2:
+        print(f"  set for S2: {' '.join(set_for_s2)}")
+    if annealing is not None:
+        print(f"  annealing: {annealing}")
     sys.stdout.flush()
 
 
 def _context_parallel_plan(
-    args: Namespace, config: TransformerConfig, settings: S2Settings, element_size: int
+    args: Namespace, config: TransformerConfig, settings: S2Settings
 ) -> ModelPlan | None:
-    """The planned schedules of context parallelism; None on one context-parallel rank."""
+    """Returns the planned schedules of context parallelism; None for one context-parallel rank."""
     from megatron_s2.layers.config import cluster_of
 
     if args.context_parallel_size == 1:
@@ -220,14 +219,14 @@ def _context_parallel_plan(
         context_parallel=args.context_parallel_size,
         tensor_parallel=args.tensor_model_parallel_size,
         micro_batch=args.micro_batch_size,
-        element_size=element_size,
+        element_size=args.params_dtype.itemsize,
         schedule=getattr(args, "s2_cp_schedule", None) or "auto",
         cluster=cluster_of(config),
     )
 
 
-def _s2_settings_of_spec(args: Namespace) -> dict | None:
-    """The settings that `--spec` binds to our layer spec, None where it names another spec or none."""
+def _settings_of_spec(args: Namespace) -> dict | None:
+    """Returns the settings that `--spec` binds to `s2_layer_spec`; None for another spec or without one."""
     from megatron_s2.layers.specs import s2_layer_spec
 
     if args.spec is None:
@@ -244,7 +243,7 @@ def _s2_settings_of_spec(args: Namespace) -> dict | None:
 
 
 def _checkpoint_args(args: Namespace) -> Namespace | None:
-    """The arguments in the checkpoint that this run loads, None where there is none yet."""
+    """Returns the arguments in the checkpoint that this run loads; None if there is none yet."""
     from megatron.training.checkpointing import _load_base_checkpoint, get_checkpoint_tracker_filename
 
     if args.load is None or not Path(get_checkpoint_tracker_filename(args.load)).exists():
@@ -254,7 +253,7 @@ def _checkpoint_args(args: Namespace) -> Namespace | None:
 
 
 def _compare_with_checkpoint(args: Namespace, saved: Namespace) -> None:
-    """Refuses to continue a checkpoint with another attention; `--finetune` may, and says so."""
+    """Refuses to continue a checkpoint with other attention; with `--finetune`, prints the difference."""
     differences = differences_from_checkpoint(args, saved)
     if not differences:
         return
@@ -265,7 +264,7 @@ def _compare_with_checkpoint(args: Namespace, saved: Namespace) -> None:
 
 
 def _parse(argv: Sequence[str]) -> Namespace:
-    """Megatron's own parser on `argv`; what it refuses raises ValueError instead of printing 847 options."""
+    """Parses `argv` by Megatron's parser. Its errors raise ValueError instead of printing 847 options."""
     from megatron.training.arguments import parse_args
 
     def refuse_by_exception(message: str) -> None:
@@ -276,7 +275,7 @@ def _parse(argv: Sequence[str]) -> Namespace:
         escape_help_texts(parser)
         return add_s2_args(parser)
 
-    outer, sys.argv = sys.argv, [sys.argv[0], *argv]  # Megatron parses sys.argv and nothing else
+    outer, sys.argv = sys.argv, [sys.argv[0], *argv]  # Megatron parses only sys.argv
     try:
         return parse_args(extend)
     finally:
@@ -284,12 +283,14 @@ def _parse(argv: Sequence[str]) -> Namespace:
 
 
 def _refuse_unsupported(args: Namespace) -> None:
-    for name, flag in _UNSUPPORTED.items():
+    for name in _UNSUPPORTED:
         if getattr(args, name, None):
-            raise ValueError(f"{flag}: not supported by megatron-s2; use Megatron-LM's own pretrain_gpt.py")
-    for name, (flag, replacement) in _IGNORED.items():
+            raise ValueError(
+                f"{flag_name(name)}: not supported by megatron-s2; use Megatron-LM's own pretrain_gpt.py"
+            )
+    for name, replacement in _IGNORED.items():
         if getattr(args, name, None):
-            raise ValueError(f"{flag}: Megatron 0.19 ignores it; use {replacement}")
+            raise ValueError(f"{flag_name(name)}: Megatron 0.19 ignores it; use {replacement}")
     if args.dataloader_inter_document_masking and args.context_parallel_size > 1 and not args.s2_attention:
         raise ValueError(
             f"--context-parallel-size {args.context_parallel_size}: must be 1 with "
@@ -297,23 +298,18 @@ def _refuse_unsupported(args: Namespace) -> None:
         )
     pipelined_packing = args.dataloader_inter_document_masking and args.pipeline_model_parallel_size > 1
     if pipelined_packing and args.micro_batch_size not in (None, 1):
-        # Packing joins a micro-batch to one row, and stages expect from each other what was not joined.
+        # Packing joins the samples of a micro-batch to one row; stages communicate the shapes before that.
         raise ValueError(
             f"--micro-batch-size {args.micro_batch_size}: must be 1 with --dataloader-inter-document-masking "
             "and --pipeline-model-parallel-size > 1; use more micro-batches instead"
         )
 
 
-def _steps_done(args: Namespace) -> int:
-    """Number of training steps completed so far."""
-    return getattr(args, "curr_iteration", None) or args.iteration
-
-
 def failed_assertion(error: AssertionError) -> str:
-    """The message of a failed assertion of Megatron's validation; without one, its condition.
+    """Returns the message of a failed assertion in Megatron's validation or, if it has none, its condition.
 
     Raises:
-        AssertionError: the given one, if it is not Megatron's: then it is a bug, not bad input.
+        AssertionError: `error`, if it is not from Megatron: it is then a bug, not bad input.
     """
     import megatron.core
 

@@ -1,9 +1,8 @@
-"""Lets unmodified Megatron run where there is no GPU, by answering `torch.cuda` from the CPU.
+"""Runs unmodified Megatron on the CPU, by replacing functions of `torch.cuda` with CPU equivalents.
 
-Megatron asks `torch.cuda` for a device, for streams and for random states, and creates its tensors with
-`device="cuda"`. Without a GPU, each of these questions has an obvious answer, and this module gives it. It
-substitutes names in `torch.cuda` and steers tensor creation; of Megatron itself it touches one name (see
-`_share_rng_with_megatron`). The command-line side is `runtime/flags.py`.
+Megatron takes devices, streams and random states from `torch.cuda`, and creates tensors with `device="cuda"`.
+This module replaces the former and redirects the latter to the CPU. In Megatron itself it replaces one name
+(`_share_rng_with_megatron`). The flags that a run needs without a GPU are in `environment.py`.
 """
 
 import os
@@ -14,18 +13,18 @@ from types import SimpleNamespace
 import torch
 from torch.overrides import TorchFunctionMode
 
-_MEMORY_QUESTIONS = (
+_MEMORY_STATISTICS = (
     "memory_allocated",
     "max_memory_allocated",
     "memory_reserved",
     "max_memory_reserved",
     "device_memory_used",
 )
-_NOTHING_TO_DO = (
+_NO_OPS = (
     "set_device",  # there is one device
-    "synchronize",  # an operation on the CPU has finished when its call returns
+    "synchronize",  # operations on the CPU are synchronous
     "set_stream",
-    "empty_cache",  # no caching allocator
+    "empty_cache",  # there is no caching allocator
     "ipc_collect",
     "reset_peak_memory_stats",
     "reset_max_memory_allocated",
@@ -33,7 +32,7 @@ _NOTHING_TO_DO = (
 
 
 class _Stream:
-    """A stream on a device where everything is already in order: waiting for it returns at once."""
+    """A stream of a device whose operations are synchronous: there is never anything to wait for."""
 
     cuda_stream = 0
     device = torch.device("cpu")
@@ -68,7 +67,7 @@ class _Stream:
 
 
 class _Event:
-    """An event that has always happened already."""
+    """An event of a device whose operations are synchronous: it is always complete."""
 
     def __init__(self, *args, **kwargs):
         pass
@@ -96,11 +95,11 @@ def _is_cuda(device) -> bool:
 
 
 class _CpuInsteadOfCuda(TorchFunctionMode):
-    """Reads "cuda" as "cpu" in every torch call of this thread.
+    """Replaces CUDA devices by the CPU in the arguments of every torch function that this thread calls.
 
-    An integer device means a GPU by torch's convention, so it too becomes the CPU. `Tensor.type()` keeps
-    answering `torch.cuda.FloatTensor`, because Megatron's optimizers and gradient clipping compare that
-    string to tell full from half precision.
+    An integer device is a GPU by torch's convention, and is replaced, too. `Tensor.type()` returns
+    `torch.cuda.FloatTensor` and the like, because Megatron's optimizers and gradient clipping compare this
+    string to distinguish full from half precision.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -121,32 +120,32 @@ class _CpuInsteadOfCuda(TorchFunctionMode):
         if _is_cuda(device) or type(device) is int:
             kwargs["device"] = torch.device("cpu")
         if kwargs.get("pin_memory"):
-            kwargs["pin_memory"] = False  # pinning speeds up copies to a GPU; there is none
+            kwargs["pin_memory"] = False  # pinned memory needs a GPU
         return func(*args, **kwargs)
 
 
 def enable_cpu_runtime() -> None:
-    """Answers `torch.cuda` from the CPU, for this process and (tensor creation) this thread.
+    """Replaces `torch.cuda` by CPU equivalents in this process, and redirects tensors in this thread.
 
-    Call it once, before Megatron builds anything; a second call changes nothing. `torch.cuda.is_available()`
-    stays false, so code that honestly asks keeps its CPU path.
+    Call it before Megatron builds anything; a second call has no effect. `torch.cuda.is_available()` remains
+    False, so that code with a CPU path takes it.
 
     Raises:
-        ValueError: if there is a GPU, which this would hide.
+        ValueError: there is a GPU, which would become inaccessible.
     """
-    if getattr(torch.cuda, "_answered_by_megatron_s2", False):
+    if getattr(torch.cuda, "_replaced_by_megatron_s2", False):
         return
     if torch.cuda.is_available():
-        raise ValueError("enable_cpu_runtime: a GPU is available here, and the CPU runtime would hide it")
+        raise ValueError("enable_cpu_runtime: there is a GPU, which the CPU runtime would make inaccessible")
 
-    for name in _NOTHING_TO_DO:
+    for name in _NO_OPS:
         setattr(torch.cuda, name, lambda *args, **kwargs: None)
-    for name in _MEMORY_QUESTIONS:
+    for name in _MEMORY_STATISTICS:
         setattr(torch.cuda, name, lambda *args, **kwargs: 0)
     torch.cuda.memory_stats = lambda *args, **kwargs: defaultdict(int)
     torch.cuda.mem_get_info = lambda *args, **kwargs: (0, 0)
 
-    # Megatron initialises model parallelism only where it counts at least one device.
+    # Megatron initializes model parallelism only if there is at least one device.
     torch.cuda.device_count = lambda: 1
     torch.cuda.current_device = lambda: 0
     torch.cuda.get_device_name = lambda *args: "cpu"
@@ -164,8 +163,8 @@ def enable_cpu_runtime() -> None:
     torch.cuda.nvtx.range_push = lambda *args: None
     torch.cuda.nvtx.range_pop = lambda *args: None
 
-    # One generator serves both: a random operation that Megatron believes to run on the GPU draws from the
-    # CPU's, so that is the state its RNG trackers must save, fork and restore.
+    # CPU and "GPU" share one generator: operations on the "GPU" draw from the CPU's, so Megatron's RNG
+    # trackers must save, fork and restore its state.
     for module in (torch.cuda, torch.cuda.random):
         module.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
         module.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
@@ -173,23 +172,24 @@ def enable_cpu_runtime() -> None:
         module.manual_seed_all = module.manual_seed
     torch.cuda.default_generators = (torch.default_generator,)
 
-    # Megatron wants this set when tensor parallelism runs on a GPU older than Blackwell, to order kernels
-    # in hardware queues; a CPU has none, and `get_device_properties` above says "older".
+    # Megatron requires this variable for tensor parallelism on GPUs older than Blackwell, which is what the
+    # device properties above describe.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
-    # Compiling Megatron's small pointwise functions costs half a minute at start and gains a CPU nothing;
-    # `--disable-jit-fuser` comes too late for functions decorated at import.
+    # Compiling Megatron's pointwise functions takes half a minute and does not make them faster on a CPU.
+    # `--disable-jit-fuser` has no effect on functions that are decorated at import.
     torch.compiler.set_stance("force_eager")
 
     _CpuInsteadOfCuda().__enter__()
     _share_rng_with_megatron()
-    torch.cuda._answered_by_megatron_s2 = True
+    torch.cuda._replaced_by_megatron_s2 = True
 
 
 def _share_rng_with_megatron() -> None:
-    """Megatron sets a GPU's random state through `torch.cuda._lazy_call`, which waits for CUDA to start.
+    """Makes Megatron set random states at once.
 
-    It holds the name by import, so it is replaced there: the state is set at once.
+    It sets them through `torch.cuda._lazy_call`, which defers the call until CUDA is initialized. The name is
+    replaced in Megatron's module, which has imported it.
     """
     from megatron.core.tensor_parallel import random
 

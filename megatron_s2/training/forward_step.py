@@ -1,7 +1,6 @@
-"""The GPT side of a training run: its batch, loss, forward step, datasets and model description.
+"""Batches, loss, forward step and datasets of a GPT, which `megatron.training.pretrain` takes as arguments.
 
-`megatron.training.pretrain` is given these. They follow the contract of Megatron's own `pretrain_gpt.py`,
-which is not part of the installed package.
+They follow the contract of Megatron's own `pretrain_gpt.py`, which is not part of the installed package.
 """
 
 import json
@@ -27,7 +26,7 @@ from megatron.core.utils import (
 from megatron.training import get_args, get_timers, get_tokenizer, training
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
-# A loss this many times the largest seen so far counts as a spike (`--check-for-spiky-loss`).
+# A loss of more than this many times the largest one so far is a spike (`--check-for-spiky-loss`).
 _SPIKE_FACTOR = 10
 _TENSORS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 _PACKING = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen")
@@ -36,11 +35,13 @@ _straggler_timer = StragglerDetector()
 
 @dataclass(frozen=True)
 class Batch:
-    """What one pipeline stage needs of a micro-batch; None for what it does not.
+    """The part of a micro-batch that a pipeline stage needs; other fields are None.
 
-    tokens, labels, position_ids: int64 `[batch, seq]`; loss_mask: float32 `[batch, seq]`.
-    attention_mask: bool `[batch, 1, seq, seq]`, true where attention is forbidden.
-    packed: where each document begins, when documents must not see each other; then batch is 1.
+    Args:
+        tokens, labels, position_ids: int64 `[batch, seq]`.
+        loss_mask: float32 `[batch, seq]`.
+        attention_mask: bool `[batch, 1, seq, seq]`, True where attention is masked.
+        packed: boundaries of packed documents, if they must not attend to each other; batch is then 1.
     """
 
     tokens: torch.Tensor | None = None
@@ -52,9 +53,9 @@ class Batch:
 
 
 def get_batch(data_iterator, vp_stage: int | None) -> Batch:
-    """Reads one micro-batch on tensor rank 0 and shares it with the tensor group.
+    """Reads a micro-batch on tensor-parallel rank 0 and broadcasts it to the tensor-parallel group.
 
-    Stages in the middle of the pipeline read only the document boundaries, and only of packed sequences.
+    Stages in the middle of the pipeline need only the boundaries of packed documents.
     """
     args = get_args()
     has_ends = is_first_or_last_pipeline_stage(vp_stage)
@@ -97,7 +98,7 @@ def get_batch(data_iterator, vp_stage: int | None) -> Batch:
 
 
 def _packed_sequences(batch: dict[str, torch.Tensor], args: Namespace) -> PackedSeqParams:
-    """Document boundaries as attention takes them; the unpadded ones are counted for the throughput."""
+    """Returns the document boundaries for attention, and counts the unpadded ones for the throughput."""
     boundaries = batch["cu_seqlens"].squeeze(0)
     padded = batch["cu_seqlens_padded"]
     training.update_seqlen_stats_from_cu_seqlens(boundaries)
@@ -114,7 +115,7 @@ def _packed_sequences(batch: dict[str, torch.Tensor], args: Namespace) -> Packed
         max_seqlen_kv=longest,
         tokens_per_sample=args.seq_length,
     )
-    # Context parallelism deals out the row as one sequence (`use_per_sequence_balancing` in `get_batch`).
+    # Context parallelism splits the row as one sequence (`use_per_sequence_balancing` in `get_batch`).
     packed.s2_zigzag_over_row = True
     return packed
 
@@ -122,9 +123,12 @@ def _packed_sequences(batch: dict[str, torch.Tensor], args: Namespace) -> Packed
 def loss_function(
     loss_mask: torch.Tensor, token_losses: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """The summed loss of a micro-batch, its number of counted tokens, and both for the log.
+    """Returns the summed loss of a micro-batch, its number of unmasked tokens, and both for the log.
 
-    Megatron divides the one by the other, over micro-batches and data-parallel ranks.
+    Megatron divides the sum of the losses by that of the tokens, over micro-batches and data-parallel ranks.
+
+    Args:
+        loss_mask, token_losses: `[batch, seq]`.
     """
     mask = loss_mask.view(-1).float()
     loss = torch.sum(token_losses.view(-1).float() * mask)
@@ -134,7 +138,7 @@ def loss_function(
 
 
 def _check_loss(loss: torch.Tensor) -> None:
-    """Lets Megatron's rerun machine stop at, or look again into, a loss that cannot be right."""
+    """Validates the loss by Megatron's rerun state machine, which stops at NaN or Inf and reports spikes."""
     args = get_args()
     rerun = get_rerun_state_machine()
     if args.check_for_nan_in_loss_and_grad:
@@ -156,20 +160,20 @@ def _check_loss(loss: torch.Tensor) -> None:
         )
 
 
-def _watched(**what) -> AbstractContextManager:
-    """Megatron's straggler detector, where it was asked for; it dumps every passing exception as a list."""
-    return _straggler_timer(**what) if get_args().log_straggler else nullcontext()
+def _straggler_detection(**section) -> AbstractContextManager:
+    """Returns Megatron's straggler detector with `--log-straggler`; otherwise it would print exceptions."""
+    return _straggler_timer(**section) if get_args().log_straggler else nullcontext()
 
 
 def forward_step(data_iterator, model):
-    """One forward pass of one pipeline stage; returns its output and what turns that into a loss."""
+    """Runs the forward pass of a pipeline stage; returns its output, and a function from it to the loss."""
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
-    with _watched(bdata=True):
+    with _straggler_detection(bdata=True):
         batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     timers("batch-generator").stop()
 
-    with _watched():
+    with _straggler_detection():
         output = model(
             batch.tokens,
             batch.position_ids,
@@ -182,16 +186,15 @@ def forward_step(data_iterator, model):
 
 
 def _needs_data(vp_stage: int | None = None) -> bool:
-    """Whether this rank reads samples: tensor rank 0 of the stages that take tokens or labels.
-
-    With packed sequences every stage needs the document boundaries.
-    """
+    """Whether this rank reads samples: tensor-parallel rank 0 of the first and the last stage or, with packed
+    documents, of every stage."""
     if mpu.get_tensor_model_parallel_rank() != 0:
         return False
     return get_args().dataloader_inter_document_masking or is_first_or_last_pipeline_stage(vp_stage)
 
 
 def _dataset_config(args: Namespace) -> GPTDatasetConfig:
+    path = args.per_dataset_sequences_path
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     return GPTDatasetConfig(
         random_seed=args.seed,
@@ -214,7 +217,7 @@ def _dataset_config(args: Namespace) -> GPTDatasetConfig:
         allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
         fast_cache_load=args.dataloader_fast_cache_load,
         defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
-        sequences_per_dataset=_sequences_per_dataset(args),
+        sequences_per_dataset=None if path is None else json.loads(Path(path).read_text()),
         context_parallel_size=args.context_parallel_size,
         data_parallel_size=args.data_parallel_size,
         sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
@@ -222,13 +225,8 @@ def _dataset_config(args: Namespace) -> GPTDatasetConfig:
     )
 
 
-def _sequences_per_dataset(args: Namespace) -> dict | None:
-    path = args.per_dataset_sequences_path
-    return None if path is None else json.loads(Path(path).read_text())
-
-
 def datasets(num_samples: tuple[int, int | None, int], vp_stage: int | None = None):
-    """The train, validation and test datasets, built on the ranks that read them."""
+    """Builds the training, validation and test datasets on the ranks that read samples."""
     args = get_args()
     return BlendedMegatronDatasetBuilder(
         MockGPTDataset if args.mock_data else GPTDataset,
@@ -238,5 +236,5 @@ def datasets(num_samples: tuple[int, int | None, int], vp_stage: int | None = No
     ).build()
 
 
-# Megatron calls a provider that carries this mark on every rank, and lets it decide where to build.
+# Megatron calls a provider with this attribute on every rank; it decides itself which ranks build.
 datasets.is_distributed = True

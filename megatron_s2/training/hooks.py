@@ -1,6 +1,6 @@
-"""Features that Megatron 0.19 has no argument for: optimizer offload, the FLOPs of S2, the log of traffic.
+"""Features for which Megatron 0.19 has no argument: optimizer offload, FLOPs of S2, and traffic in its log.
 
-Each function names what it touches. Another call replaces what the previous one set.
+The docstring of each function names what it touches. A second call replaces the settings of the first.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ import torch
 
 from megatron_s2.offload.manager import OffloadManager
 from megatron_s2.offload.optimizer import OffloadedAdamW
-from megatron_s2.parallel.exchange import Traffic
+from megatron_s2.parallel.collectives import Traffic
 from megatron_s2.pattern import S2Settings
 from megatron_s2.pattern.annealing import Annealing
 from megatron_s2.training.wrap import replace_class, unwrap, wrap_once
 
 
 def use_offload(offload: OffloadManager | None) -> None:
-    """Puts our optimizer in the place of `HybridDeviceOptimizer`; None undoes that.
+    """Replaces `HybridDeviceOptimizer` by `OffloadedAdamW`; None restores it.
 
-    `offload` learns of each `DistributedOptimizer`, of gradients set to zero, and of each group of buckets
-    whose reduction has begun. What would change all gradients after their reduction is only noted, for the
-    update to apply: unscaling (the check for infinities stays), the division by the number of tokens, and
-    clipping. Norms are corrected accordingly and computed in float32 (of 16-bit gradients, Megatron's own
-    functions for machines without Transformer Engine return 16 bits). A checkpoint takes one copy of each
-    state tensor, where Megatron would ask for each twice. `--log-params-norm` gets norms of the masters,
-    which are not where it looks for them.
+    `offload` is called with each `DistributedOptimizer`, when gradients are set to zero, and with each group
+    of buckets whose reduction has started. What Megatron applies to all gradients after their reduction is
+    recorded, and the update applies it: unscaling (infinities are still checked), the division by the number
+    of tokens, and clipping. Norms are corrected accordingly and computed in float32 (Megatron's functions for
+    environments without Transformer Engine compute those of 16-bit gradients in 16 bits). A checkpoint copies
+    each state tensor once, where Megatron would request it twice. `--log-params-norm` reads norms of the
+    master weights, because these are not where it expects them.
 
     Touches `HybridDeviceOptimizer` of `megatron.core.optimizer` and of its module `distrib_optimizer`; there
     `DistributedOptimizer.__init__`, `zero_grad`, `_get_main_param_and_optimizer_states` and

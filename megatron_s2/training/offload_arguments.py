@@ -1,4 +1,4 @@
-"""The `--s2-offload…` flags, their checks against Megatron's own flags, and the settings that they make."""
+"""The `--s2-offload…` flags, their checks together with Megatron's flags, and the settings of offload."""
 
 from __future__ import annotations
 
@@ -10,54 +10,39 @@ from pathlib import Path
 
 from megatron_s2.data.output import check_writable
 from megatron_s2.errors import flag_name
+from megatron_s2.layers.arguments import refuse_arguments
 from megatron_s2.offload.plan import ALIGNMENT, GB, SUBGROUP_SIZE, check_fraction
 from megatron_s2.offload.settings import OffloadSettings
 
 _FLAG = "--s2-offload"
-# Flags with which Megatron's distributed optimizer leaves state and weights to the inner optimizer.
-_MEGATRON = {
-    "optimizer_cpu_offload": "--optimizer-cpu-offload",
-    "use_precision_aware_optimizer": "--use-precision-aware-optimizer",
-    "use_distributed_optimizer": "--use-distributed-optimizer",
-}
-# Flags of Megatron's static split, which this replaces, and the reason to refuse each.
-_OF_HYBRID = {
+# Arguments with which Megatron's distributed optimizer leaves state and weights to the inner optimizer.
+_IMPLIED = ("optimizer_cpu_offload", "use_precision_aware_optimizer", "use_distributed_optimizer")
+# Flags of the optimizer that is replaced (HybridDeviceOptimizer), and the reason to refuse each.
+_REFUSED_HYBRID_FLAGS = {
     "--optimizer-offload-fraction": "the share that the GPU updates is --s2-offload-gpu-fraction",
     "--overlap-cpu-optimizer-d2h-h2d": "transfers always overlap; gradients do with --overlap-grad-reduce",
     "--use-torch-optimizer-for-cpu-offload": "the CPU always updates by PyTorch's fused AdamW",
     "--no-pin-cpu-grads": "host memory is pinned",
     "--no-pin-cpu-params": "host memory is pinned",
 }
+# Other arguments of Megatron that are incompatible, and the reason.
 _REFUSED = {
-    "use_megatron_fsdp": ("--use-megatron-fsdp", "it holds the state itself"),
-    "use_torch_fsdp2": ("--use-torch-fsdp2", "it holds the state itself"),
-    "optimizer_cuda_graph": ("--optimizer-cuda-graph", "the CPU takes part in the step"),
-    "fp8_param_gather": ("--fp8-param-gather", "weights are written in 16 or 32 bits"),
-    "fp4_param_gather": ("--fp4-param-gather", "weights are written in 16 or 32 bits"),
-    "reuse_grad_buf_for_mxfp8_param_ag": (
-        "--reuse-grad-buf-for-mxfp8-param-ag",
-        "weights are written in 16 or 32 bits",
-    ),
-    "overlap_param_gather_with_optimizer_step": (
-        "--overlap-param-gather-with-optimizer-step",
-        "the step is one for all of the model",
-    ),
-    "qk_clip": ("--qk-clip", "it changes masters, which are not where it looks for them"),
-    "load_main_params_from_ckpt": (
-        "--load-main-params-from-ckpt",
-        "masters come from the checkpoint's state, or else from the weights",
-    ),
-    "rl_offload_optimizer_during_inference": (
-        "--rl-offload-optimizer-during-inference",
-        "the state is not on the GPU",
-    ),
+    "use_megatron_fsdp": "it holds the state itself",
+    "use_torch_fsdp2": "it holds the state itself",
+    "optimizer_cuda_graph": "the CPU takes part in the step",
+    "fp8_param_gather": "weights are written in 16 or 32 bits",
+    "fp4_param_gather": "weights are written in 16 or 32 bits",
+    "reuse_grad_buf_for_mxfp8_param_ag": "weights are written in 16 or 32 bits",
+    "overlap_param_gather_with_optimizer_step": "one step updates the whole model",
+    "qk_clip": "it changes master weights, which are not where it expects them",
+    "load_main_params_from_ckpt": "master weights come from the checkpoint's state, or else from the weights",
+    "rl_offload_optimizer_during_inference": "the state is not on the GPU",
 }
-_GATHER_ON_ONE_RANK = "--distrib-optim-fully-reshardable-mem-efficient"
 _DTYPES = ("main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
 
 
 def add_offload_args(parser: ArgumentParser) -> None:
-    """Adds the flags to Megatron's parser. They parse to None where they are not given."""
+    """Adds the flags to Megatron's parser; those that are not given are parsed as None."""
     add = parser.add_argument_group("S2 optimizer offload").add_argument
     add(
         _FLAG,
@@ -72,7 +57,7 @@ def add_offload_args(parser: ArgumentParser) -> None:
         "--s2-offload-gpu-fraction",
         type=_fraction,
         help="Share of the state not resident on the GPU that the GPU updates, 0 to 1. Default auto: the "
-        "best at the rates of this machine, measured once and kept. Results do not depend on it.",
+        "best at the measured rates of this node, which are stored. Results do not depend on it.",
     )
     add(
         "--s2-offload-subgroup-size",
@@ -87,20 +72,20 @@ def add_offload_args(parser: ArgumentParser) -> None:
     add(
         "--s2-offload-host-budget-gb",
         type=float,
-        help="GB of host memory that each rank may take for state and gradients; what it cannot hold goes to "
-        "--s2-offload-nvme-dir. A checkpoint being saved takes more. Default: no limit.",
+        help="GB of host memory for state and gradients of each rank; further state is stored in "
+        "--s2-offload-nvme-dir. Saving a checkpoint needs more memory. Default: no limit.",
     )
     add(
         "--s2-offload-nvme-dir",
         metavar="DIR[,DIR]",
-        help="Directories for the state that neither budget holds, shared by their measured bandwidth. Needs "
-        "--s2-offload-host-budget-gb. While a checkpoint is saved or loaded the first holds a copy of the "
-        "state, 12 bytes per parameter.",
+        help="Directories for the state that exceeds both budgets, distributed by measured bandwidth. Needs "
+        "--s2-offload-host-budget-gb. While a checkpoint is saved or loaded, the first directory contains a "
+        "copy of the state, 12 bytes per parameter.",
     )
     add(
         "--s2-offload-cpu-threads",
         type=int,
-        help="Threads of each rank's CPU updates. Default: the cores divided by the ranks of this machine.",
+        help="Threads of the CPU updates of each rank. Default: cores of the node divided by its ranks.",
     )
     add(
         "--s2-offload-gpu-adam",
@@ -137,17 +122,15 @@ def validate_offload_args(args: Namespace, argv: Sequence[str] = ()) -> list[str
                 raise ValueError(f"{flag_name(name)}: needs {_FLAG}")
         return []
     words = {word.split("=")[0] for word in argv}
-    for flag, why in _OF_HYBRID.items():
+    for flag, why in _REFUSED_HYBRID_FLAGS.items():
         if flag in words:
             raise ValueError(f"{flag}: must not be set with {_FLAG}: {why}")
-    for name, (flag, why) in _REFUSED.items():
-        if getattr(args, name, None):
-            raise ValueError(f"{flag}: must not be set with {_FLAG}: {why}")
+    refuse_arguments(args, _REFUSED, _FLAG)
     modules = " ".join(map(str, (args.cuda_graph_modules or []) + (args.cuda_graph_scope_deprecated or [])))
     if args.cuda_graph_impl == "full_iteration" or "full_iteration" in modules:
         raise ValueError(
-            f"--cuda-graph-impl full_iteration: must be another with {_FLAG}: gradients leave by the host's "
-            "code during backward"
+            f"--cuda-graph-impl full_iteration: must be another with {_FLAG}: the host's code copies "
+            "gradients during backward"
         )
     if args.optimizer != "adam":
         raise ValueError(f"--optimizer {args.optimizer}: must be adam with {_FLAG}")
@@ -157,10 +140,10 @@ def validate_offload_args(args: Namespace, argv: Sequence[str] = ()) -> list[str
     if args.ckpt_format == "fsdp_dtensor":
         raise ValueError(f"--ckpt-format fsdp_dtensor: must be torch_dist or torch with {_FLAG}")
     offload_settings(args)
-    implied = dict(_MEGATRON)
+    implied = list(_IMPLIED)
     if args.dist_ckpt_optim_fully_reshardable:
         # Otherwise a save gathers the unsharded state, 12 bytes per parameter, on every data-parallel rank.
-        implied["distrib_optim_fully_reshardable_mem_efficient"] = _GATHER_ON_ONE_RANK
+        implied.append("distrib_optim_fully_reshardable_mem_efficient")
         if not args.use_gloo_process_groups:
             raise ValueError(
                 f"--disable-gloo-process-groups: must not be set with {_FLAG} and "
@@ -170,7 +153,7 @@ def validate_offload_args(args: Namespace, argv: Sequence[str] = ()) -> list[str
     added = [name for name in implied if not getattr(args, name)]
     for name in added:
         setattr(args, name, True)
-    return [implied[name] for name in added]
+    return [flag_name(name) for name in added]
 
 
 def offload_settings(args: Namespace) -> OffloadSettings:

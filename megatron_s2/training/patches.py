@@ -1,7 +1,7 @@
-"""Every workaround for a defect of Megatron or of its wheel, one named function each.
+"""Workarounds for defects of Megatron and of its wheel, one named function each.
 
-Each function says what is broken, in which version it was seen, and what it touches. Each may be called
-twice. `apply_patches` calls them all and is the only thing an entry point needs; call it before `pretrain()`.
+The docstring of each function describes the defect, the version that it was seen in, and what the function
+touches. Each function may be called twice. Entry points call `apply_patches` before `pretrain()`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class EmptySplitError(ValueError):
 
 
 def apply_patches(cpu: bool) -> None:
-    """Applies every workaround; `cpu` adds those that are right only without a GPU."""
+    """Applies all workarounds; `cpu` adds those that are correct only without a GPU."""
     skip_compiling_dataset_helpers()
     let_distributed_optimizer_resume_with_torch_adam()
     keep_adam_step_when_distributed_optimizer_resumes()
@@ -38,16 +38,15 @@ def apply_patches(cpu: bool) -> None:
 
 
 def quiet_known_warnings() -> None:
-    """Silences, on every rank, warnings that tell nothing a user could act on; all others still show.
+    """Silences warnings of Megatron and torch, on every rank, that do not require an action of the user.
 
-    Megatron says about ten times at import that Transformer Engine and Apex are not installed (which
-    implementation runs is decided by flags, and this package says it once), that it assumes rank 0 where
-    there is one process, that parts this package doesn't use are experimental, that its distributed optimizer
-    looks at the `.grad` of views, that its checkpoints and collectives call older functions of torch, and
-    that one process reads or writes a checkpoint. The same words from a user's own module still show, but for
-    two kinds: torch attributes those about collectives to itself, and the CPU runtime stands between torch
-    and every caller. Touches the filters of `warnings` and one logger of torch. Call it before importing
-    Megatron.
+    They are about Transformer Engine and Apex, which are not installed (the implementation depends on flags,
+    and is printed once); rank 0, assumed for a single process; experimental parts that are not used here;
+    `.grad` of views in the distributed optimizer; deprecated functions of torch in checkpoints and
+    collectives; and a checkpoint that one process reads or writes. The same warnings of other modules are
+    still shown, except those about collectives, which torch attributes to itself, and those that pass
+    through the CPU runtime. Touches the filters of `warnings` and one logger of torch. Call it before
+    importing Megatron.
     """
     for origin, message in (
         (r"megatron\.", "Transformer Engine and Apex are not installed"),
@@ -91,7 +90,7 @@ def let_distributed_optimizer_resume_with_torch_adam() -> None:
     """`DistributedOptimizer.state_dict()` fails before the first step without TE and Apex (seen in 0.19.2).
 
     It asserts that all parameters share one `step`, but torch's Adam has no `step` until it has stepped, and
-    that is exactly the state in which a resumed run asks for the template to load into. Here the inner
+    that is the state in which a resumed run requests the template to load into. Here the inner
     optimizer then reports step 0 for every parameter; loading replaces it. Touches
     `megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.state_dict`.
     """
@@ -139,7 +138,7 @@ def keep_adam_step_when_distributed_optimizer_resumes() -> None:
 
 
 def refuse_empty_splits() -> None:
-    """`GPTDataset` counts the epochs that give enough tokens, and never ends when there are none (0.19.2).
+    """`GPTDataset` counts epochs until there are enough tokens, and loops forever if there are none (0.19.2).
 
     That is so for a split without documents, such as 1 of 1000 parts of 400 documents, and for documents
     without tokens. Raises EmptySplitError there. Touches
@@ -163,7 +162,7 @@ def keep_padding_to_its_own_sample() -> None:
     """The padding of the first sample is left out of the loss of all later ones, too (seen in 0.19.2).
 
     `GPTDataset` keeps the first sample's loss mask for those that follow, and then writes that sample's
-    padding into it. Where the data hold the tokenizer's pad token, losses depend on which sample each rank
+    padding into it. If the data contain the tokenizer's pad token, losses depend on which sample each rank
     happens to read first. Here what is kept is whole. Touches
     `megatron.core.datasets.gpt_dataset.GPTDataset.__getitem__`.
     """
@@ -184,14 +183,14 @@ def let_eval_interval_be_unset(args: Namespace) -> None:
 
     Megatron documents: "If not set, evaluation will not run during training". The training loop does so, but
     the number of validation samples is divided by the interval. Here an interval that is not set, or 0,
-    becomes one that no run reaches; evaluation after training stays, as `--eval-iters` says. Touches
+    becomes one that no run reaches; evaluation after training, by `--eval-iters`, is not affected. Touches
     `args.eval_interval`; call it before Megatron validates the arguments.
     """
     args.eval_interval = args.eval_interval or sys.maxsize
 
 
 def let_pretrain_start_without_cuda() -> None:
-    """`pretrain()` gives no way to pass `allow_no_cuda` to `initialize_megatron` (seen in 0.19.2).
+    """`pretrain()` has no argument for `allow_no_cuda` to `initialize_megatron` (seen in 0.19.2).
 
     So the call asserts that CUDA is available. Touches `megatron.training.training.initialize_megatron`.
     """
@@ -218,10 +217,10 @@ def skip_jit_warmup() -> None:
 def rotate_packed_tokens_of_a_row() -> None:
     """Rotary embedding misplaces packed documents under context parallelism (seen in 0.19.2).
 
-    It takes each document as dealt out over the ranks on its own, but the batches of
-    `--dataloader-inter-document-masking` deal out the row of all documents as one sequence
-    (`use_per_sequence_balancing`), since documents have any length. Here each token of a rank gets the angle
-    of its position in its document. Touches `_apply_rotary_pos_emb_thd` of
+    It assumes that each document is split over the ranks on its own, but the batches of
+    `--dataloader-inter-document-masking` split the row of all documents as one sequence
+    (`use_per_sequence_balancing`), because documents have any length. Here each token gets the angle of its
+    position in its document. Touches `_apply_rotary_pos_emb_thd` of
     `megatron.core.models.common.embeddings.rope_utils`, for more than one context-parallel rank.
     """
     from megatron.core.models.common.embeddings import rope_utils
@@ -244,7 +243,7 @@ def rotate_packed_tokens_of_a_row() -> None:
 def pass_rope_scaling_factor_on() -> None:
     """`--rope-scaling-factor` does not arrive in the model, which always scales by 8 (seen in 0.19.2).
 
-    A Llama 3.2, whose factor is 32, would be trained with other rotary positions than it knows. Touches
+    A Llama 3.2, whose factor is 32, would be trained with wrong rotary angles. Touches
     `megatron.training.argument_utils.gpt_config_from_args`.
     """
     from megatron.training import argument_utils

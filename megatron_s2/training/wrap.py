@@ -1,4 +1,4 @@
-"""Replacing functions and classes of Megatron from outside: once, however often a hook is applied."""
+"""Replaces functions and classes of Megatron, once, even if a hook is applied several times."""
 
 from __future__ import annotations
 

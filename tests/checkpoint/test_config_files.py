@@ -5,7 +5,8 @@ import json
 import pytest
 from transformers import AutoConfig
 
-from megatron_s2.checkpoint.hf_config import model_from_config, sliding_window
+from megatron_s2.checkpoint.families import FAMILIES, Family
+from megatron_s2.checkpoint.hf_config import config_from_model, model_from_config, sliding_window
 
 # As saved by transformers 4, without the entries that do not describe the model.
 PUBLISHED = {
@@ -120,6 +121,26 @@ def test_transformers_4_and_5_describe_the_same_model(tmp_path, name):
     assert "rope_parameters" in newer
     assert model_from_config(newer) == model_from_config(older)
     assert sliding_window(newer) is sliding_window(older) is None
+
+
+def test_a_window_without_a_switch_and_without_a_default(monkeypatch):
+    """As in Phi-3, whose `sliding_window` applies wherever it is not null, and is null if missing."""
+    monkeypatch.setitem(FAMILIES, "phi3", Family("Phi3ForCausalLM"))
+    config = PUBLISHED["Llama 2"] | {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}
+    assert sliding_window(config) is sliding_window(config | {"sliding_window": None}) is None
+    windowed = config | {"sliding_window": 2047}
+    assert sliding_window(windowed) == 2047
+    model = model_from_config(config)
+    assert config_from_model(model, windowed, None, "bfloat16") == config | {
+        "sliding_window": None,
+        "torch_dtype": "bfloat16",
+    }
+    assert "sliding_window" not in config_from_model(model, config, None, "bfloat16")
+
+
+@pytest.mark.parametrize(("switch", "window"), [({}, None), ({"use_sliding_window": True}, 32768)])
+def test_a_window_with_a_switch(switch, window):
+    assert sliding_window(PUBLISHED["Qwen2.5"] | switch) == window
 
 
 @pytest.mark.parametrize("scaling", [LINEAR, LINEAR | {"rope_type": "linear"}])

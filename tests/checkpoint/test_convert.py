@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from hf_models import (
-    FAMILIES,
+    CONFIGS,
     assert_bit_equal,
     convert,
     edit_config,
@@ -33,7 +33,7 @@ def config(directory) -> dict:
 
 @pytest.mark.parametrize("shards", ["one file", "shards"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_a_round_trip_is_bit_exact(tmp_path, family, dtype, shards):
     size = "5GB" if shards == "one file" else "60KB"
     source = make_model(tmp_path / "hf", family, dtype, size)
@@ -98,10 +98,12 @@ def test_families_that_the_arguments_identify(tmp_path, family, flag):
     assert f"back: {family[:5]} (from the checkpoint's {flag}), 3 layers, dense attention, no tok" in printed
 
 
-def test_family_offers_the_families_that_are_the_same_in_megatron(tmp_path):
+def test_family_offers_the_families_that_are_the_same_in_megatron(tmp_path, monkeypatch):
     _, _, errors = run_conversion("megatron-to-hf", tmp_path, tmp_path / "output", "--family", "none")
-    offered = re.findall(r"\w+", errors.partition("choose from")[2])
-    assert offered == [name for name, family in families.FAMILIES.items() if not family.megatron_args]
+    assert re.findall(r"\w+", errors.partition("choose from")[2]) == ["llama", "mistral"]
+    other = families.Family("OtherForCausalLM", megatron_args={"qk_layernorm": True})
+    monkeypatch.setitem(families.FAMILIES, "other", other)
+    assert families.ambiguous_families() == ["llama", "mistral", "qwen3", "other"]
 
 
 def test_reads_symlinks_in_read_only_directories(tmp_path):

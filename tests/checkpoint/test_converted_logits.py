@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hf_models import FAMILIES, TINY, convert, edit_config, make_model
+from hf_models import CONFIGS, TINY, convert, edit_config, make_model
 from megatron_logits import logits
 from transformers import AutoModelForCausalLM
 
@@ -28,7 +28,7 @@ def tokens():
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     directory = tmp_path_factory.mktemp("hf")
-    return {family: make_model(directory / family, family) for family in FAMILIES}
+    return {family: make_model(directory / family, family) for family in CONFIGS}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def logits_in_transformers(source, tokens, **options) -> torch.Tensor:
         return model(tokens).logits
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_logits_equal_those_of_transformers_dense(sources, logits_in_megatron, tokens, family):
     expected = logits_in_transformers(sources[family], tokens, attn_implementation="eager")
     assert expected.std() > 0.3
@@ -87,5 +87,5 @@ def test_padded_tokens_have_zero_logits(logits_in_megatron):
 def test_rope_scaling_changes_the_logits(sources, tokens, family, changes, tmp_path):
     scaled = logits_in_transformers(sources[family], tokens)
     other = make_model(tmp_path / "other", family)
-    edit_config(other, rope_parameters=FAMILIES[family]["rope_parameters"] | changes)
+    edit_config(other, rope_parameters=CONFIGS[family]["rope_parameters"] | changes)
     assert (scaled - logits_in_transformers(other, tokens)).abs().max() > 1e-3

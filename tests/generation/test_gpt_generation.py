@@ -184,7 +184,9 @@ def test_refuses_what_would_bypass_the_cache(plain_model):
     tokens, context = torch.tensor([prompt]), static_context(1, 60)
     in_static_context(plain_model, context, tokens)
     context.sequence_len_offset = 40
-    with pytest.raises(ValueError, match=r"^sequence_len_offset 40: must be what each .* has had, \[50\]"):
+    with pytest.raises(
+        ValueError, match=r"^sequence_len_offset 40: must be the length of each .* sequences, \[50\]"
+    ):
         in_static_context(plain_model, context, tokens[:, :1])
     context.sequence_len_offset = 50
     with pytest.raises(ValueError, match=r"^max_sequence_length 60: must be at least the 100 tokens"):

@@ -304,11 +304,11 @@ STEPS = 6  # annealing steps: stride 1 from step 0, stride 2 from step 3, stride
 
 @pytest.fixture
 def schedule_of(attention, one_rank, monkeypatch):
-    """Calls a layer on rank 0 of 4 without any exchange; returns the pattern and schedule that it passes."""
+    """Calls a layer on rank 0 of 4 without any group; returns the pattern and schedule that it passes."""
     one_rank.cp = SimpleNamespace(rank=lambda: 0, size=lambda: 4)
     taken = []
 
-    def recorded(q, k, v, pattern, exchange, schedule, **others):
+    def recorded(q, k, v, pattern, group, schedule, **others):
         taken.append((pattern, schedule))
         return q
 

@@ -98,7 +98,7 @@ def test_a_stock_configuration_gets_the_defaults():
 def test_settings_out_of_range_are_refused():
     with pytest.raises(ValueError, match=r"^block_size 48: must be a power of two"):
         s2_layer_spec(model(), block_size=48)
-    with pytest.raises(ValueError, match=r"^block_size 48: must be a power of two"):
+    with pytest.raises(ValueError, match=r"^--s2-block-size 48: must be a power of two"):
         model(**CHOSEN | {"s2_block_size": 48})
 
 

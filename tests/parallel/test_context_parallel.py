@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_s2 import S2Pattern
 from megatron_s2.kernels.compare import attention_results, require_as_exact_as_plain, require_equal
+from megatron_s2.parallel.collectives import ContextParallelGroup
 from megatron_s2.parallel.context_parallel_attention import context_parallel_attention
-from megatron_s2.parallel.exchange import Exchange
 from megatron_s2.parallel.gather_plan import plan_gather
 from megatron_s2.parallel.layout import Zigzag
 
@@ -73,15 +73,17 @@ def compute(rank: int, ranks: int, cases: list[tuple[Case, torch.dtype]], backen
     if backend == "triton":
         quicken_interpreter()
     return {
-        (str(case), schedule, dtype): one_case(case, Exchange(group), schedule, dtype, backend)
+        (str(case), schedule, dtype): one_case(case, ContextParallelGroup(group), schedule, dtype, backend)
         for case, dtype in cases
         for schedule in SCHEDULES
         if schedule == "gather" or case.pattern.num_kv_heads * case.group >= ranks
     }
 
 
-def one_case(case: Case, exchange: Exchange, schedule: str, dtype: torch.dtype, backend: str) -> dict:
-    positions = torch.as_tensor(Zigzag(exchange.ranks, case.queries).positions(exchange.rank))
+def one_case(
+    case: Case, group: ContextParallelGroup, schedule: str, dtype: torch.dtype, backend: str
+) -> dict:
+    positions = torch.as_tensor(Zigzag(group.ranks, case.queries).positions(group.rank))
     inputs = case.inputs(dtype)
     tokens = {
         name: inputs[name] if case.documents is None else inputs[name][None]
@@ -94,7 +96,7 @@ def one_case(case: Case, exchange: Exchange, schedule: str, dtype: torch.dtype, 
     out = context_parallel_attention(
         **{name: leaves.get(name) for name in ("q", "k", "v", "sink_logits")},
         pattern=case.pattern,
-        exchange=exchange,
+        group=group,
         schedule=schedule,
         softmax_scale=case.softmax_scale,
         documents=case.documents and tuple(zip(case.documents, case.documents[1:])),
@@ -102,7 +104,7 @@ def one_case(case: Case, exchange: Exchange, schedule: str, dtype: torch.dtype, 
     )
     grads = torch.autograd.grad(out, list(leaves.values()), dout)
     results = {"out": out.detach(), **{f"d{name}": grad for name, grad in zip(leaves, grads)}}
-    return results | {"traffic": exchange.traffic}
+    return results | {"traffic": group.traffic}
 
 
 def joined(parts: list[dict[str, torch.Tensor]], case: Case) -> dict[str, torch.Tensor]:
@@ -223,13 +225,13 @@ def largest_tensors(rank: int, case: Case, backend: str) -> dict[str, int]:
 
 
 def largest_tensor(rank: int, case: Case, schedule: str, backend: str) -> int:
-    exchange = Exchange(torch.distributed.group.WORLD)
+    group = ContextParallelGroup(torch.distributed.group.WORLD)
     inputs = case.inputs(torch.float32)
-    positions = torch.as_tensor(Zigzag(exchange.ranks, case.queries).positions(rank))
+    positions = torch.as_tensor(Zigzag(group.ranks, case.queries).positions(rank))
     q, k, v, dout = (inputs[name][:, positions] for name in ("q", "k", "v", "dout"))
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     with LargestTensor() as largest:
-        out = context_parallel_attention(q, k, v, case.pattern, exchange, schedule, backend=backend)
+        out = context_parallel_attention(q, k, v, case.pattern, group, schedule, backend=backend)
         out.backward(dout)
     return largest.bytes
 

@@ -14,9 +14,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from ranks import START_METHOD
 
-from megatron_s2.parallel import exchange as module
+from megatron_s2.parallel import collectives as module
+from megatron_s2.parallel.collectives import ContextParallelGroup, PeerLostError, Pending
 from megatron_s2.parallel.context_parallel_attention import context_parallel_attention
-from megatron_s2.parallel.exchange import Exchange, PeerLostError, Pending
 from megatron_s2.pattern import S2Pattern
 
 RANKS, VICTIM = 3, 1
@@ -29,14 +29,14 @@ def one_rank(rank: int, directory: Path, fate: str, schedule: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(directory / "store"), RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=TIMEOUT)
-    exchange = Exchange(dist.group.WORLD, layer=7)
+    group = ContextParallelGroup(dist.group.WORLD, layer=7)
     q, k, v = torch.randn(3, 1, 64, 3, 16)
-    context_parallel_attention(q, k, v, PATTERN, exchange, schedule)
+    context_parallel_attention(q, k, v, PATTERN, group, schedule)
     if rank == VICTIM:
         os.kill(os.getpid(), signal.SIGKILL if fate == "dies" else signal.SIGSTOP)
     begin = time.monotonic()
     try:
-        context_parallel_attention(q, k, v, PATTERN, exchange, schedule)
+        context_parallel_attention(q, k, v, PATTERN, group, schedule)
     except PeerLostError as error:
         (directory / f"{rank}.txt").write_text(f"{time.monotonic() - begin}\n{error}")
     os._exit(0)
@@ -99,9 +99,9 @@ BY_NO_PEER = {
 
 
 @pytest.fixture(scope="module")
-def exchange():
+def group():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield Exchange(dist.group.WORLD, layer=3)
+    yield ContextParallelGroup(dist.group.WORLD, layer=3)
     dist.destroy_process_group()
 
 
@@ -115,18 +115,18 @@ class Failing:
         raise self._error
 
 
-def raised(exchange: Exchange, error: Exception) -> Exception:
+def raised(group: ContextParallelGroup, error: Exception) -> Exception:
     """What comes out of a wait for a collective that ends with this error."""
     try:
-        Pending(exchange, Failing(error), torch.empty(0), torch.empty(0)).wait()
+        Pending(group, Failing(error), torch.empty(0), torch.empty(0)).wait()
     except Exception as found:
         return found
     raise AssertionError("the error is gone")
 
 
 @pytest.mark.parametrize("error", BY_A_PEER.values(), ids=BY_A_PEER)
-def test_what_a_peer_caused_names_layer_and_group(exchange, error):
-    found = raised(exchange, error)
+def test_what_a_peer_caused_names_layer_and_group(group, error):
+    found = raised(group, error)
     assert type(found) is PeerLostError and isinstance(found, RuntimeError) and found.__cause__ is error
     first_line = str(error).split("\n")[0]
     assert str(found).startswith("context-parallel exchange of layer 3, group [0]: ")
@@ -134,15 +134,15 @@ def test_what_a_peer_caused_names_layer_and_group(exchange, error):
 
 
 @pytest.mark.parametrize("error", BY_NO_PEER.values(), ids=BY_NO_PEER)
-def test_what_no_peer_caused_passes_unchanged(exchange, error):
-    assert raised(exchange, error) is error
+def test_what_no_peer_caused_passes_unchanged(group, error):
+    assert raised(group, error) is error
 
 
 @pytest.mark.parametrize("start", [
-    lambda exchange, x: exchange.all_gather(x),
-    lambda exchange, x: exchange.all_to_all(x, [len(x)], [len(x)]),
+    lambda group, x: group.all_gather(x),
+    lambda group, x: group.all_to_all(x, [len(x)], [len(x)]),
 ], ids=["gather", "a2a"])  # fmt: skip
-def test_a_collective_that_cannot_begin_is_told_apart_too(exchange, monkeypatch, start):
+def test_a_collective_that_cannot_begin_is_told_apart_too(group, monkeypatch, start):
     lost, other = BY_A_PEER["store"], BY_NO_PEER["illegal access"]
     for error, expected in ((lost, PeerLostError), (other, torch.AcceleratorError)):
 
@@ -152,12 +152,12 @@ def test_a_collective_that_cannot_begin_is_told_apart_too(exchange, monkeypatch,
         monkeypatch.setattr(module, "_all_gather_single", fail)
         monkeypatch.setattr(dist, "all_to_all_single", fail)
         with pytest.raises(expected):
-            start(exchange, torch.zeros(4, 2))
+            start(group, torch.zeros(4, 2))
 
 
-def test_no_name_of_torch_is_used_that_warns(exchange):
+def test_no_name_of_torch_is_used_that_warns(group):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         x = torch.arange(8.0).view(4, 2)
-        assert torch.equal(exchange.all_gather(x).wait(), x)
-        assert torch.equal(exchange.all_to_all(x, [4], [4]).wait(), x)
+        assert torch.equal(group.all_gather(x).wait(), x)
+        assert torch.equal(group.all_to_all(x, [4], [4]).wait(), x)

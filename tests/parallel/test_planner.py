@@ -14,15 +14,15 @@ from megatron_s2.parallel.cost import (
     SCHEDULES,
     AttentionCall,
     ExchangeBytes,
-    attention_work,
     exchange_bytes,
     key_value_tokens,
+    pair_counts,
     plan_heads,
     query_tokens,
     transfers,
 )
 from megatron_s2.parallel.gather_plan import plan_gather
-from megatron_s2.parallel.planner import LayerSchedules, choose, plan_layer, plan_model, time_text
+from megatron_s2.parallel.planner import choose, plan_layer, plan_model, time_text
 from megatron_s2.parallel.time_model import Cluster
 from megatron_s2.pattern import S2Pattern, S2Settings
 from megatron_s2.pattern.block_pattern import attention_flops
@@ -151,10 +151,10 @@ def test_work_is_the_visible_pairs_of_each_ranks_queries(case):
     pattern, call = case
     no_shard = {"vert_stride": 10**6, "phases": (1,) * pattern.num_kv_heads}
     window = replace(pattern, **no_shard, sink_blocks=0, num_dense_heads=0, warn_lost=False)
-    work = attention_work("gather", pattern, call)
+    counts = pair_counts("gather", pattern, call)
     heads = call.batch * call.query_heads // pattern.num_kv_heads
     for rank in range(call.ranks):
-        for which, counted in ((pattern, work.pairs), (window, work.window_pairs)):
+        for which, counted in ((pattern, counts.pairs), (window, counts.window_pairs)):
             chunks = call.zigzag.chunks(rank)
             pairs = sum(sum(which.visible_pairs(b)) - sum(which.visible_pairs(a)) for a, b in chunks)
             assert counted[rank] == heads * pairs
@@ -163,7 +163,7 @@ def test_work_is_the_visible_pairs_of_each_ranks_queries(case):
 @given(calls().filter(lambda case: case[1].query_heads >= case[1].ranks))
 def test_every_schedule_computes_the_same_pairs(case):
     pattern, call = case
-    totals = {int(attention_work(schedule, pattern, call).pairs.sum()) for schedule in SCHEDULES}
+    totals = {int(pair_counts(schedule, pattern, call).pairs.sum()) for schedule in SCHEDULES}
     heads = call.query_heads // pattern.num_kv_heads
     assert totals == {call.batch * heads * sum(pattern.visible_pairs(call.tokens))}
 
@@ -200,7 +200,7 @@ def test_a2a_holds_the_whole_sequence_of_its_heads():
 def test_zigzag_is_even(fields, ranks):
     pattern = replace(PATTERN, **fields)
     call = replace(CALL, ranks=ranks, tokens=384 * 1024)
-    assert attention_work("gather", pattern, call).imbalance <= 1.02
+    assert pair_counts("gather", pattern, call).imbalance <= 1.02
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -235,16 +235,16 @@ FAST_LINKS = replace(SLOW, intra_gigabytes_per_s=1e12, inter_gigabytes_per_s=1e1
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_without_transfers_a_step_takes_the_time_of_its_flops(schedule):
-    expected = [one.max() for one in compute_seconds(attention_work(schedule, SMALL, SMALL_CALL).pairs)]
+    expected = [one.max() for one in compute_seconds(pair_counts(schedule, SMALL, SMALL_CALL).pairs)]
     assert seconds_of(schedule, FAST_LINKS) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("shards", ["outlast the windows", "arrive earlier"])
 def test_gather_waits_for_halos_and_for_shards_that_the_windows_do_not_hide(shards):
     faster = 1000 if shards == "outlast the windows" else 1  # the chip
-    work = attention_work("gather", SMALL, SMALL_CALL)
+    counts = pair_counts("gather", SMALL, SMALL_CALL)
     everything, windows = (
-        np.array(compute_seconds(pairs)) / faster for pairs in (work.pairs, work.window_pairs)
+        np.array(compute_seconds(pairs)) / faster for pairs in (counts.pairs, counts.window_pairs)
     )
     moved = transfers("gather", SMALL, SMALL_CALL, node_ranks=2)
     between = np.maximum(moved.received, moved.sent)
@@ -267,7 +267,7 @@ def test_a2a_waits_for_the_larger_of_the_bytes_received_and_sent():
     call = replace(SMALL_CALL, ranks=2, tokens=480, query_heads=9)
     moved = transfers("a2a", pattern, call, node_ranks=2)
     received, sent = (way.sum(axis=0) for way in (moved.received, moved.sent))
-    attention = compute_seconds(attention_work("a2a", pattern, call).pairs)
+    attention = compute_seconds(pair_counts("a2a", pattern, call).pairs)
     expected = [(np.maximum(received, sent) / 1e9 + one).max() for one in attention]
     assert all((received / 1e9 + one).max() < both for one, both in zip(attention, expected))
     plan = plan_layer(pattern, call, SLOW).schedules["a2a"]
@@ -275,7 +275,7 @@ def test_a2a_waits_for_the_larger_of_the_bytes_received_and_sent():
 
 
 def test_a_ring_hides_its_bytes_and_goes_at_the_pace_of_the_slowest_link():
-    attention = [one.max() for one in compute_seconds(attention_work("ring", SMALL, SMALL_CALL).pairs)]
+    attention = [one.max() for one in compute_seconds(pair_counts("ring", SMALL, SMALL_CALL).pairs)]
     assert seconds_of("ring", SLOW) == pytest.approx(attention)
     around = exchange_bytes("ring", SMALL, SMALL_CALL, 0)
     two_nodes = replace(SLOW, chip_tflops=1000 * SLOW.chip_tflops)
@@ -347,32 +347,24 @@ def test_schedules_for_comparison_cannot_be_chosen():
         choose("ring", PATTERN, CALL)
 
 
-DENSE = replace(PATTERN, vert_stride=1)
-
-
-def layer_schedules(schedule: str) -> LayerSchedules:
-    shapes = {name: getattr(CALL, name) for name in ("query_heads", "head_dim", "v_head_dim", "element_size")}
-    return LayerSchedules(schedule, ranks=16, cluster=Cluster(), tensor_parallel=1, **shapes)
-
-
 @pytest.mark.parametrize("schedule", ["auto", "gather", "a2a"])
-@pytest.mark.parametrize("batch", [1, 3, 8])
-def test_a_layer_chooses_as_the_planner_for_each_pattern_and_length(schedule, batch):
-    schedules = layer_schedules(schedule)
-    chosen = {}
-    for pattern in (DENSE, PATTERN):
-        for tokens in (2**14, 2**17):
-            call = replace(CALL, ranks=16, tokens=tokens, batch=batch)
-            chosen[pattern, tokens] = choose(schedule, pattern, call, Cluster()).schedule
-            assert schedules.choose(pattern, tokens) == chosen[pattern, tokens]
-    assert set(chosen.values()) == ({"gather", "a2a"} if schedule == "auto" else {schedule})
+def test_the_batch_does_not_change_the_choice(schedule):
+    chosen = {
+        batch: [
+            choose(schedule, pattern, replace(CALL, ranks=16, tokens=tokens, batch=batch)).schedule
+            for pattern in (replace(PATTERN, vert_stride=1), PATTERN)
+            for tokens in (2**14, 2**17)
+        ]
+        for batch in (1, 3, 8)
+    }
+    assert chosen[1] == chosen[3] == chosen[8]
+    assert set(chosen[1]) == ({"gather", "a2a"} if schedule == "auto" else {schedule})
 
 
-def test_a_layer_chooses_once_for_each_pattern_and_length(monkeypatch):
-    schedules = layer_schedules("auto")
-    before = [schedules.choose(pattern, 2**17) for pattern in (DENSE, PATTERN)]
+def test_a_choice_is_made_once(monkeypatch):
+    before = choose("auto", PATTERN, CALL)
     monkeypatch.setattr(planner, "plan_schedule", None)
-    assert [schedules.choose(pattern, 2**17) for pattern in (DENSE, PATTERN)] == before
+    assert choose("auto", PATTERN, CALL) == before
 
 
 @pytest.mark.parametrize(

@@ -9,19 +9,13 @@ from megatron_s2.pattern import S2Pattern, S2Settings
 
 pytest.importorskip("matplotlib")
 
-from megatron_s2.report.context_parallel_picture import (
-    draw_exchange,
-    draw_plans,
-    exchange_figure,
-    plan_sizes,
-    plans_figure,
-)
+from megatron_s2.report.context_parallel_picture import draw_exchange, draw_plans, plan_sizes
 
 PATTERN = S2Pattern(num_kv_heads=4, block_size=16, local_blocks=3, vert_stride=4)
 
 
 def test_each_strip_shows_the_senders_of_the_keys():
-    figure = exchange_figure(PATTERN, ranks=4, rank=1, chunk_blocks=4)
+    figure = draw_exchange(PATTERN, ranks=4, rank=1, chunk_blocks=4)
     held_by, gather, a2a, everything = (np.asarray(axes.images[0].get_array()) for axes in figure.axes)
     owner = [0] * 4 + [1] * 4 + [2] * 4 + [3] * 8 + [2] * 4 + [1] * 4 + [0] * 4
     assert held_by.tolist() == [owner]
@@ -41,7 +35,7 @@ def test_each_strip_shows_the_senders_of_the_keys():
 )
 def test_ranks_out_of_range_are_refused(changes, message):
     with pytest.raises(ValueError, match=f"^{message}$"):
-        exchange_figure(PATTERN, **changes)
+        draw_exchange(PATTERN, **changes)
 
 
 def plans(*sizes):
@@ -52,7 +46,7 @@ def plans(*sizes):
 
 def test_plans_are_drawn_as_lines_that_end_where_a_schedule_is_not_possible():
     drawn = plans(2, 4, 8)
-    bytes_axes, time_axes = plans_figure(drawn).axes
+    bytes_axes, time_axes = draw_plans(drawn).axes
     for schedule, received, seconds in zip(SCHEDULES, bytes_axes.lines, time_axes.lines):
         for point, plan in enumerate(drawn):
             if schedule == "a2a" and plan.call.ranks == 8:

@@ -10,7 +10,7 @@ from megatron_s2 import BlockMaskPattern, S2Pattern
 
 pytest.importorskip("matplotlib")
 
-from megatron_s2.report.pattern_picture import draw_pattern, pattern_figure
+from megatron_s2.report.pattern_picture import draw_pattern
 
 
 def a_pattern(**fields) -> S2Pattern:
@@ -59,13 +59,13 @@ def test_the_same_pattern_gives_the_same_bytes(tmp_path, suffix):
 
 @pytest.mark.parametrize("heads", [1, 2, 3, 4, 5, 8])
 def test_one_panel_per_kv_head_and_one_for_all(heads):
-    figure = pattern_figure(a_pattern(num_kv_heads=heads))
+    figure = draw_pattern(a_pattern(num_kv_heads=heads))
     assert len(panels(figure)) == heads + 1
     assert titles(figure)[0] == "KV head 0, phase 0"
 
 
 def test_with_many_heads_seven_and_the_last_are_shown_and_named():
-    figure = pattern_figure(a_pattern(num_kv_heads=32, num_dense_heads=1))
+    figure = draw_pattern(a_pattern(num_kv_heads=32, num_dense_heads=1))
     assert len(panels(figure)) == 9
     assert titles(figure)[-2:] == ["KV head 31, dense", "all 32 KV heads together"]
     assert "shown: KV heads 0 to 6 and 31 of 32" in words(figure)
@@ -73,12 +73,12 @@ def test_with_many_heads_seven_and_the_last_are_shown_and_named():
 
 
 def test_each_kind_of_block_has_a_colour_and_a_legend_entry():
-    figure = pattern_figure(a_pattern(sink_blocks=1), num_blocks=12)
+    figure = draw_pattern(a_pattern(sink_blocks=1), num_blocks=12)
     assert legend(figure) == [
         "diagonal, causal inside",
         "window",
         "sink",
-        "the head's shard",
+        "strided",
         "not seen by this head",
     ]
     image = panels(figure)[0].images[0]
@@ -88,22 +88,22 @@ def test_each_kind_of_block_has_a_colour_and_a_legend_entry():
 
 def test_the_union_counts_the_heads_that_see_each_block():
     p = a_pattern(sink_blocks=1, vert_stride=(4, 2, 8, 3))
-    union = panels(pattern_figure(p, num_blocks=20))[-1].images[0].get_array()
+    union = panels(draw_pattern(p, num_blocks=20))[-1].images[0].get_array()
     future = np.triu(np.ones((20, 20), dtype=bool), 1)
     assert np.array_equal(np.where(future, -1, p.block_mask(20).sum(dim=0).numpy()), union)
 
 
 def test_blocks_seen_by_no_head_are_named_and_disappear_when_layers_rotate():
     p = a_pattern(vert_stride=8)
-    assert "seen by no head" in legend(pattern_figure(p))
-    both = pattern_figure(p, num_layers=2)
+    assert "seen by no head" in legend(draw_pattern(p))
+    both = draw_pattern(p, num_layers=2)
     assert "seen by no head" not in legend(both)
     assert titles(both)[-1] == "all 4 KV heads of layers 0 to 1 together"
     assert "100% of the past" in words(both)
 
 
 def test_a_block_mask_pattern_has_neither_sinks_nor_shards():
-    figure = pattern_figure(a_mask_pattern(), num_blocks=8, title="mine")
+    figure = draw_pattern(a_mask_pattern(), num_blocks=8, title="mine")
     assert len(panels(figure)) == 3
     assert legend(figure) == ["diagonal, causal inside", "seen"]
     assert "mine" in words(figure)

@@ -1,17 +1,12 @@
 """scripts/plan.py: prints a table or JSON, draws a picture, and refuses bad flags in one line."""
 
 import json
-import re
-import subprocess
-import sys
 
 import pytest
-from script_main import SCRIPTS, load_main
-from waiting import PATIENCE
+from planning import PlanningScript, short_id
 
 from megatron_s2.parallel.cost import SCHEDULES
 
-SCRIPT = SCRIPTS / "plan.py"
 MIB = 2**20
 # 128K tokens on 8 ranks, 32/8 heads of 128 in bf16, window 1024 tokens, stride 8.
 FLAGS = [
@@ -19,26 +14,11 @@ FLAGS = [
     *("--num-attention-heads", "32", "--num-query-groups", "8", "--context-parallel-size", "8"),
     *("--s2-attention", "--s2-block-size", "64", "--s2-local-blocks", "16", "--s2-vert-stride", "8"),
 ]
-main = load_main("plan")
-
-
-def as_json(capsys, *more) -> dict:
-    main([*FLAGS, *map(str, more), "--json"])
-    return json.loads(capsys.readouterr().out)
-
-
-def refusal(capsys, *argv) -> str:
-    with pytest.raises(SystemExit) as ended:
-        main(list(map(str, argv)))
-    assert ended.value.code == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    (line,) = captured.err.splitlines()
-    return line
+script = PlanningScript("plan", FLAGS)
 
 
 def test_json_has_each_layer_with_bytes_schedule_and_imbalance(capsys):
-    layers = as_json(capsys, "--s2-dense-layers", "2")["layers"]
+    layers = script.json(capsys, "--s2-dense-layers", "2")["layers"]
     assert [(layer["layer"], layer["dense"]) for layer in layers] == [
         (1, False),
         (2, True),
@@ -58,7 +38,7 @@ def test_json_has_each_layer_with_bytes_schedule_and_imbalance(capsys):
 
 
 def test_a_schedule_that_is_not_possible_is_null(capsys):
-    plan = as_json(capsys, "--context-parallel-size", 64)
+    plan = script.json(capsys, "--context-parallel-size", 64)
     layer = plan["layers"][0]
     assert layer["bytes_received_forward"]["a2a"] is layer["schedules"]["a2a"] is None
     assert plan["predicted_seconds"]["a2a"] is None
@@ -67,33 +47,35 @@ def test_a_schedule_that_is_not_possible_is_null(capsys):
 
 
 def test_a_given_schedule_is_chosen(capsys):
-    assert {layer["schedule"] for layer in as_json(capsys, "--s2-cp-schedule", "a2a")["layers"]} == {"a2a"}
+    assert {layer["schedule"] for layer in script.json(capsys, "--s2-cp-schedule", "a2a")["layers"]} == {
+        "a2a"
+    }
 
 
 def test_element_size_batch_and_head_size_scale_the_bytes(capsys):
     def ring(*more):
-        return as_json(capsys, *more)["layers"][0]["bytes_received_forward"]["ring"]
+        return script.json(capsys, *more)["layers"][0]["bytes_received_forward"]["ring"]
 
     once = ring()
     assert ring("--micro-batch-size", 3) == 3 * once
     assert ring("--kv-channels", 64) == once // 2
     fp32 = [word for word in FLAGS if word != "--bf16"]
-    main([*fp32, "--fp32", "--json"])
+    script.main([*fp32, "--fp32", "--json"])
     assert json.loads(capsys.readouterr().out)["call"]["element_size"] == 4
-    main([*fp32, "--bytes-per-element", "1", "--json"])
+    script.main([*fp32, "--bytes-per-element", "1", "--json"])
     assert json.loads(capsys.readouterr().out)["call"]["element_size"] == 1
 
 
 def test_rates_change_only_the_predicted_time(capsys):
-    default = as_json(capsys)
-    slow = as_json(capsys, "--s2-intra-gigabytes-per-s", 1, "--s2-efficiency", 0.1)
+    default = script.json(capsys)
+    slow = script.json(capsys, "--s2-intra-gigabytes-per-s", 1, "--s2-efficiency", 0.1)
     assert slow["predicted_seconds"]["chosen"] > default["predicted_seconds"]["chosen"]
     bytes_of = [plan["layers"][0]["bytes_received_forward"] for plan in (slow, default)]
     assert bytes_of[0] == bytes_of[1]
 
 
 def test_the_table_names_every_schedule_and_the_choice_with_its_reason(capsys):
-    main([*FLAGS, "--s2-dense-layers", "1"])
+    script.main([*FLAGS, "--s2-dense-layers", "1"])
     out = capsys.readouterr().out
     assert "layers 1: dense\n" in out
     assert "layers 2-4: block 64, window 16 (1024 tokens), stride 8\n" in out
@@ -110,39 +92,21 @@ def test_the_table_names_every_schedule_and_the_choice_with_its_reason(capsys):
 
 
 def test_the_docs_page_shows_the_output_of_the_command(capsys):
-    page = (SCRIPT.parents[1] / "docs" / "context-parallel.md").read_text()
-    ((command, shown),) = re.findall(
-        r"^```console\n\$ python scripts/plan.py (.*?[^\\])\n(.*?)^```$", page, re.M | re.S
-    )
-    main(command.replace("\\\n", " ").split())
-    assert capsys.readouterr().out == shown
+    script.assert_page_shows_output(capsys, "context-parallel.md")
 
 
 def test_it_needs_no_torch_no_megatron_and_no_matplotlib():
-    program = (
-        "import runpy, sys\n"
-        f"sys.argv = [{str(SCRIPT)!r}, *{FLAGS!r}]\n"
-        f"try: runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
-        "except SystemExit as ended: assert not ended.code\n"
-        "print([name for name in ('torch', 'megatron', 'matplotlib', 'triton') if name in sys.modules])\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "[]"
+    script.assert_imports_nothing_heavy()
 
 
 def test_four_thousand_ranks(capsys):
-    plan = as_json(capsys, "--context-parallel-size", 4096, "--seq-length", 2**23, "--num-layers", 80)
+    plan = script.json(capsys, "--context-parallel-size", 4096, "--seq-length", 2**23, "--num-layers", 80)
     assert len(plan["layers"]) == 80
     assert all(layer["imbalance"] <= 1.02 for layer in plan["layers"])
 
 
 def test_a_picture_is_drawn(capsys, tmp_path):
-    pytest.importorskip("matplotlib")
-    picture = tmp_path / "plan.png"
-    main([*FLAGS, "--plot", str(picture)])
-    assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    assert "layers 1-4" in capsys.readouterr().out
+    assert "layers 1-4" in script.assert_draws(capsys, tmp_path / "plan.png")
 
 
 @pytest.mark.parametrize(
@@ -170,18 +134,18 @@ def test_a_picture_is_drawn(capsys, tmp_path):
             "--context-parallel-size 1: must be at least 2 with --plot",
         ),
     ],
-    ids=lambda value: None if isinstance(value, str) else " ".join(map(str, value)),
+    ids=short_id,
 )
 def test_wrong_flags_end_in_one_line(capsys, more, message):
-    assert refusal(capsys, *FLAGS, *more).startswith(f"error: {message}")
+    assert script.refusal(capsys, *FLAGS, *more).startswith(f"error: {message}")
 
 
 def test_a_picture_that_cannot_be_written_is_named(capsys, tmp_path):
     pytest.importorskip("matplotlib")
     missing = tmp_path / "missing" / "plan.png"
-    assert str(missing) in refusal(capsys, *FLAGS, "--plot", missing)
+    assert str(missing) in script.refusal(capsys, *FLAGS, "--plot", missing)
 
 
 def test_a_missing_flag_is_named(capsys):
-    line = refusal(capsys, "--num-layers", 2, "--context-parallel-size", 2)
+    line = script.refusal(capsys, "--num-layers", 2, "--context-parallel-size", 2)
     assert line == "error: the following arguments are required: --seq-length, --num-attention-heads"

@@ -7,13 +7,14 @@ from dataclasses import fields
 import pytest
 from megatron_arguments import parse
 
+from megatron_s2.errors import flag_name
 from megatron_s2.layers.arguments import _BYPASSES, settings_from_args
 from megatron_s2.layers.config import S2TransformerConfig, s2_settings
 from megatron_s2.parallel.time_model import Cluster
 from megatron_s2.pattern import S2Settings
 from megatron_s2.training.arguments import (
     add_s2_args,
-    take_from_checkpoint,
+    load_s2_args,
     validate_s2_args,
 )
 
@@ -180,10 +181,11 @@ BYPASSING_VALUES = {
 }
 
 
-@pytest.mark.parametrize(("flag", "why"), _BYPASSES.values(), ids=[flag for flag, _ in _BYPASSES.values()])
-def test_what_would_bypass_s2_is_refused_with_the_reason(flag, why):
+@pytest.mark.parametrize("name", _BYPASSES)
+def test_what_would_bypass_s2_is_refused_with_the_reason(name):
+    flag = flag_name(name)
     words = f"{S2} {flag} {BYPASSING_VALUES.get(flag, '')}"
-    assert refusal(words) == f"{flag}: must not be set with --s2-attention: {why}"
+    assert refusal(words) == f"{flag}: must not be set with --s2-attention: {_BYPASSES[name]}"
 
 
 @pytest.mark.parametrize(
@@ -210,22 +212,22 @@ def test_what_would_bypass_s2_is_refused_with_the_reason(flag, why):
         "where --context-parallel-size 8 is larger than --num-attention-heads 4 over "
         "--tensor-model-parallel-size 1",
         "--s2-anneal-steps 9 --cuda-graph-impl local": "--cuda-graph-impl local: must not be set with "
-        "--s2-anneal-steps: a graph keeps the attention of its capture",
+        "--s2-anneal-steps: a CUDA graph keeps the attention that it captured",
         "--dataloader-inter-document-masking --cuda-graph-impl local": "--cuda-graph-impl local: must not be "
-        "set with --dataloader-inter-document-masking: a graph keeps the documents of its capture",
+        "set with --dataloader-inter-document-masking: a CUDA graph keeps the documents that it captured",
         "--s2-anneal-steps 9 --enable-cuda-graph": "--enable-cuda-graph: must not be set with "
-        "--s2-anneal-steps: a graph keeps the attention of its capture",
+        "--s2-anneal-steps: a CUDA graph keeps the attention that it captured",
         "--context-parallel-size 2 --s2-autotune": "--s2-autotune: must not be set with "
-        "--context-parallel-size 2, where nothing is tuned",
+        "--context-parallel-size 2, which does not tune",
         "--context-parallel-size 2 --s2-backend reference": "--s2-backend reference: must be auto, torch or "
         "triton with --context-parallel-size 2",
         "--s2-inter-gigabytes-per-s 0": "--s2-inter-gigabytes-per-s 0.0: must be positive",
         "--transformer-impl inference_optimized": "--transformer-impl inference_optimized: must be local or "
         "transformer_engine with --s2-attention: it bypasses core attention",
         "--attention-backend local": "--attention-backend local: must not be set with --s2-attention: it "
-        "puts dense attention back",
+        "replaces S2 by dense attention",
         "--position-embedding-type relative": "--position-embedding-type relative: must be another with "
-        "--s2-attention: S2 attention takes no attention bias",
+        "--s2-attention: S2 attention does not take an attention bias",
         "--s2-learnable-sink --softmax-type off-by-one": "--softmax-type off-by-one: must not be set with "
         "--s2-learnable-sink",
     }.items(),
@@ -239,11 +241,11 @@ def test_a_model_without_layers_or_heads_is_refused():
     assert refusal("--s2-attention --num-layers 2") == "--num-attention-heads: must be given"
 
 
-def test_use_checkpoint_args_takes_the_attention_and_nothing_of_the_machine():
+def test_use_checkpoint_args_takes_the_attention_and_nothing_of_the_cluster():
     saved, _ = validated(f"{S2} --s2-vert-stride 4 --s2-sink-blocks 1 --s2-learnable-sink --s2-backend torch "
                          "--s2-cp-schedule a2a --s2-gpus-per-node 4 --s2-autotune")  # fmt: skip
     args = parse(f"{MODEL} --s2-sink-blocks 2".split())
-    take_from_checkpoint(args, saved)
+    load_s2_args(args, saved)
     assert args.s2_attention and args.s2_vert_stride == 4 and args.softmax_type == "learnable"
     assert args.s2_sink_blocks == 2
     for name in ("backend", "cp_schedule", "gpus_per_node", "autotune"):

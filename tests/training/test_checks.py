@@ -184,7 +184,7 @@ def test_a_blend_file_needs_a_split(documents, tmp_path):
 
 
 def test_a_file_that_is_no_index_is_refused(prefix):
-    with pytest.raises(ValueError, match=r"^--data-path .*text\.idx is no index"):
+    with pytest.raises(ValueError, match=r"^--data-path .*text\.idx is not an index"):
         check_splits(arguments(data_path=[prefix], split="1"))
 
 
@@ -206,5 +206,7 @@ def test_the_query_groups_divide_the_heads():
 
 
 def test_the_config_logger_is_refused():
-    with pytest.raises(ValueError, match=r"^--config-logger-dir /tmp/c: Megatron cannot write it"):
+    with pytest.raises(
+        ValueError, match=r"^--config-logger-dir /tmp/c: Megatron cannot write its configuration"
+    ):
         check_model(model(config_logger_dir="/tmp/c"))

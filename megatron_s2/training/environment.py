@@ -1,10 +1,9 @@
-"""Turns a Megatron command line into one that can run on this machine, and says what it changed.
+"""Adds the flags without which a Megatron command line cannot run in this environment.
 
-Megatron's defaults assume a GPU, Transformer Engine and Apex. A command line written for such a machine
-should run as it stands on a laptop, so the flags that cannot work here get the one value that can. This
-happens on the list of arguments, before Megatron parses them: only there can a default be told from what the
-user typed, so an explicit wish that cannot be met is refused instead of overruled; Megatron's own validation
-sees the final values; and what was added is exactly what the user could have typed.
+Megatron's defaults assume a GPU, Transformer Engine and Apex. So that a command line written for them runs
+unchanged on a laptop, flags that were not given are set to the values that work there. This is done to the
+list of arguments, before Megatron parses it: only there can a default be distinguished from a flag that the
+user gave, which is refused, not overridden, if it cannot work; and Megatron validates the final values.
 """
 
 from collections.abc import Sequence
@@ -14,16 +13,16 @@ from itertools import takewhile
 
 
 @dataclass(frozen=True)
-class Machine:
-    """What Megatron's defaults need, and whether it is here."""
+class Environment:
+    """Which of the things that Megatron's defaults assume are available."""
 
     gpu: bool
     transformer_engine: bool
     apex: bool
 
     @classmethod
-    def detect(cls) -> "Machine":
-        """Asks torch for a GPU and imports NVIDIA's packages (`amp_C`: PyPI's `apex` is something else)."""
+    def detect(cls) -> "Environment":
+        """Queries torch for a GPU and imports NVIDIA's packages (`amp_C`: PyPI's `apex` is unrelated)."""
         import torch
 
         gpu = torch.cuda.is_available()
@@ -35,7 +34,7 @@ class Machine:
 
 
 def _imports(name: str) -> bool:
-    """Whether a package is there and fits: one built for another CUDA or torch fails in its own ways."""
+    """Whether a package can be imported; one built for another CUDA or torch raises other errors."""
     try:
         import_module(name)
     except (ImportError, OSError, RuntimeError):
@@ -44,38 +43,38 @@ def _imports(name: str) -> bool:
 
 
 @dataclass(frozen=True)
-class _Fix:
-    """A flag that must be given on a machine, with the values that a user may have given it themselves."""
+class _Flag:
+    """A flag that an environment requires, and its value if it takes one."""
 
-    flag: str
+    name: str
     value: str | None = None
 
     @property
     def words(self) -> list[str]:
-        return [self.flag] if self.value is None else [self.flag, self.value]
+        return [self.name] if self.value is None else [self.name, self.value]
 
 
 _WITHOUT_GPU = (
-    _Fix("--distributed-backend", "gloo"),  # NCCL is for GPUs
-    _Fix("--use-cpu-initialization"),  # weights are drawn from the CPU's generator
-    _Fix("--no-masked-softmax-fusion"),  # CUDA kernels
-    _Fix("--no-bias-gelu-fusion"),  # compiled for a GPU
-    _Fix("--no-bias-swiglu-fusion"),
-    _Fix("--no-bias-dropout-fusion"),
-    _Fix("--disable-jit-fuser"),
+    _Flag("--distributed-backend", "gloo"),  # NCCL is for GPUs
+    _Flag("--use-cpu-initialization"),  # weights are initialized from the CPU's generator
+    _Flag("--no-masked-softmax-fusion"),  # CUDA kernels
+    _Flag("--no-bias-gelu-fusion"),  # compiled for a GPU
+    _Flag("--no-bias-swiglu-fusion"),
+    _Flag("--no-bias-dropout-fusion"),
+    _Flag("--disable-jit-fuser"),
 )
 _WITHOUT_TRANSFORMER_ENGINE = (
-    _Fix("--transformer-impl", "local"),
-    _Fix("--no-rope-fusion"),  # Transformer Engine's kernel
+    _Flag("--transformer-impl", "local"),
+    _Flag("--no-rope-fusion"),  # Transformer Engine's kernel
 )
 _WITHOUT_APEX = (
-    _Fix("--no-persist-layer-norm"),  # torch's norms refuse it
-    _Fix("--no-gradient-accumulation-fusion"),  # Apex's CUDA extension
-    _Fix("--no-masked-softmax-fusion"),  # kernels that only Apex builds
+    _Flag("--no-persist-layer-norm"),  # not supported by torch's norms
+    _Flag("--no-gradient-accumulation-fusion"),  # Apex's CUDA extension
+    _Flag("--no-masked-softmax-fusion"),  # kernels that only Apex builds
 )
 
-# Flags that only make sense with a GPU, and what to do instead. Refused, because leaving them out silently
-# would train something else than what was asked for.
+# Flags that need a GPU, and what to do instead. They are refused, because a run without them would train
+# something else than the command line says.
 _NEEDS_GPU = {
     "--fp8-format": "use --bf16",
     "--fp4-format": "use --bf16",
@@ -101,13 +100,13 @@ _NEEDS_GPU = {
     "--async-save": "remove it",
     "--optimizer-cpu-offload": "remove it",
 }
-# What `--recompute-modules` can name only with Transformer Engine: its code is called without asking.
+# Values of `--recompute-modules` for which Megatron calls Transformer Engine without checking for it.
 _RECOMPUTED_BY_TRANSFORMER_ENGINE = ("layernorm", "moe_act", "mla_up_proj", "gdn_norm_out")
 _HARMLESS_VALUES = {("--cuda-graph-impl", "none"), ("--cpu-offloading-num-layers", "0")}
 
 
 def _given(argv: Sequence[str], flag: str) -> str | bool | None:
-    """The value a flag has on a command line (the last one counts), True without a value, None if absent."""
+    """Returns the last value of a flag on a command line; True for a flag without a value, None if absent."""
     found: str | bool | None = None
     for position, word in enumerate(argv):
         name, equals, value = word.partition("=")
@@ -118,15 +117,15 @@ def _given(argv: Sequence[str], flag: str) -> str | bool | None:
     return found
 
 
-def runnable_arguments(argv: Sequence[str], machine: Machine) -> tuple[list[str], list[str]]:
-    """The command line `argv`, made runnable on `machine`, and the words that were added to it.
+def runnable_arguments(argv: Sequence[str], environment: Environment) -> tuple[list[str], list[str]]:
+    """Returns the command line `argv` with the flags that `environment` requires, and these flags alone.
 
     Raises:
-        ValueError: for a flag the user gave that cannot work here, naming the flag and what to do.
+        ValueError: a given flag cannot work in the environment; the message names it and what to do.
     """
-    fixes: list[_Fix] = []
-    if not machine.gpu:
-        fixes += _WITHOUT_GPU
+    required: list[_Flag] = []
+    if not environment.gpu:
+        required += _WITHOUT_GPU
         for flag, remedy in _NEEDS_GPU.items():
             value = _given(argv, flag)
             if flag == "--optimizer-cpu-offload" and _given(argv, "--s2-offload") is not None:
@@ -134,22 +133,22 @@ def runnable_arguments(argv: Sequence[str], machine: Machine) -> tuple[list[str]
             if value is not None and (flag, value) not in _HARMLESS_VALUES:
                 shown = flag if value is True else f"{flag} {value}"
                 raise ValueError(f"{shown}: needs a GPU, and there is none here; {remedy}")
-    if not machine.transformer_engine:
-        fixes += _WITHOUT_TRANSFORMER_ENGINE
+    if not environment.transformer_engine:
+        required += _WITHOUT_TRANSFORMER_ENGINE
         _refuse_recompute_modules(argv)
-        if not machine.apex:
-            fixes += _WITHOUT_APEX
+        if not environment.apex:
+            required += _WITHOUT_APEX
             _refuse_sequence_parallel(argv)
 
     added: list[str] = []
-    for fix in dict.fromkeys(fixes):
-        value = _given(argv, fix.flag)
+    for flag in dict.fromkeys(required):
+        value = _given(argv, flag.name)
         if value is None:
-            added += fix.words
-        elif fix.value is not None and value != fix.value:
-            lacking = "Transformer Engine" if machine.gpu else "a GPU"
+            added += flag.words
+        elif flag.value is not None and value != flag.value:
+            lacking = "Transformer Engine" if environment.gpu else "a GPU"
             raise ValueError(
-                f"{fix.flag} {value}: needs {lacking}, and there is none here; use {fix.flag} {fix.value}"
+                f"{flag.name} {value}: needs {lacking}, and there is none here; use {flag.name} {flag.value}"
             )
     return [*argv, *added], added
 
@@ -169,7 +168,7 @@ def _refuse_recompute_modules(argv: Sequence[str]) -> None:
 
 
 def _refuse_sequence_parallel(argv: Sequence[str]) -> None:
-    """Torch's norms cannot take a sequence split over ranks; Megatron says so only when it builds them."""
+    """Torch's norms do not support sequence parallelism, which Megatron checks only when it builds them."""
     tensor_parallel = _given(argv, "--tensor-model-parallel-size") not in (None, "1")
     if tensor_parallel and _given(argv, "--sequence-parallel"):
         raise ValueError(
@@ -178,9 +177,9 @@ def _refuse_sequence_parallel(argv: Sequence[str]) -> None:
         )
 
 
-def describe(machine: Machine, added: Sequence[str]) -> str | None:
-    """One line that tells the user what was changed, or None when nothing was."""
+def describe(environment: Environment, added: Sequence[str]) -> str | None:
+    """Returns a message about the flags that were added; None where the defaults of Megatron apply."""
     if not added:
-        return None if machine.gpu else "megatron-s2: no GPU found, training on CPU (gloo)"
-    reason = "no Transformer Engine or Apex" if machine.gpu else "no GPU found, training on CPU (gloo)"
+        return None if environment.gpu else "megatron-s2: no GPU found, training on CPU (gloo)"
+    reason = "no Transformer Engine or Apex" if environment.gpu else "no GPU found, training on CPU (gloo)"
     return f"megatron-s2: {reason}; set: {' '.join(added)}"

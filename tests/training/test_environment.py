@@ -1,12 +1,12 @@
-"""The command line that Megatron gets is one that can run on this machine, and no wish is overruled."""
+"""The command line that Megatron gets can run in its environment, and no given flag is overridden."""
 
 import pytest
 
-from megatron_s2.training.machine import Machine, describe, runnable_arguments
+from megatron_s2.training.environment import Environment, describe, runnable_arguments
 
-CPU = Machine(gpu=False, transformer_engine=False, apex=False)
-PLAIN_GPU = Machine(gpu=True, transformer_engine=False, apex=False)
-NVIDIA_CONTAINER = Machine(gpu=True, transformer_engine=True, apex=True)
+CPU = Environment(gpu=False, transformer_engine=False, apex=False)
+PLAIN_GPU = Environment(gpu=True, transformer_engine=False, apex=False)
+NVIDIA_CONTAINER = Environment(gpu=True, transformer_engine=True, apex=True)
 
 
 def test_nothing_changes_where_everything_is_there():
@@ -33,8 +33,8 @@ def test_cpu_gets_every_flag_it_needs_and_keeps_the_users_own_first():
 
 
 def test_each_flag_is_added_once():
-    for machine in (CPU, PLAIN_GPU):
-        _, added = runnable_arguments([], machine)
+    for environment in (CPU, PLAIN_GPU):
+        _, added = runnable_arguments([], environment)
         flags = [word for word in added if word.startswith("--")]
         assert len(flags) == len(set(flags))
 
@@ -82,12 +82,12 @@ def test_a_flag_given_twice_counts_the_last_time():
     runnable_arguments(["--distributed-backend", "nccl", "--distributed-backend", "gloo"], CPU)
 
 
-@pytest.mark.parametrize("machine", [CPU, PLAIN_GPU], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("environment", [CPU, PLAIN_GPU], ids=["cpu", "gpu"])
 @pytest.mark.parametrize(
     "words", ["--recompute-modules core_attn layernorm", "--recompute-modules=layernorm"]
 )
-def test_modules_that_only_transformer_engine_recomputes_are_refused(machine, words):
-    runnable_arguments(["--recompute-modules", "core_attn", "mlp", "--lr", "layernorm"], machine)
+def test_modules_that_only_transformer_engine_recomputes_are_refused(environment, words):
+    runnable_arguments(["--recompute-modules", "core_attn", "mlp", "--lr", "layernorm"], environment)
     runnable_arguments(words.split(), NVIDIA_CONTAINER)
     with pytest.raises(ValueError, match=r"^--recompute-modules layernorm: needs Transformer Engine"):
-        runnable_arguments(words.split(), machine)
+        runnable_arguments(words.split(), environment)

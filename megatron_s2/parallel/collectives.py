@@ -1,4 +1,4 @@
-"""The collectives of context parallelism: started early, awaited late, bytes counted, lost peers reported."""
+"""The collectives of context parallelism: asynchronous, with counters of bytes and errors for lost peers."""
 
 from __future__ import annotations
 
@@ -12,23 +12,26 @@ from torch import Tensor
 
 # Since torch 2.14 the older name warns.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-# A peer that is gone or late, in the words of gloo, which has no type for it: the place in its transport that
-# noticed, or, of what else was under way when the timeout was over, this sentence.
+# Gloo has no exception type for a peer that died or timed out. The message begins with a place in its
+# transport; collectives that were pending at the timeout of another one fail with the second message.
 _LOST_BY_GLOO = re.compile(r"\[[^] ]*\bgloo/transport/|Application timeout caused pair closure")
 # Results of NCCL that blame this process, its device or its arguments, and no peer.
 _OWN_FAULT_BY_NCCL = re.compile("nccl(UnhandledCudaError|InternalError|InvalidArgument|InvalidUsage)")
 
 
 class PeerLostError(RuntimeError):
-    """A rank of the group died, or did not come within the group's timeout; the message names layer and
-    group."""
+    """A rank of the group died, or did not answer within the group's timeout; the message names the layer and
+    the group."""
 
 
 @dataclass
 class Traffic:
-    """Bytes that this rank exchanged with other ranks, by layer number; what a rank sends to itself is none.
+    """Bytes that this rank exchanged with other ranks, by layer number. What a rank sends to itself is not
+    counted.
 
-    `predicted` is what the planner said the same attention calls would receive, before they began.
+    Args:
+        received, sent: counted bytes.
+        predicted: bytes that the planner predicts the same attention calls to receive.
     """
 
     received: dict[int, int] = field(default_factory=dict)
@@ -57,70 +60,71 @@ class Traffic:
 
 
 @dataclass(frozen=True)
-class Exchange:
+class ContextParallelGroup:
     """The context-parallel group of one layer.
 
     Args:
-        group: the ranks.
+        process_group: process group of the ranks.
         layer: number of the layer, for counters and messages.
-        traffic: where bytes are counted.
+        traffic: counters to which the bytes of each collective are added.
     """
 
-    group: dist.ProcessGroup
+    process_group: dist.ProcessGroup
     layer: int = 0
     traffic: Traffic = field(default_factory=Traffic)
 
     @property
     def ranks(self) -> int:
-        return self.group.size()
+        return self.process_group.size()
 
     @property
     def rank(self) -> int:
-        return self.group.rank()
+        return self.process_group.rank()
 
     def all_gather(self, part: Tensor) -> Pending:
-        """Starts to bring every rank's `part` `[n, …]` (of one size) to all: `[ranks * n, …]`."""
+        """Starts an all-gather of `part` `[n, …]`, of the same size on all ranks, to `[ranks * n, …]`."""
         part = part.contiguous()
         result = part.new_empty(self.ranks * part.shape[0], *part.shape[1:])
-        others = (self.ranks - 1) * _bytes(part)
-        self.traffic.add(self.layer, received=others, sent=others)
+        exchanged = (self.ranks - 1) * _bytes(part)
+        self.traffic.add(self.layer, received=exchanged, sent=exchanged)
         with _reporting_lost_peers(self):
-            work = _all_gather_single(result, part, group=self.group, async_op=True)
+            work = _all_gather_single(result, part, group=self.process_group, async_op=True)
         return Pending(self, work, result, part)
 
     def all_to_all(self, parts: Tensor, send: Sequence[int], receive: Sequence[int]) -> Pending:
-        """Starts to send `send[r]` rows of `parts` `[sum(send), …]` to each rank r, and to receive
-        `receive[r]` from it: `[sum(receive), …]`."""
+        """Starts an all-to-all of `parts` `[sum(send), …]` to `[sum(receive), …]`.
+
+        Args:
+            send, receive: number of rows sent to and received from each rank.
+        """
         parts = parts.contiguous()
         result = parts.new_empty(sum(receive), *parts.shape[1:])
         row = _bytes(parts[:1]) if len(parts) else _bytes(result[:1])
-        mine = self.rank
-        self.traffic.add(
-            self.layer, received=(sum(receive) - receive[mine]) * row, sent=(sum(send) - send[mine]) * row
-        )
+        received, sent = (row * (sum(rows) - rows[self.rank]) for rows in (receive, send))
+        self.traffic.add(self.layer, received, sent)
         with _reporting_lost_peers(self):
             work = dist.all_to_all_single(
-                result, parts, list(receive), list(send), group=self.group, async_op=True
+                result, parts, list(receive), list(send), group=self.process_group, async_op=True
             )
         return Pending(self, work, result, parts)
 
 
 @dataclass(frozen=True)
 class Pending:
-    """A collective under way. `_sent` is kept alive until it has ended."""
+    """A collective that has been started. `_sent` keeps its input alive until it is complete."""
 
-    _exchange: Exchange
+    _group: ContextParallelGroup
     _work: dist.Work
     _result: Tensor
     _sent: Tensor
 
     def wait(self) -> Tensor:
-        """The result. On a GPU the current stream waits, not the process.
+        """Returns the result. On a GPU the current stream waits, not the process.
 
         Raises:
-            PeerLostError: a rank of the group died, or did not take part within its timeout.
+            PeerLostError: a rank of the group died, or did not answer within its timeout.
         """
-        with _reporting_lost_peers(self._exchange):
+        with _reporting_lost_peers(self._group):
             self._work.wait()
         return self._result
 
@@ -130,11 +134,11 @@ def _bytes(x: Tensor) -> int:
 
 
 @contextmanager
-def _reporting_lost_peers(exchange: Exchange) -> Iterator[None]:
-    """Adds layer and group to the error of a collective that a peer has failed; other errors pass unchanged.
+def _reporting_lost_peers(group: ContextParallelGroup) -> Iterator[None]:
+    """Turns the error of a collective whose peer died or timed out into a PeerLostError; other errors pass
+    unchanged.
 
-    With NCCL a peer's death or delay shows elsewhere: its watchdog ends the process, with a message of its
-    own.
+    With NCCL the watchdog ends the process instead, with a message of its own.
     """
     try:
         yield
@@ -142,8 +146,8 @@ def _reporting_lost_peers(exchange: Exchange) -> Iterator[None]:
         if not _is_lost_peer(error):
             raise
         raise PeerLostError(
-            f"context-parallel exchange of layer {exchange.layer}, group "
-            f"{dist.get_process_group_ranks(exchange.group)}: a rank died or did not answer in time: "
+            f"context-parallel exchange of layer {group.layer}, group "
+            f"{dist.get_process_group_ranks(group.process_group)}: a rank died or did not answer in time: "
             f"{str(error).partition('\n')[0]}"
         ) from error
 
