@@ -61,7 +61,7 @@ _UNSUPPORTED = (
 )
 # Arguments that Megatron 0.19 parses and ignores, and what replaces them.
 _IGNORED = {
-    "rampup_batch_size": '--step-batch-size-schedule, such as "0:16 300B:32", in place of --global-batch-size',
+    "rampup_batch_size": '--step-batch-size-schedule "0:16 300B:32", say, instead of --global-batch-size',
 }
 
 
