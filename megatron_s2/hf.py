@@ -6,8 +6,10 @@
 
 The pattern is read from `s2_attention` in the model's config.json, an object with fields of `S2Settings`.
 With `"attn_implementation": "s2"` in config.json, transformers refuses to load the model unless this module
-has been imported, instead of running it dense. Every decoder that uses transformers' attention interface
-works; Llama, Mistral, Qwen2 and Qwen3 are tested.
+has been imported, instead of running it dense. transformers drops that entry whenever it writes a
+configuration; while this module is imported, every configuration with `s2_attention` is written with it, and
+runs with S2 unless another attention is chosen by name. Every decoder that uses transformers' attention
+interface works; Llama, Mistral, Qwen2 and Qwen3 are tested.
 
 Padding is ignored: the position of a token, which determines its block, is its index among the real tokens of
 its row, on whichever side the padding is. No mask of tokens x tokens is built.
@@ -20,7 +22,7 @@ everything.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, wraps
 from inspect import signature
 from itertools import accumulate
 
@@ -37,18 +39,17 @@ from megatron_s2.pattern import S2Pattern, S2Settings
 from megatron_s2.pattern.settings import PATTERN_FIELDS
 
 NAME = "s2"
+_SETTINGS = "s2_attention"
 CACHE_ARGUMENT = "cache" if "cache" in signature(create_causal_mask).parameters else "past_key_values"
 
 
 def settings_of(config: PreTrainedConfig) -> S2Settings:
     """Returns the S2 settings in a model's configuration.
 
-    Also sets `attn_implementation` in it, so that a saved copy of the configuration does not run dense.
-
     Raises:
         ValueError: there are none, or a setting is unknown or out of range.
     """
-    given = getattr(config, "s2_attention", None)
+    given = getattr(config, _SETTINGS, None)
     if not isinstance(given, dict):
         raise ValueError(
             f's2_attention {given}: must be a dict of S2 settings with attn_implementation="s2"; the '
@@ -56,7 +57,6 @@ def settings_of(config: PreTrainedConfig) -> S2Settings:
         )
     if unknown := given.keys() - set(PATTERN_FIELDS):
         raise ValueError(f"s2_attention {min(unknown)}: must be one of {', '.join(sorted(PATTERN_FIELDS))}")
-    config.attn_implementation = NAME
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return _settings(config.num_hidden_layers, kv_heads, tuple(sorted(fields.items())))
@@ -70,6 +70,41 @@ def _settings(num_layers: int, num_kv_heads: int, fields: tuple[tuple[str, objec
 @lru_cache(maxsize=1024)
 def _pattern(settings: S2Settings, layer_number: int) -> S2Pattern:
     return settings.pattern(layer_number)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What a configuration says about itself, from its first moment to its last copy
+
+
+def _chosen_attention(config: PreTrainedConfig) -> str | None:
+    """Getter of `_attn_implementation`: S2 where the configuration has a pattern and no attention is chosen.
+
+    transformers would choose sdpa.
+    """
+    chosen = _TRANSFORMERS_ATTENTION.fget(config)
+    return NAME if chosen is None and vars(config).get(_SETTINGS) is not None else chosen
+
+
+def _entries(config: PreTrainedConfig) -> dict[str, object]:
+    """`to_dict`, with which transformers writes every config.json, with `attn_implementation` for a pattern.
+
+    Whatever attention this process runs: the weights were trained with the pattern.
+    """
+    entries = _TRANSFORMERS_ENTRIES(config)
+    if entries.get(_SETTINGS) is not None:
+        entries["attn_implementation"] = NAME
+    return entries
+
+
+_TRANSFORMERS_ATTENTION = PreTrainedConfig._attn_implementation
+_TRANSFORMERS_ENTRIES = PreTrainedConfig.to_dict
+
+
+def _patch_configurations() -> None:
+    """Replaces `PreTrainedConfig.to_dict` and the getter of `PreTrainedConfig._attn_implementation`, which
+    change nothing in configurations without `s2_attention`."""
+    PreTrainedConfig.to_dict = wraps(_TRANSFORMERS_ENTRIES)(_entries)
+    PreTrainedConfig._attn_implementation = _TRANSFORMERS_ATTENTION.getter(_chosen_attention)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -357,5 +392,6 @@ class S2Cache(Cache):
         return [layer.cache for layer in self.layers if layer.cache is not None]
 
 
+_patch_configurations()
 AttentionInterface.register(NAME, s2_attention_forward)
 AttentionMaskInterface.register(NAME, s2_mask)
