@@ -8,6 +8,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from megatron_s2.kv_cache.cache import KVCache
+from megatron_s2.kv_cache.decode_step import plan_step
 
 
 class S2SelfAttention(SelfAttention):
@@ -73,7 +74,10 @@ class S2SelfAttention(SelfAttention):
         return query, key, value, rotary_pos_emb, self.attn_mask_type, None
 
     def _cache(self, context: BaseInferenceContext, key: Tensor) -> KVCache:
-        """That of this layer and part of the batch; an empty one where a sequence begins."""
+        """That of this layer and part of the batch; an empty one where a sequence begins.
+
+        The first layer of a decoding step plans it for all layers.
+        """
         caches, place = context.key_value_memory_dict, (self.layer_number, context.batch_size_offset)
         start, (tokens, batch, _, head_dim) = context.sequence_len_offset, key.shape
         most = context.max_sequence_length
@@ -89,4 +93,8 @@ class S2SelfAttention(SelfAttention):
                 f"sequence_len_offset {start}: must be what each of the {batch} sequences has had, {had}: S2 "
                 "attention's cache forgets, and can neither go back nor leave out"
             )
+        rows = range(batch)
+        if tokens == 1 and not caches[place].is_planned(rows):
+            layers = [cache for (_, offset), cache in caches.items() if offset == place[1]]
+            plan_step([cache for cache in layers if cache.lengths == had], rows)
         return caches[place]
