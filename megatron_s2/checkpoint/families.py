@@ -70,6 +70,7 @@ class Family:
             `num_key_value_heads` is num_attention_heads.
         default_sliding_window: window in tokens that a config.json without `sliding_window` means; None for a
             family whose window is off by default.
+        has_window_layers: whether `use_sliding_window` gives the layers from `max_window_layers` on a window.
     """
 
     architecture: str
@@ -77,6 +78,7 @@ class Family:
     megatron_args: Mapping[str, object] = field(default_factory=dict)
     required_entries: tuple[str, ...] = ()
     default_sliding_window: int | None = None
+    has_window_layers: bool = False
 
 
 FAMILIES = {
@@ -91,12 +93,14 @@ FAMILIES = {
         layer_tensors=(*LAYER, QKV_BIAS),
         megatron_args={"add_qkv_bias": True},
         required_entries=("num_key_value_heads",),
+        has_window_layers=True,
     ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
         layer_tensors=(*LAYER, *QK_NORMS),
         megatron_args={"qk_layernorm": True},
         required_entries=("num_key_value_heads", "head_dim"),
+        has_window_layers=True,
     ),
 }
 

@@ -60,8 +60,8 @@ class Sampling:
         }
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Returns the probability of each token `[vocabulary]`, float32 on the CPU."""
-        logits, tokens = logits.cpu().double().sort(descending=True, stable=True)
+        """Returns the probability of each token, float32, for `logits` `[vocabulary]` on the CPU."""
+        logits, tokens = logits.double().sort(descending=True, stable=True)
         logits = (logits - logits[0]) / self.temperature  # at most 0, so finite at any temperature
         if self.top_k:
             logits[self.top_k :] = float("-inf")

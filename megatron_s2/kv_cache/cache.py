@@ -143,7 +143,7 @@ class KVCache:
         return self.shard_tokens(row, head) + self.lengths[row] - self._window_starts[row]
 
     def kept_after_write(self, rows: Sequence[int]) -> list[list[int]]:
-        """Entries of each sequence and KV head after one more token of each of `rows`; zeros for the others."""
+        """Entries of each sequence and KV head after one more token of `rows`; zeros for the others."""
         taking = set(rows)
         return [
             [self.kept(row, g) + 1 if row in taking else 0 for g in self._heads] for row in range(self.batch)

@@ -122,6 +122,31 @@ def test_transformers_4_and_5_describe_the_same_model(tmp_path, name):
     assert sliding_window(newer) is sliding_window(older) is None
 
 
+@pytest.mark.parametrize("name", ["Qwen2.5", "Qwen3"])
+@pytest.mark.parametrize(
+    ("entries", "window"),
+    [
+        ({"max_window_layers": 28, "sliding_window": 4096}, None),
+        ({"max_window_layers": 99, "sliding_window": 4096}, None),
+        ({"max_window_layers": None, "sliding_window": 4096}, None),
+        ({"max_window_layers": 27, "sliding_window": 4096}, 4096),
+        ({"max_window_layers": 0, "sliding_window": None}, 4096),
+        ({"max_window_layers": 27, "sliding_window": 64, "use_sliding_window": False}, None),
+    ],
+    ids=str,
+)
+def test_only_layers_that_slide_have_a_window(tmp_path, name, entries, window):
+    """As in transformers, which fills in what is missing (None here)."""
+    config = PUBLISHED[name] | {"num_hidden_layers": 28, "use_sliding_window": True} | entries
+    config = {entry: value for entry, value in config.items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    slides = "sliding_attention" in loaded.layer_types
+    assert sliding_window(config) == window == (loaded.sliding_window if slides else None)
+    loaded.save_pretrained(tmp_path)
+    assert sliding_window(json.loads((tmp_path / "config.json").read_text())) == window
+
+
 @pytest.mark.parametrize("scaling", [LINEAR, LINEAR | {"rope_type": "linear"}])
 def test_both_names_of_the_rope_type(scaling):
     assert model_from_config(PUBLISHED["Llama 2"] | {"rope_scaling": scaling}).linear_factor == 4
