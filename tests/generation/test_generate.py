@@ -124,7 +124,7 @@ def test_a_prompt_is_continued(capsys, hugging_face, model):
 
 
 def test_files_of_prompts_are_a_batch(capsys, hugging_face, model, tmp_path):
-    """JSON lines, with a byte order mark and blank lines, and a text of several lines, which is one prompt."""
+    """JSON lines with a byte order mark and blank lines; and a text of several lines, which is one prompt."""
     *texts, last = prompts(*LENGTHS, 20)
     lines = ["", *(json.dumps({"prompt": words(text), "id": 1}) for text in texts), "", ""]
     (tmp_path / "prompts.jsonl").write_bytes(("\ufeff" + "\r\n".join(lines)).encode())
