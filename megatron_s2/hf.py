@@ -6,8 +6,10 @@
 
 The pattern is read from `s2_attention` in the model's config.json, an object with fields of `S2Settings`.
 With `"attn_implementation": "s2"` in config.json, transformers refuses to load the model unless this module
-has been imported, instead of running it dense. Every decoder that uses transformers' attention interface
-works; Llama, Mistral, Qwen2 and Qwen3 are tested.
+has been imported, instead of running it dense. transformers drops that entry whenever it writes a
+configuration; while this module is imported, every configuration with `s2_attention` is written with it, and
+runs with S2 unless another attention is chosen by name. Every decoder that uses transformers' attention
+interface works; Llama, Mistral, Qwen2 and Qwen3 are tested.
 
 Padding is ignored: the position of a token, which determines its block, is its index among the real tokens of
 its row, on whichever side the padding is. No mask of tokens x tokens is built.
@@ -20,7 +22,7 @@ everything.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, wraps
 from inspect import signature
 from itertools import accumulate
 
@@ -31,24 +33,25 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import causal_mask_function, create_causal_mask
 
 from megatron_s2.kernels import s2_attention
+from megatron_s2.kernels.numerics import autocast_dtype
 from megatron_s2.kv_cache.cache import KVCache
 from megatron_s2.kv_cache.cached_attention import cached_attention
+from megatron_s2.kv_cache.decode_step import plan_step
 from megatron_s2.pattern import S2Pattern, S2Settings
 from megatron_s2.pattern.settings import PATTERN_FIELDS
 
 NAME = "s2"
+_SETTINGS = "s2_attention"
 CACHE_ARGUMENT = "cache" if "cache" in signature(create_causal_mask).parameters else "past_key_values"
 
 
 def settings_of(config: PreTrainedConfig) -> S2Settings:
     """Returns the S2 settings in a model's configuration.
 
-    Also sets `attn_implementation` in it, so that a saved copy of the configuration does not run dense.
-
     Raises:
         ValueError: there are none, or a setting is unknown or out of range.
     """
-    given = getattr(config, "s2_attention", None)
+    given = getattr(config, _SETTINGS, None)
     if not isinstance(given, dict):
         raise ValueError(
             f's2_attention {given}: must be a dict of S2 settings with attn_implementation="s2"; the '
@@ -56,7 +59,6 @@ def settings_of(config: PreTrainedConfig) -> S2Settings:
         )
     if unknown := given.keys() - set(PATTERN_FIELDS):
         raise ValueError(f"s2_attention {min(unknown)}: must be one of {', '.join(sorted(PATTERN_FIELDS))}")
-    config.attn_implementation = NAME
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return _settings(config.num_hidden_layers, kv_heads, tuple(sorted(fields.items())))
@@ -73,6 +75,41 @@ def _pattern(settings: S2Settings, layer_number: int) -> S2Pattern:
 
 
 # ---------------------------------------------------------------------------------------------------------
+# What a configuration says about itself, from its first moment to its last copy
+
+
+def _chosen_attention(config: PreTrainedConfig) -> str | None:
+    """Getter of `_attn_implementation`: S2 where the configuration has a pattern and no attention is chosen.
+
+    transformers would choose sdpa.
+    """
+    chosen = _TRANSFORMERS_ATTENTION.fget(config)
+    return NAME if chosen is None and vars(config).get(_SETTINGS) is not None else chosen
+
+
+def _entries(config: PreTrainedConfig) -> dict[str, object]:
+    """`to_dict`, with which transformers writes every config.json, with `attn_implementation` for a pattern.
+
+    Whatever attention this process runs: the weights were trained with the pattern.
+    """
+    entries = _TRANSFORMERS_ENTRIES(config)
+    if entries.get(_SETTINGS) is not None:
+        entries["attn_implementation"] = NAME
+    return entries
+
+
+_TRANSFORMERS_ATTENTION = PreTrainedConfig._attn_implementation
+_TRANSFORMERS_ENTRIES = PreTrainedConfig.to_dict
+
+
+def _patch_configurations() -> None:
+    """Replaces `PreTrainedConfig.to_dict` and the getter of `PreTrainedConfig._attn_implementation`, which
+    change nothing in configurations without `s2_attention`."""
+    PreTrainedConfig.to_dict = wraps(_TRANSFORMERS_ENTRIES)(_entries)
+    PreTrainedConfig._attn_implementation = _TRANSFORMERS_ATTENTION.getter(_chosen_attention)
+
+
+# ---------------------------------------------------------------------------------------------------------
 # The functions that transformers calls
 
 
@@ -83,10 +120,22 @@ class PaddingMask:
     Args:
         real: bool `[batch, tokens]`, including the cached tokens; False for padding.
         queries: number of tokens of this pass, the last of `tokens`.
+        counts: number of real tokens of each row.
+        new_counts: number of real tokens of each row in this pass.
     """
 
     real: Tensor
     queries: int
+    counts: list[int]
+    new_counts: list[int]
+
+    @classmethod
+    def read(cls, real: Tensor, queries: int) -> PaddingMask | None:
+        """Returns the mask with these real tokens, in one copy to the host; None if all tokens are real."""
+        counts, new_counts = torch.stack([real.sum(1), real[:, real.shape[1] - queries :].sum(1)]).tolist()
+        if min(counts) == real.shape[1]:
+            return None
+        return cls(real, queries, counts, new_counts)
 
     @property
     def new(self) -> Tensor:
@@ -94,14 +143,20 @@ class PaddingMask:
         return self.real[:, self.real.shape[1] - self.queries :]
 
     @cached_property
-    def counts(self) -> list[int]:
-        """Number of real tokens of each row."""
-        return self.real.sum(1).tolist()
+    def columns(self) -> list[Tensor]:
+        """Columns of the real tokens of each row, in ascending order."""
+        return self._real_first(self.real, self.counts)
 
     @cached_property
-    def new_counts(self) -> list[int]:
-        """Number of real tokens of each row in this pass."""
-        return self.new.sum(1).tolist()
+    def new_columns(self) -> list[Tensor]:
+        """Columns, among those of this pass, of the real tokens of each row, in ascending order."""
+        return self._real_first(self.new, self.new_counts)
+
+    @staticmethod
+    def _real_first(real: Tensor, counts: list[int]) -> list[Tensor]:
+        """Indexing by the mask itself would wait for the device once per row and tensor."""
+        order = (~real).to(torch.int8).argsort(dim=1, stable=True)
+        return [row[:count] for row, count in zip(order, counts)]
 
 
 def s2_mask(
@@ -122,7 +177,9 @@ def s2_mask(
     """
     if config is not None:
         settings_of(config)
-        if getattr(config, "sliding_window", None) is not None:
+        layer_types = getattr(config, "layer_types", None)
+        slides = layer_types is None or "sliding_attention" in layer_types
+        if slides and getattr(config, "sliding_window", None) is not None:
             raise ValueError(
                 f'sliding_window {config.sliding_window}: must be null with attn_implementation="s2", whose '
                 "window is local_blocks of s2_attention"
@@ -136,14 +193,14 @@ def s2_mask(
         raise ValueError(
             f'{CACHE_ARGUMENT}: must be an S2Cache or a DynamicCache with attn_implementation="s2"'
         )
-    if attention_mask is None or attention_mask.all():
+    if attention_mask is None:
         return None
     if attention_mask.shape != (batch_size, kv_length):
         raise ValueError(
             f"attention_mask {tuple(attention_mask.shape)}: must be [batch, tokens] = "
             f"{(batch_size, kv_length)}, the cached tokens included"
         )
-    return PaddingMask(attention_mask.bool(), q_length)
+    return PaddingMask.read(attention_mask.bool(), q_length)
 
 
 def s2_attention_forward(
@@ -198,28 +255,28 @@ def _attend_packed(
     q: Tensor, k: Tensor, v: Tensor, pattern: S2Pattern, scale: float | None, padding: PaddingMask
 ) -> Tensor:
     """Attention within complete rows: their real tokens are packed, one document per row."""
-    real = padding.real.to(q.device)
     offsets = list(accumulate(padding.counts, initial=0))
-    out = s2_attention(q[real], k[real], v[real], pattern, scale, cu_seqlens=offsets, return_lse=False)
-    rows = out.new_zeros(*q.shape[:-1], out.shape[-1])
-    return rows.masked_scatter(real[:, :, None, None], out)
+    width = padding.real.shape[1]
+    tokens = torch.cat([row * width + columns for row, columns in enumerate(padding.columns)]).to(q.device)
+    packed = (x.flatten(0, 1)[tokens] for x in (q, k, v))
+    out = s2_attention(*packed, pattern, scale, cu_seqlens=offsets, return_lse=False)
+    rows = out.new_zeros(q.shape[0] * width, *out.shape[1:])
+    return rows.index_copy(0, tokens, out).unflatten(0, q.shape[:2])
 
 
 def _attend_by_row(
     q: Tensor, k: Tensor, v: Tensor, pattern: S2Pattern, scale: float | None, padding: PaddingMask
 ) -> Tensor:
     """Attention of queries that follow cached keys, row by row, because each row has another length."""
-    real, new = padding.real.to(q.device), padding.new.to(q.device)
     rows = []
-    for row in range(q.shape[0]):
-        q_row, k_row, v_row = q[row, new[row]], k[row, real[row]], v[row, real[row]]
+    for row, (columns, new_columns) in enumerate(zip(padding.columns, padding.new_columns)):
+        real, new = columns.to(q.device), new_columns.to(q.device)
+        q_row, k_row, v_row = q[row, new], k[row, real], v[row, real]
         q_start = len(k_row) - len(q_row)
         out = s2_attention(
             q_row[None], k_row[None], v_row[None], pattern, scale, q_start=q_start, return_lse=False
         )
-        rows.append(
-            out.new_zeros(*q.shape[1:3], out.shape[-1]).masked_scatter(new[row, :, None, None], out[0])
-        )
+        rows.append(out.new_zeros(q.shape[1], *out.shape[2:]).index_copy(0, new, out[0]))
     return torch.stack(rows)
 
 
@@ -239,25 +296,31 @@ class NewTokens:
 
     k: Tensor
     v: Tensor
-    cache: KVCache
+    layer: S2CacheLayer
 
     def attend(self, q: Tensor, padding: PaddingMask | None, scale: float | None) -> Tensor:
         """Returns the attention of queries `[batch, tokens, heads, head_dim]` and appends the new tokens to
         the cache."""
-        k, v = self.k.transpose(1, 2), self.v.transpose(1, 2)
+        k, v, cache = self.k.transpose(1, 2), self.v.transpose(1, 2), self.layer.cache
+        padding = self.layer.padding if padding is None else padding
         if padding is None:
-            if len(set(self.cache.lengths)) > 1:
+            if len(set(cache.lengths)) > 1:
                 raise ValueError(
                     "attention_mask: must be given, [batch, tokens], because an earlier one had padding"
                 )
-            return cached_attention(q, k, v, self.cache, scale)
-        new = padding.new_counts
-        if padding.counts != [length + count for length, count in zip(self.cache.lengths, new)]:
-            raise ValueError("attention_mask: must not change the columns of cached tokens")
+            new = [q.shape[1]] * cache.batch
+        else:
+            new = padding.new_counts
+            if padding.counts != [length + count for length, count in zip(cache.lengths, new)]:
+                raise ValueError("attention_mask: must not change the columns of cached tokens")
+        if q.shape[1] == 1:
+            self.layer.plan([row for row, count in enumerate(new) if count])
+        if q.shape[1] == 1 or min(new) == q.shape[1]:
+            return cached_attention(q, k, v, cache, scale, new=new)
         # The cache requires real tokens first; the output is put back in order.
         order = (~padding.new).to(q.device, torch.int8).argsort(dim=1, stable=True)
         rows = torch.arange(len(order), device=q.device)[:, None]
-        out = cached_attention(q[rows, order], k[rows, order], v[rows, order], self.cache, scale, new=new)
+        out = cached_attention(q[rows, order], k[rows, order], v[rows, order], cache, scale, new=new)
         return out[rows, order.argsort(1)]
 
 
@@ -267,6 +330,10 @@ class S2CacheLayer(CacheLayerMixin):
     Args:
         pattern: the blocks that each KV head sees.
         max_tokens: largest number of tokens of a row; None where it is not known.
+
+    Attributes:
+        padding: padding of the next pass where `attention_mask` is not given; None where there is none.
+        layers: all layers of the same cache, whose decoding steps are planned at once.
     """
 
     def __init__(self, pattern: S2Pattern, max_tokens: int | None = None) -> None:
@@ -275,22 +342,35 @@ class S2CacheLayer(CacheLayerMixin):
         self.max_tokens = max_tokens
         self.cache: KVCache | None = None
         self.columns = 0
+        self.padding: PaddingMask | None = None
+        self.layers: list[S2CacheLayer] = [self]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, _, _, head_dim = key_states.shape
-        self.cache = KVCache(
-            self.pattern, batch, head_dim, key_states.dtype, key_states.device, self.max_tokens
-        )
+        dtype = autocast_dtype(key_states) or key_states.dtype
+        self.cache = KVCache(self.pattern, batch, head_dim, dtype, key_states.device, self.max_tokens)
         self.is_initialized = True
+
+    def plan(self, rows: list[int]) -> None:
+        """Plans one token of each of `rows`, in this layer and in those that will follow in the same pass."""
+        if rows and not self.cache.is_planned(rows):
+            lengths = self.cache.lengths
+            caches = [layer.cache for layer in self.layers if layer.cache is not None]
+            plan_step([cache for cache in caches if cache.lengths == lengths], rows)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args, **kwargs
     ) -> tuple[NewTokens, NewTokens]:
         """Returns the new tokens without storing them: attention, which knows the padding, does that."""
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            raise ValueError(
+                f"{CACHE_ARGUMENT}: must not be an S2Cache while gradients are recorded, because it passes "
+                "none on; train with use_cache=False, or generate under torch.no_grad()"
+            )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.columns += key_states.shape[2]
-        new = NewTokens(key_states, value_states, self.cache)
+        new = NewTokens(key_states, value_states, self)
         return new, new
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -350,6 +430,13 @@ class S2Cache(Cache):
         super().__init__(
             layers=[S2CacheLayer(_pattern(settings, number), max_tokens) for number in layer_numbers]
         )
+        for layer in self.layers:
+            layer.layers = self.layers
+
+    def set_padding(self, padding: PaddingMask | None) -> None:
+        """Sets the padding of the next pass for a caller that knows it and gives no `attention_mask`."""
+        for layer in self.layers:
+            layer.padding = padding
 
     @property
     def caches(self) -> list[KVCache]:
@@ -357,5 +444,6 @@ class S2Cache(Cache):
         return [layer.cache for layer in self.layers if layer.cache is not None]
 
 
+_patch_configurations()
 AttentionInterface.register(NAME, s2_attention_forward)
 AttentionMaskInterface.register(NAME, s2_mask)

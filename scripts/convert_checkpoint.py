@@ -20,12 +20,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megatron_s2.training.patches import quiet_known_warnings
 
     quiet_known_warnings()
-    from megatron_s2.checkpoint.convert import RESUME, to_hugging_face, to_megatron
+    from megatron_s2.checkpoint.convert import RESUME, left_out, to_hugging_face, to_megatron
 
     if args.direction == "hf-to-megatron":
         lines = to_megatron(args.input, args.output, args)
         print(f"{args.output}: load it with --load {args.output} and the flags in {args.output / RESUME}:")
         print("\n".join(lines))
+        if names := left_out(args.input):
+            print(f"not copied from {args.input}: {', '.join(names)}")
         return
     exported = to_hugging_face(
         args.input,

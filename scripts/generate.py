@@ -46,7 +46,11 @@ def arguments() -> CommandParser:
         help="text to continue; may be given several times for a batch",
     )
     prompt.add_argument(
-        "--prompt-file", metavar="FILE", help="file with one prompt per line; blank lines are ignored"
+        "--prompt-file",
+        action="append",
+        metavar="FILE",
+        help="file with a text to continue from its end; if it is named *.jsonl, several prompts, one "
+        '{"prompt": TEXT} per line; may be given several times for a batch',
     )
     add = parser.add_argument
     add(

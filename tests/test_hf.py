@@ -1,7 +1,11 @@
 """The attention function for transformers: correct in every family, with padding on either side and with
 either cache; an error where it would be wrong."""
 
+import copy
 import json
+import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -16,7 +20,15 @@ from generation_models import (
     prompts,
     save_model,
 )
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 import megatron_s2.hf
 from megatron_s2.hf import CACHE_ARGUMENT, S2Cache, settings_of
@@ -122,8 +134,12 @@ def test_max_tokens_bounds_the_allocation(llama):
     batch, cache = Batch.of(prompts(40), "left"), S2Cache(llama.config, max_tokens=59)
     llama.generate(**vars(batch), max_new_tokens=20, do_sample=False, **{CACHE_ARGUMENT: cache})
     assert sum(layer.capacity_bytes for layer in cache.caches) < 59 * 2 * 2 * 16 * 4 * 3
-    with pytest.raises(ValueError, match="max_tokens 59: must be at least the 60 tokens"):
-        llama(torch.ones(1, 1, dtype=torch.long), **{CACHE_ARGUMENT: cache})
+    refused(
+        llama,
+        "max_tokens 59: must be at least the 60 tokens",
+        torch.ones(1, 1, dtype=torch.long),
+        **{CACHE_ARGUMENT: cache},
+    )
 
 
 @pytest.mark.parametrize("family", MODEL_CLASSES)
@@ -159,14 +175,158 @@ def test_gradients_ignore_padding(directories, side):
     assert_close(together, sum(alone))
 
 
-def test_a_saved_copy_keeps_s2(llama, tmp_path):
-    logits_of(llama, [1, 2, 3])
-    llama.config.save_pretrained(tmp_path)
-    saved = json.loads((tmp_path / "config.json").read_text())
-    assert saved["attn_implementation"] == "s2"
-    assert saved["s2_attention"] == SETTINGS
+def resized(model):
+    model.resize_token_embeddings(120)
+    return model
 
 
+def merged(model):
+    """A change of the weights, as `merge_and_unload` of a LoRA makes it: the model stays the same object."""
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    with torch.no_grad():
+        weight += torch.ones(len(weight), 1) @ torch.full((1, weight.shape[1]), 1e-3)
+    return model
+
+
+COPIES = {
+    "loaded and saved": lambda directory: load(directory),
+    "other dtype": lambda directory: load(directory, dtype=torch.bfloat16),
+    "half": lambda directory: load(directory).half(),
+    "resized embeddings": lambda directory: resized(load(directory)),
+    "merged LoRA": lambda directory: merged(load(directory)),
+    "deep copy": lambda directory: copy.deepcopy(load(directory)),
+    "pickled": lambda directory: pickle.loads(pickle.dumps(load(directory))),
+    "run": lambda directory: (model := load(directory), logits_of(model, [1, 2, 3]))[0],
+    "run dense": lambda directory: load(directory, attn_implementation="sdpa"),
+    "from_config": lambda directory: AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory)),
+    "config alone": AutoConfig.from_pretrained,
+    "config of a dict": lambda directory: LlamaConfig.from_dict(
+        AutoConfig.from_pretrained(directory).to_dict()
+    ),
+    "config by hand": lambda directory: LlamaConfig(**SHAPE, s2_attention=SETTINGS),
+    "inner model": lambda directory: load(directory).model,
+}
+
+
+@pytest.fixture(scope="module")
+def copies(directories, tmp_path_factory):
+    """A copy of the llama for each of `COPIES`, none of which transformers lets know that it runs S2."""
+    made = tmp_path_factory.mktemp("copies")
+    for name, make in COPIES.items():
+        make(directories["llama"]).save_pretrained(made / name)
+    return made
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_every_saved_copy_says_s2(copies, name):
+    saved = json.loads((copies / name / "config.json").read_text())
+    assert (saved["attn_implementation"], saved["s2_attention"]) == ("s2", SETTINGS)
+
+
+def test_a_copy_has_the_same_logits(copies, llama):
+    [tokens] = prompts(130)
+    assert torch.equal(logits_of(load(copies / "loaded and saved"), tokens), logits_of(llama, tokens))
+
+
+def test_no_copy_loads_dense_without_this_module(copies):
+    """In a process that has never imported megatron_s2."""
+    script = """
+import sys
+from transformers import AutoConfig, AutoModelForCausalLM
+for directory in sys.argv[1:]:
+    try:
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
+    except ValueError as error:
+        print("s2" in str(error))
+    else:
+        print(model.config._attn_implementation)
+"""
+    names = [name for name in COPIES if name != "inner model"]
+    found = subprocess.run(
+        [sys.executable, "-c", script, *(str(copies / name) for name in names)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.split() == ["True"] * len(names), found.stderr
+
+
+def test_a_pattern_without_a_named_attention_runs_s2(directories, tmp_path):
+    """As in a copy that transformers wrote alone, or with an explicit None."""
+    save_model(tmp_path, "llama", attn_implementation=None)
+    entries = json.loads((tmp_path / "config.json").read_text())
+    del entries["attn_implementation"]
+    (tmp_path / "config.json").write_text(json.dumps(entries))
+    assert load(tmp_path).config._attn_implementation == "s2"
+    assert load(directories["llama"], attn_implementation=None).config._attn_implementation == "s2"
+    by_hand = LlamaConfig(**SHAPE)
+    by_hand.s2_attention = SETTINGS
+    assert LlamaForCausalLM(by_hand).config._attn_implementation == "s2"
+
+
+def test_a_model_without_a_pattern_is_left_alone(directories, tmp_path):
+    model = load(directories["llama"], attn_implementation="sdpa")
+    del model.config.s2_attention
+    model.save_pretrained(tmp_path)
+    assert "attn_implementation" not in json.loads((tmp_path / "config.json").read_text())
+    assert load(tmp_path).config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("gradients_of", ["weights", "embeddings"])
+def test_a_cache_is_refused_while_gradients_are_recorded(directories, gradients_of):
+    model = load(directories["llama"]).train()
+    model.requires_grad_(gradients_of == "weights")
+    embeddings = model.get_input_embeddings()(torch.tensor(prompts(40))).detach().requires_grad_()
+    message = (
+        f"^{CACHE_ARGUMENT}: must not be an S2Cache while gradients are recorded, because it passes none"
+    )
+    cache = S2Cache(model.config)
+    with pytest.raises(ValueError, match=message):
+        model(inputs_embeds=embeddings, use_cache=True, **{CACHE_ARGUMENT: cache})
+    with torch.no_grad():
+        model(inputs_embeds=embeddings, use_cache=True, **{CACHE_ARGUMENT: cache})
+    assert [layer.lengths for layer in cache.caches] == [[40]] * 3
+
+
+@pytest.mark.parametrize("cache", ["none", "s2", "dynamic"])
+def test_autocast_runs_as_dense_attention_does(directories, cache):
+    """On float32 weights: prompt and decoded token are as exact as sdpa in a dense model."""
+    [tokens] = prompts(100)
+    ids, caches = (
+        torch.tensor([tokens]),
+        {"s2": S2Cache, "dynamic": lambda config: DynamicCache(config=config)},
+    )
+    model = load(directories["llama"])
+    exact = logits_of(model, tokens)
+    given = {"use_cache": False} if cache == "none" else {CACHE_ARGUMENT: caches[cache](model.config)}
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        if cache == "none":
+            got = model(ids, **given).logits[0]
+        else:
+            got = torch.cat([model(part, **given).logits[0] for part in (ids[:, :99], ids[:, 99:])])
+    assert (got.float() - exact).norm() < 0.05 * exact.norm()
+    dense, rounded = load(directories["llama"], attn_implementation="sdpa"), None
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        rounded = dense(ids, use_cache=False).logits[0]
+    limit = 2 * (rounded.float() - logits_of(dense, tokens)).norm()
+    assert (got.float() - exact).norm() < limit
+
+
+def test_autocast_trains(directories):
+    model, [tokens] = load(directories["llama"]).train(), prompts(100)
+    ids, weight = torch.tensor([tokens]), model.model.layers[0].self_attn.q_proj.weight
+
+    def gradient():
+        return torch.autograd.grad(model(ids, labels=ids, use_cache=False).loss, weight)[0]
+
+    exact = gradient()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = gradient()
+    assert got.dtype == torch.float32
+    assert (got - exact).norm() < 0.1 * exact.norm()
+
+
+@torch.no_grad()
 def refused(model, message: str, *inputs, **kwargs) -> None:
     with pytest.raises(ValueError, match=message):
         model(*(inputs or (torch.ones(1, 40, dtype=torch.long),)), **kwargs)
@@ -226,6 +386,17 @@ def test_refuses_unsupported_attention_options(tmp_path):
     refused(model, "^attention_dropout: must not be set")
     save_model(tmp_path, "mistral", sliding_window=64)
     refused(load(tmp_path), "^sliding_window 64: must be null")
+
+
+@pytest.mark.parametrize("first_window", [2, 3])
+def test_a_window_is_refused_only_where_a_layer_has_it(tmp_path, first_window):
+    config = Qwen2Config(**SHAPE, sliding_window=64, use_sliding_window=True, max_window_layers=first_window)
+    config.s2_attention, config._attn_implementation = SETTINGS, "s2"
+    model, [tokens] = Qwen2ForCausalLM(config).eval(), prompts(100)
+    if first_window < config.num_hidden_layers:
+        refused(model, "^sliding_window 64: must be null")
+    else:
+        assert logits_of(model, tokens).isfinite().all()
 
 
 def test_refuses_the_cache_with_another_attention(directories):

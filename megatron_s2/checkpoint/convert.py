@@ -32,18 +32,26 @@ RESUME = "resume.args"
 # Directory in a Megatron checkpoint that keeps what a Hugging Face directory has besides weights.
 HF_FILES = "huggingface"
 _CONFIG = "config.json"
-_TOKENIZER_FILES = (
+# Every file that a tokenizer, a chat template or generation reads; globs within the directory.
+_COPIED_FILES = (
     "tokenizer.json",
-    "tokenizer.model",
+    "tokenizer.model*",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
+    "tekken.json",
+    "*.tiktoken",
+    "spiece.model",
+    "sentencepiece.bpe.model",
     "chat_template.jinja",
     "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "generation_config.json",
 )
-_COPIED_FILES = (*_TOKENIZER_FILES, "generation_config.json")
+_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 [_HF_EMBEDDING] = EMBEDDING.hf_dims
 [_HF_OUTPUT] = OUTPUT.hf_dims
 _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
@@ -301,8 +309,17 @@ def _hf_tensors(
             yield name, converted
 
 
-def _copy(source: Path, destination: Path, names: Iterable[str]) -> None:
+def left_out(directory: Path) -> list[str]:
+    """Returns the names of the files and directories that a conversion of `directory` neither reads nor
+    copies; hidden ones are not named."""
+    used = {_CONFIG, *(path.name for glob in _WEIGHT_FILES for path in directory.glob(glob))}
+    used |= {path.relative_to(directory).parts[0] for glob in _COPIED_FILES for path in directory.glob(glob)}
+    return sorted(path.name for path in directory.glob("[!.]*") if path.name not in used)
+
+
+def _copy(source: Path, destination: Path, globs: Iterable[str]) -> None:
     destination.mkdir(exist_ok=True)
-    for name in names:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, destination / name)
+    for path in (path for glob in globs for path in source.glob(glob) if path.is_file()):
+        copy = destination / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)

@@ -68,8 +68,9 @@ class Family:
         required_entries: sizes that config.json must state, because transformers would otherwise use a fixed
             number. The others may be missing or null: `head_dim` is then hidden_size / num_attention_heads,
             `num_key_value_heads` is num_attention_heads.
-        has_window_switch: whether `sliding_window` in config.json applies only where `use_sliding_window` or
-            `layer_types` turns it on. In other families it applies wherever it is not null.
+        has_window_switch: whether `sliding_window` in config.json applies only where `layer_types` says so or
+            `use_sliding_window` is true, then to the layers from `max_window_layers` on. In other families it
+            applies wherever it is not null.
         default_sliding_window: value of `sliding_window` in tokens where config.json lacks the entry.
     """
 

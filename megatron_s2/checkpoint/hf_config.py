@@ -17,6 +17,9 @@ _S2_KEY = "s2_attention"
 _SETTING_TYPES = {"vert_stride": (int, list), "phases": (list, type(None)), "dense_layers": (list,)}
 _TYPE_NAMES = {int: "a whole number", list: "a list of whole numbers", type(None): "null"}
 _DEFAULT_ROPE_THETA = 10000.0
+# Of families whose layers from `max_window_layers` on have a window if `use_sliding_window` is true.
+_DEFAULT_FULL_LAYERS = 28
+_DEFAULT_WINDOW = 4096
 # Constants in Megatron (`RotaryEmbedding._apply_scaling`), where only the factor can be chosen.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -115,13 +118,14 @@ def _rope_from_config(config: Config) -> dict[str, object]:
 def sliding_window(config: Config) -> int | None:
     """Returns the attention window of a model in tokens; None where every layer attends to all tokens."""
     family = FAMILIES[config["model_type"]]
-    layer_types = config.get("layer_types")
-    switched_on = (
-        "sliding_attention" in layer_types if layer_types else config.get("use_sliding_window", False)
-    )
-    if family.has_window_switch and not switched_on:
-        return None
-    return config.get("sliding_window", family.default_sliding_window)
+    if not family.has_window_switch:
+        return config.get("sliding_window", family.default_sliding_window)
+    if layer_types := config.get("layer_types"):
+        slides = "sliding_attention" in layer_types
+    else:
+        full_layers = config.get("max_window_layers", _DEFAULT_FULL_LAYERS)
+        slides = config.get("use_sliding_window", False) and full_layers < config["num_hidden_layers"]
+    return config.get("sliding_window", _DEFAULT_WINDOW) if slides else None
 
 
 def s2_settings_from_config(config: Config, model: ModelConfig) -> S2Settings | None:

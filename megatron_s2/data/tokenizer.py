@@ -23,7 +23,7 @@ _SPECIAL_TOKENS = [END_OF_DOCUMENT, PADDING]
 SMALLEST_VOCABULARY = 256 + len(_SPECIAL_TOKENS)
 
 # From a directory without any of these files, transformers builds an empty tokenizer.
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 
 
 @dataclass(frozen=True)

@@ -109,27 +109,24 @@ def generate(
     """
     batch = len(request.prompts)
     result = GenerationResult([[] for _ in range(batch)], prompt_tokens=sum(map(len, request.prompts)))
-    generators = [request.sampling.generator(row) for row in range(batch)]
-    active = set(range(batch))
+    active = {row: request.sampling.generator(row) for row in range(batch)}
 
-    def append_token(row: int, logits: Tensor) -> None:
-        token = request.sampling.choose(logits, generators[row])
-        result.rows[row].append(token)
-        on_token(row, token)
-        if token in request.stop or len(result.rows[row]) == request.max_new_tokens:
-            active.discard(row)
+    def append_tokens(logits: Tensor) -> None:
+        for row, token in request.sampling.choose(logits, active).items():
+            result.rows[row].append(token)
+            on_token(row, token)
+            if token in request.stop or len(result.rows[row]) == request.max_new_tokens:
+                del active[row]
 
     start = time.perf_counter()
     prompt_logits = _prefill(decoder, request.prompts)
     result.prefill_seconds = time.perf_counter() - start
-    for row in range(batch):
-        append_token(row, prompt_logits[row])
+    append_tokens(prompt_logits)
     start = time.perf_counter()
     while active:
         logits = decoder.feed([result.rows[row][-1:] if row in active else [] for row in range(batch)])
         result.decoded_tokens += len(active)
-        for row in sorted(active):
-            append_token(row, logits[row])
+        append_tokens(logits)
     result.decode_seconds = time.perf_counter() - start
     for cache in decoder.caches:
         result.kept_bytes += cache.bytes
@@ -138,12 +135,16 @@ def generate(
     return result
 
 
-def _prefill(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Returns the logits `[vocabulary]` after each prompt."""
-    after: dict[int, Tensor] = {}
+def _prefill(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> Tensor:
+    """Returns the logits after each prompt, `[batch, vocabulary]` on the CPU."""
+    after: list[Tensor | None] = [None] * len(prompts)
     for start in range(0, max(map(len, prompts)), PREFILL_CHUNK):
         rows = [prompt[start : start + PREFILL_CHUNK] for prompt in prompts]
         logits = decoder.feed(rows)
-        # The copy to the CPU waits for the GPU, so that the measured time includes its work.
-        after |= {row: logits[row].cpu() for row, tokens in enumerate(rows) if tokens}
-    return [after[row] for row in range(len(prompts))]
+        ending = [n for n, prompt in enumerate(prompts) if start < len(prompt) <= start + PREFILL_CHUNK]
+        if ending:
+            # The copy to the CPU waits for the GPU, so that the measured time includes its work.
+            logits = logits.cpu()
+            for row in ending:
+                after[row] = logits[row]
+    return torch.stack(after)

@@ -18,6 +18,7 @@ from megatron_s2.generation.decoding import (
     beyond_positions,
     generate,
 )
+from megatron_s2.generation.prompts import Prompt, excerpt, read_prompts
 from megatron_s2.generation.sampling import Sampling
 from megatron_s2.generation.text_codec import (
     TextCodec,
@@ -41,13 +42,7 @@ def generate_text(args: Namespace) -> None:
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     GenerationRequest([[0]], args.max_new_tokens)  # checks the flag before a model is loaded
     model = _hugging_face(args) if args.hf is not None else _megatron(args)
-    ids = [model.codec.encode(prompt) for prompt in prompts]
-    for prompt, tokens in zip(prompts, ids):
-        if bad := [token for token in tokens if not 0 <= token < model.vocab_size]:
-            raise ValueError(
-                f"--prompt {prompt[:40]!r}: token {bad[0]} is not in the model's vocabulary of "
-                f"{model.vocab_size}"
-            )
+    ids = [_encode(prompt, model) for prompt in prompts]
     stop = frozenset() if args.ignore_eos else model.codec.stop
     request = GenerationRequest(ids, args.max_new_tokens, stop, sampling)
     for note in (model.note, beyond_positions(request.max_tokens, model.positions)):
@@ -104,20 +99,25 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-def _prompts(args: Namespace) -> list[str]:
+def _prompts(args: Namespace) -> list[Prompt]:
+    """Returns the prompts of all flags, in their order."""
     if args.prompt is not None:
-        return args.prompt
-    path = Path(args.prompt_file)
-    if not path.exists() or path.is_dir():
-        raise ValueError(f"--prompt-file {path}: is not a file")
+        return [Prompt(text, f"--prompt {excerpt(text)}") for text in args.prompt]
+    return [prompt for path in args.prompt_file for prompt in read_prompts(Path(path))]
+
+
+def _encode(prompt: Prompt, model: _GenerationModel) -> list[int]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--prompt-file {path}: must be UTF-8: {error}") from None
-    prompts = [line for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError(f"--prompt-file {path}: has no prompts")
-    return prompts
+        tokens = model.codec.encode(prompt.text)
+    except ValueError as error:
+        raise ValueError(f"{prompt.source}: {error}") from error
+    if not tokens:
+        raise ValueError(f"{prompt.source}: must have at least one token")
+    if bad := [token for token in tokens if not 0 <= token < model.vocab_size]:
+        raise ValueError(
+            f"{prompt.source}: token {bad[0]} is not in the model's vocabulary of {model.vocab_size}"
+        )
+    return tokens
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from megatron_s2.hf import CACHE_ARGUMENT, NAME, S2Cache, settings_of
+from megatron_s2.hf import CACHE_ARGUMENT, NAME, PaddingMask, S2Cache, settings_of
 from megatron_s2.kv_cache.cache import KVCache
+from megatron_s2.kv_cache.decode_step import copy_to_device, plan_step
 
 
 def load_pretrained(directory: str | Path, dtype: str = "auto", *, needs_s2: bool = False) -> PreTrainedModel:
@@ -67,7 +68,7 @@ class HuggingFaceDecoder:
         self._model = model.eval()
         self._cache = S2Cache(model.config, max_tokens)
         self._lengths = [0] * batch
-        self._mask = torch.zeros(batch, 0, dtype=torch.long, device=model.device)
+        self._real = torch.zeros(batch, 0, dtype=torch.bool, device=model.device)
 
     @property
     def caches(self) -> list[KVCache]:
@@ -75,21 +76,26 @@ class HuggingFaceDecoder:
 
     @torch.no_grad()
     def feed(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """See `Decoder.feed`. Rows are padded on the left."""
-        width, device = max(map(len, rows)), self._model.device
-        padding = [width - len(row) for row in rows]
-        tokens = torch.tensor([[*[0] * pad, *row] for pad, row in zip(padding, rows)], device=device)
-        columns = torch.arange(width, device=device)
-        real = columns >= torch.tensor(padding, device=device)[:, None]
-        starts = torch.tensor([n - pad for n, pad in zip(self._lengths, padding)], device=device)
-        self._mask = torch.cat([self._mask, real.long()], 1)
-        logits = self._model(
-            tokens,
-            attention_mask=self._mask,
-            position_ids=(starts[:, None] + columns).clamp(min=0),
+        """See `Decoder.feed`. Rows are padded on the left. The host waits for nothing."""
+        new, width = [len(row) for row in rows], max(map(len, rows))
+        tokens = [[*[0] * (width - len(row)), *row] for row in rows]
+        starts = [[length + count - width] for length, count in zip(self._lengths, new)]
+        padding = [[width - count] for count in new]
+        if width == 1 and self.caches:
+            active = [row for row, count in enumerate(new) if count]
+            tables = plan_step(self.caches, active, tokens, starts, padding)
+        else:
+            tables = copy_to_device(self._model.device, tokens, starts, padding)
+        token_ids, start, pad = (table.to(self._model.device) for table in tables)
+        columns = torch.arange(width, device=self._model.device)
+        self._lengths = [length + count for length, count in zip(self._lengths, new)]
+        self._real = torch.cat([self._real, columns >= pad], 1)
+        # Handed over here, because transformers would read a mask back from the device.
+        self._cache.set_padding(PaddingMask(self._real, width, self._lengths, new))
+        return self._model(
+            token_ids,
+            position_ids=(start + columns).clamp(min=0),
             use_cache=True,
             logits_to_keep=1,
             **{CACHE_ARGUMENT: self._cache},
-        ).logits
-        self._lengths = [length + len(row) for length, row in zip(self._lengths, rows)]
-        return logits[:, -1]
+        ).logits[:, -1]

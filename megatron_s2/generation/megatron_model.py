@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_s2.errors import flag_name
 from megatron_s2.kv_cache.cache import KVCache
+from megatron_s2.kv_cache.decode_step import copy_to_device, plan_step
 from megatron_s2.layers.core_attention import S2CoreAttention
 
 _POSITION_TYPES = ("learned_absolute", "rope", "yarn", "none")
@@ -78,16 +79,23 @@ class GPTDecoder:
 
     @torch.no_grad()
     def feed(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """See `Decoder.feed`. Rows are padded on the right."""
+        """See `Decoder.feed`. Rows are padded on the right. The host waits for nothing."""
         counts = [len(row) for row in rows]
         width, device = max(counts), self.caches[0].device
-        tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
-        starts = torch.tensor(self._lengths, device=device)[:, None]
+        tables = (
+            [[*row, *[0] * (width - len(row))] for row in rows],
+            [[length] for length in self._lengths],
+            [[max(count - 1, 0)] for count in counts],
+        )
+        if width == 1:
+            active = [row for row, count in enumerate(counts) if count]
+            tokens, starts, last = plan_step(self.caches, active, *tables)
+        else:
+            tokens, starts, last = copy_to_device(device, *tables)
         # Padding tokens, too, need a position within the table.
         positions = (starts + torch.arange(width, device=device)).clamp(max=self._max_tokens - 1)
         for cache in self.caches:
             cache.incoming = counts
-        last = torch.tensor([max(count - 1, 0) for count in counts], device=device)
         with self._rotary_positions(positions):
             logits = self._model(
                 tokens,
@@ -95,7 +103,7 @@ class GPTDecoder:
                 attention_mask=None,
                 runtime_gather_output=True,  # Megatron asks for it once one of its engines has run
                 output_processor=_last_logits,
-                output_processor_context=last,
+                output_processor_context=last[:, 0],
             )
         self._lengths = [length + count for length, count in zip(self._lengths, counts)]
         return logits[:, : self._vocab_size]

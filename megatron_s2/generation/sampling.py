@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -42,15 +43,25 @@ class Sampling:
         """Returns the random generator of row `row` of a batch."""
         return torch.Generator().manual_seed(self.seed + row)
 
-    def choose(self, logits: Tensor, generator: torch.Generator) -> int:
-        """Returns the next token for `logits` `[vocabulary]`."""
+    def choose(self, logits: Tensor, generators: Mapping[int, torch.Generator]) -> dict[int, int]:
+        """Returns the next token of each row in `generators`, in one copy from the device.
+
+        Args:
+            logits: `[batch, vocabulary]`.
+            generators: random generator by row.
+        """
         if self.temperature == 0:
-            return int(logits.argmax())
-        return int(torch.multinomial(self.probabilities(logits), 1, generator=generator))
+            tokens = logits.argmax(-1).tolist()
+            return {row: tokens[row] for row in generators}
+        logits = logits.cpu()
+        return {
+            row: int(torch.multinomial(self.probabilities(logits[row]), 1, generator=generator))
+            for row, generator in generators.items()
+        }
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Returns the probability of each token `[vocabulary]`, float32 on the CPU."""
-        logits, tokens = logits.double().cpu().sort(descending=True, stable=True)
+        """Returns the probability of each token, float32, for `logits` `[vocabulary]` on the CPU."""
+        logits, tokens = logits.double().sort(descending=True, stable=True)
         logits = (logits - logits[0]) / self.temperature  # at most 0, so finite at any temperature
         if self.top_k:
             logits[self.top_k :] = float("-inf")

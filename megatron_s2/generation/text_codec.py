@@ -17,7 +17,8 @@ class TextCodec:
     """How a model reads and writes text.
 
     Args:
-        encode: returns the token ids of a prompt; raises ValueError for a prompt that it cannot encode.
+        encode: returns the token ids of a prompt, however long; raises ValueError, which says what a prompt
+            must be, for one that it cannot encode.
         decode: returns the text of token ids.
         stop: tokens that end a text.
     """
@@ -34,7 +35,7 @@ def token_id_codec(stop: frozenset[int] = frozenset()) -> TextCodec:
         try:
             return [int(word) for word in text.split()]
         except ValueError:
-            raise ValueError(f"--prompt {text!r}: must be token ids, such as '12 7 30'") from None
+            raise ValueError("must be token ids, such as '12 7 30'") from None
 
     return TextCodec(encode, lambda ids: " ".join(map(str, ids)), stop)
 
@@ -74,7 +75,7 @@ def hugging_face_codec(directory: Path, stop: frozenset[int]) -> TextCodec:
     if not stop and tokenizer.eos_token_id is not None:
         stop = frozenset({tokenizer.eos_token_id})
     return TextCodec(
-        lambda text: tokenizer(text).input_ids,
+        lambda text: tokenizer(text, verbose=False).input_ids,  # else it warns of its model_max_length
         lambda ids: tokenizer.decode(  # with clean-up, a further token could make the text shorter
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         ),

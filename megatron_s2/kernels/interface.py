@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_s2.kernels.backends import attention_function, choose_backend
+from megatron_s2.kernels.numerics import autocast_dtype, autocast_off
 from megatron_s2.kernels.tuning import Tuning
 from megatron_s2.pattern import BlockMaskPattern, BlockPattern
 
@@ -31,6 +32,8 @@ def s2_attention(
     tuning: Tuning | Literal["autotune"] | None = None,
 ) -> tuple[Tensor, Tensor] | Tensor:
     """Causal attention in which each head sees the key blocks that its pattern shows (arXiv 2407.17678).
+
+    Under autocast, q, k and v are cast to its dtype, as `scaled_dot_product_attention` does; float64 is not.
 
     Args:
         q: queries `[batch, seq_q, heads, head_dim]`, any strides; `[tokens, heads, head_dim]` if packed, that
@@ -63,6 +66,22 @@ def s2_attention(
     Raises:
         ValueError: an argument does not fit the others; the message starts with its name.
     """
+    if (dtype := autocast_dtype(q)) is not None:
+        with autocast_off(q):
+            q, k, v = (x.to(dtype) for x in (q, k, v))
+            return s2_attention(
+                q,
+                k,
+                v,
+                pattern,
+                softmax_scale,
+                sink_logits,
+                cu_seqlens,
+                q_start,
+                return_lse,
+                backend,
+                tuning,
+            )
     _check_tensors(q, k, v, pattern, packed=cu_seqlens is not None)
     if sink_logits is not None:
         _check_sinks(sink_logits, q)

@@ -1,4 +1,4 @@
-"""Arithmetic that every backend shares: the dtype of partial results, and the sink's part of the softmax."""
+"""Arithmetic that every backend shares: dtypes, also under autocast, and the sink's part of the softmax."""
 
 from __future__ import annotations
 
@@ -9,6 +9,22 @@ from torch import Tensor
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Returns the dtype in which attention is summed: float32, or float64 for float64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Returns the dtype in which attention of `x` has to run under autocast; None outside of it.
+
+    As for `scaled_dot_product_attention`, float64 stays as it is.
+    """
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+        return None
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def autocast_off(x: Tensor) -> torch.autocast:
+    """Context in which sums in float32 stay in float32, whatever surrounds it."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def merge_sink(out: Tensor, lse: Tensor, sink_logits: Tensor) -> Tensor:

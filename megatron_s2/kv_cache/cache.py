@@ -22,6 +22,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from megatron_s2.kv_cache.decode_step import DecodeStep, plan_step
 from megatron_s2.pattern import S2Pattern
 
 _SPARE = 4  # storage grows to what is needed plus 1 / _SPARE of it, in whole blocks
@@ -78,6 +79,7 @@ class KVCache:
         lengths: number of tokens that each sequence has had so far.
         incoming: number of real tokens of each row in the next attention call, the first ones of the row;
             None if all are real. A caller that reaches attention through a model sets it before each call.
+        planned: what `plan_step` has planned for the next `write`; None where `write` plans itself.
 
     Raises:
         ValueError: an argument is out of range; the message starts with its name.
@@ -101,6 +103,7 @@ class KVCache:
         self.max_tokens = max_tokens
         self.lengths = [0] * batch
         self.incoming: list[int] | None = None
+        self.planned: DecodeStep | None = None
         self._window_starts = [0] * batch
         self.storages: list[HeadStorage] = []
         for _, alike in groupby(self._heads, lambda g: pattern.strides[g]):
@@ -138,6 +141,18 @@ class KVCache:
     def kept(self, row: int, head: int) -> int:
         """Number of entries of KV head `head` of sequence `row`."""
         return self.shard_tokens(row, head) + self.lengths[row] - self._window_starts[row]
+
+    def kept_after_write(self, rows: Sequence[int]) -> list[list[int]]:
+        """Entries of each sequence and KV head after one more token of `rows`; zeros for the others."""
+        taking = set(rows)
+        return [
+            [self.kept(row, g) + 1 if row in taking else 0 for g in self._heads] for row in range(self.batch)
+        ]
+
+    def is_planned(self, rows: Sequence[int]) -> bool:
+        """Returns whether a `write` of one token of each of `rows` is planned."""
+        step = self.planned
+        return step is not None and (step.rows, step.lengths) == (list(rows), self.lengths)
 
     def shard_tokens(self, row: int, head: int) -> int:
         """Number of these entries that are shard blocks before the window."""
@@ -196,31 +211,37 @@ class KVCache:
                     head = stored[row, i]
                     if passed:
                         blocks = tokens[g, : new - old].unflatten(0, (-1, B))
-                        head[first * B : stop * B] = blocks[passed].flatten(0, 1)
+                        head[first * B : stop * B] = take_blocks(blocks, passed).flatten(0, 1)
                     head[stop * B : stop * B + length - new] = tokens[g, new - old :]
         self.lengths[row], self._window_starts[row] = length, new
 
-    def write(self, k: Tensor, v: Tensor, rows: Sequence[int]) -> None:
+    def write(self, k: Tensor, v: Tensor, rows: Sequence[int]) -> DecodeStep:
         """Stores one token of each of `rows`. `evict` must be called once attention has read the cache.
+
+        The host waits for nothing; in a model, `plan_step` copies the numbers for all caches at once.
 
         Args:
             k, v: `[batch, 1, kv_heads, head_dim]`.
+
+        Returns:
+            Where the tokens are, and the number of entries that attention has to read.
         """
+        if not self.is_planned(rows):
+            plan_step([self], rows)
+        step, self.planned = self.planned, None
         for row in rows:
-            self._reserve(self.lengths[row] + 1, [self.kept(row, g) + 1 for g in self._heads])
-        batch_index = torch.tensor(rows, device=self.device)[:, None]
+            self._reserve(self.lengths[row] + 1, step.kept[row])
         for storage in self.storages:
-            slots = torch.tensor(
-                [[self.kept(row, g) for g in storage.heads] for row in rows], device=self.device
-            )
+            span = slice(storage.heads.start, storage.heads.stop)
             heads = torch.arange(len(storage.heads), device=self.device)
             for stored, token in ((storage.k, k), (storage.v, v)):
-                token = token[:, 0, storage.heads.start : storage.heads.stop]
-                stored[batch_index, heads, slots] = (
-                    token if len(rows) == self.batch else token[batch_index[:, 0]]
+                token = token[:, 0, span]
+                stored[step.row_index[:, None], heads, step.slots[:, span]] = (
+                    token if len(rows) == self.batch else token[step.row_index]
                 )
         for row in rows:
             self.lengths[row] += 1
+        return step
 
     def evict(self) -> None:
         """Drops the entries that no later token sees, of sequences in which `write` has completed a block."""
@@ -244,6 +265,7 @@ class KVCache:
             ValueError: as in `append`.
         """
         shape = (self.batch, k.shape[1], self.pattern.num_kv_heads, self.head_dim)
+        refuse_gradients(k=k, v=v)
         for name, x in (("k", k), ("v", v)):
             if x.shape != shape:
                 raise ValueError(f"{name} {tuple(x.shape)}: must be {shape} for this cache")
@@ -279,6 +301,31 @@ class KVCache:
             if needed > storage.k.shape[2]:
                 capacity = -(-(needed + needed // _SPARE) // B) * B
                 storage.k, storage.v = (_grown(x, capacity) for x in (storage.k, storage.v))
+
+
+def take_blocks(blocks: Tensor, indices: Sequence[int]) -> Tensor:
+    """Returns `blocks[indices]`, ascending, without a copy of the indices to the device.
+
+    The blocks of a shard are evenly spaced, except sinks: a few slices are all of them.
+    """
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and (len(runs[-1]) == 1 or index - runs[-1][-1] == runs[-1][1] - runs[-1][0]):
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    parts = [blocks[run[0] : run[-1] + 1 : run[1] - run[0] if len(run) > 1 else 1] for run in runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def refuse_gradients(**tensors: Tensor) -> None:
+    """Raises ValueError if gradients of a tensor are recorded: a cache stores numbers, not how they arose."""
+    for name, x in tensors.items():
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise ValueError(
+                f"{name}: must not require gradients with a KV cache, which passes none on; train without a "
+                "cache (use_cache=False), or generate under torch.no_grad()"
+            )
 
 
 def _grown(x: Tensor, capacity: int) -> Tensor:

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from megatron_s2.kernels import s2_attention
 from megatron_s2.kernels.backends import choose_backend, slice_class
-from megatron_s2.kernels.numerics import compute_dtype
+from megatron_s2.kernels.numerics import autocast_dtype, autocast_off, compute_dtype
 from megatron_s2.kernels.triton_support import require_supported
-from megatron_s2.kv_cache.cache import HeadStorage, KVCache
+from megatron_s2.kv_cache.cache import HeadStorage, KVCache, refuse_gradients, take_blocks
+from megatron_s2.kv_cache.decode_step import DecodeStep
 
 
 def cached_attention(
@@ -32,6 +33,9 @@ def cached_attention(
     backend: str = "auto",
 ) -> Tensor:
     """Returns what `s2_attention` over the whole sequences returns for their new tokens, without gradients.
+
+    One token of each sequence is stored as planned (`plan_step`), and the host waits for nothing. Under
+    autocast, q, k and v are cast to its dtype, which must then be the cache's.
 
     Args:
         q: queries of the new tokens `[batch, tokens, heads, head_dim]`.
@@ -47,8 +51,14 @@ def cached_attention(
         `[batch, tokens, heads, head_dim]` in the dtype of `q`; zeros for tokens that are not real.
 
     Raises:
-        ValueError: an argument does not fit the others; the message starts with its name.
+        ValueError: an argument does not fit the others, or gradients of it are recorded; the message starts
+            with its name.
     """
+    if (dtype := autocast_dtype(q)) is not None:
+        with autocast_off(q):
+            q, k, v = (x.to(dtype) for x in (q, k, v))
+            return cached_attention(q, k, v, cache, softmax_scale, sink_logits, new, backend)
+    refuse_gradients(q=q, **({} if sink_logits is None else {"sink_logits": sink_logits}))
     counts = cache.new_counts(k, v, new)
     if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
         raise ValueError(
@@ -99,34 +109,27 @@ def _decode(q, k, v, cache: KVCache, scale, sink_logits, counts: list[int], back
     rows = [row for row, count in enumerate(counts) if count]
     if not rows:
         return torch.zeros_like(q)
-    cache.write(k, v, rows)
-    heads = range(cache.pattern.num_kv_heads)
-    kept = [[cache.kept(row, g) if count else 0 for g in heads] for row, count in enumerate(counts)]
+    step = cache.write(k, v, rows)
     decode = _decode_in_triton if backend == "triton" else _decode_in_torch
-    out = decode(q[:, 0], cache.storages, kept, scale, sink_logits)
+    out = decode(q[:, 0], cache.storages, step, scale, sink_logits)
     cache.evict()
     return out[:, None]
 
 
-def _decode_in_triton(
-    q: Tensor, storages: list[HeadStorage], kept: list[list[int]], scale, sink_logits
-) -> Tensor:
-    """`_decode_in_torch` in Triton, with one small copy to the GPU for which the host does not wait."""
+def _decode_in_triton(q: Tensor, storages: list[HeadStorage], step: DecodeStep, scale, sink_logits) -> Tensor:
+    """`_decode_in_torch` in Triton."""
     # Imported here because it imports Triton.
     from megatron_s2.kernels.triton_decode import decode_attention
 
-    counts = torch.tensor(kept, dtype=torch.int32, pin_memory=q.is_cuda).to(q.device, non_blocking=True)
-    return decode_attention(q, [(x.k, x.v) for x in storages], counts, scale, sink_logits)
+    return decode_attention(q, [(x.k, x.v) for x in storages], step.kept_table, scale, sink_logits)
 
 
-def _decode_in_torch(
-    q: Tensor, storages: list[HeadStorage], kept: list[list[int]], scale, sink_logits
-) -> Tensor:
-    """Attention of q `[batch, heads, head_dim]` to the first `kept` entries of each row and KV head.
+def _decode_in_torch(q: Tensor, storages: list[HeadStorage], step: DecodeStep, scale, sink_logits) -> Tensor:
+    """Attention of q `[batch, heads, head_dim]` to the entries in use of each row and KV head.
 
     A row without entries gets zeros.
     """
-    out = torch.zeros_like(q)
+    kept, out = step.kept, torch.zeros_like(q)
     grouped, result = (x.unflatten(1, (len(kept[0]), -1)) for x in (q, out))  # [batch, kv_heads, group, dim]
     sinks = None if sink_logits is None else sink_logits.unflatten(0, (len(kept[0]), -1))
     for storage in storages:
@@ -135,16 +138,15 @@ def _decode_in_torch(
         longest = max(map(max, counts))
         mask = None
         if longest > min(map(min, counts)):
-            mask = _padding_mask(torch.tensor(counts, device=q.device), longest, q.dtype)
+            mask = _padding_mask(step.kept_table[:, heads], longest, q.dtype)
         part, lse = _attend(
             grouped[:, heads], storage.k[:, :, :longest], storage.v[:, :, :longest], mask, scale
         )
         if sinks is not None:
             part = part * _key_share(lse, sinks[heads]).to(part.dtype)
         result[:, heads] = part
-    empty = [row for row, counts in enumerate(kept) if not any(counts)]
-    if empty:
-        out[empty] = 0
+    if not all(map(any, kept)):
+        out.masked_fill_(step.kept_table.sum(1)[:, None, None] == 0, 0)
     return out
 
 
@@ -212,7 +214,7 @@ def _shards(window, row: int, cache: KVCache, tokens: int) -> tuple[list[Tensor]
             part.append(old[:cached])
             if passed:
                 whole = new.shape[1] // B * B
-                part.append(new[g, :whole].unflatten(0, (-1, B))[passed].flatten(0, 1))
+                part.append(take_blocks(new[g, :whole].unflatten(0, (-1, B)), passed).flatten(0, 1))
         bounds.append((offset, offset + stop * B))
         offset += stop * B
     return [torch.cat(part)[None] for part in parts], bounds

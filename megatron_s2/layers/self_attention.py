@@ -8,6 +8,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from megatron_s2.kv_cache.cache import KVCache
+from megatron_s2.kv_cache.decode_step import plan_step
 
 
 class S2SelfAttention(SelfAttention):
@@ -73,7 +74,10 @@ class S2SelfAttention(SelfAttention):
         return query, key, value, rotary_pos_emb, self.attn_mask_type, None
 
     def _cache(self, context: BaseInferenceContext, key: Tensor) -> KVCache:
-        """Returns the cache of this layer for a part of the batch, a new one if the sequences start."""
+        """Returns the cache of this layer for a part of the batch, a new one if the sequences start.
+
+        The first layer of a decoding step plans the step for all layers.
+        """
         caches, index = context.key_value_memory_dict, (self.layer_number, context.batch_size_offset)
         start, (tokens, batch, _, head_dim) = context.sequence_len_offset, key.shape
         limit = context.max_sequence_length
@@ -90,4 +94,8 @@ class S2SelfAttention(SelfAttention):
                 f"sequence_len_offset {start}: must be the length of each of the {batch} cached sequences, "
                 f"{lengths}: S2 attention's cache drops tokens, and can neither go back nor skip some"
             )
+        rows = range(batch)
+        if tokens == 1 and not caches[index].is_planned(rows):
+            layers = [cache for (_, offset), cache in caches.items() if offset == index[1]]
+            plan_step([cache for cache in layers if cache.lengths == lengths], rows)
         return caches[index]

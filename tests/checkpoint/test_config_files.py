@@ -138,9 +138,29 @@ def test_a_window_without_a_switch_and_without_a_default(monkeypatch):
     assert "sliding_window" not in config_from_model(model, config, None, "bfloat16")
 
 
-@pytest.mark.parametrize(("switch", "window"), [({}, None), ({"use_sliding_window": True}, 32768)])
-def test_a_window_with_a_switch(switch, window):
-    assert sliding_window(PUBLISHED["Qwen2.5"] | switch) == window
+@pytest.mark.parametrize("name", ["Qwen2.5", "Qwen3"])
+@pytest.mark.parametrize(
+    ("entries", "window"),
+    [
+        ({"max_window_layers": 28, "sliding_window": 4096}, None),
+        ({"max_window_layers": 99, "sliding_window": 4096}, None),
+        ({"max_window_layers": None, "sliding_window": 4096}, None),
+        ({"max_window_layers": 27, "sliding_window": 4096}, 4096),
+        ({"max_window_layers": 0, "sliding_window": None}, 4096),
+        ({"max_window_layers": 27, "sliding_window": 64, "use_sliding_window": False}, None),
+    ],
+    ids=str,
+)
+def test_only_layers_that_slide_have_a_window(tmp_path, name, entries, window):
+    """As in transformers, which fills in what is missing (None here)."""
+    config = PUBLISHED[name] | {"num_hidden_layers": 28, "use_sliding_window": True} | entries
+    config = {entry: value for entry, value in config.items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    slides = "sliding_attention" in loaded.layer_types
+    assert sliding_window(config) == window == (loaded.sliding_window if slides else None)
+    loaded.save_pretrained(tmp_path)
+    assert sliding_window(json.loads((tmp_path / "config.json").read_text())) == window
 
 
 @pytest.mark.parametrize("scaling", [LINEAR, LINEAR | {"rope_type": "linear"}])

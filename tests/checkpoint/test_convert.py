@@ -241,3 +241,23 @@ def test_tokenizer_files_are_copied(tmp_path):
     assert printed.endswith(f", dense attention, tokenizer from {tokenizer}\n")
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_every_kind_of_tokenizer_file_is_copied(tmp_path):
+    """Mistral's tekken.json alone is a tokenizer; what is left out is named."""
+    source = make_model(tmp_path / "hf", "mistral")
+    kept = ("tekken.json", "tokenizer.model.v3", "qwen.tiktoken", "vocab.txt", "spiece.model")
+    for name in (*kept, "README.md", "modeling.py", ".gitattributes"):
+        (source / name).write_text(name)
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tools.jinja").write_text("tools")
+    printed = convert("hf-to-megatron", source, tmp_path / "megatron")
+    tokenizer = tmp_path / "megatron" / "huggingface"
+    assert f"--tokenizer-type HuggingFaceTokenizer\n--tokenizer-model {tokenizer}\n" in printed
+    assert printed.endswith(f"\nnot copied from {source}: README.md, modeling.py\n")
+    assert printed.count("not copied") == 1
+    printed = convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "back")
+    assert printed.endswith(f", dense attention, tokenizer from {tokenizer}\n")
+    for name in kept:
+        assert (tmp_path / "back" / name).read_text() == name
+    assert (tmp_path / "back" / "additional_chat_templates" / "tools.jinja").read_text() == "tools"

@@ -20,6 +20,7 @@ from waiting import PATIENCE
 
 import megatron_s2.hf
 from megatron_s2.data.command import run_command
+from megatron_s2.generation.prompts import read_prompts
 from megatron_s2.generation.text_codec import (
     TextCodec,
     TokenStreamer,
@@ -122,14 +123,71 @@ def test_a_prompt_is_continued(capsys, hugging_face, model):
     assert cache.startswith(f"cache: {kept} bytes, dense {3 * 2 * 111 * 2 * 24 * 4} bytes ")
 
 
-def test_a_file_of_prompts_is_a_batch(capsys, hugging_face, model, tmp_path):
-    texts = prompts(*LENGTHS)
-    (tmp_path / "prompts.txt").write_bytes("\r\n".join(["\ufeff", *map(words, texts), "", ""]).encode())
-    out, _ = output(
-        capsys, "--hf", hugging_face, "--prompt-file", tmp_path / "prompts.txt", "--max-new-tokens", 9
-    )
-    expected = [f"[{row + 1}] {words(greedy(model, text, 9))}" for row, text in enumerate(texts)]
+def test_files_of_prompts_are_a_batch(capsys, hugging_face, model, tmp_path):
+    """JSON lines with a byte order mark and blank lines; and a text of several lines, which is one prompt."""
+    *texts, last = prompts(*LENGTHS, 20)
+    lines = ["", *(json.dumps({"prompt": words(text), "id": 1}) for text in texts), "", ""]
+    (tmp_path / "prompts.jsonl").write_bytes(("\ufeff" + "\r\n".join(lines)).encode())
+    text = f"\ufeff{words(last[:9])}\r\n\r\n{words(last[9:])}\n"
+    (tmp_path / "prompt.txt").write_bytes(text.encode())
+    files = [word for name in ("prompts.jsonl", "prompt.txt") for word in ("--prompt-file", tmp_path / name)]
+    out, _ = output(capsys, "--hf", hugging_face, *files, "--max-new-tokens", 9)
+    expected = [f"[{row + 1}] {words(greedy(model, text, 9))}" for row, text in enumerate([*texts, last])]
     assert out.splitlines() == expected
+
+
+def test_a_source_file_is_continued_from_its_end(capsys, tmp_path):
+    """6,000 tokens, in lines, beyond a prefill chunk and the tokenizer's own maximum."""
+    save_model(tmp_path / "model", "llama", max_position_embeddings=8192)
+    model, [tokens] = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval(), prompts(6000)
+    tokenizer = Tokenizer(WordLevel({f"w{n}": n for n in range(VOCAB)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=512).save_pretrained(
+        tmp_path / "model"
+    )
+    lines = [spelled(tokens[n : n + 7]) for n in range(0, 6000, 7)]
+    (tmp_path / "source.py").write_text("\n".join(lines) + "\n")
+    given = ["--hf", tmp_path / "model", "--prompt-file", tmp_path / "source.py", "--max-new-tokens", 4]
+    assert run_command(main, [str(word) for word in given]) == 0
+    out, err = capsys.readouterr()
+    assert out == spelled(greedy(model, tokens, 4)) + "\n"
+    assert err.startswith("prefill: 6000 tokens in ")
+
+
+def test_a_text_is_a_prompt_as_it_is(tmp_path):
+    """With its line breaks, and white space at its end."""
+    text = "def f():\r\n\treturn 1\n\n  "
+    (tmp_path / "f.py").write_bytes(text.encode())
+    assert [prompt.text for prompt in read_prompts(tmp_path / "f.py")] == [text]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.txt", b" \n", "p.txt: has no prompt: it must have text"),
+        ("p.txt", b"\xff", "p.txt: must be UTF-8: "),
+        ("p.txt", b"1 2 three", "p.txt: must be token ids, such as '12 7 30'"),
+        ("p.txt", b"1 97", "p.txt: token 97 is not in the model's vocabulary of 97"),
+        ("p.jsonl", b"\n", 'p.jsonl: has no prompt: it must have lines such as {"prompt": "Once upon"}'),
+        ("p.jsonl", b'{"prompt": "1"}\n1 2\n', "p.jsonl:2: must be a line of JSON: "),
+        ("p.jsonl", b'\n["1"]', 'p.jsonl:2: must be an object with a text, such as {"prompt": '),
+        ("p.jsonl", b'{"text": "1"}', 'p.jsonl:1: must be an object with a text, such as {"prompt": '),
+        ("p.jsonl", b'{"prompt": [1]}', 'p.jsonl:1: must be an object with a text, such as {"prompt": '),
+        ("p.jsonl", b'{"prompt": ""}', "p.jsonl:1: must have at least one token"),
+        ("p.jsonl", b"[" * 100_000, "p.jsonl:1: must be a line of JSON: "),
+    ],
+)
+def test_a_bad_prompt_file_is_one_line(capsys, hugging_face, tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    assert run_command(main, flags("--hf", hugging_face, "--prompt-file", tmp_path / name)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: --prompt-file {tmp_path}/{message}") and err.count("\n") == 1
+
+
+def test_a_long_bad_prompt_is_shortened(capsys, hugging_face):
+    assert run_command(main, flags("--hf", hugging_face, "--prompt", "word " * 2000)) == 2
+    err = capsys.readouterr().err
+    assert err == f"error: --prompt '{'word ' * 8}…': must be token ids, such as '12 7 30'\n"
 
 
 def test_more_tokens_than_positions_are_noted(capsys, tmp_path):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from gpt_models import SHAPE, VOCAB, gpt, greedy, logits_of, one_rank, prompts
+from transfers import Transfers
 
 from megatron_s2.generation import decoding
 from megatron_s2.generation.decoding import GenerationRequest, generate
@@ -95,6 +96,21 @@ def test_rows_may_be_empty(plain_model, decoder_of):
     assert_close(last, torch.stack(expected))
 
 
+def test_a_step_is_one_copy_to_the_device_and_one_back(plain_model, decoder_of):
+    """Also where a window moves on, and where a row has ended."""
+    counted = {}
+    for tokens in (2, 42):
+        texts = prompts(*LENGTHS)
+        request = GenerationRequest(texts, tokens)
+        decoder = decoder_of(plain_model, len(texts), request.max_tokens)
+        with Transfers() as transfers:
+            generate(decoder, request)
+        decoder.close()
+        counted[tokens] = transfers
+    assert len(counted[42].to_device) - len(counted[2].to_device) == 40
+    assert len(counted[42].to_host) - len(counted[2].to_host) == 40
+
+
 def test_cache_sizes_equal_the_closed_form(plain_model, decoder_of):
     texts = prompts(*LENGTHS)
     request = GenerationRequest(texts, max_new_tokens=9)
@@ -166,6 +182,17 @@ def test_megatrons_static_inference_equals_a_full_recompute(model):
         assert cache.bytes == 2 * cache_bytes(pattern, 120, head_dim, torch.float32)
     assert sum(cache.bytes for cache in caches.values()) < sum(cache.dense_bytes for cache in caches.values())
     assert torch.equal(logits_of(model, texts[0].tolist()), expected[0]), "the model keeps a cache"
+
+
+def test_megatrons_static_inference_copies_once_per_step(plain_model):
+    [text] = torch.tensor(prompts(120))
+    context = static_context(2, 120)
+    in_static_context(plain_model, context, text[:60].expand(2, -1))
+    with Transfers() as transfers:
+        for position in range(60, 100):
+            in_static_context(plain_model, context, text[position : position + 1].expand(2, -1))
+    assert transfers.to_device == ["tensor"] * 40
+    assert transfers.to_host == []
 
 
 def test_a_static_context_separates_parts_of_a_batch(plain_model):

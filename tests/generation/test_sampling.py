@@ -10,7 +10,7 @@ LOGITS = P.log()
 
 
 def test_temperature_0_is_greedy():
-    assert Sampling().choose(LOGITS, torch.Generator()) == 1
+    assert Sampling().choose(LOGITS[None], {0: torch.Generator()}) == {0: 1}
 
 
 @pytest.mark.parametrize(
@@ -43,11 +43,11 @@ def test_the_lowest_temperatures_are_greedy(temperature):
 def test_draws_follow_the_probabilities_and_the_seed():
     sampling = Sampling(temperature=1.0, top_k=3, seed=5)
     draws = [
-        [sampling.choose(LOGITS, generator) for _ in range(3000)]
+        [sampling.choose(LOGITS[None], {0: generator})[0] for _ in range(3000)]
         for generator in (sampling.generator(0),) * 2
     ]
     again = sampling.generator(0)
-    assert draws[0] == [sampling.choose(LOGITS, again) for _ in range(3000)]
+    assert draws[0] == [sampling.choose(LOGITS[None], {0: again})[0] for _ in range(3000)]
     assert draws[1] != draws[0]
     shares = torch.tensor(draws[0]).bincount(minlength=4) / 3000
     assert torch.allclose(shares, torch.tensor([0, 4 / 9, 2 / 9, 3 / 9]), atol=0.03)

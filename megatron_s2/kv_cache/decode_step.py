@@ -1,0 +1,89 @@
+"""Where the caches of all layers store the next token of each sequence: one copy to the device per step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from megatron_s2.kv_cache.cache import KVCache
+
+
+@dataclass(frozen=True)
+class DecodeStep:
+    """Where one cache stores one token of each of some sequences.
+
+    Args:
+        rows: the sequences that get a token.
+        lengths: number of tokens of every sequence before.
+        kept: number of entries of every sequence and KV head afterwards; zeros for the other sequences.
+        row_index: `rows`, int64 `[rows]` on the device of the cache.
+        slots: index of the new entry in each KV head, int64 `[rows, kv_heads]` on that device.
+        kept_table: `kept`, int32 `[batch, kv_heads]`, contiguous, on that device.
+    """
+
+    rows: list[int]
+    lengths: list[int]
+    kept: list[list[int]]
+    row_index: Tensor
+    slots: Tensor
+    kept_table: Tensor
+
+
+def plan_step(
+    caches: Sequence[KVCache], rows: Sequence[int], *tables: Sequence[Sequence[int]]
+) -> list[Tensor]:
+    """Plans the next `write` of one token of each of `rows` into every cache.
+
+    The numbers of all caches, and `tables`, travel in one pinned buffer per device, for which the host does
+    not wait.
+
+    Args:
+        caches: caches of the layers of one model, of the same sequences and the same number of KV heads.
+        tables: further numbers that the step needs on the device of the first cache, such as tokens.
+
+    Returns:
+        The tables, int64, in the shape in which they were given.
+    """
+    by_device: dict[torch.device, list[KVCache]] = {}
+    for cache in caches:
+        by_device.setdefault(cache.device, []).append(cache)
+    first, *others = by_device.values()
+    for group in others:
+        _plan(group, rows, ())
+    return _plan(first, rows, tables)
+
+
+def _plan(
+    caches: Sequence[KVCache], rows: Sequence[int], tables: Sequence[Sequence[Sequence[int]]]
+) -> list[Tensor]:
+    kept = [cache.kept_after_write(rows) for cache in caches]
+    slots = [[entries - 1 for entries in counts[row]] for counts in kept for row in rows]
+    [row_index], slot_table, kept_table, *copies = copy_to_device(
+        caches[0].device, [rows], slots, [row for counts in kept for row in counts], *tables
+    )
+    slot_tables, kept_tables = (
+        table.unflatten(0, (len(caches), -1)) for table in (slot_table, kept_table.int())
+    )
+    for n, cache in enumerate(caches):
+        cache.planned = DecodeStep(
+            list(rows), list(cache.lengths), kept[n], row_index, slot_tables[n], kept_tables[n]
+        )
+    return copies
+
+
+def copy_to_device(device: torch.device, *tables: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Returns tables of whole numbers as int64 tensors on a device, in one copy that the host does not wait
+    for."""
+    flat = torch.tensor(
+        [number for table in tables for row in table for number in row],
+        dtype=torch.int64,
+        pin_memory=device.type == "cuda",
+    ).to(device, non_blocking=True)
+    shapes = [(len(table), len(table[0])) for table in tables]
+    parts = flat.split([rows * columns for rows, columns in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes)]
