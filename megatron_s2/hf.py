@@ -386,7 +386,7 @@ class S2CacheLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # the name before transformers 5.16
 
     def reset(self) -> None:
-        self.cache, self.columns, self.is_initialized = None, 0, False
+        self.cache, self.columns, self.is_initialized, self.padding = None, 0, False, None
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
