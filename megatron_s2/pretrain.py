@@ -19,11 +19,16 @@ import torch
 from megatron_s2.offload.manager import OffloadManager
 from megatron_s2.offload.session import OffloadError
 from megatron_s2.parallel.exchange import PeerLostError
-from megatron_s2.training.configure import configure, failed_assertion
+from megatron_s2.training.configure import OneRankError, configure, failed_assertion
 from megatron_s2.training.hooks import use_offload
 from megatron_s2.training.machine import Machine, describe, runnable_arguments
 from megatron_s2.training.offload_arguments import offload_settings
-from megatron_s2.training.patches import EmptySplitError, apply_patches, quiet_known_warnings
+from megatron_s2.training.patches import (
+    EmptySplitError,
+    TokenIdError,
+    apply_patches,
+    quiet_known_warnings,
+)
 
 _SECONDS_RANK_0_HAS_TO_SPEAK = 10.0
 
@@ -93,6 +98,8 @@ def train(argv: Sequence[str]) -> None:
 
     try:
         args, container = configure(argv)
+    except OneRankError as error:
+        _refuse(str(error), only_here=True)
     except ValueError as error:
         _refuse(str(error))
     except AssertionError as error:
@@ -118,6 +125,9 @@ def train(argv: Sequence[str]) -> None:
     except (EmptySplitError, OffloadError) as error:
         _end(offload)
         _refuse(str(error))
+    except TokenIdError as error:
+        _end(offload)
+        _refuse(str(error), only_here=True)
     except SystemExit:  # Megatron's, between two steps
         _end(offload)
         raise
@@ -147,8 +157,8 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _refuse(message: str) -> NoReturn:
-    """Ends this rank with status 2; rank 0 says why, in one line.
+def _refuse(message: str, only_here: bool = False) -> NoReturn:
+    """Ends this rank with status 2; rank 0 says why, in one line, or the only rank that knows.
 
     A launcher kills the other ranks as soon as one has ended, so they give rank 0 time to be first. If it
     does not end, the input is bad only here (a path that this node lacks), and one rank of the node says so.
@@ -156,6 +166,8 @@ def _refuse(message: str) -> NoReturn:
     line = f"error: {' '.join(message.split())}"
     if _rank() == 0:
         print(line, file=sys.stderr, flush=True)
+    elif only_here:
+        print(f"{line} (on rank {_rank()})", file=sys.stderr, flush=True)
     else:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(2))
         time.sleep(_SECONDS_RANK_0_HAS_TO_SPEAK)

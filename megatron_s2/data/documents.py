@@ -70,10 +70,8 @@ class Corpus:
                 tally.unreadable += 1
                 continue
             with file:
-                if _has_json_lines(path):
-                    texts = self._json_lines(path, file)
-                else:
-                    texts = [_decoded(file.read())]
+                is_text = not _has_json_lines(path)
+                texts = [_decoded(file.read())] if is_text else self._json_lines(path, file)
                 for text in texts:
                     size = _utf8_size(text)
                     if size is None:

@@ -180,7 +180,7 @@ class _Encoder:
         if array.dtype.kind not in "iu" or array.min() < 0 or array.max() > most:
             bad = next(token for token in ids if token is None or not 0 <= token <= most)
             raise InputError(
-                f"--tokenizer-model {self._tokenizer_model}: returns {bad} as a token id; must be 0 … {most}, "
+                f"--tokenizer-model {self._tokenizer_model}: returns {bad} as a token id; must be 0 … {most} "
                 "by the size of its vocabulary; give another tokenizer"
             )
         return array[: len(ids)].astype(self._dtype)

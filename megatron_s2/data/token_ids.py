@@ -24,6 +24,9 @@ _REMOTE_SCHEMES = ("s3://", "msc://")
 LOOK_BYTES = 1 << 28
 _CHUNK_BYTES = 1 << 20
 
+# The negative id that Megatron fills samples with, masks and does not look up.
+PADDING = -1
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -103,7 +106,7 @@ def find_token_ids(prefix: str, most_bytes: int = LOOK_BYTES) -> TokenIds:
     return TokenIds(min(smallest), max(largest), sum(sizes), tokens)
 
 
-def check_token_ids(data: Iterable[tuple[str, str]], vocabulary: Vocabulary, padding: int = 0) -> str | None:
+def check_token_ids(data: Iterable[tuple[str, str]], vocabulary: Vocabulary) -> str | None:
     """Checks the token ids of datasets against the vocabulary of a model.
 
     Datasets that `preprocess_data` wrote have a record; in others at most `LOOK_BYTES` are looked at, all
@@ -111,7 +114,6 @@ def check_token_ids(data: Iterable[tuple[str, str]], vocabulary: Vocabulary, pad
 
     Args:
         data: flag and prefix of each dataset.
-        padding: the id of padding, which is not looked up; it may be negative.
 
     Returns:
         A line that says how much was looked at; None where all datasets have a record.
@@ -123,7 +125,7 @@ def check_token_ids(data: Iterable[tuple[str, str]], vocabulary: Vocabulary, pad
     unrecorded = []
     for flag, prefix in data:
         ids = find_token_ids(prefix, LOOK_BYTES // len(data))
-        negative = ids.smallest < 0 and ids.smallest != padding
+        negative = ids.smallest < PADDING
         if negative or ids.largest >= vocabulary.size:
             bad = ids.smallest if negative else ids.largest
             raise InputError(vocabulary.refusal(f"{flag} {prefix}", bad))
@@ -136,8 +138,8 @@ def check_token_ids(data: Iterable[tuple[str, str]], vocabulary: Vocabulary, pad
     tokens = sum(ids.tokens for _, ids in unrecorded)
     largest = max(ids.largest for _, ids in unrecorded)
     return (
-        f"{names}: no record of the largest token id; looked at {looked_at} of {tokens} tokens, the largest is "
-        f"{largest}, of {vocabulary.size} that the model has"
+        f"{names}: no record of the largest token id; looked at {looked_at} of {tokens} tokens, the largest "
+        f"is {largest}, of {vocabulary.size} that the model has"
     )
 
 

@@ -23,8 +23,8 @@ _SPECIAL_TOKENS = [END_OF_DOCUMENT, PADDING]
 SMALLEST_VOCABULARY = 256 + len(_SPECIAL_TOKENS)
 
 GROW_MODEL = (
-    "to train the tokens beyond, resize the model's embedding (resize_token_embeddings in transformers) before "
-    "it is converted"
+    "to train the tokens beyond, resize the model's embedding (resize_token_embeddings in transformers) "
+    "before it is converted"
 )
 
 # From a directory without any of these files, transformers builds an empty tokenizer.

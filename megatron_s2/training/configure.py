@@ -31,10 +31,21 @@ from megatron_s2.training.arguments import (
     take_from_checkpoint,
     validate_s2_args,
 )
-from megatron_s2.training.checks import check_model, check_paths, check_splits
+from megatron_s2.training.checks import (
+    check_model,
+    check_paths,
+    check_splits,
+    check_vocabulary,
+    check_wandb,
+    vocabulary_of,
+)
 from megatron_s2.training.hooks import count_s2_flops, log_context_parallel_traffic
 from megatron_s2.training.offload_arguments import validate_offload_args
-from megatron_s2.training.patches import escape_help_texts, let_eval_interval_be_unset
+from megatron_s2.training.patches import (
+    escape_help_texts,
+    let_eval_interval_be_unset,
+    refuse_tokens_beyond,
+)
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -56,6 +67,10 @@ _UNSUPPORTED = {
     "inprocess_restart": "--inprocess-restart",
     "yaml_cfg": "--yaml-cfg",
 }
+
+
+class OneRankError(ValueError):
+    """Bad input that only this rank can see."""
 
 
 @dataclass
@@ -92,6 +107,7 @@ def configure(argv: Sequence[str]) -> tuple[Namespace, PretrainConfigContainer]:
     args, checkpoint_args = _read_arguments(argv)
     decided = _check_arguments(args, argv, checkpoint_args)
     config, model = _build_configs(args)
+    _check_data(args)
     _insert_s2(args, config, model, decided)
     _report(args, config, decided)
     return args, pretrain_cfg_container_from_args(args, model)
@@ -121,6 +137,7 @@ def _check_arguments(args: Namespace, argv: Sequence[str], checkpoint_args: Name
     """Refuses what would fail later or train something else, and sets the flags that follow from others."""
     check_model(args)
     check_splits(args)
+    check_wandb(args)
     let_eval_interval_be_unset(args)
     decided = _Decided(validate_s2_args(args, argv), validate_offload_args(args, argv))
     if args.s2_backend == "triton" and not torch.cuda.is_available():
@@ -139,15 +156,39 @@ def _build_configs(args: Namespace) -> tuple[TransformerConfig, GPTModelConfig]:
     """Megatron's own validation, its global variables, and the transformer and model configurations."""
     from megatron.training import arguments
     from megatron.training.argument_utils import gpt_config_from_args
-    from megatron.training.global_vars import set_global_variables
 
     from megatron_s2.layers.config import S2TransformerConfig
 
     arguments.validate_args(args)
     config_class = S2TransformerConfig if args.s2_attention else None
     config = arguments.core_transformer_config_from_args(args, config_class=config_class)
-    set_global_variables(args)
+    _set_global_variables(args)
     return config, gpt_config_from_args(args, config=config)
+
+
+def _set_global_variables(args: Namespace) -> None:
+    """Megatron's tokenizer and log writers; raises OneRankError where wandb, on the last rank, has no key."""
+    from megatron.training.global_vars import set_global_variables
+
+    try:
+        set_global_variables(args)
+    except Exception as error:  # wandb's own class, which may not be installed
+        if not type(error).__module__.startswith("wandb"):
+            raise
+        raise OneRankError(
+            f"--wandb-project {args.wandb_project}: wandb does not start ({error}); run wandb login, or set "
+            "WANDB_API_KEY, or WANDB_MODE=offline to log to files"
+        ) from error
+
+
+def _check_data(args: Namespace) -> None:
+    """Refuses data with tokens that are none of the model's, before the run and in every sample of it."""
+    from megatron.training import get_tokenizer
+
+    for line in check_vocabulary(args, get_tokenizer()):
+        if _rank() == 0:
+            print(f"megatron-s2: {line}", flush=True)
+    refuse_tokens_beyond(vocabulary_of(args, get_tokenizer()))
 
 
 def _insert_s2(args: Namespace, config: TransformerConfig, model: GPTModelConfig, decided: _Decided) -> None:

@@ -123,7 +123,7 @@ def test_the_ids_of_older_tokenizer_files_and_of_damaged_ones(tmp_path):
 def test_what_is_no_token_id_is_refused(corpus, tmp_path, monkeypatch, returned, shown):
     tokenizer = SimpleNamespace(vocab_size=300, eod=0, tokenize=lambda text: returned)
     monkeypatch.setattr("megatron_s2.data.preprocess.load_tokenizer", lambda *model: tokenizer)
-    message = f"--tokenizer-model given: returns {shown} as a token id; must be 0 … 65535"
+    message = f"--tokenizer-model given: returns {shown} as a token id; must be 0 … 65535 by"
     with pytest.raises(InputError, match=f"^{message}"):
         preprocess(corpus, "given", tmp_path / "py")
     assert os.listdir(tmp_path) == []
@@ -139,8 +139,8 @@ def test_tokens_beyond_the_model_of_the_tokenizer_are_noted(tokenizer_dir, tmp_p
         notes[name] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
     assert notes["within"] == []
     assert [
-        f"note: {tmp_path}/beyond_text_document has token ids up to 401, the model in {tokenizer_dir} has 401 "
-        "tokens (vocab_size in config.json); to train the tokens beyond, resize the model's embedding "
+        f"note: {tmp_path}/beyond_text_document has token ids up to 401, the model in {tokenizer_dir} has "
+        "401 tokens (vocab_size in config.json); to train the tokens beyond, resize the model's embedding "
         "(resize_token_embeddings in transformers) before it is converted"
     ] == notes["beyond"]
 

@@ -57,8 +57,8 @@ def test_token_ids_beyond_the_vocabulary_are_refused_with_flag_and_numbers(tmp_p
     with pytest.raises(InputError) as refused:
         check_token_ids(data, Vocabulary(300, "--vocab-size 300"))
     assert str(refused.value) == (
-        f"--valid-data-path {large}: has token id 304; the model has 300 tokens (--vocab-size 300); give data "
-        "that was tokenized with the model's tokenizer"
+        f"--valid-data-path {large}: has token id 304; the model has 300 tokens (--vocab-size 300); give "
+        "data that was tokenized with the model's tokenizer"
     )
     write_record(f"{small}.ids", 300, 8)
     with pytest.raises(InputError, match=rf"^--data-path {small}: has token id 300; "):
@@ -79,10 +79,9 @@ def test_what_was_looked_at_is_said(tmp_path):
 
 
 def test_negative_ids_are_refused_but_for_padding(tmp_path):
-    data = [("--data-path", write(tmp_path / "a", [3, -1]))]
-    assert check_token_ids(data, Vocabulary(300, ""), padding=-1)
-    with pytest.raises(InputError, match="has token id -1; the model has 300 tokens"):
-        check_token_ids(data, Vocabulary(300, ""))
+    assert check_token_ids([("--data-path", write(tmp_path / "a", [3, -1]))], Vocabulary(300, ""))
+    with pytest.raises(InputError, match="has token id -2; the model has 300 tokens"):
+        check_token_ids([("--data-path", write(tmp_path / "b", [3, -2]))], Vocabulary(300, ""))
 
 
 def test_an_index_of_something_else_is_refused(tmp_path):
