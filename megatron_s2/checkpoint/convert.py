@@ -226,8 +226,9 @@ def _choose_vocab_size(
         )
     if requested is None and vocab_size is not None and vocab_size < ids <= rows:
         raise InputError(
-            f"--vocab-size: must be given: the tokenizer in {hf_files} has token ids up to {ids - 1}, the model "
-            f"{vocab_size} tokens; {ids} writes a row for each, {vocab_size} leaves out rows from {vocab_size} on"
+            f"--vocab-size: must be given: the tokenizer in {hf_files} has token ids up to {ids - 1}, the "
+            f"model {vocab_size} tokens; {ids} writes a row for each, {vocab_size} leaves out rows from "
+            f"{vocab_size} on"
         )
     return requested or vocab_size
 
