@@ -176,7 +176,7 @@ def test_data_that_leaves_a_split_empty_is_refused_and_not_waited_for(tmp_path):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_tokens_that_are_none_of_the_models_end_a_run_before_it_trains(tmp_path, ranks):
-    """Tokens up to 299 for a vocabulary of 255 on 256 rows, at any tensor parallelism.
+    """Tokens up to 299 for an embedding of 256 rows, at any tensor parallelism.
 
     The second data set claims that they are few; they are found in the first sample that has one.
     """
@@ -192,7 +192,7 @@ def test_tokens_that_are_none_of_the_models_end_a_run_before_it_trains(tmp_path,
         "fine": f"--data-path {few} {split} --train-iters 2",
     }
     runs = train_all(tmp_path, {name: f"{flags} {tensor}" for name, flags in runs.items()}, ranks, data="")
-    known = "has token id 299; the model has 255 tokens (--tokenizer-type NullTokenizer); give data that was"
+    known = "has token id 299; the model has 256 tokens (--tokenizer-type NullTokenizer); give data that was"
     assert_refused(runs["plain"], f"error: --data-path {prefixes['plain']}: {known}")
     assert_refused(runs["validation"], f"error: --valid-data-path {prefixes['plain']}: {known}")
     for name in ("recorded", "in a process"):

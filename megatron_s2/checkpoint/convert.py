@@ -218,7 +218,7 @@ def _choose_vocab_size(
     known = (getattr(reader.args, "vocab_size", None), base.get("vocab_size"))
     vocab_size = next((size for size in known if isinstance(size, int) and size > 0), requested)
     ids = stored_number_of_ids(hf_files) or 0
-    rows = next(iter(reader.tensors().get(EMBEDDING.key, ((0,),))[0]))
+    (rows, *_), _ = reader.tensors().get(EMBEDDING.key, ((0,), None))
     if requested not in (None, vocab_size) and not vocab_size < requested <= ids:
         raise InputError(
             f"--vocab-size {requested}: the checkpoint, or the model that it began with, has {vocab_size}; "

@@ -86,7 +86,7 @@ def vocabulary_of(args: Namespace, tokenizer) -> Vocabulary:
         tokenizer: the tokenizer that Megatron built from them.
     """
     data = "give data that was tokenized with the model's tokenizer"
-    tokenizer_ids = _tokenizer_ids(tokenizer)
+    tokenizer_ids = _tokenizer_ids(args, tokenizer)
     known = [Vocabulary(tokenizer_ids, _tokenizer_flag(args), data)]
     if args.vocab_size and args.tokenizer_type not in _TOKENIZERS_WITHOUT_TOKENS:
         is_new = not args.load and not args.pretrained_checkpoint
@@ -122,7 +122,8 @@ def check_vocabulary(args: Namespace, tokenizer) -> list[str]:
     vocabulary = vocabulary_of(args, tokenizer)
     data = [(flag, prefix) for flag, prefixes in _data_prefixes(args) for prefix in prefixes]
     lines = []
-    if (tokenizer_ids := _tokenizer_ids(tokenizer)) > vocabulary.size:
+    has_tokens = args.tokenizer_type not in _TOKENIZERS_WITHOUT_TOKENS
+    if has_tokens and (tokenizer_ids := _tokenizer_ids(args, tokenizer)) > vocabulary.size:
         lines.append(
             f"{_tokenizer_flag(args)} has token ids up to {tokenizer_ids - 1}, the model has "
             f"{vocabulary.size} tokens ({vocabulary.source}); data with ids beyond are refused; "
@@ -132,8 +133,14 @@ def check_vocabulary(args: Namespace, tokenizer) -> list[str]:
     return lines if looked_at is None else [*lines, looked_at]
 
 
-def _tokenizer_ids(tokenizer) -> int:
-    """One more than the largest id, of a token or of the end of a document."""
+def _tokenizer_ids(args: Namespace, tokenizer) -> int:
+    """One more than the largest id, of a token or of the end of a document.
+
+    Megatron documents --vocab-size as what comes before the end-of-document token, and its NullTokenizer once
+    numbered it so: data that end with that id are right.
+    """
+    if args.tokenizer_type in _TOKENIZERS_WITHOUT_TOKENS:
+        return max(tokenizer.vocab_size, 1 + (args.vocab_size or 0))
     return max(number_of_ids(tokenizer), 1 + (-1 if tokenizer.eod is None else tokenizer.eod))
 
 

@@ -328,7 +328,7 @@ def vocabulary_arguments(**given) -> Namespace:
         ({"vocab_size": 300}, tokenizer(299), 299, "--tokenizer-model tok"),
         (
             {"tokenizer_type": "NullTokenizer", "tokenizer_model": None, "vocab_size": 255},
-            tokenizer(255, eod=255),
+            tokenizer(255, eod=254),
             256,
             "--tokenizer-type NullTokenizer",
         ),
@@ -370,6 +370,8 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_noted_with_what_to_do():
     (line,) = check_vocabulary(vocabulary_arguments(), tokenizer(300, (390,)))
     assert line.endswith("; for a new model, --padded-vocab-size 512 has a row for each id of the tokenizer")
     assert check_vocabulary(vocabulary_arguments(vocab_size=300), tokenizer(300)) == []
+    none = {"tokenizer_type": "NullTokenizer", "vocab_size": 384}
+    assert check_vocabulary(vocabulary_arguments(**none), tokenizer(384, eod=383)) == []
 
 
 # The model.
