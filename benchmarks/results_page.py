@@ -14,6 +14,8 @@ from benchmarks.environment import ROOT
 from benchmarks.registry import BENCHMARKS
 from benchmarks.results import read_rows
 from benchmarks.targets import TARGETS, Rows
+from megatron_s2.data.output import check_file_writable
+from megatron_s2.errors import InputError
 
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "results.md"
 RECORD = "record.tsv"  # written by scripts/gpu_record.sh into a machine's directory, a line per stage
@@ -103,6 +105,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="directory of the rows")
     parser.add_argument("--page", type=Path, default=PAGE, help="file to write (default: docs/results.md)")
     args = parser.parse_args(argv)
+    try:
+        check_file_writable("--page", args.page)
+    except InputError as error:
+        parser.exit(2, f"error: {error}\n")
+    args.page.parent.mkdir(parents=True, exist_ok=True)
     link = os.path.relpath(args.results, args.page.parent)
     args.page.write_text(page(args.results, link), encoding="utf-8")
     print(args.page)

@@ -48,7 +48,7 @@ def read_cache_file[T](path: Path, parse: Callable[[dict], T], what: str, warn: 
         return parse(json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         if warn:
             warnings.warn(f"{what}: {path} is not used, measuring again: {error!r}", stacklevel=3)
         return None

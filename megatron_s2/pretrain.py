@@ -22,11 +22,16 @@ import torch
 from megatron_s2.offload.manager import OffloadManager
 from megatron_s2.offload.session import OffloadError
 from megatron_s2.parallel.collectives import PeerLostError
-from megatron_s2.training.configure import configure, failed_assertion
+from megatron_s2.training.configure import OneRankError, configure, failed_assertion
 from megatron_s2.training.environment import Environment, describe, runnable_arguments
 from megatron_s2.training.hooks import use_offload
 from megatron_s2.training.offload_arguments import offload_settings
-from megatron_s2.training.patches import EmptySplitError, apply_patches, quiet_known_warnings
+from megatron_s2.training.patches import (
+    EmptySplitError,
+    TokenIdError,
+    apply_patches,
+    quiet_known_warnings,
+)
 
 _RANK_0_MESSAGE_SECONDS = 10.0
 
@@ -98,6 +103,8 @@ def train(argv: Sequence[str]) -> None:
 
     try:
         args, container = configure(argv)
+    except OneRankError as error:
+        _refuse(str(error), only_here=True)
     except ValueError as error:
         _refuse(str(error))
     except AssertionError as error:
@@ -123,6 +130,9 @@ def train(argv: Sequence[str]) -> None:
     except (EmptySplitError, OffloadError) as error:
         _end(offload)
         _refuse(str(error))
+    except TokenIdError as error:
+        _end(offload)
+        _refuse(str(error), only_here=True)
     except SystemExit:  # Megatron's, between two steps
         _end(offload)
         raise
@@ -152,8 +162,8 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _refuse(message: str) -> NoReturn:
-    """Ends this rank with status 2; rank 0 prints the message, in one line.
+def _refuse(message: str, only_here: bool = False) -> NoReturn:
+    """Ends this rank with status 2; rank 0, or with `only_here` this rank, prints the message, in one line.
 
     A launcher kills all ranks when one has ended, so other ranks first wait for rank 0. If it does not end,
     the input is bad only on this node (for example a missing path), and one rank of the node prints it.
@@ -161,6 +171,9 @@ def _refuse(message: str) -> NoReturn:
     line = f"error: {' '.join(message.split())}"
     if _rank() == 0:
         print(line, file=sys.stderr, flush=True)
+        _report_to_launcher(message)
+    elif only_here:
+        print(f"{line} (on rank {_rank()})", file=sys.stderr, flush=True)
         _report_to_launcher(message)
     else:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(2))

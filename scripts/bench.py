@@ -15,6 +15,7 @@ from benchmarks.environment import facts, same_setting  # noqa: E402
 from benchmarks.options import require_positive  # noqa: E402
 from benchmarks.registry import BENCHMARKS  # noqa: E402
 from benchmarks.results import ResultFile, read_rows  # noqa: E402
+from megatron_s2.data.output import check_writable  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("plot", help="draw the stored rows", parents=[common])
     args = parser.parse_args(argv)
     try:
+        check_writable("--out", str(args.out))
         plot(args.out) if args.command == "plot" else measure(args)
     except (WrongResultError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -23,11 +23,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megatron_s2.checkpoint.convert import RESUME, left_out, to_hugging_face, to_megatron
 
     if args.direction == "hf-to-megatron":
-        lines = to_megatron(args.input, args.output, args)
+        imported = to_megatron(args.input, args.output, args)
         print(f"{args.output}: load it with --load {args.output} and the flags in {args.output / RESUME}:")
-        print("\n".join(lines))
+        print("\n".join(imported.flags))
         if names := left_out(args.input):
             print(f"not copied from {args.input}: {', '.join(names)}")
+        _print_note(imported.note)
         return
     exported = to_hugging_face(
         args.input,
@@ -45,6 +46,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{args.output}: {exported.model.family} ({exported.family_source}), "
         f"{exported.model.num_layers} layers, {attention}, {tokenizer}"
     )
+    _print_note(exported.note)
+
+
+def _print_note(note: str | None) -> None:
+    if note is not None:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def arguments() -> CommandParser:
@@ -71,7 +78,7 @@ def arguments() -> CommandParser:
         "--vocab-size",
         type=_positive,
         help="number of tokens without padding, where neither the checkpoint nor the config.json of the "
-        "model it began with contains it",
+        "model it began with contains it, or the tokenizer has more tokens than they say",
     )
     export_parser.add_argument(
         "--family",

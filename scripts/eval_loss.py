@@ -19,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megatron_s2.training.patches import quiet_known_warnings
 
     quiet_known_warnings()
+    from megatron_s2.data.token_ids import check_token_ids
     from megatron_s2.errors import InputError
     from megatron_s2.generation.decoding import beyond_positions
     from megatron_s2.generation.evaluation import evaluate, load_hugging_face, load_megatron, windows
@@ -26,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         batches = windows(args.data_path, args.seq_length, args.samples, args.micro_batch_size)
         model = load_hugging_face(args.hf, args.dtype) if args.hf else load_megatron(args.load)
+        # What this does not look at is checked window by window.
+        check_token_ids([("--data-path", args.data_path)], model.vocabulary)
         for note in (*model.notes, beyond_positions(args.seq_length, model.positions)):
             if note is not None:
                 print(f"note: {note}", file=sys.stderr)

@@ -12,7 +12,7 @@ from megatron_s2.data.command import CommandParser
 from megatron_s2.layers.arguments import cluster_from_args, settings_from_args
 from megatron_s2.parallel.planner import ModelPlan, plan_model
 from megatron_s2.report.context_parallel_plan import as_json, table
-from megatron_s2.report.figure import check_suffix
+from megatron_s2.report.figure import check_picture
 from megatron_s2.training.arguments import add_s2_args
 
 
@@ -20,6 +20,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = arguments()
     args = parser.parse_args(argv)
     try:
+        if args.plot:
+            check_picture("--plot", args.plot)
         plan = planned(args, args.context_parallel_size)
         if args.plot:
             plot(args)
@@ -31,7 +33,6 @@ def main(argv: list[str] | None = None) -> None:
 def plot(args: argparse.Namespace) -> None:
     from megatron_s2.report.context_parallel_picture import draw_plans, plan_sizes
 
-    check_suffix(args.plot, "--plot")
     sizes = plan_sizes(args.context_parallel_size, args.seq_length)
     draw_plans([planned(args, size) for size in sizes], args.plot)
 

@@ -16,7 +16,7 @@ from megatron_s2.data.command import CommandParser
 from megatron_s2.offload.model import Rates
 from megatron_s2.offload.plan import GB, SUBGROUP_SIZE
 from megatron_s2.offload.simulator import Simulation
-from megatron_s2.report.figure import check_suffix
+from megatron_s2.report.figure import check_picture
 
 SUFFIX_FACTORS = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
@@ -26,6 +26,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         check(args)
+        if args.plot:
+            check_picture("--plot", args.plot)
         rates = rates_from(args)
         simulations = simulated(args, rates)
         if args.plot:
@@ -160,7 +162,6 @@ def simulated(args: argparse.Namespace, rates: Rates) -> dict[str, Simulation]:
 def plot(args: argparse.Namespace, simulations: dict[str, Simulation]) -> None:
     from megatron_s2.report.offload_timeline import draw_timelines
 
-    check_suffix(args.plot, "--plot")
     draw_timelines(
         {name: one.events for name, one in simulations.items()},
         args.plot,

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_s2.report.figure import check_suffix
+from megatron_s2.report.figure import check_picture
 from megatron_s2.report.losses import Losses, draw_losses
 
 
@@ -15,11 +15,14 @@ def main() -> None:
     parser.add_argument("--title", help="above the picture")
     args = parser.parse_args()
     try:
+        check_picture("--output", args.output)
+    except (ValueError, ImportError) as error:
+        parser.exit(2, f"error: {error}\n")
+    try:
         losses = Losses.read(args.tensorboard_dir)
     except ValueError as error:
         parser.exit(2, f"error: --tensorboard-dir {error}\n")
     try:
-        check_suffix(args.output, "--output")
         draw_losses(losses, args.output, args.title)
     except (ValueError, OSError, ImportError) as error:
         parser.exit(2, f"error: {error}\n")

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from megatron_s2.layers.arguments import settings_from_args
-from megatron_s2.report.figure import SUFFIXES, check_suffix
+from megatron_s2.report.figure import SUFFIXES, check_picture
 from megatron_s2.report.pattern_picture import draw_pattern
 from megatron_s2.training.arguments import add_s2_args
 
@@ -30,7 +30,7 @@ def main() -> None:
     args, _ = add_s2_args(parser).parse_known_args()
     args.group_query_attention = args.num_query_groups is not None
     try:
-        check_suffix(args.output, "--output")
+        check_picture("--output", args.output)
         pattern = settings_from_args(args).first_pattern
         draw_pattern(pattern, args.output, num_blocks=args.blocks, num_layers=args.layers)
     except (ValueError, OSError, ImportError) as error:

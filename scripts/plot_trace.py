@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_s2.data.command import CommandParser
 from megatron_s2.offload.trace import bottleneck, read_trace
+from megatron_s2.report.figure import check_picture
 from megatron_s2.report.offload_timeline import draw_timelines
 
 
@@ -16,6 +17,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--title", help="above the picture")
     args = parser.parse_args(argv)
     try:
+        check_picture("--output", args.output)
         timelines = read_trace(args.trace)
         draw_timelines(timelines, args.output, args.title)
     except (ValueError, OSError, ImportError) as error:

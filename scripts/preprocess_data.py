@@ -3,9 +3,11 @@
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_s2.data.command import CommandParser, add_corpus_arguments, corpus_from, run_command
 from megatron_s2.data.preprocess import TOKENIZER_TYPES, preprocess_data
+from megatron_s2.data.tokenizer import beyond_model
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -15,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--output-prefix",
         required=True,
         metavar="P",
-        help="prefix of the files, P_text_document.bin and .idx (text: --json-key)",
+        help="prefix of the files, P_text_document.bin, .idx and .ids (text: --json-key)",
     )
     parser.add_argument("--tokenizer-type", required=True, choices=TOKENIZER_TYPES, help="as for training")
     parser.add_argument(
@@ -50,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{dataset.prefix}: {dataset.tally.documents} documents, {dataset.tokens} tokens ({dataset.dtype}), "
         f"{dataset.tally.bytes / 1e6:.1f} MB in {dataset.seconds:.1f} s; {dataset.tally.skipped()}"
     )
+    note = beyond_model(Path(args.tokenizer_model), dataset.largest_token_id + 1, dataset.prefix)
+    if note is not None:
+        print(f"note: {note}", file=sys.stderr)
 
 
 if __name__ == "__main__":

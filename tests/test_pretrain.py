@@ -9,6 +9,8 @@ import pytest
 from megatron_run import Launched, Run, Runs, assert_same_losses, launch, train_all
 from selection import exhaustive
 
+from megatron_s2.data.token_ids import write_record
+
 # Four layers, so that two pipeline stages of two interleaved chunks have one each. Runs that should agree
 # start from the same saved weights: pipeline stages would otherwise draw theirs from seeds of their own.
 FOUR_LAYERS = "--num-layers 4"
@@ -212,6 +214,48 @@ def test_data_that_leaves_a_split_empty_is_refused_and_not_waited_for(tmp_path):
     assert "error: --split 90,10,0: the valid split of " in runs["no tokens"].output
     assert "Traceback" not in runs["no tokens"].output
     assert [run.status for run in runs.values()] == [2, 2, 0]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_tokens_that_are_none_of_the_models_end_a_run_before_it_trains(tmp_path, ranks):
+    """Tokens up to 299 for an embedding of 256 rows, at any tensor parallelism.
+
+    The second data set claims that they are few; they are found in the first sample that has one.
+    """
+    prefixes = {name: write_documents(tmp_path / name, [300] * 40) for name in ("plain", "recorded")}
+    write_record(f"{prefixes['recorded']}.ids", 254, 40 * 300 * 4)
+    few = write_documents(tmp_path / "few", [250] * 40)
+    split, tensor = "--split 100,0,0 --eval-iters 0", f"--tensor-model-parallel-size {ranks}"
+    runs = {
+        "plain": f"--data-path {prefixes['plain']} {split}",
+        "recorded": f"--data-path {prefixes['recorded']} {split}",
+        "in a process": f"--data-path {prefixes['recorded']} {split} --num-workers 1",
+        "validation": f"--train-data-path {few} --valid-data-path {prefixes['plain']}",
+        "fine": f"--data-path {few} {split} --train-iters 2",
+    }
+    runs = train_all(tmp_path, {name: f"{flags} {tensor}" for name, flags in runs.items()}, ranks, data="")
+    known = "has token id 299; the model has 256 tokens (--tokenizer-type NullTokenizer); give data that was"
+    assert_refused(runs["plain"], f"error: --data-path {prefixes['plain']}: {known}")
+    assert_refused(runs["validation"], f"error: --valid-data-path {prefixes['plain']}: {known}")
+    for name in ("recorded", "in a process"):
+        errors = [line for line in runs[name].output.splitlines() if "error: " in line]
+        assert errors == [
+            f"error: the data at {prefixes['recorded']}: {known} tokenized with the model's tokenizer"
+        ]
+        assert "Traceback" not in runs[name].output
+    assert [run.status for run in runs.values()] == [2, 2, 2, 2, 0]
+    looked_at = f"megatron-s2: {few}: no record of the largest token id; looked at 10000 of 10000 tokens"
+    assert looked_at in runs["fine"].output
+
+
+def test_wandb_without_a_key_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    flags = f"--wandb-project p --wandb-exp-name e --wandb-save-dir {tmp_path}"
+    run = launch(tmp_path / "run", flags)
+    assert run.status == 2
+    assert_refused(run, "error: --wandb-project p: wandb does not start (No API key configured.")
 
 
 def assert_refused(run: Run, what: str) -> None:

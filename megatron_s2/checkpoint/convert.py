@@ -24,7 +24,7 @@ from megatron_s2.checkpoint.model_config import ModelConfig
 from megatron_s2.checkpoint.safetensors_files import DTYPES, SafetensorsReader, read_json, write_safetensors
 from megatron_s2.checkpoint.tensors import ModelTensor
 from megatron_s2.checkpoint.torch_dist import CheckpointReader, write_release
-from megatron_s2.data.tokenizer import has_tokenizer
+from megatron_s2.data.tokenizer import GROW_MODEL, has_tokenizer, stored_number_of_ids
 from megatron_s2.errors import InputError, flag_name
 from megatron_s2.pattern import S2Settings
 
@@ -58,6 +58,19 @@ _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
 
 
 @dataclass(frozen=True)
+class ImportSummary:
+    """What `to_megatron` wrote.
+
+    Args:
+        flags: flags to train the model with, one per line of `resume.args`.
+        note: message about a tokenizer with more tokens than the model; None otherwise.
+    """
+
+    flags: list[str]
+    note: str | None
+
+
+@dataclass(frozen=True)
 class ExportSummary:
     """The model that `to_hugging_face` has written.
 
@@ -65,24 +78,23 @@ class ExportSummary:
         settings: S2 settings of the model; None for dense attention.
         family_source: what the family was inferred from.
         tokenizer: directory that the tokenizer was copied from; None without a tokenizer.
+        note: message about a tokenizer with more tokens than the model; None otherwise.
     """
 
     model: ModelConfig
     settings: S2Settings | None
     family_source: str
     tokenizer: Path | None
+    note: str | None
 
 
-def to_megatron(source: Path, output: Path, s2_flags: Namespace) -> list[str]:
+def to_megatron(source: Path, output: Path, s2_flags: Namespace) -> ImportSummary:
     """Writes the model in a Hugging Face directory as a Megatron checkpoint.
 
     Args:
         source: directory with config.json, safetensors and, optionally, a tokenizer.
         output: new directory, for `--load`.
         s2_flags: parsed `--s2-…` flags (`add_s2_args`).
-
-    Returns:
-        The flags to train the model with, one per line of `output/resume.args`.
 
     Raises:
         InputError: the model cannot be converted, or `output` exists.
@@ -120,7 +132,7 @@ def to_megatron(source: Path, output: Path, s2_flags: Namespace) -> list[str]:
         write_release(directory, tensors, dtypes, load, extra_state_keys(model), saved_args)
         _copy(source, directory / HF_FILES, (*_COPIED_FILES, _CONFIG))
         (directory / RESUME).write_text("".join(line + "\n" for line in lines))
-    return lines
+    return ImportSummary(lines, _note_on_tokenizer(source, model.vocab_size))
 
 
 def to_hugging_face(
@@ -141,19 +153,21 @@ def to_hugging_face(
             config.json then names the dtype of the embedding.
         max_shard_size: largest size of a safetensors file in bytes.
         vocab_size: number of tokens without padding, where neither the checkpoint nor the config.json that
-            the model came with contains it.
+            the model came with contains it, or the tokenizer has more tokens than they say.
         family: Hugging Face's `model_type`, where Megatron cannot tell the families apart and the config.json
             that the model came with does not name it.
 
     Raises:
-        InputError: no family has the model in the checkpoint, or `output` exists.
+        InputError: no family has the model in the checkpoint, its padding has rows for tokens of the
+            tokenizer that may have been trained and `vocab_size` does not say what to do about them, or
+            `output` exists.
         OSError: a file cannot be read or written.
     """
     _check_paths(source, output)
     reader = CheckpointReader(source)
     hf_files = _hf_files(source, reader.args)
     base = read_json(hf_files / _CONFIG) if (hf_files / _CONFIG).is_file() else {}
-    vocab_size = _choose_vocab_size(reader.args, base, vocab_size)
+    vocab_size = _choose_vocab_size(reader, base, hf_files, vocab_size)
     family, family_source = _choose_family(reader.args, base, hf_files / _CONFIG, family)
     model = megatron_args.model_from_args(reader.args, family, vocab_size)
     settings = megatron_args.s2_settings_from_args(reader.args, model)
@@ -172,7 +186,9 @@ def to_hugging_face(
         write_safetensors(directory, sizes, _hf_tensors(reader, tensors, model, dtypes), max_shard_size)
         _copy(hf_files, directory, _COPIED_FILES)
         (directory / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    return ExportSummary(model, settings, family_source, hf_files if has_tokenizer(hf_files) else None)
+    tokenizer = hf_files if has_tokenizer(hf_files) else None
+    note = _note_on_tokenizer(hf_files, model.vocab_size)
+    return ExportSummary(model, settings, family_source, tokenizer, note)
 
 
 def _check_paths(source: Path, output: Path) -> None:
@@ -202,15 +218,38 @@ def _choose_settings(config: hf_config.Config, model: ModelConfig, flags: Namesp
     return given or trained
 
 
-def _choose_vocab_size(args: Namespace, base: hf_config.Config, requested: int | None) -> int | None:
-    known = (getattr(args, "vocab_size", None), base.get("vocab_size"))
+def _choose_vocab_size(
+    reader: CheckpointReader, base: hf_config.Config, hf_files: Path, requested: int | None
+) -> int | None:
+    """Returns the number of tokens to write: as in the checkpoint or the model that it began with; or, as
+    requested, of the tokenizer, whose further tokens may have been trained in the rows of the padding."""
+    known = (getattr(reader.args, "vocab_size", None), base.get("vocab_size"))
     vocab_size = next((size for size in known if isinstance(size, int) and size > 0), requested)
-    if requested not in (None, vocab_size):
+    ids = stored_number_of_ids(hf_files) or 0
+    (rows, *_), _ = reader.tensors().get(EMBEDDING.key, ((0,), None))
+    if requested not in (None, vocab_size) and not vocab_size < requested <= ids:
         raise InputError(
             f"--vocab-size {requested}: the checkpoint, or the model that it began with, has {vocab_size}; "
             "leave it out"
         )
-    return vocab_size
+    if requested is None and vocab_size is not None and vocab_size < ids <= rows:
+        raise InputError(
+            f"--vocab-size: must be given: the tokenizer in {hf_files} has token ids up to {ids - 1}, the "
+            f"model {vocab_size} tokens; {ids} writes a row for each, {vocab_size} leaves out rows from "
+            f"{vocab_size} on"
+        )
+    return requested or vocab_size
+
+
+def _note_on_tokenizer(directory: Path, vocab_size: int) -> str | None:
+    """Returns a message where the tokenizer in a directory has tokens that the model does not."""
+    ids = stored_number_of_ids(directory)
+    if ids is None or ids <= vocab_size:
+        return None
+    return (
+        f"the tokenizer in {directory} has token ids up to {ids - 1}, the model has {vocab_size} tokens; "
+        f"{GROW_MODEL}"
+    )
 
 
 def _choose_family(

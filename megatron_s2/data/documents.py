@@ -34,9 +34,10 @@ class Corpus:
 
     `path` is a file of JSON lines (.jsonl or .json), each an object with the text of one document under
     `json_key`; or a directory, which is walked recursively in sorted order. In a directory, each file whose
-    name matches the glob `pattern` is one document, except .jsonl files, which are read line by line. Files
-    and directories whose names match a glob of `exclude` are skipped, and so are names that begin with a dot,
-    unless `pattern` does.
+    name matches the glob `pattern` is one document, except .jsonl and .json files, which are read line by
+    line as they are alone. Files and directories whose names match a glob of `exclude` are skipped, and so
+    are names that begin with a dot, unless `pattern` does. A byte order mark at the beginning of a file is no
+    part of its text.
 
     Symbolic links are followed, but no file is read twice: one that was already reached by another path
     counts as repeated. Also skipped and counted are documents of white space (empty), those that are not
@@ -55,14 +56,13 @@ class Corpus:
     def __post_init__(self):
         if not os.path.exists(self.path):
             raise InputError(f"--input {self.path}: does not exist; give a .jsonl file or a directory")
-        if not os.path.isdir(self.path) and not self.path.endswith(JSON_LINES):
+        if not os.path.isdir(self.path) and not _has_json_lines(self.path):
             raise InputError(
                 f"--input {self.path}: must be a directory or a file of JSON lines named *.jsonl or *.json"
             )
 
     def read(self, tally: Tally) -> Iterator[str]:
         """Yields the documents in a fixed order and counts them in `tally`."""
-        is_json_lines = not os.path.isdir(self.path)
         for path in self.files(tally):
             try:
                 file = open(path, "rb")  # noqa: SIM115 (opening and reading fail differently)
@@ -70,10 +70,8 @@ class Corpus:
                 tally.unreadable += 1
                 continue
             with file:
-                if is_json_lines or path.endswith(".jsonl"):
-                    texts = self._json_lines(path, file)
-                else:
-                    texts = [_decoded(file.read())]
+                is_text = not _has_json_lines(path)
+                texts = [_decoded(file.read())] if is_text else self._json_lines(path, file)
                 for text in texts:
                     size = _utf8_size(text)
                     if size is None:
@@ -129,10 +127,12 @@ class Corpus:
             where = f"{path}:{number}"
             try:
                 record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except ValueError as error:
-                raise InputError(f"{where}: not a line of JSON: {error}") from error
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{where}: not a line of JSON: {error}{self._hint(path)}") from error
             if not isinstance(record, dict):
-                raise InputError(f"{where}: must be a JSON object, is {type(record).__name__}")
+                raise InputError(
+                    f"{where}: must be a JSON object, is {type(record).__name__}{self._hint(path)}"
+                )
             if self.json_key not in record:
                 raise InputError(f"{where}: has no key {self.json_key!r} (--json-key); it has {list(record)}")
             text = record[self.json_key]
@@ -142,10 +142,18 @@ class Corpus:
                 )
             yield text
 
+    def _hint(self, path: str) -> str:
+        """Returns what to do about a file of a directory that has no JSON lines."""
+        return "" if path == self.path else f"; --exclude '*{os.path.splitext(path)[1]}' skips such files"
+
+
+def _has_json_lines(path: str) -> bool:
+    return path.lower().endswith(JSON_LINES)
+
 
 def _decoded(content: bytes) -> str | None:
     try:
-        return content.decode("utf-8")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError:
         return None
 

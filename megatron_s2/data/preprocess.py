@@ -5,6 +5,7 @@ import functools
 import multiprocessing
 import os
 import queue
+import re
 import shutil
 import signal
 from collections import deque
@@ -14,8 +15,10 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 from megatron_s2.data.documents import Corpus, Tally
-from megatron_s2.data.output import check_absent, check_writable
+from megatron_s2.data.output import check_absent, check_replaceable, check_writable
 from megatron_s2.data.progress import Progress
+from megatron_s2.data.token_ids import RECORD_SUFFIX, write_record
+from megatron_s2.data.tokenizer import number_of_ids
 from megatron_s2.errors import InputError
 
 # The tokenizers of Megatron that need no flag besides --tokenizer-model.
@@ -26,6 +29,7 @@ TOKENIZER_TYPES = (
     "Llama2Tokenizer",
 )
 
+_SUFFIXES = (".bin", RECORD_SUFFIX, ".idx")
 _BATCH_BYTES = 1 << 18
 _BATCHES_AHEAD_PER_WORKER = 4
 
@@ -36,6 +40,7 @@ class PreprocessedDataset:
 
     prefix: str
     tokens: int
+    largest_token_id: int
     dtype: str
     tally: Tally
     seconds: float
@@ -53,40 +58,44 @@ def preprocess_data(
 ) -> PreprocessedDataset:
     """Tokenizes every document of `corpus` and writes `{output_prefix}_{json_key}_document.bin` and `.idx`.
 
-    The documents keep their order, and the files are the same for any number of `workers`. At most a few
-    batches are in memory. Token ids are uint16 if the vocabulary allows it, else int32, as in Megatron. The
-    files get their final names after everything is written. Megatron's index cache of an earlier dataset of
-    the same name is removed, because Megatron would use it with the new tokens.
+    In the name, `/` and white space of `json_key` are `_`. The documents keep their order, and the files are
+    the same for any number of `workers`. At most a few batches are in memory. Token ids are uint16 if the
+    largest id of the tokenizer allows it, else int32, as in Megatron. Beside the dataset, `.ids` records its
+    largest token id, which a training compares with its model. The files get their final names after
+    everything is written. Megatron's index cache of an earlier dataset of the same name is removed, because
+    Megatron would use it with the new tokens.
 
     Raises:
-        InputError: the tokenizer is unknown, or has no end-of-document token for `append_eod`; `workers` is
-            below 1; the corpus has no document; the output cannot be written, or exists and `overwrite` is
-            False.
+        InputError: the tokenizer is unknown, returns what is no token id, or has no end-of-document token for
+            `append_eod`; `workers` is below 1; the corpus has no document; the output cannot be written, or
+            exists and `overwrite` is False.
     """
     if workers < 1:
         raise InputError(f"--workers {workers}: must be at least 1")
     directory, name = os.path.split(output_prefix)
     if not name:
         raise InputError(f"--output-prefix {output_prefix!r}: must end in a file name, as in data/mytext")
-    prefix = f"{output_prefix}_{corpus.json_key}_document"
+    # A prefix with white space cannot be written into the file of --data-args-path.
+    prefix = f"{output_prefix}_{re.sub(r'[/\0\s]', '_', corpus.json_key)}_document"
     check_writable("--output-prefix", directory or ".")
     if not overwrite:
         check_absent("--output-prefix", output_prefix, [f"{prefix}.bin", f"{prefix}.idx"])
+    check_replaceable("--output-prefix", output_prefix, [prefix + suffix for suffix in _SUFFIXES])
     tokenizer = load_tokenizer(tokenizer_type, tokenizer_model)
     if append_eod and tokenizer.eod is None:
         raise InputError(f"--append-eod: {tokenizer_model} has no end-of-document (eos) token; leave it out")
 
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-    dtype = DType.optimal_dtype(tokenizer.vocab_size)
-    encoder = _Encoder(tokenizer, append_eod, dtype)
+    dtype = DType.optimal_dtype(number_of_ids(tokenizer))
+    encoder = _Encoder(tokenizer, tokenizer_model, append_eod, dtype)
 
     os.makedirs(directory or ".", exist_ok=True)
     partial = f"{prefix}.{os.getpid()}.partial"
     tally = Tally()
     try:
         builder = IndexedDatasetBuilder(f"{partial}.bin", dtype=dtype)
-        tokens = 0
+        tokens, largest = 0, 0
         with (
             contextlib.closing(builder.data_file),
             contextlib.closing(_encoded(encoder, _batches(corpus, tally), workers)) as batches,
@@ -96,17 +105,19 @@ def preprocess_data(
                 for document in documents:
                     builder.add_document(document, [len(document)])
                     tokens += len(document)
+                    largest = max(largest, int(document.max(initial=0)))
                 progress.add(len(documents), size)
             seconds = progress.seconds
         if tokens == 0:
             raise InputError(f"--input {corpus.path}: no document with text in it ({tally.skipped()})")
         builder.finalize(f"{partial}.idx")
+        write_record(partial + RECORD_SUFFIX, largest, os.path.getsize(f"{partial}.bin"))
         _publish(partial, prefix)
     finally:
-        for suffix in (".bin", ".idx"):
+        for suffix in _SUFFIXES:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(partial + suffix)
-    return PreprocessedDataset(prefix, tokens, dtype.__name__, tally, seconds)
+    return PreprocessedDataset(prefix, tokens, largest, dtype.__name__, tally, seconds)
 
 
 def load_tokenizer(tokenizer_type: str, tokenizer_model: str):
@@ -152,17 +163,27 @@ def _names_hub_model(model: str) -> bool:
 class _Encoder:
     """Maps the texts of a batch to arrays of token ids `[tokens]`."""
 
-    def __init__(self, tokenizer, append_eod: bool, dtype: type):
+    def __init__(self, tokenizer, tokenizer_model: str, append_eod: bool, dtype: type):
         self._tokenizer = tokenizer
+        self._tokenizer_model = tokenizer_model
         self._ending = [tokenizer.eod] if append_eod else []
         self._dtype = dtype
 
     def __call__(self, texts: list[str]) -> list:
+        return [self._array([*self._tokenizer.tokenize(text), *self._ending]) for text in texts]
+
+    def _array(self, ids: list[int]):
         import numpy
 
-        return [
-            numpy.array([*self._tokenizer.tokenize(text), *self._ending], dtype=self._dtype) for text in texts
-        ]
+        most = numpy.iinfo(self._dtype).max
+        array = numpy.array(ids or [0])
+        if array.dtype.kind not in "iu" or array.min() < 0 or array.max() > most:
+            bad = next(token for token in ids if token is None or not 0 <= token <= most)
+            raise InputError(
+                f"--tokenizer-model {self._tokenizer_model}: returns {bad} as a token id; must be 0 … {most} "
+                "by the size of its vocabulary; give another tokenizer"
+            )
+        return array[: len(ids)].astype(self._dtype)
 
 
 def _batches(corpus: Corpus, tally: Tally) -> Iterator[tuple[int, list[str]]]:
@@ -269,5 +290,5 @@ def _publish(partial: str, prefix: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.remove(f"{prefix}.idx")
     shutil.rmtree(os.path.join(prefix, "cache"), ignore_errors=True)
-    os.replace(f"{partial}.bin", f"{prefix}.bin")
-    os.replace(f"{partial}.idx", f"{prefix}.idx")
+    for suffix in _SUFFIXES:
+        os.replace(partial + suffix, prefix + suffix)

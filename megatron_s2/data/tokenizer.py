@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_s2.data.documents import Corpus, Tally
-from megatron_s2.data.output import check_absent, check_writable
+from megatron_s2.data.output import check_absent, check_replaceable, check_writable
 from megatron_s2.data.progress import Progress
 from megatron_s2.errors import InputError
 
@@ -21,6 +21,11 @@ PADDING = "<|padding|>"
 
 _SPECIAL_TOKENS = [END_OF_DOCUMENT, PADDING]
 SMALLEST_VOCABULARY = 256 + len(_SPECIAL_TOKENS)
+
+GROW_MODEL = (
+    "to train the tokens beyond, resize the model's embedding (resize_token_embeddings in transformers) "
+    "before it is converted"
+)
 
 # From a directory without any of these files, transformers builds an empty tokenizer.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
@@ -39,6 +44,57 @@ class TrainedTokenizer:
 def has_tokenizer(directory: Path) -> bool:
     """Returns whether a directory has the files of a Hugging Face tokenizer."""
     return any((directory / name).is_file() for name in _TOKENIZER_FILES)
+
+
+def number_of_ids(tokenizer) -> int:
+    """Returns one more than the largest id of a Megatron tokenizer.
+
+    It is more than the size of a Hugging Face vocabulary whose ids leave gaps.
+    """
+    hugging_face = getattr(getattr(tokenizer, "_tokenizer", None), "tokenizer", None)
+    vocabulary = hugging_face.get_vocab() if hasattr(hugging_face, "get_vocab") else {}
+    return max(tokenizer.vocab_size, 1 + max(vocabulary.values(), default=-1))
+
+
+def stored_number_of_ids(directory: Path) -> int | None:
+    """Returns one more than the largest id of the tokenizer in a Hugging Face directory.
+
+    Returns None without a tokenizer, and for one that is damaged or only tokenizer.model, which names no ids.
+    """
+    vocabulary: dict[str, int] = {}
+    if (directory / "tokenizer.json").is_file():
+        from tokenizers import Tokenizer
+
+        try:
+            vocabulary = Tokenizer.from_file(str(directory / "tokenizer.json")).get_vocab()
+        except Exception:  # tokenizers raises no other class
+            return None
+    else:
+        for name in ("vocab.json", "added_tokens.json"):
+            with contextlib.suppress(OSError, ValueError, RecursionError):
+                vocabulary |= json.loads((directory / name).read_bytes())
+    ids = [number for number in vocabulary.values() if isinstance(number, int)]
+    return 1 + max(ids) if ids else None
+
+
+def beyond_model(directory: Path, number_of_ids: int, what: str) -> str | None:
+    """Returns a note where token ids have no row in the model that a tokenizer comes with; else None.
+
+    Args:
+        directory: Hugging Face directory with config.json, or none.
+        number_of_ids: one more than the largest id.
+        what: subject of the note, which has that id.
+    """
+    try:
+        vocab_size = json.loads((directory / "config.json").read_bytes()).get("vocab_size")
+    except (OSError, ValueError, RecursionError, AttributeError):
+        return None
+    if not isinstance(vocab_size, int) or number_of_ids <= vocab_size:
+        return None
+    return (
+        f"{what} has token ids up to {number_of_ids - 1}, the model in {directory} has {vocab_size} tokens "
+        f"(vocab_size in config.json); {GROW_MODEL}"
+    )
 
 
 def train_tokenizer(
@@ -74,6 +130,7 @@ def train_tokenizer(
     check_writable("--output", output)
     if not overwrite:
         check_absent("--output", output, [tokenizer_path, config_path])
+    check_replaceable("--output", output, [tokenizer_path, config_path])
 
     tally = Tally()
     with Progress("training tokenizer") as progress, _interruptible_outside_python():

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_s2.checkpoint.families import FAMILIES
+from megatron_s2.data.token_ids import Vocabulary
 
 # Tokens whose logits are in memory at a time. Those of 32768 tokens and a vocabulary of 128256 would take
 # 17 GB in float32.
@@ -110,11 +111,13 @@ class ScoredModel:
     Args:
         token_losses: maps tokens, int64 `[batch, tokens + 1]` on the CPU, to the cross entropy of each next
             token, `[batch, tokens]`. Raises ValueError for a token that is not in the vocabulary.
+        vocabulary: the tokens that the model knows.
         positions: number of positions that the model was made for; losses beyond it are meaningless.
         notes: what makes the loss incomparable with that of another model.
     """
 
     token_losses: Callable[[Tensor], Tensor]
+    vocabulary: Vocabulary
     positions: int
     notes: tuple[str, ...] = ()
 
@@ -136,8 +139,10 @@ def load_hugging_face(directory: str | Path, dtype: str = "auto") -> ScoredModel
             f"--hf {directory}: model_type {config.model_type}: must be one of {', '.join(FAMILIES)}"
         )
 
+    vocabulary = Vocabulary(config.vocab_size, f"--hf {directory}")
+
     def token_losses(tokens: Tensor) -> Tensor:
-        _check_tokens(tokens, config.vocab_size)
+        _check_tokens(tokens, vocabulary)
         tokens = tokens.to(model.device)
         hidden = model.base_model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
         losses = [
@@ -146,7 +151,7 @@ def load_hugging_face(directory: str | Path, dtype: str = "auto") -> ScoredModel
         ]
         return torch.cat(losses, 1)
 
-    return ScoredModel(token_losses, config.max_position_embeddings)
+    return ScoredModel(token_losses, vocabulary, config.max_position_embeddings)
 
 
 def load_megatron(directory: str | Path) -> ScoredModel:
@@ -161,10 +166,11 @@ def load_megatron(directory: str | Path) -> ScoredModel:
         raise ValueError(f"--load {directory}: is not a directory")
     loaded = load_gpt(Path(directory), needs_cache=False, needs_tokenizer=False)
     device = next(loaded.model.parameters()).device
+    vocabulary = Vocabulary(loaded.vocab_size, f"--load {directory}")
     has_position_table = loaded.model.position_embedding_type == "learned_absolute"
 
     def token_losses(tokens: Tensor) -> Tensor:
-        _check_tokens(tokens, loaded.vocab_size)
+        _check_tokens(tokens, vocabulary)
         tokens = tokens.to(device)
         length = tokens.shape[1] - 1
         if has_position_table and length > loaded.positions:
@@ -185,7 +191,7 @@ def load_megatron(directory: str | Path) -> ScoredModel:
         notes.append(
             f"the loss counts {padding} rows of vocabulary padding, as its training does and --hf does not"
         )
-    return ScoredModel(token_losses, loaded.positions, tuple(notes))
+    return ScoredModel(token_losses, vocabulary, loaded.positions, tuple(notes))
 
 
 def _losses_in_chunks(
@@ -199,13 +205,10 @@ def _losses_in_chunks(
     return torch.cat(losses, 1)
 
 
-def _check_tokens(tokens: Tensor, vocab_size: int) -> None:
+def _check_tokens(tokens: Tensor, vocabulary: Vocabulary) -> None:
     smallest, largest = (int(token) for token in tokens.aminmax())
-    if smallest < 0 or largest >= vocab_size:
-        bad = smallest if smallest < 0 else largest
-        raise ValueError(
-            f"--data-path: has token {bad}, which is not in the model's vocabulary of {vocab_size}"
-        )
+    if smallest < 0 or largest >= vocabulary.size:
+        raise ValueError(vocabulary.refusal("--data-path", smallest if smallest < 0 else largest))
 
 
 def _batches(dataset, seq_length: int, count: int, batch: int) -> Iterator[Tensor]:

@@ -51,7 +51,7 @@ def stop_tokens(directory: Path) -> frozenset[int]:
             continue
         try:
             eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: cannot be read: {error}") from None
         if eos is not None:
             return frozenset([eos] if isinstance(eos, int) else eos)

@@ -134,6 +134,6 @@ def read_trace(path: str | Path) -> dict[str, list[Event]]:
             if row["ph"] == "X":
                 start, end = row["ts"] / 1e6, (row["ts"] + row["dur"]) / 1e6
                 timelines[names[row["pid"]]].append(Event(QUEUES[row["tid"]], row["name"], start, end))
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: is not a trace of an optimizer step: {error!r}") from error
     return {name: sorted(events, key=lambda event: event.start) for name, events in timelines.items()}

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_s2.data.output import check_file_writable
+
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.artist import Artist
@@ -44,8 +46,22 @@ def check_suffix(path: str | Path, name: str = "path") -> None:
         raise ValueError(f"{name} {path}: must end in {' or '.join(SUFFIXES)}")
 
 
+def check_picture(flag: str, path: str | Path) -> None:
+    """Checks, before any work is done, that a figure can be drawn and saved to `path`.
+
+    Raises:
+        ValueError: naming `flag`: another suffix, or a file that cannot be written.
+        ImportError: matplotlib is not installed.
+    """
+    check_suffix(path, flag)
+    check_file_writable(flag, path)
+    new_figure(1, 1)
+
+
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Writes a figure as PNG or SVG, by the suffix of `path`. Equal figures give equal bytes.
+    """Writes a figure as PNG or SVG, by the suffix of `path`, into a directory that is made if need be.
+
+    Equal figures give equal bytes.
 
     Raises:
         ValueError: another suffix.
@@ -54,6 +70,7 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     import matplotlib
 
     metadata = {"Date": None} if Path(path).suffix.lower() == ".svg" else None
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.hashsalt": "megatron-s2"}):
         figure.savefig(path, dpi=_DPI, metadata=metadata)
 

@@ -2,17 +2,20 @@
 
 Megatron opens data files only after it has built the model, starts from random weights if the directory of
 `--load` does not exist, and loops forever on a split without documents. These checks read only the parsed
-arguments and the file system.
+arguments, the tokenizer and the file system.
 """
 
 import json
+import math
 import os
-import struct
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_s2.data.output import check_writable
+from megatron_s2.data.token_ids import INDEX_HEAD, INDEX_MAGIC, Vocabulary, check_token_ids
+from megatron_s2.data.tokenizer import GROW_MODEL, number_of_ids
 from megatron_s2.errors import flag_name
 
 # Values of `--tokenizer-type` that need `--tokenizer-model`: a file or, for Hugging Face, a name on the hub.
@@ -23,10 +26,9 @@ _TOKENIZERS_FROM_FILE = (
     "TikTokenizer",
 )
 _TOKENIZERS_FROM_MODEL = (*_TOKENIZERS_FROM_FILE, "HuggingFaceTokenizer")
+# Tokenizers for which --vocab-size says how many tokens they have themselves.
+_TOKENIZERS_WITHOUT_TOKENS = ("NullTokenizer", "NullMultimodalTokenizer")
 _REMOTE_SCHEMES = ("s3://", "msc://")
-# Header of an .idx file: magic, version, code of the dtype, number of sequences (documents, for a GPT).
-_INDEX_HEADER = struct.Struct("<9sQBQ")
-_INDEX_MAGIC = b"MMIDIDX\x00\x00"
 _DEFAULT_SPLIT = "969, 30, 1"  # Megatron's, for --data-path
 _SPLITS = ("training", "validation", "test")
 _OUTPUT_DIRECTORIES = (
@@ -47,6 +49,7 @@ def check_paths(args: Namespace) -> None:
         ValueError: a path does not exist or is not writable; the message names it and its flag.
     """
     _check_data(args)
+    _check_sequences_per_dataset(args)
     _check_load(args)
     _check_tokenizer(args)
     for name in _OUTPUT_DIRECTORIES:
@@ -68,6 +71,97 @@ def check_model(args: Namespace) -> None:
             f"--config-logger-dir {args.config_logger_dir}: Megatron cannot write its configuration, which "
             "contains process groups; remove the flag, all arguments are printed at the start"
         )
+
+
+def check_wandb(args: Namespace) -> None:
+    """Checks what wandb needs besides a key, which only the last rank asks for.
+
+    Raises:
+        ValueError: naming the flag and what to do.
+    """
+    if not args.wandb_project:
+        return
+    flag = f"--wandb-project {args.wandb_project}"
+    if find_spec("wandb") is None:
+        raise ValueError(f"{flag}: needs wandb: python -m pip install 'megatron-s2[wandb]'")
+    if not args.wandb_exp_name:
+        raise ValueError(f"--wandb-exp-name: must be given with {flag}")
+    if not args.wandb_save_dir and not args.save:
+        raise ValueError(
+            f"--wandb-save-dir: must be given with {flag}, or --save, whose wandb folder is used"
+        )
+
+
+def vocabulary_of(args: Namespace, tokenizer) -> Vocabulary:
+    """Returns the token ids that a model may be trained on: those of its tokens, not of the padding.
+
+    Args:
+        args: validated arguments of Megatron.
+        tokenizer: the tokenizer that Megatron built from them.
+    """
+    data = "give data that was tokenized with the model's tokenizer"
+    tokenizer_ids = _tokenizer_ids(args, tokenizer)
+    known = [Vocabulary(tokenizer_ids, _tokenizer_flag(args), data)]
+    if args.vocab_size and args.tokenizer_type not in _TOKENIZERS_WITHOUT_TOKENS:
+        is_new = not args.load and not args.pretrained_checkpoint
+        more = "for all tokens of the tokenizer, remove --vocab-size" if is_new else GROW_MODEL
+        known.append(Vocabulary(args.vocab_size, f"--vocab-size {args.vocab_size}", f"{data}; {more}"))
+    if args.padded_vocab_size:
+        multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
+        enough = -(-tokenizer_ids // multiple) * multiple
+        more = f"; for a new model, --padded-vocab-size {enough} has a row for each id of the tokenizer"
+        known.append(
+            Vocabulary(
+                args.padded_vocab_size,
+                f"--padded-vocab-size {args.padded_vocab_size}",
+                data + (more if enough > args.padded_vocab_size else ""),
+            )
+        )
+    return min(known, key=lambda vocabulary: vocabulary.size)
+
+
+def check_vocabulary(args: Namespace, tokenizer) -> list[str]:
+    """Checks that every token of the data is one of the model's.
+
+    On one tensor-parallel rank Megatron fails at the first other token; on more it trains with an embedding
+    of zeros for it, and says nothing.
+
+    Returns:
+        Lines for the user: data that could only be looked at in part, a tokenizer with more tokens than the
+        model.
+
+    Raises:
+        ValueError: naming the flag, the prefix, the token id and the size of the vocabulary.
+    """
+    vocabulary = vocabulary_of(args, tokenizer)
+    data = [(flag, prefix) for flag, prefixes in _data_prefixes(args) for prefix in prefixes]
+    lines = []
+    has_tokens = args.tokenizer_type not in _TOKENIZERS_WITHOUT_TOKENS
+    if has_tokens and (tokenizer_ids := _tokenizer_ids(args, tokenizer)) > vocabulary.size:
+        lines.append(
+            f"{_tokenizer_flag(args)} has token ids up to {tokenizer_ids - 1}, the model has "
+            f"{vocabulary.size} tokens ({vocabulary.source}); data with ids beyond are refused; "
+            f"{vocabulary.advice}"
+        )
+    looked_at = check_token_ids(data, vocabulary)
+    return lines if looked_at is None else [*lines, looked_at]
+
+
+def _tokenizer_ids(args: Namespace, tokenizer) -> int:
+    """One more than the largest id, of a token or of the end of a document.
+
+    Megatron documents --vocab-size as what comes before the end-of-document token, and its NullTokenizer once
+    numbered it so: data that end with that id are right.
+    """
+    if args.tokenizer_type in _TOKENIZERS_WITHOUT_TOKENS:
+        return max(tokenizer.vocab_size, 1 + (args.vocab_size or 0))
+    return max(number_of_ids(tokenizer), 1 + (-1 if tokenizer.eod is None else tokenizer.eod))
+
+
+def _tokenizer_flag(args: Namespace) -> str:
+    if args.tokenizer_model:
+        return f"--tokenizer-model {args.tokenizer_model}"
+    return f"--tokenizer-type {args.tokenizer_type}"
 
 
 def check_schedule(args: Namespace, saved: Namespace) -> None:
@@ -162,7 +256,9 @@ def _shares(split: str) -> list[tuple[float, float] | None]:
         shares = [float(word) for word in split.split(",")]
     except ValueError:
         shares = []
-    if not 1 <= len(shares) <= len(_SPLITS) or min(shares) < 0 or sum(shares) == 0:
+    # Megatron finds numbers by their digits: it would take 1e2 for 1 and 2, and nan for nothing.
+    is_plain = set(split) <= set("0123456789., ")
+    if not is_plain or not 1 <= len(shares) <= len(_SPLITS) or sum(shares) == 0:
         raise ValueError(
             f"--split {split}: must be the shares of the training, validation and test split, such as 99,1,0"
         )
@@ -171,10 +267,10 @@ def _shares(split: str) -> list[tuple[float, float] | None]:
 
 def _number_of_documents(flag: str, prefix: str) -> int:
     with open(f"{prefix}.idx", "rb") as index:
-        header = index.read(_INDEX_HEADER.size)
-    if len(header) < _INDEX_HEADER.size or not header.startswith(_INDEX_MAGIC):
+        header = index.read(INDEX_HEAD.size)
+    if len(header) < INDEX_HEAD.size or not header.startswith(INDEX_MAGIC):
         raise ValueError(f"{flag} {prefix}: {prefix}.idx is not an index of scripts/preprocess_data.py")
-    return _INDEX_HEADER.unpack(header)[3]
+    return INDEX_HEAD.unpack(header)[3]
 
 
 def _check_data(args: Namespace) -> None:
@@ -196,31 +292,49 @@ def _data_prefixes(args: Namespace) -> Iterator[tuple[str, list[str]]]:
             continue
         if not words:
             raise ValueError(f"{flag}: must be followed by a prefix, or weights and prefixes")
-        yield flag, _local_prefixes(words)
+        yield flag, _prefixes(flag, words)
     if args.data_args_path:
-        _check_file("--data-args-path", args.data_args_path)
-        yield "--data-args-path", _local_prefixes(Path(args.data_args_path).read_text().split())
+        flag, path = "--data-args-path", args.data_args_path
+        yield flag, _prefixes(f"{flag} {path}", _text(flag, path).split())
     if args.per_split_data_args_path:
         flag, path = "--per-split-data-args-path", args.per_split_data_args_path
-        _check_file(flag, path)
-        try:
-            splits = json.loads(Path(path).read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{flag} {path}: must be JSON; {error}") from None
+        splits = _json_object(flag, path)
         for split in ("train", "valid", "test"):
             if split not in splits:
                 raise ValueError(f'{flag} {path}: must have the keys "train", "valid" and "test"')
-            words = splits[split] or []
-            yield flag, _local_prefixes(words.split() if isinstance(words, str) else words)
+            words = splits[split]
+            if words is None:
+                continue
+            words = words.split() if isinstance(words, str) else words
+            if not isinstance(words, list) or not all(isinstance(word, str | int | float) for word in words):
+                raise ValueError(
+                    f'{flag} {path}: "{split}" must be a list or a string of prefixes, or of weights and '
+                    f"prefixes, or null; is {json.dumps(words)[:80]}"
+                )
+            yield flag, _prefixes(f'{flag} {path}: "{split}"', words)
 
 
-def _local_prefixes(blend: Iterable[str]) -> list[str]:
-    """Returns the local prefixes of a blend, which is as in Megatron a list of prefixes, or of weights and
-    prefixes in turn."""
-    words = [str(word) for word in blend]
-    if len(words) % 2 == 0 and all(_is_number(word) for word in words[::2]):
-        words = words[1::2]
-    return [word for word in words if not word.startswith(_REMOTE_SCHEMES)]
+def _prefixes(where: str, words: Iterable[object]) -> list[str]:
+    """Returns the local prefixes of a blend: a list of prefixes, or of weights and prefixes in turn.
+
+    Raises:
+        ValueError: it is empty, or a weight is not positive; the message begins with `where`.
+    """
+    words = [str(word) for word in words]
+    if not words:
+        raise ValueError(f"{where}: is empty; must be prefixes, or weights and prefixes")
+    if len(words) % 2 or not all(_is_number(word) for word in words[::2]):
+        return [word for word in words if not word.startswith(_REMOTE_SCHEMES)]
+    weights, prefixes = [float(word) for word in words[::2]], words[1::2]
+    for weight, prefix in zip(words[::2], prefixes):
+        if not 0 < float(weight) < math.inf:
+            raise ValueError(
+                f"{where}: {prefix} has the weight {weight}; must be a positive number; leave out data that "
+                "are not to be used"
+            )
+    if not 0 < min(weights) / sum(weights) < math.inf:
+        raise ValueError(f"{where}: the weights must be of similar size; {min(weights)} is none of their sum")
+    return [prefix for prefix in prefixes if not prefix.startswith(_REMOTE_SCHEMES)]
 
 
 def _is_number(word: str) -> bool:
@@ -267,6 +381,36 @@ def _check_tokenizer(args: Namespace) -> None:
     looks_like_path = model.startswith(("/", "./", "../", "~")) or model.count("/") > 1
     if (args.tokenizer_type in _TOKENIZERS_FROM_FILE or looks_like_path) and not os.path.exists(model):
         raise ValueError(f"--tokenizer-model {model}: there is no such file or directory")
+
+
+def _check_sequences_per_dataset(args: Namespace) -> None:
+    flag, path = "--per-dataset-sequences-path", args.per_dataset_sequences_path
+    if path is not None:
+        numbers = _json_object(flag, path)
+        if not all(isinstance(number, int) for number in numbers.values()):
+            raise ValueError(f"{flag} {path}: must map each prefix to its number of sequences")
+
+
+def _json_object(flag: str, path: str) -> dict:
+    try:
+        content = json.loads(_text(flag, path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{flag} {path}: must be JSON; {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{flag} {path}: must be a JSON object, is {json.dumps(content)[:80]}")
+    return content
+
+
+def _text(flag: str, path: str) -> str:
+    """The text of a file that Megatron reads again: it knows no byte order mark and no other encoding."""
+    _check_file(flag, path)
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{flag} {path}: must be UTF-8: {error}") from None
+    if text.startswith("\ufeff"):
+        raise ValueError(f"{flag} {path}: begins with a byte order mark; save it without (UTF-8, no BOM)")
+    return text
 
 
 def _check_file(flag: str, path: str) -> None:

@@ -30,13 +30,22 @@ from megatron_s2.training.arguments import (
     set_required_args,
     validate_s2_args,
 )
-from megatron_s2.training.checks import check_model, check_paths, check_schedule, check_splits
+from megatron_s2.training.checks import (
+    check_model,
+    check_paths,
+    check_schedule,
+    check_splits,
+    check_vocabulary,
+    check_wandb,
+    vocabulary_of,
+)
 from megatron_s2.training.hooks import count_s2_flops, log_context_parallel_traffic
 from megatron_s2.training.offload_arguments import validate_offload_args
 from megatron_s2.training.patches import (
     escape_help_texts,
     let_eval_interval_be_unset,
     let_resumes_change_the_learning_rate,
+    refuse_tokens_beyond,
 )
 
 if TYPE_CHECKING:
@@ -65,6 +74,10 @@ _IGNORED = {
 }
 
 
+class OneRankError(ValueError):
+    """Bad input that only this rank can see."""
+
+
 def configure(argv: Sequence[str]) -> tuple[Namespace, PretrainConfigContainer]:
     """Parses and validates the command line and sets Megatron's global variables.
 
@@ -85,6 +98,7 @@ def configure(argv: Sequence[str]) -> tuple[Namespace, PretrainConfigContainer]:
     args, checkpoint_args = _read_arguments(argv)
     overrides, set_for_s2, set_for_offload = _check_arguments(args, argv, checkpoint_args)
     config, model = _build_configs(args, checkpoint_args)
+    _check_data(args)
     if overrides is not None:
         settings = s2_settings(config, **overrides)
         annealing = _annealing(args, settings)
@@ -129,6 +143,7 @@ def _check_arguments(
     """
     check_model(args)
     check_splits(args)
+    check_wandb(args)
     let_eval_interval_be_unset(args)
     set_for_s2, set_for_offload = validate_s2_args(args, argv), validate_offload_args(args, argv)
     if args.s2_backend == "triton" and not torch.cuda.is_available():
@@ -150,7 +165,6 @@ def _build_configs(
     configuration."""
     from megatron.training import arguments
     from megatron.training.argument_utils import gpt_config_from_args
-    from megatron.training.global_vars import set_global_variables
 
     from megatron_s2.layers.config import S2TransformerConfig
 
@@ -161,8 +175,33 @@ def _build_configs(
         let_resumes_change_the_learning_rate()
     config_class = S2TransformerConfig if args.s2_attention else None
     config = arguments.core_transformer_config_from_args(args, config_class=config_class)
-    set_global_variables(args)
+    _set_global_variables(args)
     return config, gpt_config_from_args(args, config=config)
+
+
+def _set_global_variables(args: Namespace) -> None:
+    """Megatron's tokenizer and log writers; raises OneRankError where wandb, on the last rank, has no key."""
+    from megatron.training.global_vars import set_global_variables
+
+    try:
+        set_global_variables(args)
+    except Exception as error:  # wandb's own class, which may not be installed
+        if not type(error).__module__.startswith("wandb"):
+            raise
+        raise OneRankError(
+            f"--wandb-project {args.wandb_project}: wandb does not start ({error}); run wandb login, or set "
+            "WANDB_API_KEY, or WANDB_MODE=offline to log to files"
+        ) from error
+
+
+def _check_data(args: Namespace) -> None:
+    """Refuses data with tokens that are none of the model's, before the run and in every sample of it."""
+    from megatron.training import get_tokenizer
+
+    for line in check_vocabulary(args, get_tokenizer()):
+        if _rank() == 0:
+            print(f"megatron-s2: {line}", flush=True)
+    refuse_tokens_beyond(vocabulary_of(args, get_tokenizer()))
 
 
 def _annealing(args: Namespace, settings: S2Settings) -> Annealing | None:

@@ -14,11 +14,22 @@ from importlib.util import find_spec
 
 import torch
 
+from megatron_s2.data.token_ids import PADDING, Vocabulary
 from megatron_s2.training.wrap import wrap_once
 
 
 class EmptySplitError(ValueError):
     """A data set without tokens, which Megatron would try to repeat until there are enough."""
+
+
+class TokenIdError(ValueError):
+    """A sample has a token that is none of the model's.
+
+    A data loader's process hands an error on as the text of its traceback, whose end is the message.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
 
 
 def apply_patches(cpu: bool) -> None:
@@ -156,6 +167,26 @@ def refuse_empty_splits() -> None:
         return original(self, num_tokens_per_epoch)
 
     wrap_once(GPTDataset, "_get_num_epochs", num_epochs)
+
+
+def refuse_tokens_beyond(vocabulary: Vocabulary) -> None:
+    """A token without a row in the embedding is looked up as zeros on several tensor-parallel ranks (0.19.2).
+
+    The run goes on, with a loss that looks right; on one rank it ends in an IndexError of torch. What is
+    written without a record of its largest token id can be looked at only in part before the run, so here
+    each sample is looked at. Raises TokenIdError. Touches
+    `megatron.core.datasets.gpt_dataset.GPTDataset._query_document_sample_shuffle_indices`.
+    """
+    from megatron.core.datasets.gpt_dataset import GPTDataset
+
+    def query(original, self, index):
+        text, *others = original(self, index)
+        for bad in (int(text.min(initial=0)), int(text.max(initial=0))):
+            if not PADDING <= bad < vocabulary.size and bad != self._pad_token_id:
+                raise TokenIdError(vocabulary.refusal(f"the data at {self.dataset_path}", bad))
+        return text, *others
+
+    wrap_once(GPTDataset, "_query_document_sample_shuffle_indices", query)
 
 
 def keep_padding_to_its_own_sample() -> None:

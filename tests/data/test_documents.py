@@ -29,9 +29,14 @@ def test_the_key_of_the_text_can_be_chosen(tmp_path):
     assert read(file, json_key="body")[0] == ["yes"]
 
 
-def test_a_byte_order_mark_is_skipped(tmp_path):
-    file = write_lines(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"text": "one"}')
-    assert read(file)[0] == ["one"]
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.jsonl", '{"text": "one"}'), ("a.json", '{"text": "one"}'), ("a.txt", "one")]
+)
+def test_a_byte_order_mark_is_no_text(tmp_path, name, content):
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content.encode())
+    assert read(tmp_path) == (["one"], Tally(documents=1, bytes=3))
+    if name != "a.txt":
+        assert read(tmp_path / name)[0] == ["one"]
 
 
 def test_a_directory_is_walked_depth_first_in_sorted_order(tmp_path):
@@ -42,15 +47,25 @@ def test_a_directory_is_walked_depth_first_in_sorted_order(tmp_path):
 
 
 def test_text_is_not_changed(tmp_path):
-    text = "\ufeffwindows\r\nold mac\rgrüße 🙂\t \n\n"
+    text = "windows\r\nold mac\rgrüße 🙂\t \n\n"
     (tmp_path / "a.txt").write_bytes(text.encode())
     assert read(tmp_path) == ([text], Tally(documents=1, bytes=len(text.encode())))
 
 
-def test_json_lines_in_a_directory_are_read_line_by_line(tmp_path):
-    write_lines(tmp_path / "shard0.jsonl", '{"text": "one"}', '{"text": "two"}')
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".JSON"])
+def test_json_lines_are_the_same_alone_and_in_a_directory(tmp_path, suffix):
+    file = write_lines(tmp_path / f"shard0{suffix}", '{"text": "one"}', '{"text": "two"}')
     (tmp_path / "shard1.txt").write_text('{"text": "three"}')
+    assert read(file)[0] == ["one", "two"]
     assert read(tmp_path)[0] == ["one", "two", '{"text": "three"}']
+
+
+@pytest.mark.parametrize("content", ['{\n  "indent": 2\n}', "[1]"])
+def test_other_json_in_a_directory_is_refused_with_what_to_do(tmp_path, content):
+    (tmp_path / "package.json").write_text(content)
+    with pytest.raises(InputError, match=r"package\.json:1: .*; --exclude '\*\.json' skips such files$"):
+        read(tmp_path)
+    assert read(tmp_path, exclude=("*.json",)) == ([], Tally())
 
 
 def test_pattern_exclude_and_hidden_names(tmp_path):
@@ -121,12 +136,14 @@ def test_unreadable_files_are_skipped_and_counted(tmp_path, monkeypatch):
     [
         ('{"text": "cut o', "not a line of JSON"),
         (b'{"text": "\xfc"}', "not a line of JSON"),
+        ("[" * 100_000, "not a line of JSON: maximum recursion depth"),
+        ('{"text": "fine", "tree": ' + '{"a":' * 100_000, "not a line of JSON: maximum recursion depth"),
         ('["text"]', "must be a JSON object, is list"),
         ('{"body": "x"}', "has no key 'text' (--json-key); it has ['body']"),
         ('{"text": 3}', "'text' (--json-key) must hold a string, is int"),
         ('{"text": null}', "'text' (--json-key) must hold a string, is NoneType"),
     ],
-    ids=["broken", "not-utf8", "list", "other-key", "number", "null"],
+    ids=["broken", "not-utf8", "deep", "deep value", "list", "other-key", "number", "null"],
 )
 def test_a_bad_line_is_named(tmp_path, line, message):
     file = write_lines(tmp_path / "a.jsonl", '{"text": "fine"}', "", line)

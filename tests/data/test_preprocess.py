@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -18,6 +19,8 @@ from waiting import PATIENCE, wait_until
 from megatron_s2.data.command import run_command
 from megatron_s2.data.documents import Corpus
 from megatron_s2.data.preprocess import load_tokenizer, preprocess_data
+from megatron_s2.data.token_ids import TokenIds, find_token_ids
+from megatron_s2.data.tokenizer import number_of_ids, stored_number_of_ids
 from megatron_s2.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -35,7 +38,7 @@ def arguments(corpus, tokenizer_dir, prefix, *more):
 def test_the_dataset_decodes_to_the_documents(corpus, texts, tokenizer_dir, tmp_path):
     made = preprocess(corpus, tokenizer_dir, tmp_path / "py")
     assert made.prefix == str(tmp_path / "py_text_document")
-    assert sorted(os.listdir(tmp_path)) == ["py_text_document.bin", "py_text_document.idx"]
+    assert sorted(os.listdir(tmp_path)) == [f"py_text_document.{kind}" for kind in ("bin", "ids", "idx")]
     assert (made.tally.documents, made.tally.empty, made.tally.undecodable) == (len(texts), 1, 1)
 
     dataset = IndexedDataset(made.prefix)
@@ -61,10 +64,85 @@ def test_any_number_of_workers_writes_the_same_bytes(corpus, tokenizer_dir, tmp_
         assert one.read_bytes() == many.read_bytes()
 
 
-def test_the_json_key_names_the_dataset(tokenizer_dir, tmp_path):
-    (tmp_path / "a.jsonl").write_text(json.dumps({"body": "some text"}))
-    corpus = Corpus(str(tmp_path / "a.jsonl"), json_key="body")
-    assert preprocess(corpus, tokenizer_dir, tmp_path / "a").prefix == str(tmp_path / "a_body_document")
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [("body", "body"), ("a/b", "a_b"), ("my key", "my_key"), ("../x", ".._x"), ("größe", "größe")],
+)
+def test_the_json_key_names_the_dataset(tokenizer_dir, tmp_path, key, name):
+    (tmp_path / "a.jsonl").write_text(json.dumps({key: "some text"}))
+    corpus = Corpus(str(tmp_path / "a.jsonl"), json_key=key)
+    assert preprocess(corpus, tokenizer_dir, tmp_path / "a").prefix == str(tmp_path / f"a_{name}_document")
+
+
+def with_ids(tokenizer_dir, directory, changes, added=()):
+    """Copies a tokenizer with other ids for tokens of its model, and with further tokens."""
+    content = json.loads(Path(tokenizer_dir, "tokenizer.json").read_text())
+    content["model"]["vocab"] |= changes
+    content["added_tokens"] += [{**content["added_tokens"][0], "id": n, "content": f"<{n}>"} for n in added]
+    directory.mkdir()
+    (directory / "tokenizer.json").write_text(json.dumps(content))
+    config = json.loads(Path(tokenizer_dir, "tokenizer_config.json").read_text())
+    (directory / "tokenizer_config.json").write_text(json.dumps({**config, "split_special_tokens": False}))
+    return str(directory)
+
+
+@pytest.mark.parametrize(("number", "dtype"), [(410, "uint16"), (65_499, "int32"), (70_000, "int32")])
+def test_token_ids_are_stored_by_the_largest_also_beyond_a_hole(tokenizer_dir, tmp_path, number, dtype):
+    """400 tokens, of which one, used in the text, has this number."""
+    tokenizer_dir = with_ids(tokenizer_dir, tmp_path / "tok", {"Z": number})
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "Z and Z"}))
+    made = preprocess(Corpus(str(tmp_path / "a.jsonl")), tokenizer_dir, tmp_path / "a")
+    assert (made.dtype, made.largest_token_id) == (dtype, number)
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", tokenizer_dir)
+    dataset = IndexedDataset(made.prefix)  # kept alive: its arrays are views of files that it closes
+    assert tokenizer.detokenize(dataset[0].tolist()) == "Z and Z"
+    assert find_token_ids(made.prefix) == TokenIds(0, number, 0, made.tokens)
+    assert stored_number_of_ids(Path(tokenizer_dir)) == number_of_ids(tokenizer) == number + 1
+
+
+def test_the_ids_of_added_tokens_count(tokenizer_dir, tmp_path):
+    tokenizer_dir = with_ids(tokenizer_dir, tmp_path / "tok", {}, [400, 401])
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", tokenizer_dir)
+    assert tokenizer.tokenize("<401>") == [401]
+    assert stored_number_of_ids(Path(tokenizer_dir)) == number_of_ids(tokenizer) == 402
+
+
+def test_the_ids_of_older_tokenizer_files_and_of_damaged_ones(tmp_path):
+    assert stored_number_of_ids(tmp_path) is None
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 7}')
+    assert stored_number_of_ids(tmp_path) == 8
+    (tmp_path / "added_tokens.json").write_text('{"<c>": 8}')
+    assert stored_number_of_ids(tmp_path) == 9
+    (tmp_path / "tokenizer.json").write_text("{")
+    assert stored_number_of_ids(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("returned", "shown"), [([3, 70_000], "70000"), ([3, -1], "-1"), ([3, None], "None")]
+)
+def test_what_is_no_token_id_is_refused(corpus, tmp_path, monkeypatch, returned, shown):
+    tokenizer = SimpleNamespace(vocab_size=300, eod=0, tokenize=lambda text: returned)
+    monkeypatch.setattr("megatron_s2.data.preprocess.load_tokenizer", lambda *model: tokenizer)
+    message = f"--tokenizer-model given: returns {shown} as a token id; must be 0 … 65535 by"
+    with pytest.raises(InputError, match=f"^{message}"):
+        preprocess(corpus, "given", tmp_path / "py")
+    assert os.listdir(tmp_path) == []
+
+
+def test_tokens_beyond_the_model_of_the_tokenizer_are_noted(tokenizer_dir, tmp_path, capsys):
+    tokenizer_dir = with_ids(tokenizer_dir, tmp_path / "tok", {}, [400, 401])
+    Path(tokenizer_dir, "config.json").write_text('{"vocab_size": 401}')
+    notes = {}
+    for name, text in (("within", "a <400>"), ("beyond", "a <400><401>")):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": text}))
+        main(arguments(Corpus(str(tmp_path / f"{name}.jsonl")), tokenizer_dir, tmp_path / name))
+        notes[name] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert notes["within"] == []
+    assert [
+        f"note: {tmp_path}/beyond_text_document has token ids up to 401, the model in {tokenizer_dir} has "
+        "401 tokens (vocab_size in config.json); to train the tokens beyond, resize the model's embedding "
+        "(resize_token_embeddings in transformers) before it is converted"
+    ] == notes["beyond"]
 
 
 @pytest.mark.parametrize(("vocabulary", "dtype"), [(65_499, "uint16"), (65_500, "int32")])
@@ -146,6 +224,11 @@ def test_overwrite_replaces_a_dataset_and_its_index_cache(corpus, tokenizer_dir,
         (["--output-prefix", "out/"], "--output-prefix 'out/': must end in a file name, as in data/mytext"),
         (["--output-prefix", "fine.jsonl/x"], "--output-prefix fine.jsonl: "),
         (["--output-prefix", "there"], "--output-prefix there: there_text_document.idx exists already"),
+        (
+            ["--output-prefix", "taken", "--overwrite"],
+            "--output-prefix taken: taken_text_document.bin is a directory; give another name or remove it",
+        ),
+        (["--output-prefix", "/proc/self/x"], "--output-prefix /proc/self: /proc/self is not writable ("),
     ],
     ids=lambda value: "=".join(value) if isinstance(value, list) else "",
 )
@@ -156,6 +239,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, capfd, tokeni
     Path("empty").mkdir()
     Path("empty/a").write_text("")
     Path("there_text_document.idx").touch()
+    Path("taken_text_document.bin").mkdir()
     before = sorted(os.listdir())
     words = [*arguments(Corpus("fine.jsonl"), tokenizer_dir, "out"), *changes]
     status = exit_status(main, words)

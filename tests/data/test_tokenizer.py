@@ -94,6 +94,12 @@ def test_a_small_corpus_results_in_a_smaller_vocabulary(tmp_path, capsys):
             "--output there: there/tokenizer.json exists already; add --overwrite to replace it",
         ),
         ({"--output": "fine.jsonl/tok"}, "--output fine.jsonl/tok: "),
+        ({"--output": "fine.jsonl"}, "--output fine.jsonl: "),
+        ({"--output": "/proc/tok"}, "--output /proc/tok: /proc is not writable ("),
+        (
+            {"--output": "taken", "--overwrite": None},
+            "--output taken: taken/tokenizer.json is a directory; give another name or remove it",
+        ),
         ({"--jsn-key": "x"}, "unrecognized arguments: --jsn-key x"),
     ],
     ids=lambda value: next(iter(value.items()))[1] if isinstance(value, dict) else "",
@@ -106,8 +112,9 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, capfd, change
     Path("empty/a").write_text("")
     Path("there").mkdir()
     Path("there/tokenizer.json").write_text("{}")
+    Path("taken/tokenizer.json").mkdir(parents=True)
     flags = {"--input": "fine.jsonl", "--vocab-size": "300", "--output": "tok"} | changes
-    status = exit_status(main, [word for pair in flags.items() for word in pair])
+    status = exit_status(main, [word for pair in flags.items() for word in pair if word])
     *progress, last = capfd.readouterr().err.splitlines()
     assert status == 2
     assert last.startswith(f"error: {message}")

@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from waiting import PATIENCE
 
 from megatron_s2.data.command import run_command
+from megatron_s2.data.token_ids import write_record
 from megatron_s2.generation import evaluation
 from megatron_s2.generation.evaluation import Evaluation, evaluate, load_hugging_face, windows
 
@@ -136,11 +138,28 @@ def test_the_loss_is_the_mean_over_tokens(directory, data, monkeypatch):
     assert in_chunks.loss == pytest.approx(expected, rel=1e-6)
 
 
-def test_tokens_of_another_tokenizer_are_refused(directory, data, capsys):
+def test_tokens_of_another_tokenizer_are_refused_before_the_evaluation(directory, data, capsys, monkeypatch):
     source = make_model(directory / "small", "llama2", vocab_size=200)
+    evaluated = []
+    monkeypatch.setattr(evaluation, "_check_tokens", lambda *tokens: evaluated.append(tokens))
     words = ("--hf", str(source), "--data-path", str(data), "--seq-length", str(LENGTH))
     assert run_command(main, words) == 2
-    expected = r"error: --data-path: has token \d+, which is not in the model's vocabulary of 200\n"
+    assert capsys.readouterr().err == (
+        f"error: --data-path {data}: has token id 249; the model has 200 tokens (--hf {source}); give data "
+        "that was tokenized with the model's tokenizer\n"
+    )
+    assert not evaluated
+
+
+def test_tokens_that_no_record_tells_of_are_refused_by_window(directory, data, tmp_path, capsys):
+    source = make_model(directory / "smaller", "llama2", vocab_size=200)
+    prefix = tmp_path / "data"
+    for suffix in (".bin", ".idx"):
+        shutil.copy(f"{data}{suffix}", f"{prefix}{suffix}")
+    write_record(f"{prefix}.ids", 3, Path(f"{prefix}.bin").stat().st_size)
+    words = ("--hf", str(source), "--data-path", str(prefix), "--seq-length", str(LENGTH))
+    assert run_command(main, words) == 2
+    expected = r"error: --data-path: has token id 2\d\d; the model has 200 tokens \(--hf .*\); give data .*\n"
     assert re.fullmatch(expected, capsys.readouterr().err)
 
 

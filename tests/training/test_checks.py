@@ -6,13 +6,21 @@ from argparse import Namespace
 import numpy as np
 import pytest
 
-from megatron_s2.training.checks import check_model, check_paths, check_splits
+from megatron_s2.training.checks import (
+    check_model,
+    check_paths,
+    check_splits,
+    check_vocabulary,
+    check_wandb,
+    vocabulary_of,
+)
 
 
 def arguments(**given) -> Namespace:
     names = (
         "data_path train_data_path valid_data_path test_data_path data_args_path per_split_data_args_path "
-        "split load save pretrained_checkpoint tokenizer_model vocab_file merge_file use_checkpoint_args"
+        "split load save pretrained_checkpoint tokenizer_model vocab_file merge_file use_checkpoint_args "
+        "per_dataset_sequences_path wandb_project wandb_exp_name wandb_save_dir vocab_size padded_vocab_size"
     )
     return Namespace(**{**dict.fromkeys(names.split()), "tokenizer_type": "NullTokenizer", **given})
 
@@ -112,6 +120,114 @@ def test_a_blend_file_is_read_to_its_last_entry(prefix, tmp_path):
         check_paths(arguments(per_split_data_args_path=str(splits)))
 
 
+@pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "-inf", "0.0"])
+@pytest.mark.parametrize("flag", ["--data-path", "--valid-data-path", "--data-args-path", "per split"])
+def test_the_weights_of_a_blend_are_positive(prefix, tmp_path, weight, flag):
+    words = ["1", prefix, weight, f"{prefix}"]
+    lines, splits = tmp_path / "blend.txt", tmp_path / "splits.json"
+    lines.write_text(" ".join(words))
+    splits.write_text(json.dumps({"train": [1, prefix], "valid": words, "test": None}))
+    given, where = {
+        "--data-path": ({"data_path": words}, "--data-path"),
+        "--valid-data-path": ({"valid_data_path": words}, "--valid-data-path"),
+        "--data-args-path": ({"data_args_path": str(lines)}, f"--data-args-path {lines}"),
+        "per split": (
+            {"per_split_data_args_path": str(splits)},
+            f'--per-split-data-args-path {splits}: "valid"',
+        ),
+    }[flag]
+    with pytest.raises(ValueError) as refused:
+        check_paths(arguments(**given))
+    assert str(refused.value) == (
+        f"{where}: {prefix} has the weight {weight}; must be a positive number; leave out data that are not "
+        "to be used"
+    )
+
+
+def test_the_weights_of_a_blend_have_shares(prefix):
+    for weights in (("1e308", "1e308"), ("1e308", "1e-308")):
+        with pytest.raises(ValueError, match=r"^--data-path: the weights must be of similar size"):
+            check_paths(arguments(data_path=[weights[0], prefix, weights[1], prefix]))
+
+
+@pytest.mark.parametrize("content", [b"", b" \n\t\n"])
+def test_an_empty_blend_is_refused(tmp_path, content):
+    (tmp_path / "blend").write_bytes(content)
+    message = f"^--data-args-path {tmp_path}/blend: is empty; must be prefixes, or weights and prefixes"
+    with pytest.raises(ValueError, match=message):
+        check_paths(arguments(data_args_path=str(tmp_path / "blend")))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[" * 100_000, "must be JSON; maximum recursion depth"),
+        (b"{", "must be JSON; Expecting property name"),
+        (b"\xff", "must be UTF-8: "),
+        (b"\xef\xbb\xbf{}", "begins with a byte order mark; save it without"),
+        (b"[1]", r"must be a JSON object, is \[1\]"),
+        (b'{"train": "", "valid": null, "test": null}', '"train": is empty; must be prefixes, or weights'),
+        (b'{"train": null, "valid": [], "test": null}', '"valid": is empty; must be prefixes, or weights'),
+        (b'{"train": null, "valid": null, "test": 3}', '"test" must be a list or a string of prefixes'),
+        (
+            b'{"train": [["a"]], "valid": null, "test": null}',
+            '"train" must be a list or a string of prefixes',
+        ),
+    ],
+    ids=["deep", "broken", "not-utf8", "bom", "list", "empty", "empty-list", "number", "nested"],
+)
+def test_a_file_of_splits_is_looked_into(tmp_path, content, message):
+    (tmp_path / "splits").write_bytes(content)
+    with pytest.raises(ValueError, match=f"^--per-split-data-args-path {tmp_path}/splits: {message}"):
+        check_paths(arguments(per_split_data_args_path=str(tmp_path / "splits")))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[" * 100_000, "must be JSON; "),
+        ("[]", "must be a JSON object"),
+        ('{"a": "b"}', "must map each prefix"),
+    ],
+    ids=["deep", "list", "words"],
+)
+def test_a_file_of_sequences_is_looked_into(tmp_path, content, message):
+    path = tmp_path / "sequences"
+    with pytest.raises(ValueError, match=f"^--per-dataset-sequences-path {path}: there is no such file"):
+        check_paths(arguments(per_dataset_sequences_path=str(path)))
+    path.write_text(content)
+    with pytest.raises(ValueError, match=f"^--per-dataset-sequences-path {path}: {message}"):
+        check_paths(arguments(per_dataset_sequences_path=str(path)))
+    path.write_text('{"a": 3}')
+    check_paths(arguments(per_dataset_sequences_path=str(path)))
+
+
+def test_a_byte_order_mark_in_a_blend_is_refused(prefix, tmp_path):
+    (tmp_path / "blend").write_text(f"1 {prefix}", encoding="utf-8-sig")
+    with pytest.raises(ValueError, match=r"^--data-args-path .*: begins with a byte order mark"):
+        check_paths(arguments(data_args_path=str(tmp_path / "blend")))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"wandb_exp_name": "e"}, "--wandb-save-dir: must be given with --wandb-project p, or --save"),
+        ({"save": "/s"}, "--wandb-exp-name: must be given with --wandb-project p"),
+    ],
+)
+def test_wandb_needs_a_name_and_a_directory(given, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        check_wandb(arguments(wandb_project="p", **given))
+    check_wandb(arguments(**given))
+    check_wandb(arguments(wandb_project="p", wandb_exp_name="e", save="/s"))
+
+
+def test_wandb_must_be_installed(monkeypatch):
+    monkeypatch.setattr("megatron_s2.training.checks.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"^--wandb-project p: needs wandb: .*megatron-s2\[wandb\]"):
+        check_wandb(arguments(wandb_project="p", wandb_exp_name="e", save="/s"))
+
+
 def test_a_data_flag_without_a_value_is_refused():
     with pytest.raises(ValueError, match=r"^--data-path: must be followed by a prefix"):
         check_paths(arguments(data_path=[]))
@@ -170,7 +286,7 @@ def test_data_without_documents_is_refused_by_its_own_flag(documents):
         check_splits(arguments(train_data_path=[documents[1]], valid_data_path=[documents[0]]))
 
 
-@pytest.mark.parametrize("split", ["0,0,0", "1,2,3,4", "most,some", "1,-1,0"])
+@pytest.mark.parametrize("split", ["0,0,0", "1,2,3,4", "most,some", "1,-1,0", "99,nan,1", "inf,1", "1e2,1"])
 def test_a_split_is_up_to_three_shares(documents, split):
     with pytest.raises(ValueError, match=f"^--split {split}: must be the shares"):
         check_splits(arguments(data_path=[documents[400]], split=split))
@@ -186,6 +302,76 @@ def test_a_blend_file_needs_a_split(documents, tmp_path):
 def test_a_file_that_is_no_index_is_refused(prefix):
     with pytest.raises(ValueError, match=r"^--data-path .*text\.idx is not an index"):
         check_splits(arguments(data_path=[prefix], split="1"))
+
+
+# Token ids.
+
+
+def tokenizer(number: int, ids: tuple[int, ...] = (), eod: int | None = 0):
+    """What Megatron builds: a number of tokens, and those of a Hugging Face vocabulary with further ids."""
+    hugging_face = Namespace(get_vocab=lambda: dict(enumerate(ids)))
+    return Namespace(vocab_size=number, eod=eod, _tokenizer=Namespace(tokenizer=hugging_face))
+
+
+def vocabulary_arguments(**given) -> Namespace:
+    sizes = {"make_vocab_size_divisible_by": 128, "tensor_model_parallel_size": 1, "padded_vocab_size": 384}
+    return arguments(**{"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": "tok", **sizes, **given})
+
+
+@pytest.mark.parametrize(
+    ("given", "built", "size", "source"),
+    [
+        ({}, tokenizer(300), 300, "--tokenizer-model tok"),
+        ({}, tokenizer(300, (320,)), 321, "--tokenizer-model tok"),
+        ({}, tokenizer(300, (390,)), 384, "--padded-vocab-size 384"),
+        ({"vocab_size": 300}, tokenizer(305), 300, "--vocab-size 300"),
+        ({"vocab_size": 300}, tokenizer(299), 299, "--tokenizer-model tok"),
+        (
+            {"tokenizer_type": "NullTokenizer", "tokenizer_model": None, "vocab_size": 255},
+            tokenizer(255, eod=254),
+            256,
+            "--tokenizer-type NullTokenizer",
+        ),
+        ({}, tokenizer(300, eod=None), 300, "--tokenizer-model tok"),
+    ],
+)
+def test_a_model_knows_the_tokens_that_tokenizer_vocabulary_and_embedding_have(given, built, size, source):
+    found = vocabulary_of(vocabulary_arguments(**given), built)
+    assert (found.size, found.source) == (size, source)
+
+
+def test_data_of_another_tokenizer_are_refused_by_their_flag(documents):
+    """Its ids are 1, 2 and 3."""
+    prefix = documents[1]
+    known, unknown = tokenizer(4), tokenizer(3)
+    for flag in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
+        args = vocabulary_arguments(**{flag: [prefix]})
+        (line,) = check_vocabulary(args, known)
+        assert line.startswith(f"{prefix}: no record of the largest token id; looked at 3 of 3 tokens")
+        with pytest.raises(ValueError) as refused:
+            check_vocabulary(args, unknown)
+        assert str(refused.value) == (
+            f"--{flag.replace('_', '-')} {prefix}: has token id 3; the model has 3 tokens (--tokenizer-model "
+            "tok); give data that was tokenized with the model's tokenizer"
+        )
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_noted_with_what_to_do():
+    given = {"vocab_size": 300, "load": "converted"}
+    (line,) = check_vocabulary(vocabulary_arguments(**given), tokenizer(305))
+    assert line == (
+        "--tokenizer-model tok has token ids up to 304, the model has 300 tokens (--vocab-size 300); data "
+        "with ids beyond are refused; give data that was tokenized with the model's tokenizer; to train the "
+        "tokens beyond, resize the model's embedding (resize_token_embeddings in transformers) before it is "
+        "converted"
+    )
+    (line,) = check_vocabulary(vocabulary_arguments(vocab_size=300), tokenizer(305))
+    assert line.endswith("; for all tokens of the tokenizer, remove --vocab-size")
+    (line,) = check_vocabulary(vocabulary_arguments(), tokenizer(300, (390,)))
+    assert line.endswith("; for a new model, --padded-vocab-size 512 has a row for each id of the tokenizer")
+    assert check_vocabulary(vocabulary_arguments(vocab_size=300), tokenizer(300)) == []
+    none = {"tokenizer_type": "NullTokenizer", "vocab_size": 384}
+    assert check_vocabulary(vocabulary_arguments(**none), tokenizer(384, eod=383)) == []
 
 
 # The model.

@@ -7,6 +7,7 @@ tests/test_pretrain.py.
 import sys
 import warnings
 from argparse import Namespace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,14 +20,17 @@ from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.training import argument_utils, training
 
+from megatron_s2.data.token_ids import Vocabulary
 from megatron_s2.training.patches import (
     EmptySplitError,
+    TokenIdError,
     apply_patches,
     keep_padding_to_its_own_sample,
     let_distributed_optimizer_resume_with_torch_adam,
     let_eval_interval_be_unset,
     quiet_known_warnings,
     refuse_empty_splits,
+    refuse_tokens_beyond,
     skip_compiling_dataset_helpers,
     skip_jit_warmup,
 )
@@ -145,6 +149,32 @@ def test_the_padding_of_the_first_sample_is_none_of_later_ones(unpatched, monkey
     )
     masks = [dataset[index]["loss_mask"].tolist() for index in (2, 0, 3)]
     assert masks == [[1, 0, 1, 1], [1, 1, 1, 0], [0, 1, 1, 1]]
+
+
+def test_a_sample_with_a_token_beyond_the_vocabulary_is_refused(unpatched, monkeypatch):
+    texts = ([3, 9, -1], [3, 10], [-2, 3], [3, 77])
+    monkeypatch.setattr(
+        GPTDataset,
+        "_query_document_sample_shuffle_indices",
+        lambda self, index: (np.array(texts[index]), "documents", "lengths"),
+    )
+    refuse_tokens_beyond(Vocabulary(20, "earlier"))
+    refuse_tokens_beyond(Vocabulary(10, "--vocab-size 10"))
+    dataset = SimpleNamespace(dataset_path="data/text", _pad_token_id=77)
+    query = partial(GPTDataset._query_document_sample_shuffle_indices, dataset)
+    assert query(0)[1:] == ("documents", "lengths")
+    assert query(3)[0].tolist() == [3, 77]
+    for index, token in ((1, 10), (2, -2)):
+        message = (
+            rf"^the data at data/text: has token id {token}; the model has 10 tokens \(--vocab-size 10\)"
+        )
+        with pytest.raises(TokenIdError, match=message):
+            query(index)
+
+
+def test_the_error_of_a_data_loaders_process_is_its_message():
+    traceback = "Caught TokenIdError in worker 0.\nTraceback\n  x\nmegatron_s2.patches.TokenIdError: a: has 3"
+    assert str(TokenIdError(f"{traceback}\n")) == str(TokenIdError("a: has 3")) == "a: has 3"
 
 
 @pytest.mark.parametrize(("given", "used"), [(None, sys.maxsize), (0, sys.maxsize), (7, 7)])
