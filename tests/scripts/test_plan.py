@@ -142,8 +142,9 @@ def test_wrong_flags_end_in_one_line(capsys, more, message):
 
 def test_a_picture_that_cannot_be_written_is_named(capsys, tmp_path):
     pytest.importorskip("matplotlib")
-    missing = tmp_path / "missing" / "plan.png"
-    assert str(missing) in script.refusal(capsys, *FLAGS, "--plot", missing)
+    (tmp_path / "file").touch()
+    below = tmp_path / "file" / "plan.png"
+    assert str(below) in script.refusal(capsys, *FLAGS, "--plot", below)
 
 
 def test_a_missing_flag_is_named(capsys):
