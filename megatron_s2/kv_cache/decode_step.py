@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from megatron_s2.kv_cache.cache import KVCache
 
 
 @dataclass(frozen=True)
@@ -34,8 +31,18 @@ class DecodeStep:
     kept_table: Tensor
 
 
+class PlannedCache(Protocol):
+    """What a step is planned for: a `KVCache`, whose attributes these are."""
+
+    device: torch.device
+    lengths: list[int]
+    planned: DecodeStep | None
+
+    def kept_after_write(self, rows: Sequence[int]) -> list[list[int]]: ...
+
+
 def plan_step(
-    caches: Sequence[KVCache], rows: Sequence[int], *tables: Sequence[Sequence[int]]
+    caches: Sequence[PlannedCache], rows: Sequence[int], *tables: Sequence[Sequence[int]]
 ) -> list[Tensor]:
     """Plans the next `write` of one token of each of `rows` into every cache.
 
@@ -49,7 +56,7 @@ def plan_step(
     Returns:
         The tables, int64, in the shape in which they were given.
     """
-    by_device: dict[torch.device, list[KVCache]] = {}
+    by_device: dict[torch.device, list[PlannedCache]] = {}
     for cache in caches:
         by_device.setdefault(cache.device, []).append(cache)
     first, *others = by_device.values()
@@ -59,7 +66,7 @@ def plan_step(
 
 
 def _plan(
-    caches: Sequence[KVCache], rows: Sequence[int], tables: Sequence[Sequence[Sequence[int]]]
+    caches: Sequence[PlannedCache], rows: Sequence[int], tables: Sequence[Sequence[Sequence[int]]]
 ) -> list[Tensor]:
     kept = [cache.kept_after_write(rows) for cache in caches]
     slots = [[entries - 1 for entries in counts[row]] for counts in kept for row in rows]

@@ -146,3 +146,21 @@ def test_queries_that_do_not_fit_are_refused():
     q, k = torch.zeros(1, 3, 5, 16), torch.zeros(1, 3, 2, 16)
     with pytest.raises(ValueError, match=r"^q \(1, 3, 5, 16\): must be \[batch, tokens, heads, head_dim\]"):
         cached_attention(q, k, k, cache)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "sink_logits"])
+def test_recorded_gradients_are_refused(name):
+    """They would be lost in silence; the cache keeps what it had."""
+    cache = KVCache(s2(2), 1, 16)
+    given = {x: torch.randn(1, 3, heads, 16) for x, heads in (("q", 4), ("k", 2), ("v", 2))}
+    given |= {"sink_logits": torch.zeros(4)}
+    given[name].requires_grad_()
+    message = f"^{name}: must not require gradients with a KV cache, which passes none on"
+    with pytest.raises(ValueError, match=message):
+        cached_attention(cache=cache, **given)
+    if name in ("k", "v"):
+        with pytest.raises(ValueError, match=message):
+            cache.append(given["k"], given["v"])
+    assert cache.lengths == [0]
+    with torch.no_grad():
+        assert cached_attention(cache=cache, **given).isfinite().all()
