@@ -40,9 +40,9 @@ def test_a_larger_tokenizer_is_noted_by_both_conversions(tmp_path):
         assert status == 0 and "note" not in printed
         tokenizer = source if given == source else given / "huggingface"
         assert errors == (
-            f"note: the tokenizer in {tokenizer} has token ids up to 254, the model has 250 tokens; to train "
-            "the tokens beyond, resize the model's embedding (resize_token_embeddings in transformers) before "
-            "it is converted\n"
+            f"note: the tokenizer in {tokenizer} has token ids up to 254, the model has 250 tokens; to "
+            "train the tokens beyond, resize the model's embedding (resize_token_embeddings in transformers) "
+            "before it is converted\n"
         )
 
 
