@@ -141,8 +141,8 @@ def validate_offload_args(args: Namespace, argv: Sequence[str] = ()) -> list[str
         raise ValueError(f"--ckpt-format fsdp_dtensor: must be torch_dist or torch with {_FLAG}")
     if offload_settings(args).nvme_dirs and args.async_save and args.use_persistent_ckpt_worker:
         raise ValueError(
-            "--use-persistent-ckpt-worker: must not be set with --s2-offload-nvme-dir: a checkpoint's copy of "
-            "the state is in files without names there, which a process that already runs cannot open"
+            "--use-persistent-ckpt-worker: must not be set with --s2-offload-nvme-dir: a checkpoint's copy "
+            "of the state is in files without names there, which a process that already runs cannot open"
         )
     implied = list(_IMPLIED)
     if args.dist_ckpt_optim_fully_reshardable:
