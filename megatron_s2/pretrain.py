@@ -22,9 +22,10 @@ import torch
 from megatron_s2.offload.manager import OffloadManager
 from megatron_s2.offload.session import OffloadError
 from megatron_s2.parallel.collectives import PeerLostError
-from megatron_s2.training.configure import OneRankError, configure, failed_assertion
+from megatron_s2.training.configure import OneRankError, configure
 from megatron_s2.training.environment import Environment, describe, runnable_arguments
 from megatron_s2.training.hooks import use_offload
+from megatron_s2.training.megatron_errors import failed_assertion
 from megatron_s2.training.offload_arguments import offload_settings
 from megatron_s2.training.patches import (
     EmptySplitError,

@@ -161,7 +161,7 @@ REFUSED = {
     "--micro-batch-size 2: must be 1": "--dataloader-inter-document-masking --pipeline-model-parallel-size 2",
     "unrecognized arguments: --no-such-flag": "--no-such-flag 3",
     "argument --lr: invalid float value": "--lr fast",
-    "max_position_embeddings (64)": "--max-position-embeddings 64",
+    "--max-position-embeddings (64)": "--max-position-embeddings 64",
     "Megatron requires --min-lr <= --lr": "--min-lr 1",
     "Megatron requires --save-interval is not None": "--save /nowhere/run",
     "--num-query-groups 3: must divide --num-attention-heads 4": "--num-query-groups 3",

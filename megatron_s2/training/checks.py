@@ -31,6 +31,7 @@ _TOKENIZERS_WITHOUT_TOKENS = ("NullTokenizer", "NullMultimodalTokenizer")
 _REMOTE_SCHEMES = ("s3://", "msc://")
 _DEFAULT_SPLIT = "969, 30, 1"  # Megatron's, for --data-path
 _SPLITS = ("training", "validation", "test")
+_MODEL_PARALLEL = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
 _OUTPUT_DIRECTORIES = (
     "save",
     "tensorboard_dir",
@@ -66,6 +67,17 @@ def check_model(args: Namespace) -> None:
     heads, groups = args.num_attention_heads, args.num_query_groups
     if args.group_query_attention and heads and (groups < 1 or heads % groups):
         raise ValueError(f"--num-query-groups {groups}: must divide --num-attention-heads {heads}")
+    for name in ("hidden_dropout", "attention_dropout"):
+        if not 0 <= getattr(args, name) < 1:
+            raise ValueError(f"{flag_name(name)} {getattr(args, name)}: must be >= 0 and < 1")
+    if args.num_experts and args.moe_router_topk > args.num_experts:
+        raise ValueError(
+            f"--moe-router-topk {args.moe_router_topk}: must be at most --num-experts {args.num_experts}"
+        )
+    parallel = {name: getattr(args, name) for name in _MODEL_PARALLEL if getattr(args, name) != 1}
+    if args.world_size % max(math.prod(parallel.values()), 1):
+        flags = ", ".join(f"{flag_name(name)} {size}" for name, size in parallel.items())
+        raise ValueError(f"{flags}: the product must divide the number of ranks, {args.world_size}")
     if args.config_logger_dir:
         raise ValueError(
             f"--config-logger-dir {args.config_logger_dir}: Megatron cannot write its configuration, which "

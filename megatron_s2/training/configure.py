@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
-import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from functools import partial
@@ -40,6 +38,7 @@ from megatron_s2.training.checks import (
     vocabulary_of,
 )
 from megatron_s2.training.hooks import count_s2_flops, log_context_parallel_traffic
+from megatron_s2.training.megatron_errors import errors_that_name_flags
 from megatron_s2.training.offload_arguments import validate_offload_args
 from megatron_s2.training.patches import (
     escape_help_texts,
@@ -168,15 +167,16 @@ def _build_configs(
 
     from megatron_s2.layers.config import S2TransformerConfig
 
-    arguments.validate_args(args)
-    if checkpoint_args is not None:
-        check_schedule(args, checkpoint_args)
-    if args.override_opt_param_scheduler:
-        let_resumes_change_the_learning_rate()
-    config_class = S2TransformerConfig if args.s2_attention else None
-    config = arguments.core_transformer_config_from_args(args, config_class=config_class)
-    _set_global_variables(args)
-    return config, gpt_config_from_args(args, config=config)
+    with errors_that_name_flags(args):
+        arguments.validate_args(args)
+        if checkpoint_args is not None:
+            check_schedule(args, checkpoint_args)
+        if args.override_opt_param_scheduler:
+            let_resumes_change_the_learning_rate()
+        config_class = S2TransformerConfig if args.s2_attention else None
+        config = arguments.core_transformer_config_from_args(args, config_class=config_class)
+        _set_global_variables(args)
+        return config, gpt_config_from_args(args, config=config)
 
 
 def _set_global_variables(args: Namespace) -> None:
@@ -342,23 +342,6 @@ def _refuse_unsupported(args: Namespace) -> None:
             f"--micro-batch-size {args.micro_batch_size}: must be 1 with --dataloader-inter-document-masking "
             "and --pipeline-model-parallel-size > 1; use more micro-batches instead"
         )
-
-
-def failed_assertion(error: AssertionError) -> str:
-    """Returns the message of a failed assertion in Megatron's validation or, if it has none, its condition.
-
-    Raises:
-        AssertionError: `error`, if it is not from Megatron: it is then a bug, not bad input.
-    """
-    import megatron.core
-
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    if not Path(frame.filename).is_relative_to(Path(megatron.core.__file__).parents[1]):
-        raise error
-    if str(error):
-        return str(error)
-    condition = (frame.line or "").removeprefix("assert ").rstrip(", \\")
-    return f"Megatron requires {re.sub(r'\bargs\.(\w+)', lambda name: flag_name(name[1]), condition)}"
 
 
 def _rank() -> int:

@@ -379,6 +379,9 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_noted_with_what_to_do():
 
 def model(**given):
     known = {"num_attention_heads": 4, "group_query_attention": True, "num_query_groups": 2}
+    known |= dict.fromkeys(("tensor_model_parallel_size", "pipeline_model_parallel_size"), 1)
+    known |= {"context_parallel_size": 1, "world_size": 1, "num_experts": None}
+    known |= {"hidden_dropout": 0.1, "attention_dropout": 0.1}
     return Namespace(**{**known, "config_logger_dir": "", **given})
 
 
@@ -389,6 +392,26 @@ def test_the_query_groups_divide_the_heads():
         message = f"^--num-query-groups {groups}: must divide --num-attention-heads 4"
         with pytest.raises(ValueError, match=message):
             check_model(model(num_query_groups=groups))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"hidden_dropout": 2}, "--hidden-dropout 2: must be >= 0 and < 1"),
+        ({"attention_dropout": -0.1}, "--attention-dropout -0.1: must be >= 0 and < 1"),
+        ({"num_experts": 2, "moe_router_topk": 3}, "--moe-router-topk 3: must be at most --num-experts 2"),
+        (
+            {"tensor_model_parallel_size": 2, "context_parallel_size": 3, "world_size": 4},
+            "--tensor-model-parallel-size 2, --context-parallel-size 3: the product must divide the number of "
+            "ranks, 4",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_numbers_that_megatron_breaks_on_are_refused(given, message):
+    with pytest.raises(ValueError) as refusal:
+        check_model(model(**given))
+    assert str(refusal.value) == message
 
 
 def test_the_config_logger_is_refused():
