@@ -18,14 +18,15 @@ _RECORD_MAGIC = b"S2IDS\x00\x00\x01"
 INDEX_HEAD = struct.Struct("<9sQBQ")
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
 _DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
-_REMOTE_SCHEMES = ("s3://", "msc://")
+# Prefixes of paths that are not on a local disk.
+REMOTE_SCHEMES = ("s3://", "msc://")
 
 # Bytes of data that are read where datasets have no record, of all of them together: a second on most disks.
 LOOK_BYTES = 1 << 28
 _CHUNK_BYTES = 1 << 20
 
 # The negative id that Megatron fills samples with, masks and does not look up.
-PADDING = -1
+PADDING_ID = -1
 
 
 @dataclass(frozen=True)
@@ -121,11 +122,11 @@ def check_token_ids(data: Iterable[tuple[str, str]], vocabulary: Vocabulary) -> 
     Raises:
         InputError: naming the flag, the prefix, the token id and the size of the vocabulary.
     """
-    data = [(flag, prefix) for flag, prefix in dict.fromkeys(data) if not prefix.startswith(_REMOTE_SCHEMES)]
+    data = [(flag, prefix) for flag, prefix in dict.fromkeys(data) if not prefix.startswith(REMOTE_SCHEMES)]
     unrecorded = []
     for flag, prefix in data:
         ids = find_token_ids(prefix, LOOK_BYTES // len(data))
-        negative = ids.smallest < PADDING
+        negative = ids.smallest < PADDING_ID
         if negative or ids.largest >= vocabulary.size:
             bad = ids.smallest if negative else ids.largest
             raise InputError(vocabulary.refusal(f"{flag} {prefix}", bad))

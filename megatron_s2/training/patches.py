@@ -14,7 +14,7 @@ from importlib.util import find_spec
 
 import torch
 
-from megatron_s2.data.token_ids import PADDING, Vocabulary
+from megatron_s2.data.token_ids import PADDING_ID, Vocabulary
 from megatron_s2.training.wrap import wrap_once
 
 
@@ -182,7 +182,7 @@ def refuse_tokens_beyond(vocabulary: Vocabulary) -> None:
     def query(original, self, index):
         text, *others = original(self, index)
         for bad in (int(text.min(initial=0)), int(text.max(initial=0))):
-            if not PADDING <= bad < vocabulary.size and bad != self._pad_token_id:
+            if not PADDING_ID <= bad < vocabulary.size and bad != self._pad_token_id:
                 raise TokenIdError(vocabulary.refusal(f"the data at {self.dataset_path}", bad))
         return text, *others
 
