@@ -10,7 +10,7 @@ from megatron_s2.errors import InputError
 
 RECORD_SUFFIX = ".ids"
 
-# A record: magic, largest token id, bytes of the .bin file. Like an index it is no text, so that a corpus in
+# A record: magic, largest token id, bytes of the .bin file. Like an index it is not text, so that a corpus in
 # the same directory does not gain a document.
 _RECORD = struct.Struct("<8sQQ")
 _RECORD_MAGIC = b"S2IDS\x00\x00\x01"
@@ -90,7 +90,7 @@ def find_token_ids(prefix: str, most_bytes: int = LOOK_BYTES) -> TokenIds:
         head = index.read(INDEX_HEAD.size)
     dtype = _DTYPES.get(INDEX_HEAD.unpack(head)[2]) if len(head) == INDEX_HEAD.size else None
     if dtype is None or not head.startswith(INDEX_MAGIC):
-        raise InputError(f"{prefix}.idx: is no index of token ids that scripts/preprocess_data.py wrote")
+        raise InputError(f"{prefix}.idx: is not an index of token ids that scripts/preprocess_data.py wrote")
     size = os.path.getsize(f"{prefix}.bin")
     tokens = size // numpy.dtype(dtype).itemsize
     if (recorded := _recorded(prefix, size)) is not None:

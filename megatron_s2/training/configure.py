@@ -195,7 +195,7 @@ def _set_global_variables(args: Namespace) -> None:
 
 
 def _check_token_ids(args: Namespace) -> None:
-    """Refuses data with tokens that are none of the model's, before the run and in every sample of it."""
+    """Refuses data with tokens that the model does not have, before the run and in every sample of it."""
     from megatron.training import get_tokenizer
 
     for line in check_vocabulary(args, get_tokenizer()):

@@ -23,7 +23,7 @@ class EmptySplitError(ValueError):
 
 
 class TokenIdError(ValueError):
-    """A sample has a token that is none of the model's.
+    """A sample has a token that the model does not have.
 
     A data loader's process hands an error on as the text of its traceback, whose end is the message.
     """
