@@ -21,6 +21,12 @@ die() {
     exit 1
 }
 
+# For bad arguments.
+refuse() {
+    printf 'error: %s\n' "$*" >&2
+    exit 2
+}
+
 # Prints "MINOR yes|no", the second: can it make environments? Fails below 3.12, or if it does not run.
 probe_python() {
     "$1" -c '
