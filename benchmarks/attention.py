@@ -23,6 +23,7 @@ from benchmarks.cases import (
 )
 from benchmarks.implementations import DENSE, IMPLEMENTATIONS, names_on
 from benchmarks.options import add_integers, add_names, require_positive
+from megatron_s2.errors import flag_name
 
 # Options that replace fields of a case's shape and of its pattern.
 _SHAPE = ("batch", "heads", "head_dim", "dtype")
@@ -42,7 +43,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("shape and pattern, in place of the case's")
     for name in (*_SHAPE, *_PATTERN):
         kind = {"choices": DTYPES} if name == "dtype" else {"type": int, "metavar": "N"}
-        group.add_argument(f"--{name.replace('_', '-')}", **kind)
+        group.add_argument(flag_name(name), **kind)
 
 
 def cases(args: Namespace) -> list[Case]:

@@ -18,8 +18,9 @@ class Case:
 
     Args:
         flags: flags of Megatron and ours, in addition to the model's.
-        fraction: of our offload, the requested share of updates on the GPU: a number or `auto`.
-        flush: of our offload, whether gradients are copied to the host during backward.
+        fraction: requested share of updates on the GPU, a number or `auto`; None for a case without our
+            offload.
+        flush: whether gradients are copied to the host during backward; None as for `fraction`.
     """
 
     name: str

@@ -4,6 +4,8 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 
+from megatron_s2.errors import flag_name
+
 
 def add_names(
     parser: ArgumentParser, flag: str, names: Iterable[str], text: str, default: list[str] | None = None
@@ -32,7 +34,7 @@ def require_positive(**values: int) -> None:
     """Raises ValueError, naming the flag, if the value of an option is less than 1."""
     for name, value in values.items():
         if value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be >= 1")
+            raise ValueError(f"{flag_name(name)} {value}: must be >= 1")
 
 
 def add_size_arguments[Sizes](
@@ -48,7 +50,7 @@ def add_size_arguments[Sizes](
     for name in (field.name for field in fields(next(iter(defaults.values())))):
         values = ", ".join(f"{getattr(sizes, name)} on {device}" for device, sizes in defaults.items())
         text = "; ".join(filter(None, ((meanings or {}).get(name), values)))
-        group.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=text)
+        group.add_argument(flag_name(name), type=int, metavar="N", help=text)
 
 
 def chosen_sizes[Sizes](args: Namespace, defaults: Mapping[str, Sizes]) -> Sizes:

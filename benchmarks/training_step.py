@@ -22,6 +22,7 @@ from benchmarks.measure import summary
 from benchmarks.options import add_integers, add_names, add_size_arguments, chosen_sizes, require_positive
 from benchmarks.results import newest_match
 from benchmarks.training_process import MODEL_FLAGS, Training, train
+from megatron_s2.errors import flag_name
 from megatron_s2.pattern import S2Settings
 from megatron_s2.pattern.block_pattern import attention_flops
 
@@ -140,7 +141,7 @@ def model_of(args: Namespace) -> Model:
         raise ValueError("--local-blocks 1: must be >= 2, for the check in the window to show anything")
     for whole, part in (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_query_groups")):
         if getattr(model, whole) % getattr(model, part):
-            flag, other = (f"--{name.replace('_', '-')} {getattr(model, name)}" for name in (whole, part))
+            flag, other = (f"{flag_name(name)} {getattr(model, name)}" for name in (whole, part))
             raise ValueError(f"{flag}: must be a multiple of {other}")
     return model
 

@@ -61,6 +61,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"error: {error} (on rank {_rank()})", file=sys.stderr)
         _report_to_launcher(str(error))
         _leave(1)
+    except SystemExit as ended:
+        if torch.distributed.is_initialized() and isinstance(ended.code, int):
+            _leave(ended.code)  # refused in the run, where peers may wait for this rank
+        raise
     except Exception as error:
         sys.excepthook(type(error), error, error.__traceback__)
         _report_to_launcher("".join(traceback.format_exception(error)))

@@ -3,10 +3,10 @@
     python scripts/kernel_resources.py            writes docs/kernel-resources.md
     python scripts/kernel_resources.py --check    fails where a kernel does not fit or the table is stale
 
-What a kernel takes depends on the Triton that compiles it. With any, `--check` asks that it fits its chip:
-hardly any local memory, registers and shared memory for one program, the tensor cores' instruction. The table
-must be of these kernels and tiles, which its fingerprint tells; its numbers, where nothing spills, are
-compared where the installed Triton is the one that it names.
+What a kernel takes depends on the Triton that compiles it. With any Triton, `--check` requires that each
+kernel fits its chip: hardly any local memory, few enough registers and shared memory for one program, the
+tensor cores' instruction. The table must have the fingerprint of these kernels and tiles; its numbers are
+compared only if the installed Triton is the one that it names.
 
 `--chips`, `--head-dims` and `--shipped` compile a part of the table.
 """
@@ -77,11 +77,12 @@ class Case:
 
     @property
     def instruction(self) -> str:
-        """What multiplies in it, in PTX. The query heads of one KV head are few rows, for any chip."""
+        """The PTX instruction that multiplies. Decoding has too few rows, the query heads of one KV head, for
+        the instruction for large tiles."""
         return "mma.sync" if self.kernel == DECODE else CHIPS[self.chip].tensor_core
 
     def what(self) -> str:
-        """Its role, for people."""
+        """Returns the role of the kernel, as the table names it."""
         if self.source:
             return f"{self.source} pass"
         return "mask" if self.mask else "shipped" if self.shipped else "tried"
@@ -99,11 +100,11 @@ class Resources:
 
     @property
     def all_registers(self) -> int:
-        """Of one program."""
+        """Number of registers of one program."""
         return self.registers * 32 * self.case.tiles.warps
 
     def problems(self) -> list[str]:
-        """What is wrong with it, for people; nothing if all is well."""
+        """Returns a message for each limit of the chip that the kernel exceeds."""
         chip, where = CHIPS[self.case.chip], self.case
         checks = {
             f"{where}: spills {self.local} bytes per thread to local memory, at most {MOST_LOCAL}": self.local
@@ -115,7 +116,7 @@ class Resources:
         return [problem for problem, found in checks.items() if found]
 
     def row(self) -> str:
-        """Its line of the table."""
+        """Returns the line of the table."""
         case = self.case
         tiles = f"{case.tiles.rows} x {case.tiles.keys} | {case.tiles.warps} | {case.tiles.stages}"
         instruction = case.instruction if self.tensor_core else "none"
@@ -126,7 +127,7 @@ class Resources:
 
 
 def _kernel(case: Case) -> tuple[triton.JITFunction, dict[str, object]]:
-    """The function and its constants: GQA of 32 query heads over 8 KV heads, bfloat16, blocks of 64."""
+    """Returns the function and its constants: 32 query heads over 8 KV heads, bfloat16, blocks of 64."""
     kernel, head_dim, tiles = case.kernel, case.head_dim, case.tiles
     constants = {
         "D": head_dim, "DV": head_dim, "BD": head_dim, "BDV": head_dim, "BLOCK": BLOCK,
@@ -199,7 +200,7 @@ def _resource_usage(cubin: bytes) -> tuple[int, ...]:
 
 
 def cases(chips: Sequence[str], head_dims: Sequence[int], shipped: bool = False) -> list[Case]:
-    """Every configuration that ships, in the order of the table; or `shipped` ones alone, for S2 patterns."""
+    """Returns all cases in the order of the table; with `shipped`, only the shipped tiles for S2 patterns."""
     found = []
     for chip, kernel, head_dim in product(chips, KERNELS, head_dims):
         tiles = candidates(kernel.split()[0], CHIPS[chip].capability // 10, head_dim, 2)
@@ -219,7 +220,7 @@ def cases(chips: Sequence[str], head_dims: Sequence[int], shipped: bool = False)
 
 
 def fingerprint() -> str:
-    """Of the kernels' code without its comments, and of what they are compiled for."""
+    """Returns a hash of the kernels' code without its comments, and of the cases."""
     sources = [
         ast.unparse(ast.parse(Path(module.__file__).read_text(encoding="utf-8")))
         for module in (triton_common, triton_forward, triton_dq, triton_dkv, triton_decode)
@@ -245,7 +246,8 @@ def _made_by(version: str) -> str:
 
 
 def stale(text: str, rows: Sequence[Resources]) -> list[str]:
-    """How the page `text` is not of these kernels, or not of these results of the Triton that it names."""
+    """Returns messages about a page `text` of other kernels or tiles, and about rows that it lacks if the
+    installed Triton is the one that it names."""
     found = []
     if fingerprint() not in text:
         found.append(f"{TABLE.name} is of other kernels or tiles: fingerprint {fingerprint()}")
@@ -256,7 +258,7 @@ def stale(text: str, rows: Sequence[Resources]) -> list[str]:
 
 
 def page(rows: Sequence[Resources]) -> str:
-    """The whole document."""
+    """Returns the whole document."""
     lines = [
         "# What the Triton kernels take of each chip",
         "",
@@ -265,9 +267,9 @@ def page(rows: Sequence[Resources]) -> str:
         "`megatron_s2/kernels/tuning.py`: those shipped, those that autotuning tries beside them, the",
         "shipped ones as an arbitrary mask (`BlockMaskPattern`) has them, and those of the passes over one",
         "source each that context parallelism makes; at the end, the kernel that reads the cache for a",
-        f"decoded token (`{DECODE}`), of which `megatron_s2/kernels/triton_decode.py` says the tiles.",
+        f"decoded token (`{DECODE}`), with the tiles of `megatron_s2/kernels/triton_decode.py`.",
         "Registers and local memory (spills) are per thread, shared memory per program. Another Triton gives",
-        "other numbers; that the kernels fit their chips the test asserts with whichever is installed.",
+        "other numbers; with any Triton, the test asserts that the kernels fit their chips.",
         "",
         f"{_made_by(triton.__version__)} Fingerprint of kernels and tiles: `{fingerprint()}`.",
         "",

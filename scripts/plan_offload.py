@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks are p
 
 from benchmarks.offload_schedules import as_json, compare, table
 from megatron_s2.data.command import CommandParser
+from megatron_s2.errors import flag_name
 from megatron_s2.offload.model import Rates
 from megatron_s2.offload.plan import GB, SUBGROUP_SIZE
 from megatron_s2.offload.simulator import Simulation
@@ -120,7 +121,7 @@ def fraction(text: str) -> float | None:
 def check(args: argparse.Namespace) -> None:
     for name in ("gpu_budget_gb", "host_budget_gb"):
         if not math.isfinite(getattr(args, name) or 0):
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be a finite number")
+            raise ValueError(f"{flag_name(name)} {getattr(args, name)}: must be a finite number")
     if args.params < 1:
         raise ValueError(f"--params {args.params}: must be >= 1")
     if args.backward_seconds is not None and not 0 <= args.backward_seconds < math.inf:
@@ -140,7 +141,7 @@ def rates_from(args: argparse.Namespace) -> Rates:
     values = {name: getattr(args, flag) for name, flag in given.items()}
     for name, value in values.items():
         if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"--{given[name].replace('_', '-')} {value}: must be a positive number")
+            raise ValueError(f"{flag_name(given[name])} {value}: must be a positive number")
     if (args.nvme_read_gbps is None) != (args.nvme_write_gbps is None):
         raise ValueError("--nvme-read-gbps and --nvme-write-gbps: must be given together")
     return Rates(**{name: value and value * 1e9 for name, value in values.items()})

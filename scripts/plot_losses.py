@@ -1,15 +1,15 @@
 """Draw the training and validation loss of a run from its tensorboard files."""
 
-import argparse
 import sys
 from pathlib import Path
 
+from megatron_s2.data.command import CommandParser
 from megatron_s2.report.figure import check_picture
 from megatron_s2.report.losses import Losses, draw_losses
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--tensorboard-dir", required=True, type=Path, help="as given to the training")
     parser.add_argument("--output", required=True, type=Path, help="a .png or .svg file")
     parser.add_argument("--title", help="above the picture")
@@ -17,15 +17,15 @@ def main() -> None:
     try:
         check_picture("--output", args.output)
     except (ValueError, ImportError) as error:
-        parser.exit(2, f"error: {error}\n")
+        parser.error(str(error))
     try:
         losses = Losses.read(args.tensorboard_dir)
     except ValueError as error:
-        parser.exit(2, f"error: --tensorboard-dir {error}\n")
+        parser.error(f"--tensorboard-dir {error}")
     try:
         draw_losses(losses, args.output, args.title)
     except (ValueError, OSError, ImportError) as error:
-        parser.exit(2, f"error: {error}\n")
+        parser.error(str(error))
     print(losses)
 
 

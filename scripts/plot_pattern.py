@@ -7,6 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_s2.data.command import CommandParser
 from megatron_s2.layers.arguments import settings_from_args
 from megatron_s2.report.figure import SUFFIXES, check_picture
 from megatron_s2.report.pattern_picture import draw_pattern
@@ -14,9 +15,7 @@ from megatron_s2.training.arguments import add_s2_args
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--output", required=True, type=Path, help=f"a file ending in {' or '.join(SUFFIXES)}"
     )
@@ -34,7 +33,7 @@ def main() -> None:
         pattern = settings_from_args(args).first_pattern
         draw_pattern(pattern, args.output, num_blocks=args.blocks, num_layers=args.layers)
     except (ValueError, OSError, ImportError) as error:
-        parser.exit(2, f"error: {error}\n")
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

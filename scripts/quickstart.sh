@@ -10,10 +10,6 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib/env.sh"
 
-refuse() {
-    printf 'error: %s\n' "$*" >&2
-    exit 2
-}
 usage() { sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 
 STEPS=150 OUT=runs/quickstart DATA=

@@ -17,14 +17,14 @@ while (($#)); do
         -h | --help) sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 0 ;;
         --all) SELECTION=() && shift ;;
         --versions)
-            (($# > 1)) || die "--versions: needs a value: tested, oldest or newest"
+            (($# > 1)) || refuse "--versions: needs a value: tested, oldest or newest"
             VERSIONS=$2
             shift 2
             ;;
         *) ARGUMENTS+=("$1") && shift ;;
     esac
 done
-[[ $VERSIONS =~ ^(tested|oldest|newest)$ ]] || die "--versions $VERSIONS: must be tested, oldest or newest"
+[[ $VERSIONS =~ ^(tested|oldest|newest)$ ]] || refuse "--versions $VERSIONS: must be tested, oldest or newest"
 
 enter_environment dev "$VERSIONS"
 say "ruff"

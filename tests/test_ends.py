@@ -49,6 +49,12 @@ def be_refused(argv):
     sys.exit(2)
 
 
+def be_refused_in_the_run(argv):
+    """As for a sample with a token that the model does not have."""
+    complete(argv)
+    be_refused(argv)
+
+
 def complete(argv):
     import torch.distributed as dist
 
@@ -62,6 +68,7 @@ ENDS = {
     "Ctrl-C": (be_interrupted, 130, "megatron-s2: interrupted", True),
     "Ctrl-C that comes late": (be_interrupted_while_peers_end, 130, "megatron-s2: interrupted", True),
     "bad input": (be_refused, 2, "error: --lr fast: must be a number", False),
+    "bad data": (be_refused_in_the_run, 2, "error: --lr fast: must be a number", True),
     "complete": (complete, 0, None, False),
 }
 

@@ -14,7 +14,7 @@
 # --prompt TEXT     what the result continues (default: The)
 #
 # Relative paths count from the repository. Every other argument goes to the training and counts more than the
-# flags below; those of the pattern (--s2-block-size and so on) belong into PATTERN, since the checkpoint is made
+# flags below; those of the pattern (--s2-block-size and so on) belong in PATTERN, since the checkpoint is made
 # for it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."

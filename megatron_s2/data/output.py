@@ -10,8 +10,8 @@ from megatron_s2.errors import InputError
 def check_writable(flag: str, directory: str) -> None:
     """Raises InputError, naming `flag`, unless `directory` is writable or can be created.
 
-    A file without a name is opened there and closed: permissions alone do not tell of the superuser, a
-    read-only or a remote file system.
+    A file without a name is opened there and closed, because permissions alone do not show whether the
+    superuser, a read-only or a remote file system can be written to.
     """
     if problem := _problem(directory):
         raise InputError(f"{flag} {directory}: {problem}; give another directory")

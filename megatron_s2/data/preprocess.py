@@ -66,9 +66,9 @@ def preprocess_data(
     Megatron would use it with the new tokens.
 
     Raises:
-        InputError: the tokenizer is unknown, returns what is no token id, or has no end-of-document token for
-            `append_eod`; `workers` is below 1; the corpus has no document; the output cannot be written, or
-            exists and `overwrite` is False.
+        InputError: the tokenizer is unknown, returns something that is not a token id, or has no
+            end-of-document token for `append_eod`; `workers` is below 1; the corpus has no document; the
+            output cannot be written, or exists and `overwrite` is False.
     """
     if workers < 1:
         raise InputError(f"--workers {workers}: must be at least 1")

@@ -10,7 +10,7 @@ from megatron_s2.errors import InputError
 
 RECORD_SUFFIX = ".ids"
 
-# A record: magic, largest token id, bytes of the .bin file. Like an index it is no text, so that a corpus in
+# A record: magic, largest token id, bytes of the .bin file. Like an index it is not text, so that a corpus in
 # the same directory does not gain a document.
 _RECORD = struct.Struct("<8sQQ")
 _RECORD_MAGIC = b"S2IDS\x00\x00\x01"
@@ -18,14 +18,15 @@ _RECORD_MAGIC = b"S2IDS\x00\x00\x01"
 INDEX_HEAD = struct.Struct("<9sQBQ")
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
 _DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
-_REMOTE_SCHEMES = ("s3://", "msc://")
+# Prefixes of paths that are not on a local disk.
+REMOTE_SCHEMES = ("s3://", "msc://")
 
 # Bytes of data that are read where datasets have no record, of all of them together: a second on most disks.
 LOOK_BYTES = 1 << 28
 _CHUNK_BYTES = 1 << 20
 
 # The negative id that Megatron fills samples with, masks and does not look up.
-PADDING = -1
+PADDING_ID = -1
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def find_token_ids(prefix: str, most_bytes: int = LOOK_BYTES) -> TokenIds:
         head = index.read(INDEX_HEAD.size)
     dtype = _DTYPES.get(INDEX_HEAD.unpack(head)[2]) if len(head) == INDEX_HEAD.size else None
     if dtype is None or not head.startswith(INDEX_MAGIC):
-        raise InputError(f"{prefix}.idx: is no index of token ids that scripts/preprocess_data.py wrote")
+        raise InputError(f"{prefix}.idx: is not an index of token ids that scripts/preprocess_data.py wrote")
     size = os.path.getsize(f"{prefix}.bin")
     tokens = size // numpy.dtype(dtype).itemsize
     if (recorded := _recorded(prefix, size)) is not None:
@@ -121,11 +122,11 @@ def check_token_ids(data: Iterable[tuple[str, str]], vocabulary: Vocabulary) -> 
     Raises:
         InputError: naming the flag, the prefix, the token id and the size of the vocabulary.
     """
-    data = [(flag, prefix) for flag, prefix in dict.fromkeys(data) if not prefix.startswith(_REMOTE_SCHEMES)]
+    data = [(flag, prefix) for flag, prefix in dict.fromkeys(data) if not prefix.startswith(REMOTE_SCHEMES)]
     unrecorded = []
     for flag, prefix in data:
         ids = find_token_ids(prefix, LOOK_BYTES // len(data))
-        negative = ids.smallest < PADDING
+        negative = ids.smallest < PADDING_ID
         if negative or ids.largest >= vocabulary.size:
             bad = ids.smallest if negative else ids.largest
             raise InputError(vocabulary.refusal(f"{flag} {prefix}", bad))

@@ -17,7 +17,8 @@ class Sampling:
     Args:
         temperature: divisor of the logits; 0 chooses the most likely token.
         top_k: number of most likely tokens to sample from; 0 for all.
-        top_p: of these, sample from the most likely ones whose probabilities reach this sum; 1 for all.
+        top_p: sum of probabilities; of the `top_k` tokens, the most likely ones that reach it are sampled
+            from. 1 for all.
         seed: seed of the first row of a batch. Each row has its own, so that rows do not affect each other.
 
     Raises:

@@ -159,7 +159,12 @@ def update_on_gpu(
     if not size:
         return
     adamw_kernel[((size + BLOCK - 1) // BLOCK,)](
-        *(*state, gradient, weights, size),
+        p_master=state.master,
+        p_exp_avg=state.exp_avg,
+        p_exp_avg_sq=state.exp_avg_sq,
+        p_gradient=gradient,
+        p_weights=weights,
+        size=size,
         **kernel_constants(settings, gradient_scale),
         BLOCK=BLOCK,
         num_warps=4,

@@ -60,7 +60,7 @@ class Executor:
 
     Args:
         plan: tier and device of each subgroup; as many elements as `lay_out` returns.
-        parameters: in the order of their starts, without overlap.
+        parameters: the parameters in ascending order of `start`, without overlap.
         backend: where the queues' operations run.
         directories, shares: as for `NvmeTier`, for a plan with subgroups of tier `nvme`.
         cpu_threads: number of threads of one CPU update.

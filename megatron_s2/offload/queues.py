@@ -360,7 +360,7 @@ def _started_pool(name: str, workers: int, threads: int) -> ThreadPoolExecutor:
             pool.submit(started.wait)
         started.wait()
     except BaseException:
-        started.abort()  # or threads that have begun would wait for ever
+        started.abort()  # else threads that have begun would wait forever
         raise
     return pool
 

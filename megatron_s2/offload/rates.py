@@ -128,7 +128,7 @@ def _measure_together(work: dict[str, tuple[Callable[[], object], int]], seconds
             running = {name: threads.submit(rate, *what) for name, what in work.items()}
             return {name: future.result() for name, future in running.items()}
         except BaseException:
-            start.abort()  # or those that have begun wait for ever for those that an interruption left out
+            start.abort()  # else threads that have begun would wait forever for those that were not started
             raise
 
 

@@ -14,7 +14,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_s2.data.output import check_writable
-from megatron_s2.data.token_ids import INDEX_HEAD, INDEX_MAGIC, Vocabulary, check_token_ids
+from megatron_s2.data.token_ids import (
+    INDEX_HEAD,
+    INDEX_MAGIC,
+    REMOTE_SCHEMES,
+    Vocabulary,
+    check_token_ids,
+)
 from megatron_s2.data.tokenizer import GROW_MODEL, number_of_ids
 from megatron_s2.errors import flag_name
 
@@ -28,7 +34,6 @@ _TOKENIZERS_FROM_FILE = (
 _TOKENIZERS_FROM_MODEL = (*_TOKENIZERS_FROM_FILE, "HuggingFaceTokenizer")
 # Tokenizers for which --vocab-size says how many tokens they have themselves.
 _TOKENIZERS_WITHOUT_TOKENS = ("NullTokenizer", "NullMultimodalTokenizer")
-_REMOTE_SCHEMES = ("s3://", "msc://")
 _DEFAULT_SPLIT = "969, 30, 1"  # Megatron's, for --data-path
 _SPLITS = ("training", "validation", "test")
 _MODEL_PARALLEL = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
@@ -54,7 +59,7 @@ def check_paths(args: Namespace) -> None:
     _check_load(args)
     _check_tokenizer(args)
     for name in _OUTPUT_DIRECTORIES:
-        if (path := getattr(args, name, None)) and not path.startswith(_REMOTE_SCHEMES):
+        if (path := getattr(args, name, None)) and not path.startswith(REMOTE_SCHEMES):
             check_writable(flag_name(name), path)
 
 
@@ -111,9 +116,9 @@ def vocabulary_of(args: Namespace, tokenizer) -> Vocabulary:
         args: validated arguments of Megatron.
         tokenizer: the tokenizer that Megatron built from them.
     """
-    data = "give data that was tokenized with the model's tokenizer"
+    data = Vocabulary.advice
     tokenizer_ids = _tokenizer_ids(args, tokenizer)
-    known = [Vocabulary(tokenizer_ids, _tokenizer_flag(args), data)]
+    known = [Vocabulary(tokenizer_ids, _tokenizer_flag(args))]
     if args.vocab_size and args.tokenizer_type not in _TOKENIZERS_WITHOUT_TOKENS:
         is_new = not args.load and not args.pretrained_checkpoint
         more = "for all tokens of the tokenizer, remove --vocab-size" if is_new else GROW_MODEL
@@ -336,7 +341,7 @@ def _prefixes(where: str, words: Iterable[object]) -> list[str]:
     if not words:
         raise ValueError(f"{where}: is empty; must be prefixes, or weights and prefixes")
     if len(words) % 2 or not all(_is_number(word) for word in words[::2]):
-        return [word for word in words if not word.startswith(_REMOTE_SCHEMES)]
+        return [word for word in words if not word.startswith(REMOTE_SCHEMES)]
     weights, prefixes = [float(word) for word in words[::2]], words[1::2]
     for weight, prefix in zip(words[::2], prefixes):
         if not 0 < float(weight) < math.inf:
@@ -345,8 +350,8 @@ def _prefixes(where: str, words: Iterable[object]) -> list[str]:
                 "are not to be used"
             )
     if not 0 < min(weights) / sum(weights) < math.inf:
-        raise ValueError(f"{where}: the weights must be of similar size; {min(weights)} is none of their sum")
-    return [prefix for prefix in prefixes if not prefix.startswith(_REMOTE_SCHEMES)]
+        raise ValueError(f"{where}: the weights must be of similar size; {min(weights)} is lost in their sum")
+    return [prefix for prefix in prefixes if not prefix.startswith(REMOTE_SCHEMES)]
 
 
 def _is_number(word: str) -> bool:
@@ -360,7 +365,7 @@ def _is_number(word: str) -> bool:
 def _check_load(args: Namespace) -> None:
     for flag in ("--load", "--pretrained-checkpoint"):
         path = getattr(args, flag[2:].replace("-", "_"), None)
-        if not path or path.startswith(_REMOTE_SCHEMES) or os.path.isdir(path):
+        if not path or path.startswith(REMOTE_SCHEMES) or os.path.isdir(path):
             continue
         # A job that saves to the directory that it loads from finds nothing there when it first starts.
         is_first_launch = (

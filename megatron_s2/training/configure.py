@@ -97,7 +97,7 @@ def configure(argv: Sequence[str]) -> tuple[Namespace, PretrainConfigContainer]:
     args, checkpoint_args = _read_arguments(argv)
     overrides, set_for_s2, set_for_offload = _check_arguments(args, argv, checkpoint_args)
     config, model = _build_configs(args, checkpoint_args)
-    _check_data(args)
+    _check_token_ids(args)
     if overrides is not None:
         settings = s2_settings(config, **overrides)
         annealing = _annealing(args, settings)
@@ -194,8 +194,8 @@ def _set_global_variables(args: Namespace) -> None:
         ) from error
 
 
-def _check_data(args: Namespace) -> None:
-    """Refuses data with tokens that are none of the model's, before the run and in every sample of it."""
+def _check_token_ids(args: Namespace) -> None:
+    """Refuses data with tokens that the model does not have, before the run and in every sample of it."""
     from megatron.training import get_tokenizer
 
     for line in check_vocabulary(args, get_tokenizer()):

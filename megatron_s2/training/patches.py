@@ -14,7 +14,7 @@ from importlib.util import find_spec
 
 import torch
 
-from megatron_s2.data.token_ids import PADDING, Vocabulary
+from megatron_s2.data.token_ids import PADDING_ID, Vocabulary
 from megatron_s2.training.wrap import wrap_once
 
 
@@ -23,7 +23,7 @@ class EmptySplitError(ValueError):
 
 
 class TokenIdError(ValueError):
-    """A sample has a token that is none of the model's.
+    """A sample has a token that the model does not have.
 
     A data loader's process hands an error on as the text of its traceback, whose end is the message.
     """
@@ -33,7 +33,10 @@ class TokenIdError(ValueError):
 
 
 def apply_patches(cpu: bool) -> None:
-    """Applies all workarounds; `cpu` adds those that are correct only without a GPU."""
+    """Applies the workarounds that every run needs; `cpu` adds those that are correct only without a GPU.
+
+    `configure` applies the others, which depend on the arguments.
+    """
     skip_compiling_dataset_helpers()
     let_distributed_optimizer_resume_with_torch_adam()
     keep_adam_step_when_distributed_optimizer_resumes()
@@ -182,7 +185,7 @@ def refuse_tokens_beyond(vocabulary: Vocabulary) -> None:
     def query(original, self, index):
         text, *others = original(self, index)
         for bad in (int(text.min(initial=0)), int(text.max(initial=0))):
-            if not PADDING <= bad < vocabulary.size and bad != self._pad_token_id:
+            if not PADDING_ID <= bad < vocabulary.size and bad != self._pad_token_id:
                 raise TokenIdError(vocabulary.refusal(f"the data at {self.dataset_path}", bad))
         return text, *others
 
@@ -234,11 +237,11 @@ def let_pretrain_start_without_cuda() -> None:
 
 
 def skip_jit_warmup() -> None:
-    """The warm-up of fused functions changes the initial weights where CPU and "GPU" share a generator.
+    """The warm-up of fused functions changes the initial weights on the CPU (seen in 0.19.2).
 
-    It draws random inputs whose size depends on the tensor parallel size, so the weights drawn after it
-    would too; and without a GPU nothing is fused. Touches
-    `megatron.training.training.set_jit_fusion_options`.
+    It draws random inputs whose size depends on the tensor parallel size, from the generator that CPU and
+    "GPU" share, so the weights drawn after it would depend on that size, too; and without a GPU nothing is
+    fused. Touches `megatron.training.training.set_jit_fusion_options`.
     """
     from megatron.training import training
 

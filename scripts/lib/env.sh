@@ -1,6 +1,6 @@
 # The environment of the scripts: finds a Python, makes .venv, installs this package into it.
 #
-# Sourced, not run. `enter_environment EXTRAS [VERSIONS]` (extras of setup.py: plot; dev) leaves the
+# Sourced, not run. `enter_environment EXTRAS [VERSIONS]` (extras of setup.py, such as dev) leaves the
 # caller in the root of the repository with the environment first on PATH. Only what is missing is
 # done, each step is announced in one line, and a run that was interrupted is made good by the next.
 #
@@ -19,6 +19,12 @@ say() { printf '== %s\n' "$*" >&2; }
 die() {
     printf 'error: %s\n' "$*" >&2
     exit 1
+}
+
+# For bad arguments.
+refuse() {
+    printf 'error: %s\n' "$*" >&2
+    exit 2
 }
 
 # Prints "MINOR yes|no", the second: can it make environments? Fails below 3.12, or if it does not run.
@@ -115,7 +121,7 @@ install_package() {
     if ! "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "${versions[@]}" \
         --editable "$ROOT[$1]"; then
         rm "$VENV/.installing"
-        die "installing into $VENV failed, see above; run this again when that is mended"
+        die "installing into $VENV failed, see above; run this again when that is fixed"
     fi
     trap - INT TERM
     printf '%s\n' "$checksum" >"$stamp"

@@ -16,11 +16,6 @@ declare -A LEAST MOST IMPOSSIBLE
 declare -A WORDS # one per line
 CURRENT='' RUNNING='' BEGIN=0 RESULT='' REASON=''
 
-refuse() {
-    printf 'error: %s\n' "$*" >&2
-    exit 2
-}
-
 # stage NAME LEAST MOST WORD …: adds a stage that runs INTERPRETER with the words for at most MOST seconds. It is
 # not begun with less than LEAST seconds left: that is what its longest part takes, which stores nothing before
 # its end. A stage that cannot run has a reason in IMPOSSIBLE.

@@ -87,5 +87,5 @@ def test_negative_ids_are_refused_but_for_padding(tmp_path):
 def test_an_index_of_something_else_is_refused(tmp_path):
     prefix = write(tmp_path / "a", [1])
     Path(f"{prefix}.idx").write_bytes(b"MMIDIDX")
-    with pytest.raises(InputError, match=r"a\.idx: is no index of token ids"):
+    with pytest.raises(InputError, match=r"a\.idx: is not an index of token ids"):
         find_token_ids(prefix)

@@ -111,7 +111,8 @@ def test_a_block_mask_pattern_has_neither_sinks_nor_shards():
 
 @pytest.mark.parametrize("num_blocks", [1, 2, 100])
 def test_any_number_of_blocks_can_be_drawn(tmp_path, num_blocks):
-    draw_pattern(a_pattern(), tmp_path / "pattern.png", num_blocks=num_blocks)
+    draw_pattern(a_pattern(), path := tmp_path / "pattern.png", num_blocks=num_blocks)
+    assert path.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,6 @@ def test_another_set_is_refused():
         check=False,
     )
     assert (run.returncode, run.stderr) == (
-        1,
+        2,
         "error: --versions latest: must be tested, oldest or newest\n",
     )

@@ -173,7 +173,8 @@ def test_a_sample_with_a_token_beyond_the_vocabulary_is_refused(unpatched, monke
 
 
 def test_the_error_of_a_data_loaders_process_is_its_message():
-    traceback = "Caught TokenIdError in worker 0.\nTraceback\n  x\nmegatron_s2.patches.TokenIdError: a: has 3"
+    last_line = "megatron_s2.training.patches.TokenIdError: a: has 3"
+    traceback = f"Caught TokenIdError in worker 0.\nTraceback\n  x\n{last_line}"
     assert str(TokenIdError(f"{traceback}\n")) == str(TokenIdError("a: has 3")) == "a: has 3"
 
 
