@@ -48,7 +48,8 @@ def failed_assertion(error: AssertionError) -> str:
 def _statement(error: Exception) -> str:
     """Returns the line of code that raised an error."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    first, last = frame.lineno or 0, frame.end_lineno or frame.lineno or 0
+    first = frame.lineno or 0
+    last = max(first, frame.end_lineno or 0)
     return " ".join(linecache.getline(frame.filename, line).strip() for line in range(first, last + 1))
 
 

@@ -402,8 +402,8 @@ def test_the_query_groups_divide_the_heads():
         ({"num_experts": 2, "moe_router_topk": 3}, "--moe-router-topk 3: must be at most --num-experts 2"),
         (
             {"tensor_model_parallel_size": 2, "context_parallel_size": 3, "world_size": 4},
-            "--tensor-model-parallel-size 2, --context-parallel-size 3: the product must divide the number of "
-            "ranks, 4",
+            "--tensor-model-parallel-size 2, --context-parallel-size 3: the product must divide the number "
+            "of ranks, 4",
         ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
