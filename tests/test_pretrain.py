@@ -188,12 +188,13 @@ def refused(tmp_path_factory) -> dict[str, Run]:
     return dict(zip(REFUSED, finished.values()))
 
 
-def write_documents(prefix: Path, lengths: list[int]) -> Path:
+def write_documents(prefix: Path, lengths: list[int | range]) -> Path:
+    """Writes documents whose tokens are 0, 1, … up to a length, or those of a range."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
-    for length in lengths:
-        builder.add_document(np.arange(length), [length])
+    for tokens in (length if isinstance(length, range) else range(length) for length in lengths):
+        builder.add_document(np.array(tokens), [len(tokens)])
     builder.finalize(f"{prefix}.idx")
     return prefix
 
@@ -216,36 +217,39 @@ def test_data_that_leaves_a_split_empty_is_refused_and_not_waited_for(tmp_path):
     assert [run.status for run in runs.values()] == [2, 2, 0]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_tokens_that_are_none_of_the_models_end_a_run_before_it_trains(tmp_path, ranks):
-    """Tokens up to 299 for an embedding of 256 rows, at any tensor parallelism.
+UNKNOWN = "has token id 299; the model has 256 tokens (--tokenizer-type NullTokenizer); give data that was "
+WHOLE = "--split 100,0,0 --eval-iters 0"
 
-    The second data set claims that they are few; they are found in the first sample that has one.
-    """
-    prefixes = {name: write_documents(tmp_path / name, [300] * 40) for name in ("plain", "recorded")}
-    write_record(f"{prefixes['recorded']}.ids", 254, 40 * 300 * 4)
-    few = write_documents(tmp_path / "few", [250] * 40)
-    split, tensor = "--split 100,0,0 --eval-iters 0", f"--tensor-model-parallel-size {ranks}"
-    runs = {
-        "plain": f"--data-path {prefixes['plain']} {split}",
-        "recorded": f"--data-path {prefixes['recorded']} {split}",
-        "in a process": f"--data-path {prefixes['recorded']} {split} --num-workers 1",
-        "validation": f"--train-data-path {few} --valid-data-path {prefixes['plain']}",
-        "fine": f"--data-path {few} {split} --train-iters 2",
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_tokens_that_are_none_of_the_models_are_refused_before_the_run(tmp_path, ranks):
+    """Tokens up to 299 for an embedding of 256 rows, at any tensor parallelism."""
+    few, many = (write_documents(tmp_path / str(ids), [ids] * 40) for ids in (250, 300))
+    flags = {
+        "training": f"--data-path {many} {WHOLE}",
+        "validation": f"--train-data-path {few} --valid-data-path {many}",
+        "fine": f"--data-path {few} {WHOLE} --train-iters 2",
     }
-    runs = train_all(tmp_path, {name: f"{flags} {tensor}" for name, flags in runs.items()}, ranks, data="")
-    known = "has token id 299; the model has 256 tokens (--tokenizer-type NullTokenizer); give data that was"
-    assert_refused(runs["plain"], f"error: --data-path {prefixes['plain']}: {known}")
-    assert_refused(runs["validation"], f"error: --valid-data-path {prefixes['plain']}: {known}")
-    for name in ("recorded", "in a process"):
-        errors = [line for line in runs[name].output.splitlines() if "error: " in line]
-        assert errors == [
-            f"error: the data at {prefixes['recorded']}: {known} tokenized with the model's tokenizer"
-        ]
-        assert "Traceback" not in runs[name].output
-    assert [run.status for run in runs.values()] == [2, 2, 2, 2, 0]
+    tensor = f"--tensor-model-parallel-size {ranks}"
+    runs = train_all(tmp_path, {name: f"{words} {tensor}" for name, words in flags.items()}, ranks, data="")
+    assert_refused(runs["training"], f"error: --data-path {many}: {UNKNOWN}")
+    assert_refused(runs["validation"], f"error: --valid-data-path {many}: {UNKNOWN}")
+    assert [run.status for run in runs.values()] == [2, 2, 0]
     looked_at = f"megatron-s2: {few}: no record of the largest token id; looked at 10000 of 10000 tokens"
     assert looked_at in runs["fine"].output
+
+
+def test_tokens_that_no_record_tells_of_end_the_run_that_reads_them(tmp_path):
+    """Every document has them; the record claims that all ids are few."""
+    many = write_documents(tmp_path / "many", [range(299, 300)] * 400)
+    write_record(f"{many}.ids", 254, 400 * 4)
+    flags = f"--data-path {many} {WHOLE}"
+    runs = train_all(tmp_path, {"here": flags, "in a process": f"{flags} --num-workers 1"}, data="")
+    for run in runs.values():
+        assert run.status == 2
+        assert "Traceback" not in run.output
+        (error,) = [line for line in run.output.splitlines() if line.startswith("error: ")]
+        assert error == f"error: the data at {many}: {UNKNOWN}tokenized with the model's tokenizer"
 
 
 def test_wandb_without_a_key_is_refused(tmp_path, monkeypatch):

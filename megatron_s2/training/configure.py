@@ -97,7 +97,6 @@ def configure(argv: Sequence[str]) -> tuple[Namespace, PretrainConfigContainer]:
     args, checkpoint_args = _read_arguments(argv)
     overrides, set_for_s2, set_for_offload = _check_arguments(args, argv, checkpoint_args)
     config, model = _build_configs(args, checkpoint_args)
-    _check_token_ids(args)
     if overrides is not None:
         settings = s2_settings(config, **overrides)
         annealing = _annealing(args, settings)
@@ -164,6 +163,7 @@ def _build_configs(
     configuration."""
     from megatron.training import arguments
     from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.global_vars import rebuild_tokenizer
 
     from megatron_s2.layers.config import S2TransformerConfig
 
@@ -175,16 +175,17 @@ def _build_configs(
             let_resumes_change_the_learning_rate()
         config_class = S2TransformerConfig if args.s2_attention else None
         config = arguments.core_transformer_config_from_args(args, config_class=config_class)
+        _check_token_ids(args, rebuild_tokenizer(args))  # before a log writer is opened
         _set_global_variables(args)
         return config, gpt_config_from_args(args, config=config)
 
 
 def _set_global_variables(args: Namespace) -> None:
-    """Megatron's tokenizer and log writers; raises OneRankError where wandb, on the last rank, has no key."""
+    """All of Megatron's but the tokenizer; raises OneRankError where wandb, on the last rank, has no key."""
     from megatron.training.global_vars import set_global_variables
 
     try:
-        set_global_variables(args)
+        set_global_variables(args, build_tokenizer=False)
     except Exception as error:  # wandb's own class, which may not be installed
         if not type(error).__module__.startswith("wandb"):
             raise
@@ -194,14 +195,12 @@ def _set_global_variables(args: Namespace) -> None:
         ) from error
 
 
-def _check_token_ids(args: Namespace) -> None:
+def _check_token_ids(args: Namespace, tokenizer) -> None:
     """Refuses data with tokens that the model does not have, before the run and in every sample of it."""
-    from megatron.training import get_tokenizer
-
-    for line in check_vocabulary(args, get_tokenizer()):
+    for line in check_vocabulary(args, tokenizer):
         if _rank() == 0:
             print(f"megatron-s2: {line}", flush=True)
-    refuse_tokens_beyond(vocabulary_of(args, get_tokenizer()))
+    refuse_tokens_beyond(vocabulary_of(args, tokenizer))
 
 
 def _annealing(args: Namespace, settings: S2Settings) -> Annealing | None:
