@@ -75,6 +75,8 @@ def check_model(args: Namespace) -> None:
     for name in ("hidden_dropout", "attention_dropout"):
         if not 0 <= getattr(args, name) < 1:
             raise ValueError(f"{flag_name(name)} {getattr(args, name)}: must be >= 0 and < 1")
+    if args.vocab_size is not None and args.vocab_size < 1:
+        raise ValueError(f"--vocab-size {args.vocab_size}: must be >= 1")
     if args.num_experts and args.moe_router_topk > args.num_experts:
         raise ValueError(
             f"--moe-router-topk {args.moe_router_topk}: must be at most --num-experts {args.num_experts}"
@@ -179,6 +181,23 @@ def _tokenizer_flag(args: Namespace) -> str:
     if args.tokenizer_model:
         return f"--tokenizer-model {args.tokenizer_model}"
     return f"--tokenizer-type {args.tokenizer_type}"
+
+
+def check_warmup(args: Namespace) -> None:
+    """Checks that the learning rate's warmup ends before its decay does.
+
+    Raises:
+        ValueError: it does not; the message names the flag.
+    """
+    fraction = args.lr_warmup_fraction
+    if fraction is not None and not 0 <= fraction < 1:
+        raise ValueError(f"--lr-warmup-fraction {fraction}: must be >= 0 and < 1")
+    for unit in ("iters", "samples"):
+        warmup, total = getattr(args, f"lr_warmup_{unit}"), getattr(args, f"train_{unit}")
+        decay = getattr(args, f"lr_decay_{unit}") or total
+        if total and warmup >= decay:
+            end = f"--lr-decay-{unit}" if getattr(args, f"lr_decay_{unit}") else f"--train-{unit}"
+            raise ValueError(f"--lr-warmup-{unit} {warmup}: must be smaller than {end} {decay}")
 
 
 def check_schedule(args: Namespace, saved: Namespace) -> None:

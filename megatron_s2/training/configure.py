@@ -35,6 +35,7 @@ from megatron_s2.training.checks import (
     check_splits,
     check_vocabulary,
     check_wandb,
+    check_warmup,
     vocabulary_of,
 )
 from megatron_s2.training.hooks import count_s2_flops, log_context_parallel_traffic
@@ -141,6 +142,7 @@ def _check_arguments(
     """
     check_model(args)
     check_splits(args)
+    check_warmup(args)
     check_wandb(args)
     let_eval_interval_be_unset(args)
     set_for_s2, set_for_offload = validate_s2_args(args, argv), validate_offload_args(args, argv)

@@ -139,6 +139,11 @@ def runnable_arguments(argv: Sequence[str], environment: Environment) -> tuple[l
         if not environment.apex:
             required += _WITHOUT_APEX
             _refuse_sequence_parallel(argv)
+            if _given(argv, "--apply-layernorm-1p"):
+                raise ValueError(
+                    "--apply-layernorm-1p: needs the norms of Transformer Engine or Apex, "
+                    "and neither is here; remove it"
+                )
 
     added: list[str] = []
     for flag in dict.fromkeys(required):

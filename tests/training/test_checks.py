@@ -12,6 +12,7 @@ from megatron_s2.training.checks import (
     check_splits,
     check_vocabulary,
     check_wandb,
+    check_warmup,
     vocabulary_of,
 )
 
@@ -381,7 +382,7 @@ def model(**given):
     known = {"num_attention_heads": 4, "group_query_attention": True, "num_query_groups": 2}
     known |= dict.fromkeys(("tensor_model_parallel_size", "pipeline_model_parallel_size"), 1)
     known |= {"context_parallel_size": 1, "world_size": 1, "num_experts": None}
-    known |= {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+    known |= {"vocab_size": None, "hidden_dropout": 0.1, "attention_dropout": 0.1}
     return Namespace(**{**known, "config_logger_dir": "", **given})
 
 
@@ -398,6 +399,7 @@ def test_the_query_groups_divide_the_heads():
     ("given", "message"),
     [
         ({"hidden_dropout": 2}, "--hidden-dropout 2: must be >= 0 and < 1"),
+        ({"vocab_size": 0}, "--vocab-size 0: must be >= 1"),
         ({"attention_dropout": -0.1}, "--attention-dropout -0.1: must be >= 0 and < 1"),
         ({"num_experts": 2, "moe_router_topk": 3}, "--moe-router-topk 3: must be at most --num-experts 2"),
         (
@@ -411,6 +413,31 @@ def test_the_query_groups_divide_the_heads():
 def test_numbers_that_megatron_breaks_on_are_refused(given, message):
     with pytest.raises(ValueError) as refusal:
         check_model(model(**given))
+    assert str(refusal.value) == message
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"lr_warmup_fraction": 1.0}, "--lr-warmup-fraction 1.0: must be >= 0 and < 1"),
+        ({"lr_warmup_iters": 10}, "--lr-warmup-iters 10: must be smaller than --train-iters 10"),
+        (
+            {"lr_warmup_iters": 5, "lr_decay_iters": 5},
+            "--lr-warmup-iters 5: must be smaller than --lr-decay-iters 5",
+        ),
+        (
+            {"train_iters": None, "train_samples": 8, "lr_warmup_samples": 9},
+            "--lr-warmup-samples 9: must be smaller than --train-samples 8",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_warmup_ends_before_the_schedule_does(given, message):
+    none = dict.fromkeys(("train_samples", "lr_decay_iters", "lr_decay_samples", "lr_warmup_fraction"))
+    fine = Namespace(**none | {"train_iters": 10, "lr_warmup_iters": 0, "lr_warmup_samples": 0})
+    check_warmup(fine)
+    with pytest.raises(ValueError) as refusal:
+        check_warmup(Namespace(**vars(fine) | given))
     assert str(refusal.value) == message
 
 

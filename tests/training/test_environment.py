@@ -66,6 +66,7 @@ def test_what_the_user_gave_already_is_not_added(given):
         ["--async-save"],
         ["--optimizer-cpu-offload"],
         ["--sequence-parallel", "--tensor-model-parallel-size", "2"],
+        ["--apply-layernorm-1p"],
     ],
     ids=" ".join,
 )
