@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 # A worker that began one of these last would leave the other without work. Longest first.
 LONG = (
     "test_pretrain",
+    "test_command_lines",
     "test_triton",
     "test_s2_training",
     "test_resources",
