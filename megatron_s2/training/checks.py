@@ -81,10 +81,6 @@ def check_model(args: Namespace) -> None:
         raise ValueError(
             f"--moe-router-topk {args.moe_router_topk}: must be at most --num-experts {args.num_experts}"
         )
-    parallel = {name: getattr(args, name) for name in _MODEL_PARALLEL if getattr(args, name) != 1}
-    if args.world_size % max(math.prod(parallel.values()), 1):
-        flags = ", ".join(f"{flag_name(name)} {size}" for name, size in parallel.items())
-        raise ValueError(f"{flags}: the product must divide the number of ranks, {args.world_size}")
     if args.config_logger_dir:
         raise ValueError(
             f"--config-logger-dir {args.config_logger_dir}: Megatron cannot write its configuration, which "
@@ -181,6 +177,18 @@ def _tokenizer_flag(args: Namespace) -> str:
     if args.tokenizer_model:
         return f"--tokenizer-model {args.tokenizer_model}"
     return f"--tokenizer-type {args.tokenizer_type}"
+
+
+def check_parallel_sizes(args: Namespace) -> None:
+    """Checks that the number of ranks is a multiple of those that hold one model.
+
+    Raises:
+        ValueError: it is not; the message names the flags.
+    """
+    parallel = {name: getattr(args, name) for name in _MODEL_PARALLEL if getattr(args, name) != 1}
+    if args.world_size % max(math.prod(parallel.values()), 1):
+        flags = ", ".join(f"{flag_name(name)} {size}" for name, size in parallel.items())
+        raise ValueError(f"{flags}: the product must divide the number of ranks, {args.world_size}")
 
 
 def check_warmup(args: Namespace) -> None:

@@ -30,6 +30,7 @@ from megatron_s2.training.arguments import (
 )
 from megatron_s2.training.checks import (
     check_model,
+    check_parallel_sizes,
     check_paths,
     check_schedule,
     check_splits,
@@ -146,6 +147,7 @@ def _check_arguments(
     check_wandb(args)
     let_eval_interval_be_unset(args)
     set_for_s2, set_for_offload = validate_s2_args(args, argv), validate_offload_args(args, argv)
+    check_parallel_sizes(args)
     if args.s2_backend == "triton" and not torch.cuda.is_available():
         raise ValueError("--s2-backend triton: needs a GPU, and there is none here; use auto or torch")
     overrides = {} if args.s2_attention else _settings_of_spec(args)

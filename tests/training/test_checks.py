@@ -8,6 +8,7 @@ import pytest
 
 from megatron_s2.training.checks import (
     check_model,
+    check_parallel_sizes,
     check_paths,
     check_splits,
     check_vocabulary,
@@ -413,6 +414,7 @@ def test_the_query_groups_divide_the_heads():
 def test_numbers_that_megatron_breaks_on_are_refused(given, message):
     with pytest.raises(ValueError) as refusal:
         check_model(model(**given))
+        check_parallel_sizes(model(**given))
     assert str(refusal.value) == message
 
 
