@@ -169,6 +169,7 @@ SHORT = ["--train-iters", "2", "--eval-iters", "1", "--lr-warmup-iters", "0"]
 def test_the_laptop_recipe_trains(launched, tmp_path):
     launcher, argv = split(launched("tiny-cpu", *SHORT))
     assert launcher == ["torchrun", "--standalone", "--nproc-per-node", "2"]
+    argv += ["--tensorboard-dir", str(tmp_path / "run")]
     run = train_all(tmp_path, {"run": shlex.join(argv)}, ranks=2, model="", data="")["run"]
     assert "S2 in 3 of 4 layers" in run.output
     assert sorted(run.losses) == [1, 2]
