@@ -158,7 +158,7 @@ def test_plot_trace_draws_and_names_the_bottleneck(tmp_path, capsys):
     ("trace", "output", "message"),
     [
         ("missing.json", "a.png", "[Errno 2] No such file or directory: 'missing.json'"),
-        ("trace.json", "a.gif", "path a.gif: must end in .png or .svg"),
+        ("trace.json", "a.gif", "--output a.gif: must end in .png or .svg"),
         ("empty.json", "a.png", "there are no events to draw"),
     ],
 )

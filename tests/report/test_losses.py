@@ -133,7 +133,8 @@ def test_a_pattern_is_drawn_from_the_flags_of_a_whole_training(tmp_path):
 
 
 def test_a_picture_that_cannot_be_written_is_refused(tmp_path):
-    for output, what in ((tmp_path / "x.txt", "must end in"), (tmp_path / "no" / "x.png", "No such file")):
+    (tmp_path / "file").touch()
+    for output, what in ((tmp_path / "x.txt", "must end in"), (tmp_path / "file" / "x.png", "is a file")):
         done = script("plot_pattern.py", "--output", output, "--num-query-groups", "2")
         assert done.returncode == 2
         assert done.stderr.startswith("error: ") and what in done.stderr
