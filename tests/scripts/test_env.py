@@ -5,10 +5,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE, wait_until
 
 ENV_SH = Path(__file__).parents[2] / "scripts" / "lib" / "env.sh"
 
@@ -72,7 +72,7 @@ class Machine:
 
     def run(self, command, **settings):
         process = self.start(command, **settings)
-        process.out, process.err = process.communicate(timeout=20)
+        process.out, process.err = process.communicate(timeout=PATIENCE)
         return process
 
     def enter(self):
@@ -232,16 +232,13 @@ def test_an_installation_that_failed_is_tried_again_in_the_same_environment(mach
 def test_after_an_interrupted_installation_the_environment_is_made_anew(machine, number):
     # pip answers Ctrl-C by failing, not by dying of it
     (machine.root / "pip-does").write_text(
-        f"trap 'exit 1' INT; touch {machine.root}/begun; read -t 20 <> <(:)"
+        f"trap 'exit 1' INT; touch {machine.root}/begun; read -t {PATIENCE:.0f} <> <(:)"
     )
     machine.chosen()
     process = machine.start("enter_environment dev", TOOLS=":/usr/bin:/bin")
-    deadline = time.monotonic() + 10
-    while not (machine.root / "begun").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: (machine.root / "begun").exists())
     os.killpg(process.pid, number)
-    process.communicate(timeout=20)
+    process.communicate(timeout=PATIENCE)
     assert process.returncode == (130 if number == signal.SIGINT else -number)
 
     (machine.root / "pip-does").unlink()
@@ -279,7 +276,7 @@ def test_two_scripts_started_together_install_once(machine):
     (machine.root / "pip-does").write_text("sleep 0.5")
     machine.chosen()
     both = [machine.start("enter_environment dev", TOOLS=":/usr/bin:/bin") for _ in range(2)]
-    outcomes = [process.communicate(timeout=20)[1] for process in both]
+    outcomes = [process.communicate(timeout=PATIENCE)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert machine.calls() == ["-m venv 3.12", "-m pip 3.12"]
     assert sum("waiting for another script" in err for err in outcomes) == 1
