@@ -8,6 +8,7 @@ import queue
 import re
 import shutil
 import signal
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -253,8 +254,9 @@ def _worker_pool(encoder: _Encoder, workers: int) -> Iterator[Callable[[list[str
         for _ in range(workers):
             connection, workers_end = fork.Pipe()
             connections.append(connection)
-            processes.append(fork.Process(target=_work, args=(encoder, workers_end, connections)))
-            processes[-1].start()
+            process = fork.Process(target=_work, args=(encoder, workers_end, connections))
+            process.start()
+            processes.append(process)
             workers_end.close()
             idle.put(connection)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -280,7 +282,8 @@ def _work(encoder: _Encoder, connection: Connection, parents_ends: list[Connecti
             texts = connection.recv()
             try:
                 answer = encoder(texts)
-            except Exception as error:
+            except Exception as error:  # raised again by the parent
+                error.add_note(traceback.format_exc())
                 answer = error
             connection.send(answer)
 

@@ -250,14 +250,13 @@ _RATES = ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "start_weight_deca
 
 def _schedule(args: Namespace) -> dict[str, object]:
     """What Megatron compares on resume, as flags: the rates, and where the schedule ends."""
-    names = [*_RATES, "lr_decay_style", "weight_decay_incr_style", "lr_warmup_fraction", "global_batch_size"]
-    if args.train_iters:
-        names += ["train_iters", "lr_warmup_iters"]
-        decay = "lr_decay_iters", args.lr_decay_iters or args.train_iters
-    else:
-        names += ["train_samples", "lr_warmup_samples"]
-        decay = "lr_decay_samples", args.lr_decay_samples or args.train_samples
-    values = {name: getattr(args, name, None) for name in names} | dict([decay])
+    # Megatron sets train_iters of a run by samples, too. Only iterations are counted in batches.
+    unit = "samples" if args.train_samples else "iters"
+    names = [*_RATES, "lr_decay_style", "weight_decay_incr_style", "lr_warmup_fraction"]
+    names += [f"train_{unit}", f"lr_warmup_{unit}"]
+    names += ["global_batch_size"] if unit == "iters" and not args.step_batch_size_schedule else []
+    values = {name: getattr(args, name, None) for name in names}
+    values[f"lr_decay_{unit}"] = getattr(args, f"lr_decay_{unit}") or getattr(args, f"train_{unit}")
     return {flag_name(name): value for name, value in values.items()}
 
 

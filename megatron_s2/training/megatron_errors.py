@@ -25,7 +25,9 @@ def errors_that_name_flags(args: Namespace) -> Iterator[None]:
     except AssertionError as error:
         raise ValueError(_with_flags(failed_assertion(error), _statement(error), args)) from error
     except ValueError as error:
-        raise type(error)(_with_flags(str(error), _statement(error), args)) from error
+        if (message := _with_flags(str(error), _statement(error), args)) == str(error):
+            raise  # as the class it has
+        raise ValueError(message) from error
 
 
 def failed_assertion(error: AssertionError) -> str:

@@ -3,6 +3,7 @@
 Assertions here must be as Python raises them: PYTEST_DONT_REWRITE.
 """
 
+import json
 from argparse import Namespace
 
 import pytest
@@ -30,6 +31,11 @@ def samples(args):
 
 def named(args):
     raise ValueError("--seq-length 256: must be smaller than train_samples")
+
+
+def test_an_error_without_arguments_keeps_its_class():
+    with pytest.raises(json.JSONDecodeError), errors_that_name_flags(ARGS):
+        json.loads("{")
 
 
 @pytest.mark.parametrize(
