@@ -23,7 +23,7 @@ from megatron_s2.offload.manager import OffloadManager
 from megatron_s2.offload.session import OffloadError
 from megatron_s2.parallel.collectives import PeerLostError
 from megatron_s2.training.configure import OneRankError, configure
-from megatron_s2.training.environment import Environment, describe, runnable_arguments
+from megatron_s2.training.environment import Environment, describe, rank, runnable_arguments
 from megatron_s2.training.hooks import use_offload
 from megatron_s2.training.megatron_errors import failed_assertion
 from megatron_s2.training.offload_arguments import offload_settings
@@ -54,11 +54,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             time.sleep(0)
             raise
     except KeyboardInterrupt:
-        if _rank() == 0:
+        if rank() == 0:
             print("megatron-s2: interrupted", file=sys.stderr)
         _leave(130)
     except PeerLostError as error:
-        print(f"error: {error} (on rank {_rank()})", file=sys.stderr)
+        print(f"error: {error} (on rank {rank()})", file=sys.stderr)
         _report_to_launcher(str(error))
         _leave(1)
     except SystemExit as ended:
@@ -97,7 +97,7 @@ def train(argv: Sequence[str]) -> None:
         argv, added = runnable_arguments(argv, environment)
     except ValueError as error:
         _refuse(str(error))
-    if _rank() == 0 and (line := describe(environment, added)):
+    if rank() == 0 and (line := describe(environment, added)):
         print(line, flush=True)
 
     if not environment.gpu:
@@ -122,7 +122,7 @@ def train(argv: Sequence[str]) -> None:
 
     offload = None
     if args.s2_offload:
-        offload = OffloadManager(offload_settings(args), _rank(), _local_world_size())
+        offload = OffloadManager(offload_settings(args), rank(), _local_world_size())
     use_offload(offload)
     try:
         pretrain(
@@ -163,10 +163,6 @@ def _local_world_size() -> int:
     return numbers[0]
 
 
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
 def _refuse(message: str, only_here: bool = False) -> NoReturn:
     """Ends this rank with status 2; rank 0, or with `only_here` this rank, prints the message, in one line.
 
@@ -174,17 +170,17 @@ def _refuse(message: str, only_here: bool = False) -> NoReturn:
     the input is bad only on this node (for example a missing path), and one rank of the node prints it.
     """
     line = f"error: {' '.join(message.split())}"
-    if _rank() == 0:
+    if rank() == 0:
         print(line, file=sys.stderr, flush=True)
         _report_to_launcher(message)
     elif only_here:
-        print(f"{line} (on rank {_rank()})", file=sys.stderr, flush=True)
+        print(f"{line} (on rank {rank()})", file=sys.stderr, flush=True)
         _report_to_launcher(message)
     else:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(2))
         time.sleep(_RANK_0_MESSAGE_SECONDS)
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{line} (on rank {_rank()})", file=sys.stderr, flush=True)
+            print(f"{line} (on rank {rank()})", file=sys.stderr, flush=True)
             _report_to_launcher(message)
     sys.exit(2)
 

@@ -15,8 +15,8 @@ RECORD_SUFFIX = ".ids"
 _RECORD = struct.Struct("<8sQQ")
 _RECORD_MAGIC = b"S2IDS\x00\x00\x01"
 # Head of an .idx file: magic, version, code of the token type, number of sequences (which a GPT splits by).
-INDEX_HEAD = struct.Struct("<9sQBQ")
-INDEX_MAGIC = b"MMIDIDX\x00\x00"
+_INDEX_HEAD = struct.Struct("<9sQBQ")
+_INDEX_MAGIC = b"MMIDIDX\x00\x00"
 _DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
 # Prefixes of paths that are not on a local disk.
 REMOTE_SCHEMES = ("s3://", "msc://")
@@ -27,6 +27,19 @@ _CHUNK_BYTES = 1 << 20
 
 # The negative id that Megatron fills samples with, masks and does not look up.
 PADDING_ID = -1
+
+
+@dataclass(frozen=True)
+class Index:
+    """The head of a dataset's `.idx` file.
+
+    Args:
+        dtype: NumPy's name of the dtype of its token ids.
+        sequences: number of sequences, each of them a document.
+    """
+
+    dtype: str
+    sequences: int
 
 
 @dataclass(frozen=True)
@@ -66,6 +79,22 @@ class TokenIds:
     tokens: int
 
 
+def read_index(prefix: str) -> Index:
+    """Returns the head of `{prefix}.idx`.
+
+    Raises:
+        InputError: the file is not an index of token ids.
+        OSError: it cannot be read.
+    """
+    with open(f"{prefix}.idx", "rb") as file:
+        head = file.read(_INDEX_HEAD.size)
+    if len(head) == _INDEX_HEAD.size:
+        magic, _, dtype, sequences = _INDEX_HEAD.unpack(head)
+        if magic == _INDEX_MAGIC and dtype in _DTYPES:
+            return Index(_DTYPES[dtype], sequences)
+    raise InputError(f"{prefix}.idx: is not an index of token ids that scripts/preprocess_data.py wrote")
+
+
 def write_record(path: str, largest: int, size: int) -> None:
     """Writes the record of a dataset: its largest token id, and the size of its .bin file in bytes."""
     with open(path, "wb") as file:
@@ -86,11 +115,7 @@ def find_token_ids(prefix: str, most_bytes: int = LOOK_BYTES) -> TokenIds:
     """
     import numpy
 
-    with open(f"{prefix}.idx", "rb") as index:
-        head = index.read(INDEX_HEAD.size)
-    dtype = _DTYPES.get(INDEX_HEAD.unpack(head)[2]) if len(head) == INDEX_HEAD.size else None
-    if dtype is None or not head.startswith(INDEX_MAGIC):
-        raise InputError(f"{prefix}.idx: is not an index of token ids that scripts/preprocess_data.py wrote")
+    dtype = read_index(prefix).dtype
     size = os.path.getsize(f"{prefix}.bin")
     tokens = size // numpy.dtype(dtype).itemsize
     if (recorded := _recorded(prefix, size)) is not None:

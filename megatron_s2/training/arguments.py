@@ -9,6 +9,7 @@ from megatron_s2.errors import flag_name
 from megatron_s2.layers.arguments import cluster_from_args, refuse_bypasses, settings_from_args
 from megatron_s2.parallel.time_model import S2_SCHEDULES, Cluster
 from megatron_s2.pattern import S2Settings
+from megatron_s2.training.environment import given
 from megatron_s2.training.offload_arguments import add_offload_args
 
 _S2_FLAG = "--s2-attention"
@@ -236,7 +237,7 @@ def set_required_args(args: Namespace, argv: Sequence[str], source: str) -> list
     """
     added = []
     if args.attention_dropout:
-        if any(word.split("=")[0] == "--attention-dropout" for word in argv):
+        if given(argv, "--attention-dropout") is not None:
             raise ValueError(
                 f"--attention-dropout {args.attention_dropout}: must be 0 with {source}: S2 attention "
                 "has no dropout inside the softmax"

@@ -15,14 +15,13 @@ from pathlib import Path
 
 from megatron_s2.data.output import check_writable
 from megatron_s2.data.token_ids import (
-    INDEX_HEAD,
-    INDEX_MAGIC,
     REMOTE_SCHEMES,
     Vocabulary,
     check_token_ids,
+    read_index,
 )
 from megatron_s2.data.tokenizer import GROW_MODEL, number_of_ids
-from megatron_s2.errors import flag_name
+from megatron_s2.errors import InputError, flag_name
 
 # Values of `--tokenizer-type` that need `--tokenizer-model`: a file or, for Hugging Face, a name on the hub.
 _TOKENIZERS_FROM_FILE = (
@@ -275,7 +274,10 @@ def check_splits(args: Namespace) -> None:
         split = args.split or _DEFAULT_SPLIT
         shares = _shares(split) if flag in ("--data-path", "--data-args-path") else [(0.0, 1.0)]
         for prefix in prefixes:
-            documents = _number_of_documents(flag, prefix)
+            try:
+                documents = read_index(prefix).sequences
+            except InputError as error:
+                raise ValueError(f"{flag} {error}") from None
             if documents == 0:
                 raise ValueError(f"{flag} {prefix}: has no documents")
             for name, share in zip(_SPLITS, shares):
@@ -306,14 +308,6 @@ def _shares(split: str) -> list[tuple[float, float] | None]:
             f"--split {split}: must be the shares of the training, validation and test split, such as 99,1,0"
         )
     return config.convert_split_vector_to_split_matrix(config.parse_and_normalize_split(split))
-
-
-def _number_of_documents(flag: str, prefix: str) -> int:
-    with open(f"{prefix}.idx", "rb") as index:
-        header = index.read(INDEX_HEAD.size)
-    if len(header) < INDEX_HEAD.size or not header.startswith(INDEX_MAGIC):
-        raise ValueError(f"{flag} {prefix}: {prefix}.idx is not an index of scripts/preprocess_data.py")
-    return INDEX_HEAD.unpack(header)[3]
 
 
 def _check_data(args: Namespace) -> None:

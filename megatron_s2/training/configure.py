@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
@@ -39,6 +38,7 @@ from megatron_s2.training.checks import (
     check_warmup,
     vocabulary_of,
 )
+from megatron_s2.training.environment import rank
 from megatron_s2.training.hooks import count_s2_flops, log_context_parallel_traffic
 from megatron_s2.training.megatron_errors import errors_that_name_flags
 from megatron_s2.training.offload_arguments import validate_offload_args
@@ -105,9 +105,9 @@ def configure(argv: Sequence[str]) -> tuple[Namespace, PretrainConfigContainer]:
         if args.s2_attention:
             _insert_s2(args, model, annealing)
         count_s2_flops(annealing or settings)
-        if _rank() == 0:
+        if rank() == 0:
             _report(args, config, settings, annealing, set_for_s2)
-    if set_for_offload and _rank() == 0:
+    if set_for_offload and rank() == 0:
         print(f"megatron-s2: set for --s2-offload: {' '.join(set_for_offload)}", flush=True)
     return args, pretrain_cfg_container_from_args(args, model)
 
@@ -202,7 +202,7 @@ def _set_global_variables(args: Namespace) -> None:
 def _check_token_ids(args: Namespace, tokenizer) -> None:
     """Refuses data with tokens that the model does not have, before the run and in every sample of it."""
     for line in check_vocabulary(args, tokenizer):
-        if _rank() == 0:
+        if rank() == 0:
             print(f"megatron-s2: {line}", flush=True)
     refuse_tokens_beyond(vocabulary_of(args, tokenizer))
 
@@ -301,7 +301,7 @@ def _compare_with_checkpoint(args: Namespace, saved: Namespace) -> None:
         return
     if not args.finetune:
         raise ValueError(f"{differences[0]}; give the same, or --finetune to train on from its weights")
-    if _rank() == 0:
+    if rank() == 0:
         print(f"megatron-s2: --finetune changes the attention: {'; '.join(differences)}", flush=True)
 
 
@@ -345,7 +345,3 @@ def _refuse_unsupported(args: Namespace) -> None:
             f"--micro-batch-size {args.micro_batch_size}: must be 1 with --dataloader-inter-document-masking "
             "and --pipeline-model-parallel-size > 1; use more micro-batches instead"
         )
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))

@@ -6,6 +6,7 @@ list of arguments, before Megatron parses it: only there can a default be distin
 user gave, which is refused, not overridden, if it cannot work; and Megatron validates the final values.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -105,7 +106,12 @@ _RECOMPUTED_BY_TRANSFORMER_ENGINE = ("layernorm", "moe_act", "mla_up_proj", "gdn
 _HARMLESS_VALUES = {("--cuda-graph-impl", "none"), ("--cpu-offloading-num-layers", "0")}
 
 
-def _given(argv: Sequence[str], flag: str) -> str | bool | None:
+def rank() -> int:
+    """Returns the global rank of this process, 0 without a launcher; works before torch.distributed does."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def given(argv: Sequence[str], flag: str) -> str | bool | None:
     """Returns the last value of a flag on a command line; True for a flag without a value, None if absent."""
     found: str | bool | None = None
     for position, word in enumerate(argv):
@@ -127,8 +133,8 @@ def runnable_arguments(argv: Sequence[str], environment: Environment) -> tuple[l
     if not environment.gpu:
         required += _WITHOUT_GPU
         for flag, remedy in _NEEDS_GPU.items():
-            value = _given(argv, flag)
-            if flag == "--optimizer-cpu-offload" and _given(argv, "--s2-offload") is not None:
+            value = given(argv, flag)
+            if flag == "--optimizer-cpu-offload" and given(argv, "--s2-offload") is not None:
                 continue  # which sets it itself and runs everywhere
             if value is not None and (flag, value) not in _HARMLESS_VALUES:
                 shown = flag if value is True else f"{flag} {value}"
@@ -139,7 +145,7 @@ def runnable_arguments(argv: Sequence[str], environment: Environment) -> tuple[l
         if not environment.apex:
             required += _WITHOUT_APEX
             _refuse_sequence_parallel(argv)
-            if _given(argv, "--apply-layernorm-1p"):
+            if given(argv, "--apply-layernorm-1p"):
                 raise ValueError(
                     "--apply-layernorm-1p: needs the norms of Transformer Engine or Apex, "
                     "and neither is here; remove it"
@@ -147,7 +153,7 @@ def runnable_arguments(argv: Sequence[str], environment: Environment) -> tuple[l
 
     added: list[str] = []
     for flag in dict.fromkeys(required):
-        value = _given(argv, flag.name)
+        value = given(argv, flag.name)
         if value is None:
             added += flag.words
         elif flag.value is not None and value != flag.value:
@@ -174,8 +180,8 @@ def _refuse_recompute_modules(argv: Sequence[str]) -> None:
 
 def _refuse_sequence_parallel(argv: Sequence[str]) -> None:
     """Torch's norms do not support sequence parallelism, which Megatron checks only when it builds them."""
-    tensor_parallel = _given(argv, "--tensor-model-parallel-size") not in (None, "1")
-    if tensor_parallel and _given(argv, "--sequence-parallel"):
+    tensor_parallel = given(argv, "--tensor-model-parallel-size") not in (None, "1")
+    if tensor_parallel and given(argv, "--sequence-parallel"):
         raise ValueError(
             "--sequence-parallel: needs the norms of Transformer Engine or Apex, "
             "and neither is here; remove it"

@@ -13,6 +13,7 @@ from megatron_s2.errors import flag_name
 from megatron_s2.layers.arguments import refuse_arguments
 from megatron_s2.offload.plan import ALIGNMENT, GB, SUBGROUP_SIZE, check_fraction
 from megatron_s2.offload.settings import OffloadSettings
+from megatron_s2.training.environment import given
 
 _FLAG = "--s2-offload"
 # Arguments with which Megatron's distributed optimizer leaves state and weights to the inner optimizer.
@@ -121,9 +122,8 @@ def validate_offload_args(args: Namespace, argv: Sequence[str] = ()) -> list[str
             if name.startswith("s2_offload_") and value is not None:
                 raise ValueError(f"{flag_name(name)}: needs {_FLAG}")
         return []
-    words = {word.split("=")[0] for word in argv}
     for flag, why in _REFUSED_HYBRID_FLAGS.items():
-        if flag in words:
+        if given(argv, flag) is not None:
             raise ValueError(f"{flag}: must not be set with {_FLAG}: {why}")
     refuse_arguments(args, _REFUSED, _FLAG)
     modules = " ".join(map(str, (args.cuda_graph_modules or []) + (args.cuda_graph_scope_deprecated or [])))

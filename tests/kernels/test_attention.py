@@ -6,9 +6,8 @@ Case ids read B batch, T queries, H KV heads, HQ query heads, D head_dim, then t
 import pytest
 import torch
 from attention_cases import Case, packed, random_mask, s2
+from largest_tensor import LargestTensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megatron_s2 import S2Pattern, s2_attention
 from megatron_s2.kernels import torch_backend, torch_flash
@@ -185,18 +184,6 @@ def test_a_second_derivative_is_refused():
 
 
 # Memory.
-
-
-class LargestTensor(TorchDispatchMode):
-    """Bytes of the largest tensor that any operator returned."""
-
-    most = 0
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        result = op(*args, **(kwargs or {}))
-        sizes = (x.untyped_storage().nbytes() for x in tree_leaves(result) if isinstance(x, torch.Tensor))
-        self.most = max(self.most, *sizes, 0)
-        return result
 
 
 def widened(x: torch.Tensor) -> int:

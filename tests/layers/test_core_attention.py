@@ -5,12 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from largest_tensor import LargestTensor
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megatron_s2 import s2_attention
 from megatron_s2.layers import core_attention
@@ -250,18 +249,6 @@ def test_learned_sinks_are_split_over_ranks_as_megatrons(attention):
 
 
 # Memory.
-
-
-class LargestTensor(TorchDispatchMode):
-    """Bytes of the largest tensor that any operator gave back."""
-
-    most = 0
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        result = op(*args, **(kwargs or {}))
-        sizes = (x.untyped_storage().nbytes() for x in tree_leaves(result) if isinstance(x, torch.Tensor))
-        self.most = max(self.most, *sizes, 0)
-        return result
 
 
 @both_kinds

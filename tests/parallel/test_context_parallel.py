@@ -11,10 +11,9 @@ import pytest
 import torch
 from attention_cases import Case, packed, s2
 from interpreter import quicken_interpreter
+from largest_tensor import LargestTensor
 from ranks import run_on_ranks
 from selection import exhaustive
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megatron_s2 import S2Pattern
 from megatron_s2.kernels.compare import attention_results, require_as_exact_as_plain, require_equal
@@ -204,19 +203,6 @@ def test_the_bytes_counted_are_the_bytes_predicted(on_ranks, case, schedule):
         assert sum(t.received[0] for t in traffics) == sum(t.sent[0] for t in traffics) > 0
 
 
-class LargestTensor(TorchDispatchMode):
-    """Records the bytes of the largest tensor that any operation returns."""
-
-    bytes = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **kwargs or {})
-        for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor):
-                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
-        return result
-
-
 def largest_tensors(rank: int, case: Case, backend: str) -> dict[str, int]:
     """Bytes of the largest tensor, by schedule."""
     if backend == "triton":
@@ -233,7 +219,7 @@ def largest_tensor(rank: int, case: Case, schedule: str, backend: str) -> int:
     with LargestTensor() as largest:
         out = context_parallel_attention(q, k, v, case.pattern, group, schedule, backend=backend)
         out.backward(dout)
-    return largest.bytes
+    return largest.most
 
 
 ALL_KEYS = ALL_HELD.queries * ALL_HELD.pattern.num_kv_heads * ALL_HELD.dim * torch.float32.itemsize

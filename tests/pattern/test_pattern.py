@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small_patterns import a_mask_pattern, a_pattern
 
 from megatron_s2 import BlockMaskPattern, S2Pattern
 from megatron_s2.pattern.block_pattern import attention_flops, dense_pairs
@@ -79,14 +80,6 @@ def patterns(draw, max_heads: int = 5, max_stride: int = 9) -> S2Pattern:
         layer=draw(st.integers(0, 6)),
         warn_lost=False,
     )
-
-
-def a_pattern(**fields) -> S2Pattern:
-    return S2Pattern(**({"num_kv_heads": 4, "block_size": 16, "local_blocks": 2, "vert_stride": 4} | fields))
-
-
-def a_mask_pattern(num_blocks: int = 4) -> BlockMaskPattern:
-    return BlockMaskPattern(np.tril(np.ones((2, num_blocks, num_blocks), dtype=bool)), block_size=16)
 
 
 # Visible blocks
@@ -234,7 +227,7 @@ def test_a_dense_head_counts_as_causal_attention(seq_len):
 
 
 def test_an_empty_sequence_has_no_pairs():
-    for p in (a_pattern(sink_blocks=3), a_mask_pattern()):
+    for p in (a_pattern(sink_blocks=3), a_mask_pattern(num_blocks=4)):
         assert p.num_blocks(0) == 0
         assert set(p.visible_pairs(0)) == set(p.kv_tokens(0)) == {0}
         assert p.block_mask(0).shape == (p.num_kv_heads, 0, 0)
@@ -504,7 +497,7 @@ def test_block_mask_pattern_refuses(mask, block_size, message):
 )
 def test_block_mask_pattern_methods_refuse(ask, message):
     with pytest.raises(ValueError) as refused:
-        ask(a_mask_pattern())
+        ask(a_mask_pattern(num_blocks=4))
     assert str(refused.value) == message
 
 

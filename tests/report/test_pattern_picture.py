@@ -5,20 +5,11 @@ import sys
 
 import numpy as np
 import pytest
-
-from megatron_s2 import BlockMaskPattern, S2Pattern
+from small_patterns import a_mask_pattern, a_pattern
 
 pytest.importorskip("matplotlib")
 
 from megatron_s2.report.pattern_picture import draw_pattern
-
-
-def a_pattern(**fields) -> S2Pattern:
-    return S2Pattern(**({"num_kv_heads": 4, "block_size": 16, "local_blocks": 2, "vert_stride": 4} | fields))
-
-
-def a_mask_pattern(num_blocks: int = 8) -> BlockMaskPattern:
-    return BlockMaskPattern(np.tril(np.ones((2, num_blocks, num_blocks), dtype=bool)), block_size=16)
 
 
 def panels(figure) -> list:

@@ -303,7 +303,7 @@ def test_a_blend_file_needs_a_split(documents, tmp_path):
 
 
 def test_a_file_that_is_no_index_is_refused(prefix):
-    with pytest.raises(ValueError, match=r"^--data-path .*text\.idx is not an index"):
+    with pytest.raises(ValueError, match=r"^--data-path .*text\.idx: is not an index"):
         check_splits(arguments(data_path=[prefix], split="1"))
 
 
