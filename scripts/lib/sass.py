@@ -1,0 +1,150 @@
+"""Reads the machine code of a compiled kernel: its loops, and what one iteration of each executes."""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+
+_LABEL = re.compile(r"\s*(\.L_x_\d+):")
+_INSTRUCTION = re.compile(
+    r"\s*/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;?\s*\}?\s*$"
+)
+_TARGET = re.compile(r"(\.L_x_\d+)|\b0x([0-9a-f]+)")
+_SHAPE = re.compile(r"HGMMA\.(\d+)x(\d+)x(\d+)")
+_PRODUCTS = ("HGMMA", "HMMA", "UTCHMMA")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    address: int
+    operation: str  # with its modifiers, such as "MUFU.EX2"
+    operands: str
+
+
+@dataclass(frozen=True)
+class Loop:
+    """One innermost loop: what a warp executes in one iteration."""
+
+    instructions: tuple[Instruction, ...]
+
+    def count(self, *operations: str) -> int:
+        """Number of instructions whose operation begins with one of `operations`."""
+        return sum(x.operation.startswith(operations) for x in self.instructions)
+
+    @property
+    def size(self) -> int:
+        return len(self.instructions)
+
+    @property
+    def exponentials(self) -> int:
+        """Exponentials of one thread; those of rescaling are among them."""
+        return self.count("MUFU.EX2")
+
+    @property
+    def products(self) -> Counter[str]:
+        """Number of instructions of the tensor cores by shape, such as "64x64x16"."""
+        shapes = Counter()
+        for x in self.instructions:
+            if x.operation.startswith(_PRODUCTS):
+                shape = _SHAPE.match(x.operation)
+                shapes["x".join(shape.groups()) if shape else x.operation.split(".")[0]] += 1
+        return shapes
+
+    @property
+    def tensor_flops(self) -> int:
+        """FLOPs of the `HGMMA` instructions of one warpgroup."""
+        return sum(2 * m * n * k * count for m, n, k, count in self._hgmma())
+
+    def _hgmma(self):
+        for shape, count in self.products.items():
+            if "x" in shape:
+                yield *map(int, shape.split("x")), count
+
+    @property
+    def local(self) -> int:
+        """Accesses to local memory, where spilled registers are."""
+        return self.count("LDL", "STL")
+
+    @property
+    def copies(self) -> str:
+        """How tiles reach shared memory: by tensor descriptors, by asynchronous copies of threads, or not so."""
+        if self.count("UTMALDG"):
+            return "TMA"
+        return "cp.async" if self.count("LDGSTS") else "none"
+
+    @property
+    def in_flight(self) -> int | None:
+        """Number of later copies that a wait for a tile lets be under way; None without asynchronous copies.
+
+        A wait for copies of threads names the number of later groups. A copy by descriptor arrives at a barrier
+        of its own: there it counts whether the copy goes to a tile of a later iteration, which the code shows
+        by issuing copies and waiting for others, never for the same.
+        """
+        waits = [
+            int(x.operands.split(",")[1], 16)
+            for x in self.instructions
+            if x.operation.startswith("DEPBAR.LE") and "SB0" in x.operands and x.operands.count(",") == 1
+        ]
+        return min(waits, default=None)
+
+    @property
+    def waits(self) -> int:
+        """Waits for the tensor cores."""
+        return self.count("WARPGROUP.DEPBAR")
+
+
+@dataclass(frozen=True)
+class Code:
+    """The machine code of one kernel."""
+
+    instructions: tuple[Instruction, ...]
+    loops: tuple[Loop, ...]  # innermost ones with products of tiles
+
+    @property
+    def straight(self) -> int:
+        """Number of instructions outside the loops."""
+        return len(self.instructions) - sum(loop.size for loop in self.loops)
+
+
+def disassemble(cubin: bytes) -> str:
+    """Returns what the `nvdisasm` that Triton ships prints."""
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.nvdisasm.path, "-c", file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def parse(text: str) -> Code:
+    """Returns the code that `nvdisasm` printed."""
+    found, labels = [], {}
+    for line in text.splitlines():
+        line = line.split("//")[0]
+        if label := _LABEL.match(line):
+            labels[label[1]] = len(found)
+        elif match := _INSTRUCTION.match(line):
+            found.append(Instruction(int(match[1], 16), match[2], match[3]))
+    return Code(tuple(found), tuple(_loops(found, labels)))
+
+
+def _loops(found: list[Instruction], labels: dict[str, int]) -> list[Loop]:
+    at = {x.address: i for i, x in enumerate(found)}
+    ranges = set()
+    for i, x in enumerate(found):
+        if x.operation.startswith("BRA") and (target := _TARGET.search(x.operands)):
+            begin = labels.get(target[1]) if target[1] else at.get(int(target[2], 16))
+            # Behind the end of the kernel stand second tries of waits, which go back to where they came from.
+            if begin is not None and begin < i and not any(y.operation == "EXIT" for y in found[begin:i]):
+                ranges.add((begin, i))
+    multiplying = [
+        (a, b) for a, b in ranges if any(x.operation.startswith(_PRODUCTS) for x in found[a : b + 1])
+    ]
+    innermost = [
+        (a, b)
+        for a, b in multiplying
+        if not any((a, b) != (c, d) and a <= c and d <= b for c, d in multiplying)
+    ]
+    return [Loop(tuple(found[a : b + 1])) for a, b in sorted(innermost)]
