@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from itertools import accumulate
 
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from megatron_s2.kernels.triton_common import LOG2_E
+from megatron_s2.kernels.triton_common import INTERPRETED, LOG2_E
 from megatron_s2.kernels.triton_pattern import KernelPattern
-from megatron_s2.kernels.tuning import Tiles, Tuning
+from megatron_s2.kernels.triton_support import capability_of
+from megatron_s2.kernels.tuning import Tiles, Tuning, packed_heads
 
 Program = tuple[int, ...]  # a row of p_tiles: see `query_program` and `key_program`
 
@@ -77,11 +79,15 @@ class KernelArgs:
             return tiles
         block = self.pattern.block_size
         if kernel == "dkv":
-            return replace(tiles, keys=min(tiles.keys, block))
-        return replace(tiles, rows=min(tiles.rows, block))
+            return tiles.with_keys(min(tiles.keys, block))
+        return tiles.with_rows(min(tiles.rows, block * self.pack(kernel)))
+
+    def pack(self, kernel: str) -> int:
+        """Query heads of a tile of forward or dq."""
+        return packed_heads(self.group, getattr(self.tuning, kernel).rows, self.pattern.block_size)
 
     def query_programs(self, rows: int) -> list[Program]:
-        """One program per tile of `rows` queries. Tiles are aligned to absolute positions."""
+        """One program per tile of `rows` tokens. Tiles are aligned to absolute positions."""
         first = self.q_start // rows
         return [
             (start, length, i)
@@ -133,6 +139,20 @@ class KernelArgs:
         table = _on_device(tuple(programs), self.q.device) if self.packed else None
         return {"p_tiles": table, "PACKED": bool(self.packed)}
 
+    def source_boxes(self, keys: int, source: str | None) -> dict[str, object]:
+        """Tensor descriptors of K and V of both sources, of boxes of `keys` tokens; None where tiles are read
+        through pointers."""
+        compact = self.k_shard is not None
+        tensors = {"d_k": self.k, "d_v": self.v} if source != "shard" else {}
+        if source != "window" and (compact or not tensors):
+            tensors |= {"d_ks": self.k_shard, "d_vs": self.v_shard} if compact else {"d_k": self.k, "d_v": self.v}
+        fits = self.mask is None and keys <= self.pattern.block_size
+        return _boxes(("d_k", "d_v", "d_ks", "d_vs"), tensors if fits else {}, keys)
+
+    def row_boxes(self, dout: Tensor, rows: int) -> dict[str, object]:
+        """Tensor descriptors of q and dout, as `source_boxes`."""
+        return _boxes(("d_q", "d_do"), {} if self.mask is not None else {"d_q": self.q, "d_do": dout}, rows)
+
     def tile_args(self, tiles: Tiles) -> dict[str, object]:
         """Sizes, and the options of Triton's compiler."""
         D, DV = self.q.shape[-1], self.v.shape[-1]
@@ -140,6 +160,35 @@ class KernelArgs:
             "D": D, "DV": DV, "BD": padded(D), "BDV": padded(DV), "BLOCK": self.pattern.block_size,
             "BM": tiles.rows, "BN": tiles.keys, **compile_args(self.q.dtype, tiles),
         }  # fmt: skip
+
+
+def _boxes(names: tuple[str, ...], tensors: dict[str, Tensor], tokens: int) -> dict[str, object]:
+    """Tensor descriptors by name, and whether there are any (`DESC`): none of `tensors` may lack its own."""
+    fits = bool(tensors) and all(has_descriptor(x) for x in tensors.values())
+    found = {name: _descriptor(x, tokens) for name, x in tensors.items()} if fits else {}
+    return dict.fromkeys(names) | found | {"DESC": fits}
+
+
+def has_descriptor(x: Tensor) -> bool:
+    """Whether the hardware copies tiles of `x` `[batch, token, head, dim]`: from Hopper on, elements of 16 bits,
+    and everything aligned to 16 bytes (CUDA driver API, cuTensorMapEncodeTiled)."""
+    steps = [stride * x.element_size() for stride, size in zip(x.stride()[:3], x.shape) if size > 1]
+    return (
+        capability_of(x.device) >= 9
+        and (x.element_size() == 2 or INTERPRETED)
+        and x.numel() > 0
+        and x.data_ptr() % 16 == 0
+        and all(0 < step < 1 << 40 and step % 16 == 0 for step in steps)
+    )
+
+
+def _descriptor(x: Tensor, tokens: int) -> TensorDescriptor:
+    """Descriptor `[batch, head, token, dim]` of boxes of `tokens` tokens of one head."""
+    dims = (0, 2, 1)
+    shape = [x.shape[dim] for dim in dims]
+    # The stride of a dimension of size 1 is never used, but has to be aligned.
+    steps = [x.stride(dim) if x.shape[dim] > 1 else 16 for dim in dims]
+    return TensorDescriptor(x, [*shape, x.shape[3]], [*steps, 1], [1, 1, tokens, padded(x.shape[3])])
 
 
 def strides(name: str, x: Tensor | None, dims: str = "bth") -> dict[str, int]:

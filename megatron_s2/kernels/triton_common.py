@@ -13,7 +13,12 @@ the diagonal, only those in a list: the key blocks of each row, or for dK/dV the
 
 Names have the prefixes of flash-linear-attention: `p_` pointer, `s_` stride, `i_` index, `o_` offsets, `m_`
 mask, `b_` block of values. Strides end in `b` for batch, `t` token and `h` head. In shapes, BM is the number
-of query rows of a tile, BN of its keys, BD and BDV are head_dim of K and V rounded up to a power of two.
+of query rows of a tile, BN of its keys, BD and BDV are head_dim of K and V rounded up to a power of two. With
+PACK the rows of a tile are those of PACK query heads of one KV head, BM // PACK tokens of each.
+
+`d_` is a tensor descriptor `[batch, head, token, dim]`: with it (constant DESC) the hardware copies a whole tile
+from one token on (TMA), without addresses and masks in registers. Tiles that are masked are always read through
+pointers: beyond a packed document's end lie others' tokens, which must not be read even if they count nothing.
 """
 
 import triton
@@ -27,15 +32,18 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 
 @triton.jit
-def query_program(p_tiles, seq_q, H: tl.constexpr, GROUP: tl.constexpr, PACKED: tl.constexpr):
+def query_program(
+    p_tiles, seq_q, H: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, PACKED: tl.constexpr
+):
     """What a program over query rows computes: (i_m, i_b, i_h, i_g, doc, seq_q).
 
-    It is tile i_m of query head i_h of sequence i_b. In a packed batch, a row of p_tiles holds the first
-    token and the length of the program's document, and the tile's index in it.
+    It is tile i_m of query heads i_h .. i_h+PACK-1 of sequence i_b. In a packed batch, a row of p_tiles holds
+    the first token and the length of the program's document, and the tile's index in it.
     """
     # Late tiles have the most keys: they start first.
     i_m = tl.num_programs(0) - 1 - tl.program_id(0)
-    i_b, i_h = tl.program_id(1) // H, (tl.program_id(1) % H).to(tl.int64)
+    i_b = tl.program_id(1) // (H // PACK)
+    i_h = (tl.program_id(1) % (H // PACK) * PACK).to(tl.int64)
     i_g = i_h // GROUP
     doc = tl.zeros((), dtype=tl.int64)
     if PACKED:
@@ -60,6 +68,18 @@ def key_program(i_n, p_tiles, seq_q, PACKED: tl.constexpr):
         offset = tl.load(p_tiles + 4 * i_n + 3).to(tl.int64)
         i_n = tl.load(p_tiles + 4 * i_n + 2)
     return i_n, doc, seq_q, offset
+
+
+@triton.jit
+def load_tile(p, t, s_t, o_d, m_t, m_d):
+    """Rows `[BN, BD]` at tokens t of a tensor, zeros where there is none."""
+    return tl.load(p + t[:, None] * s_t + o_d, mask=m_t[:, None] & m_d[None, :], other=0.0)
+
+
+@triton.jit
+def load_box(d, i_b, i_h, t, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows `[ROWS, COLUMNS]` from token t on, through a tensor descriptor; all of them exist."""
+    return d.load([i_b, i_h.to(tl.int32), t.to(tl.int32), 0]).reshape(ROWS, COLUMNS)
 
 
 @triton.jit
@@ -172,6 +192,20 @@ def shard_run(
         if not WINDOW:
             tokens = shard_count(tl.maximum(0, row1 - window + 1), first, stride, sinks) * BLOCK
     return begin, seen, tokens
+
+
+@triton.jit
+def whole_tile(
+    i, in_shard, shard_start, window_start, first, stride, sinks,
+    BLOCK: tl.constexpr, BN: tl.constexpr, COMPACT: tl.constexpr,
+):  # fmt: skip
+    """First token in its source of the i-th tile that all rows see: `in_shard` tiles of the shard, the first of
+    which counts from token `shard_start`, and behind them those of the window from token `window_start` on."""
+    if COMPACT:
+        t = i * BN
+    else:
+        t = shard_block(i // (BLOCK // BN), first, stride, sinks) * BLOCK + i % (BLOCK // BN) * BN
+    return tl.where(i < in_shard, shard_start + t, window_start + (i - in_shard) * BN)
 
 
 @triton.jit

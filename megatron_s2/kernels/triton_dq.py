@@ -1,7 +1,7 @@
 """Backward pass in Triton over query rows: delta and dQ, a kernel and a launch each.
 
 dQ reads the same keys in the same order as the forward kernel (`triton_forward`), with the same tiles of BM
-queries of one query head.
+rows.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ from torch import Tensor
 from megatron_s2.kernels.triton_args import KernelArgs, padded, strides
 from megatron_s2.kernels.triton_common import (
     LOG2_E,
+    load_box,
+    load_tile,
     query_program,
     shard_block,
     shard_run,
     shard_tail_tile,
     shard_tile,
+    whole_tile,
     window_mask,
     window_run,
 )
@@ -58,71 +61,85 @@ def launch_delta(dout: Tensor, out: Tensor, dlse: Tensor | None, delta: Tensor) 
 
 @triton.jit
 def _add_dq(
-    dq, lse, delta, b_q, b_do, p_k, p_v, m_n, m_d, m_dv, mask, scale,
-    MASKED: tl.constexpr, PREC: tl.constexpr,
+    dq, lse, delta, b_q, b_do, b_k, b_v, mask, scale, MASKED: tl.constexpr, PREC: tl.constexpr
 ):  # fmt: skip
     """Adds what one tile of keys contributes to dQ [BM, BD], without the softmax scale. lse is in base 2."""
-    b_k = tl.load(p_k, mask=m_n[:, None] & m_d[None, :], other=0.0)  # [BN, BD]
-    b_v = tl.load(p_v, mask=m_n[:, None] & m_dv[None, :], other=0.0)  # [BN, BDV]
-    qk = tl.dot(b_q, tl.trans(b_k), input_precision=PREC) * scale  # [BM, BN]
-    p = tl.exp2(qk - lse[:, None])
+    qk = tl.dot(b_q, tl.trans(b_k), input_precision=PREC)  # [BM, BN]
+    p = tl.exp2(qk * scale - lse[:, None])
     if MASKED:
         p = tl.where(mask, p, 0.0)
     dp = tl.dot(b_do, tl.trans(b_v), input_precision=PREC)  # [BM, BN]
     ds = p * (dp - delta[:, None])
-    return dq + tl.dot(ds.to(b_k.dtype), b_k, input_precision=PREC)
+    return tl.dot(ds.to(b_k.dtype), b_k, dq, input_precision=PREC)
+
+
+@triton.jit
+def _add_dq_boxes(
+    dq, lse, delta, b_q, b_do, d_k, d_v, i_b, i_h, tiles, in_shard, shard_start, window_start, first, stride,
+    sinks, scale, BD: tl.constexpr, BDV: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr,
+    COMPACT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """Adds `tiles` tiles of keys that all rows see, through tensor descriptors; `whole_tile` says which."""
+    for i in range(tiles):
+        t = whole_tile(i, in_shard, shard_start, window_start, first, stride, sinks, BLOCK, BN, COMPACT)
+        b_k, b_v = load_box(d_k, i_b, i_h, t, BN, BD), load_box(d_v, i_b, i_h, t, BN, BDV)
+        dq = _add_dq(dq, lse, delta, b_q, b_do, b_k, b_v, None, scale, False, PREC)
+    return dq
 
 
 @triton.jit
 def s2_bwd_kernel_dq(
-    p_q, p_k, p_v, p_ks, p_vs, p_do, p_dq, p_prev, p_lse, p_delta, p_heads, p_starts, p_list, p_tiles,
-    s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, s_ksb, s_kst, s_ksh, s_vsb, s_vst, s_vsh,
-    s_dob, s_dot, s_doh, s_dqb, s_dqt, s_dqh, s_lb, s_lh, seq_q, q_start, k_start, window, sinks, scale,
-    num_blocks,
-    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
-    BDV: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SHARD: tl.constexpr,
-    WINDOW: tl.constexpr, RESUME: tl.constexpr, COMPACT: tl.constexpr, CSR: tl.constexpr,
-    PACKED: tl.constexpr, PREC: tl.constexpr,
+    p_q, p_k, p_v, p_ks, p_vs, d_k, d_v, d_ks, d_vs, p_do, p_dq, p_prev, p_lse, p_delta, p_heads, p_starts,
+    p_list, p_tiles, s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, s_ksb, s_kst, s_ksh, s_vsb, s_vst,
+    s_vsh, s_dob, s_dot, s_doh, s_dqb, s_dqt, s_dqh, s_lb, s_lh, seq_q, q_start, k_start, window, sinks,
+    scale, num_blocks,
+    H: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BD: tl.constexpr, BDV: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    SHARD: tl.constexpr, WINDOW: tl.constexpr, RESUME: tl.constexpr, DESC: tl.constexpr,
+    COMPACT: tl.constexpr, CSR: tl.constexpr, PACKED: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """dQ `[batch, seq_q, H, D]`. With RESUME p_prev is p_dq."""
-    i_m, i_b, i_h, i_g, doc, seq_q = query_program(p_tiles, seq_q, H, GROUP, PACKED)
+    i_m, i_b, i_h, i_g, doc, seq_q = query_program(p_tiles, seq_q, H, GROUP, PACK, PACKED)
     first, stride = tl.load(p_heads + 4 * i_g), tl.load(p_heads + 4 * i_g + 1)
+    shard_start = tl.zeros((), dtype=tl.int64)
+    if COMPACT:
+        shard_start = tl.load(p_heads + 4 * i_g + 2).to(tl.int64)
+    i_gs = tl.zeros((), dtype=tl.int64) if COMPACT else i_g  # head of the shard source
     o_b = i_b.to(tl.int64)
     p_q += o_b * s_qb + doc * s_qt + i_h * s_qh
     p_k += o_b * s_kb + (doc - k_start) * s_kt + i_g * s_kh
     p_v += o_b * s_vb + (doc - k_start) * s_vt + i_g * s_vh
-    if COMPACT:
-        shard_start = tl.load(p_heads + 4 * i_g + 2).to(tl.int64)
-        p_ks += o_b * s_ksb + shard_start * s_kst
-        p_vs += o_b * s_vsb + shard_start * s_vst
-    else:
-        p_ks += o_b * s_ksb + doc * s_kst + i_g * s_ksh
-        p_vs += o_b * s_vsb + doc * s_vst + i_g * s_vsh
+    p_ks += o_b * s_ksb + (doc + shard_start) * s_kst + i_gs * s_ksh
+    p_vs += o_b * s_vsb + (doc + shard_start) * s_vst + i_gs * s_vsh
+    p_do += o_b * s_dob + doc * s_dot + i_h * s_doh
     p_dq += o_b * s_dqb + doc * s_dqt + i_h * s_dqh
-    p_lse += o_b * s_lb + i_h * s_lh + doc
 
     o_d, o_dv = tl.arange(0, BD), tl.arange(0, BDV)
     m_d, m_dv = o_d < D, o_dv < DV
-    # Tiles are aligned to absolute positions, so that one of at most BLOCK rows lies in one block.
-    tile = (q_start // BM + i_m) * BM
-    pos = tile + tl.arange(0, BM)
+    # Tiles are aligned to absolute positions, so that one of at most BLOCK tokens lies in one block.
+    BT: tl.constexpr = BM // PACK
+    tile = (q_start // BT + i_m) * BT
+    pos = tile + tl.arange(0, BM) % BT
+    o_h = (tl.arange(0, BM) // BT).to(tl.int64)  # head of each row, from i_h on
     o_m = pos - q_start
-    o_m64 = o_m.to(tl.int64)[:, None]
+    o_m64 = o_m.to(tl.int64)
     m_m = (o_m >= 0) & (o_m < seq_q)
-    b_q = tl.load(p_q + o_m64 * s_qt + o_d, mask=m_m[:, None] & m_d, other=0.0)  # [BM, BD]
-    p_do += o_b * s_dob + doc * s_dot + i_h * s_doh
-    b_do = tl.load(p_do + o_m64 * s_dot + o_dv, mask=m_m[:, None] & m_dv, other=0.0)  # [BM, BDV]
-    p_delta += o_b * s_lb + i_h * s_lh + doc
-    lse = tl.load(p_lse + o_m, mask=m_m, other=0.0) * LOG2_E  # [BM]
-    delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)  # [BM]
+    o_row = o_b * s_lb + (i_h + o_h) * s_lh + doc + o_m64
+    lse = tl.load(p_lse + o_row, mask=m_m, other=0.0) * LOG2_E  # [BM]
+    delta = tl.load(p_delta + o_row, mask=m_m, other=0.0)  # [BM]
+    o_dq = (o_h * s_dqh + o_m64 * s_dqt)[:, None] + o_d
+    o_q = (o_h * s_qh + o_m64 * s_qt)[:, None] + o_d
+    o_do = (o_h * s_doh + o_m64 * s_dot)[:, None] + o_dv
+    b_q = tl.load(p_q + o_q, mask=m_m[:, None] & m_d, other=0.0)  # [BM, BD]
+    b_do = tl.load(p_do + o_do, mask=m_m[:, None] & m_dv, other=0.0)  # [BM, BDV]
     dq = tl.zeros([BM, BD], tl.float32)
     if RESUME:
         p_prev += o_b * s_dqb + doc * s_dqt + i_h * s_dqh
-        dq = tl.load(p_prev + o_m64 * s_dqt + o_d, mask=m_m[:, None] & m_d, other=0.0)
+        dq = tl.load(p_prev + o_dq, mask=m_m[:, None] & m_d, other=0.0)
         dq *= LOG2_E / scale
 
     start = tl.maximum(tile, q_start)
-    stop = tl.minimum(tile + BM, q_start + seq_q)
+    stop = tl.minimum(tile + BT, q_start + seq_q)
     row0, row1 = start // BLOCK, (stop - 1) // BLOCK
     low = tl.maximum(0, row0 - window + 1)  # first block of the first row's window
 
@@ -132,35 +149,11 @@ def s2_bwd_kernel_dq(
     if CSR:
         p_list += begin
     whole = seen // BN * BN
-    for i_n in range(0, whole, BN):
-        t = shard_tile(i_n, p_list, first, stride, sinks, BLOCK, BN, COMPACT, CSR)
-        dq = _add_dq(
-            dq, lse, delta, b_q, b_do, p_ks + t[:, None] * s_kst + o_d, p_vs + t[:, None] * s_vst + o_dv,
-            t >= 0, m_d, m_dv, None, scale, False, PREC,
-        )  # fmt: skip
-    if BN > BLOCK or not WINDOW:
-        for i_n in tl.range(whole, tokens, BN, num_stages=1):
-            index = i_n + tl.arange(0, BN)
-            m_n = index < tokens
-            t = shard_tail_tile(index, m_n, p_list, first, stride, sinks, BLOCK, COMPACT, CSR)
-            mask = m_n[None, :]
-            if not WINDOW:
-                block = shard_block(index // BLOCK, first, stride, sinks)
-                mask = mask & (block[None, :] <= pos[:, None] // BLOCK - window)
-            dq = _add_dq(
-                dq, lse, delta, b_q, b_do, p_ks + t[:, None] * s_kst + o_d,
-                p_vs + t[:, None] * s_vst + o_dv, m_n, m_d, m_dv, mask, scale, True, PREC,
-            )  # fmt: skip
-
+    left = 0
+    inner = 0
     if WINDOW:
         low, left, inner = window_run(row0, row1, low, window, BLOCK, BN)
-        for i_n in range(left, inner, BN):
-            t = (i_n + tl.arange(0, BN)).to(tl.int64)
-            dq = _add_dq(
-                dq, lse, delta, b_q, b_do, p_k + t[:, None] * s_kt + o_d, p_v + t[:, None] * s_vt + o_dv,
-                t >= 0, m_d, m_dv, None, scale, False, PREC,
-            )  # fmt: skip
-        # The masked tiles on both sides of these, in one loop.
+        # The masked tiles on both sides of the whole ones, in one loop.
         before = (left - low + BN - 1) // BN
         after = (stop - inner + BN - 1) // BN
         for i in range(before + after):
@@ -170,13 +163,50 @@ def s2_bwd_kernel_dq(
             m_n = key < end
             mask = window_mask(pos, key, first, stride, sinks, window, BLOCK, SHARD) & m_n[None, :]
             t = key.to(tl.int64)
-            dq = _add_dq(
-                dq, lse, delta, b_q, b_do, p_k + t[:, None] * s_kt + o_d, p_v + t[:, None] * s_vt + o_dv,
-                m_n, m_d, m_dv, mask, scale, True, PREC,
+            b_k, b_v = load_tile(p_k, t, s_kt, o_d, m_n, m_d), load_tile(p_v, t, s_vt, o_dv, m_n, m_dv)
+            dq = _add_dq(dq, lse, delta, b_q, b_do, b_k, b_v, mask, scale, True, PREC)
+    if SHARD and (BN > BLOCK or not WINDOW):
+        for i_n in tl.range(whole, tokens, BN, num_stages=1):
+            index = i_n + tl.arange(0, BN)
+            m_n = index < tokens
+            t = shard_tail_tile(index, m_n, p_list, first, stride, sinks, BLOCK, COMPACT, CSR)
+            mask = m_n[None, :]
+            if not WINDOW:
+                block = shard_block(index // BLOCK, first, stride, sinks)
+                mask = mask & (block[None, :] <= pos[:, None] // BLOCK - window)
+            b_k, b_v = load_tile(p_ks, t, s_kst, o_d, m_n, m_d), load_tile(p_vs, t, s_vst, o_dv, m_n, m_dv)
+            dq = _add_dq(dq, lse, delta, b_q, b_do, b_k, b_v, mask, scale, True, PREC)
+
+    if DESC:
+        in_shard = whole // BN
+        in_window = (inner - left) // BN
+        shard_start = (shard_start + doc).to(tl.int32)
+        window_start = left + doc.to(tl.int32) - k_start
+        if COMPACT:
+            dq = _add_dq_boxes(
+                dq, lse, delta, b_q, b_do, d_ks, d_vs, i_b, i_gs, in_shard, in_shard, shard_start,
+                window_start, first, stride, sinks, scale, BD, BDV, BLOCK, BN, COMPACT, PREC,
             )  # fmt: skip
+            in_shard = 0
+        if WINDOW or not COMPACT:
+            dq = _add_dq_boxes(
+                dq, lse, delta, b_q, b_do, d_k, d_v, i_b, i_g, in_shard + in_window, in_shard, shard_start,
+                window_start, first, stride, sinks, scale, BD, BDV, BLOCK, BN, COMPACT, PREC,
+            )  # fmt: skip
+    else:
+        for i_n in range(0, whole, BN):
+            t = shard_tile(i_n, p_list, first, stride, sinks, BLOCK, BN, COMPACT, CSR)
+            m_n = t >= 0
+            b_k, b_v = load_tile(p_ks, t, s_kst, o_d, m_n, m_d), load_tile(p_vs, t, s_vst, o_dv, m_n, m_dv)
+            dq = _add_dq(dq, lse, delta, b_q, b_do, b_k, b_v, None, scale, False, PREC)
+        for i_n in range(left, inner, BN):
+            t = (i_n + tl.arange(0, BN)).to(tl.int64)
+            m_n = t >= 0
+            b_k, b_v = load_tile(p_k, t, s_kt, o_d, m_n, m_d), load_tile(p_v, t, s_vt, o_dv, m_n, m_dv)
+            dq = _add_dq(dq, lse, delta, b_q, b_do, b_k, b_v, None, scale, False, PREC)
 
     b_dq = dq * (scale / LOG2_E)
-    tl.store(p_dq + o_m64 * s_dqt + o_d, b_dq.to(p_dq.dtype.element_ty), mask=m_m[:, None] & m_d)
+    tl.store(p_dq + o_dq, b_dq.to(p_dq.dtype.element_ty), mask=m_m[:, None] & m_d)
 
 
 def launch_dq(
@@ -195,13 +225,14 @@ def launch_dq(
         source: "window" or "shard" for what comes through that source alone; None for both.
         resume: add to what is in `dq`.
     """
-    tiles = args.tiles("dq")
-    programs = args.query_programs(tiles.rows)
+    tiles, pack = args.tiles("dq"), args.pack("dq")
+    programs = args.query_programs(tiles.rows // pack)
     batch, _, heads, _ = args.q.shape
-    s2_bwd_kernel_dq[(len(programs), batch * heads)](
+    s2_bwd_kernel_dq[(len(programs), batch * heads // pack)](
         **args.query_args, **args.window_args, **args.shard_args, **args.list_args(), **args.pattern_args,
-        p_do=dout, **strides("do", dout), p_dq=dq, **strides("dq", dq), p_prev=dq if resume else None,
-        p_lse=lse, p_delta=delta, **strides("l", lse, "bh"), H=heads, GROUP=args.group,
+        **args.source_boxes(tiles.keys, source), p_do=dout, **strides("do", dout), p_dq=dq,
+        **strides("dq", dq), p_prev=dq if resume else None, p_lse=lse, p_delta=delta,
+        **strides("l", lse, "bh"), H=heads, GROUP=args.group, PACK=pack,
         SHARD=source != "window", WINDOW=source != "shard", RESUME=resume,
         **args.program_args(programs), **args.tile_args(tiles),
     )  # fmt: skip

@@ -24,86 +24,136 @@ from megatron_s2.kernels.triton_args import KernelArgs, strides
 from megatron_s2.kernels.triton_common import (
     LN_2,
     LOG2_E,
+    load_box,
+    load_tile,
     query_program,
     shard_block,
     shard_run,
     shard_tail_tile,
     shard_tile,
+    whole_tile,
     window_mask,
     window_run,
 )
 
 
 @triton.jit
-def _attend(
-    acc, m_i, l_i, b_q, p_k, p_v, m_n, m_d, m_dv, mask, scale, MASKED: tl.constexpr, PREC: tl.constexpr
-):
+def _attend(acc, m_i, l_i, b_q, b_k, b_v, mask, scale, MASKED: tl.constexpr, PREC: tl.constexpr):
     """Adds one tile of keys to the online softmax: acc [BM, BDV], maximum m_i and sum l_i [BM], in base 2."""
-    b_k = tl.load(p_k, mask=m_n[:, None] & m_d[None, :], other=0.0)  # [BN, BD]
-    b_v = tl.load(p_v, mask=m_n[:, None] & m_dv[None, :], other=0.0)  # [BN, BDV]
-    qk = tl.dot(b_q, tl.trans(b_k), input_precision=PREC) * scale  # [BM, BN]
+    qk = tl.dot(b_q, tl.trans(b_k), input_precision=PREC)  # [BM, BN]
     if MASKED:
-        qk = tl.where(mask, qk, float("-inf"))
-    m_new = tl.maximum(m_i, tl.max(qk, 1))
-    # A row that has seen no key yet stays at minus infinity. 0 replaces it, because inf - inf would be NaN.
-    safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.exp2(qk - safe[:, None])
+        qk = tl.where(mask, qk * scale, float("-inf"))
+        m_new = tl.maximum(m_i, tl.max(qk, 1))
+        # A row that has seen no key yet stays at minus infinity. 0 replaces it, because inf - inf would be NaN.
+        safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(qk - safe[:, None])
+    else:
+        # The scale, which is not negative, goes to the maximum and into the exponent: one instruction a score.
+        m_new = tl.maximum(m_i, tl.max(qk, 1) * scale)
+        safe = m_new
+        p = tl.exp2(qk * scale - safe[:, None])
     alpha = tl.exp2(m_i - safe)
-    acc = acc * alpha[:, None] + tl.dot(p.to(b_v.dtype), b_v, input_precision=PREC)
+    acc = tl.dot(p.to(b_v.dtype), b_v, acc * alpha[:, None], input_precision=PREC)
     return acc, m_new, l_i * alpha + tl.sum(p, 1)
 
 
 @triton.jit
+def _attend_pair(acc, m_i, l_i, b_q, b_k, b_v, b_k2, b_v2, scale, PREC: tl.constexpr):
+    """Adds two tiles of keys that all rows see, with one maximum and one rescaling; otherwise as `_attend`."""
+    qk = tl.dot(b_q, tl.trans(b_k), input_precision=PREC)  # [BM, BN]
+    qk2 = tl.dot(b_q, tl.trans(b_k2), input_precision=PREC)
+    m_new = tl.maximum(m_i, tl.max(tl.maximum(qk, qk2), 1) * scale)
+    p = tl.exp2(qk * scale - m_new[:, None])
+    p2 = tl.exp2(qk2 * scale - m_new[:, None])
+    alpha = tl.exp2(m_i - m_new)
+    acc = tl.dot(p.to(b_v.dtype), b_v, acc * alpha[:, None], input_precision=PREC)
+    acc = tl.dot(p2.to(b_v.dtype), b_v2, acc, input_precision=PREC)
+    return acc, m_new, l_i * alpha + tl.sum(p + p2, 1)
+
+
+@triton.jit
+def _attend_boxes(
+    acc, m_i, l_i, b_q, d_k, d_v, i_b, i_h, tiles, in_shard, shard_start, window_start, first, stride, sinks,
+    scale, BD: tl.constexpr, BDV: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr, COMPACT: tl.constexpr,
+    PREC: tl.constexpr,
+):  # fmt: skip
+    """Adds `tiles` tiles of keys that all rows see, through tensor descriptors; `whole_tile` says which."""
+    single = 0
+    if BDV <= 128:  # wider accumulators leave no registers for two tiles of scores
+        single = tiles // 2 * 2
+        for i in range(0, single, 2):
+            t = whole_tile(
+                i, in_shard, shard_start, window_start, first, stride, sinks, BLOCK, BN, COMPACT
+            )
+            t2 = whole_tile(
+                i + 1, in_shard, shard_start, window_start, first, stride, sinks, BLOCK, BN, COMPACT
+            )
+            b_k, b_k2 = load_box(d_k, i_b, i_h, t, BN, BD), load_box(d_k, i_b, i_h, t2, BN, BD)
+            b_v, b_v2 = load_box(d_v, i_b, i_h, t, BN, BDV), load_box(d_v, i_b, i_h, t2, BN, BDV)
+            acc, m_i, l_i = _attend_pair(acc, m_i, l_i, b_q, b_k, b_v, b_k2, b_v2, scale, PREC)
+    for i in range(single, tiles):
+        t = whole_tile(i, in_shard, shard_start, window_start, first, stride, sinks, BLOCK, BN, COMPACT)
+        b_k, b_v = load_box(d_k, i_b, i_h, t, BN, BD), load_box(d_v, i_b, i_h, t, BN, BDV)
+        acc, m_i, l_i = _attend(acc, m_i, l_i, b_q, b_k, b_v, None, scale, False, PREC)
+    return acc, m_i, l_i
+
+
+@triton.jit
 def s2_fwd_kernel(
-    p_q, p_k, p_v, p_ks, p_vs, p_o, p_prev, p_lse, p_sink, p_heads, p_starts, p_list, p_tiles,
-    s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, s_ksb, s_kst, s_ksh, s_vsb, s_vst, s_vsh,
+    p_q, p_k, p_v, p_ks, p_vs, d_k, d_v, d_ks, d_vs, p_o, p_prev, p_lse, p_sink, p_heads, p_starts, p_list,
+    p_tiles, s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, s_ksb, s_kst, s_ksh, s_vsb, s_vst, s_vsh,
     s_ob, s_ot, s_oh, s_lb, s_lh, seq_q, q_start, k_start, window, sinks, scale, num_blocks,
-    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
-    BDV: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, HAS_SINK: tl.constexpr,
-    SHARD: tl.constexpr, WINDOW: tl.constexpr, RESUME: tl.constexpr, COMPACT: tl.constexpr,
-    CSR: tl.constexpr, PACKED: tl.constexpr, PREC: tl.constexpr,
+    H: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BD: tl.constexpr, BDV: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    HAS_SINK: tl.constexpr, SHARD: tl.constexpr, WINDOW: tl.constexpr, RESUME: tl.constexpr,
+    DESC: tl.constexpr, COMPACT: tl.constexpr, CSR: tl.constexpr, PACKED: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """out `[batch, seq_q, H, DV]` and lse `[batch, H, seq_q]`. With RESUME p_prev is p_o."""
-    i_m, i_b, i_h, i_g, doc, seq_q = query_program(p_tiles, seq_q, H, GROUP, PACKED)
+    i_m, i_b, i_h, i_g, doc, seq_q = query_program(p_tiles, seq_q, H, GROUP, PACK, PACKED)
     first, stride = tl.load(p_heads + 4 * i_g), tl.load(p_heads + 4 * i_g + 1)
+    shard_start = tl.zeros((), dtype=tl.int64)
+    if COMPACT:
+        shard_start = tl.load(p_heads + 4 * i_g + 2).to(tl.int64)
+    i_gs = tl.zeros((), dtype=tl.int64) if COMPACT else i_g  # head of the shard source
     o_b = i_b.to(tl.int64)
     p_q += o_b * s_qb + doc * s_qt + i_h * s_qh
     p_k += o_b * s_kb + (doc - k_start) * s_kt + i_g * s_kh
     p_v += o_b * s_vb + (doc - k_start) * s_vt + i_g * s_vh
-    if COMPACT:
-        shard_start = tl.load(p_heads + 4 * i_g + 2).to(tl.int64)
-        p_ks += o_b * s_ksb + shard_start * s_kst
-        p_vs += o_b * s_vsb + shard_start * s_vst
-    else:
-        p_ks += o_b * s_ksb + doc * s_kst + i_g * s_ksh
-        p_vs += o_b * s_vsb + doc * s_vst + i_g * s_vsh
+    p_ks += o_b * s_ksb + (doc + shard_start) * s_kst + i_gs * s_ksh
+    p_vs += o_b * s_vsb + (doc + shard_start) * s_vst + i_gs * s_vsh
     p_o += o_b * s_ob + doc * s_ot + i_h * s_oh
     p_lse += o_b * s_lb + i_h * s_lh + doc
 
     o_d, o_dv = tl.arange(0, BD), tl.arange(0, BDV)
     m_d, m_dv = o_d < D, o_dv < DV
-    # Tiles are aligned to absolute positions, so that one of at most BLOCK rows lies in one block.
-    tile = (q_start // BM + i_m) * BM
-    pos = tile + tl.arange(0, BM)
+    # Tiles are aligned to absolute positions, so that one of at most BLOCK tokens lies in one block.
+    BT: tl.constexpr = BM // PACK
+    tile = (q_start // BT + i_m) * BT
+    pos = tile + tl.arange(0, BM) % BT
+    o_h = (tl.arange(0, BM) // BT).to(tl.int64)  # head of each row, from i_h on
     o_m = pos - q_start
-    o_m64 = o_m.to(tl.int64)[:, None]
+    o_m64 = o_m.to(tl.int64)
     m_m = (o_m >= 0) & (o_m < seq_q)
-    b_q = tl.load(p_q + o_m64 * s_qt + o_d, mask=m_m[:, None] & m_d, other=0.0)  # [BM, BD]
+    o_o = (o_h * s_oh + o_m64 * s_ot)[:, None] + o_dv
+    p_lse += o_h * s_lh + o_m64
+    b_q = tl.load(
+        p_q + (o_h * s_qh + o_m64 * s_qt)[:, None] + o_d, mask=m_m[:, None] & m_d, other=0.0
+    )  # [BM, BD]
     if RESUME:
         p_prev += o_b * s_ob + doc * s_ot + i_h * s_oh
-        m_i = tl.load(p_lse + o_m, mask=m_m, other=0.0) * LOG2_E
+        m_i = tl.load(p_lse, mask=m_m, other=0.0) * LOG2_E
         l_i = tl.full([BM], 1.0, tl.float32)
-        acc = tl.load(p_prev + o_m64 * s_ot + o_dv, mask=m_m[:, None] & m_dv, other=0.0)
+        acc = tl.load(p_prev + o_o, mask=m_m[:, None] & m_dv, other=0.0)
     else:
         m_i = tl.full([BM], float("-inf"), tl.float32)
         l_i = tl.zeros([BM], tl.float32)
         if HAS_SINK:
-            m_i = tl.zeros([BM], tl.float32) + tl.load(p_sink + i_h).to(tl.float32) * LOG2_E
+            m_i = tl.load(p_sink + i_h + o_h).to(tl.float32) * LOG2_E
             l_i += 1.0
         acc = tl.zeros([BM, BDV], tl.float32)
 
     start = tl.maximum(tile, q_start)
-    stop = tl.minimum(tile + BM, q_start + seq_q)
+    stop = tl.minimum(tile + BT, q_start + seq_q)
     row0, row1 = start // BLOCK, (stop - 1) // BLOCK
     low = tl.maximum(0, row0 - window + 1)  # first block of the first row's window
 
@@ -113,35 +163,11 @@ def s2_fwd_kernel(
     if CSR:
         p_list += begin
     whole = seen // BN * BN
-    for i_n in range(0, whole, BN):
-        t = shard_tile(i_n, p_list, first, stride, sinks, BLOCK, BN, COMPACT, CSR)
-        acc, m_i, l_i = _attend(
-            acc, m_i, l_i, b_q, p_ks + t[:, None] * s_kst + o_d, p_vs + t[:, None] * s_vst + o_dv,
-            t >= 0, m_d, m_dv, None, scale, False, PREC,
-        )  # fmt: skip
-    if BN > BLOCK or not WINDOW:
-        for i_n in tl.range(whole, tokens, BN, num_stages=1):
-            index = i_n + tl.arange(0, BN)
-            m_n = index < tokens
-            t = shard_tail_tile(index, m_n, p_list, first, stride, sinks, BLOCK, COMPACT, CSR)
-            mask = m_n[None, :]
-            if not WINDOW:
-                block = shard_block(index // BLOCK, first, stride, sinks)
-                mask = mask & (block[None, :] <= pos[:, None] // BLOCK - window)
-            acc, m_i, l_i = _attend(
-                acc, m_i, l_i, b_q, p_ks + t[:, None] * s_kst + o_d, p_vs + t[:, None] * s_vst + o_dv,
-                m_n, m_d, m_dv, mask, scale, True, PREC,
-            )  # fmt: skip
-
+    left = 0
+    inner = 0
     if WINDOW:
         low, left, inner = window_run(row0, row1, low, window, BLOCK, BN)
-        for i_n in range(left, inner, BN):
-            t = (i_n + tl.arange(0, BN)).to(tl.int64)
-            acc, m_i, l_i = _attend(
-                acc, m_i, l_i, b_q, p_k + t[:, None] * s_kt + o_d, p_v + t[:, None] * s_vt + o_dv,
-                t >= 0, m_d, m_dv, None, scale, False, PREC,
-            )  # fmt: skip
-        # The masked tiles on both sides of these, in one loop.
+        # The masked tiles come first: from then on every row has seen a key, and no maximum is infinite.
         before = (left - low + BN - 1) // BN
         after = (stop - inner + BN - 1) // BN
         for i in range(before + after):
@@ -151,14 +177,51 @@ def s2_fwd_kernel(
             m_n = key < end
             mask = window_mask(pos, key, first, stride, sinks, window, BLOCK, SHARD) & m_n[None, :]
             t = key.to(tl.int64)
-            acc, m_i, l_i = _attend(
-                acc, m_i, l_i, b_q, p_k + t[:, None] * s_kt + o_d, p_v + t[:, None] * s_vt + o_dv,
-                m_n, m_d, m_dv, mask, scale, True, PREC,
+            b_k, b_v = load_tile(p_k, t, s_kt, o_d, m_n, m_d), load_tile(p_v, t, s_vt, o_dv, m_n, m_dv)
+            acc, m_i, l_i = _attend(acc, m_i, l_i, b_q, b_k, b_v, mask, scale, True, PREC)
+    if SHARD and (BN > BLOCK or not WINDOW):
+        for i_n in tl.range(whole, tokens, BN, num_stages=1):
+            index = i_n + tl.arange(0, BN)
+            m_n = index < tokens
+            t = shard_tail_tile(index, m_n, p_list, first, stride, sinks, BLOCK, COMPACT, CSR)
+            mask = m_n[None, :]
+            if not WINDOW:
+                block = shard_block(index // BLOCK, first, stride, sinks)
+                mask = mask & (block[None, :] <= pos[:, None] // BLOCK - window)
+            b_k, b_v = load_tile(p_ks, t, s_kst, o_d, m_n, m_d), load_tile(p_vs, t, s_vst, o_dv, m_n, m_dv)
+            acc, m_i, l_i = _attend(acc, m_i, l_i, b_q, b_k, b_v, mask, scale, True, PREC)
+
+    if DESC:
+        in_shard = whole // BN
+        in_window = (inner - left) // BN
+        shard_start = (shard_start + doc).to(tl.int32)
+        window_start = left + doc.to(tl.int32) - k_start
+        if COMPACT:
+            acc, m_i, l_i = _attend_boxes(
+                acc, m_i, l_i, b_q, d_ks, d_vs, i_b, i_gs, in_shard, in_shard, shard_start, window_start,
+                first, stride, sinks, scale, BD, BDV, BLOCK, BN, COMPACT, PREC,
             )  # fmt: skip
+            in_shard = 0
+        if WINDOW or not COMPACT:
+            acc, m_i, l_i = _attend_boxes(
+                acc, m_i, l_i, b_q, d_k, d_v, i_b, i_g, in_shard + in_window, in_shard, shard_start,
+                window_start, first, stride, sinks, scale, BD, BDV, BLOCK, BN, COMPACT, PREC,
+            )  # fmt: skip
+    else:
+        for i_n in range(0, whole, BN):
+            t = shard_tile(i_n, p_list, first, stride, sinks, BLOCK, BN, COMPACT, CSR)
+            m_n = t >= 0
+            b_k, b_v = load_tile(p_ks, t, s_kst, o_d, m_n, m_d), load_tile(p_vs, t, s_vst, o_dv, m_n, m_dv)
+            acc, m_i, l_i = _attend(acc, m_i, l_i, b_q, b_k, b_v, None, scale, False, PREC)
+        for i_n in range(left, inner, BN):
+            t = (i_n + tl.arange(0, BN)).to(tl.int64)
+            m_n = t >= 0
+            b_k, b_v = load_tile(p_k, t, s_kt, o_d, m_n, m_d), load_tile(p_v, t, s_vt, o_dv, m_n, m_dv)
+            acc, m_i, l_i = _attend(acc, m_i, l_i, b_q, b_k, b_v, None, scale, False, PREC)
 
     b_o = acc / l_i[:, None]
-    tl.store(p_o + o_m64 * s_ot + o_dv, b_o.to(p_o.dtype.element_ty), mask=m_m[:, None] & m_dv)
-    tl.store(p_lse + o_m, (m_i + tl.log2(l_i)) * LN_2, mask=m_m)
+    tl.store(p_o + o_o, b_o.to(p_o.dtype.element_ty), mask=m_m[:, None] & m_dv)
+    tl.store(p_lse, (m_i + tl.log2(l_i)) * LN_2, mask=m_m)
 
 
 def launch_forward(
@@ -175,13 +238,14 @@ def launch_forward(
         source: "window" or "shard" to read that source alone; None for both.
         resume: merge into what the pass over the other source has written to `out` and `lse`.
     """
-    tiles = args.tiles("forward")
-    programs = args.query_programs(tiles.rows)
+    tiles, pack = args.tiles("forward"), args.pack("forward")
+    programs = args.query_programs(tiles.rows // pack)
     batch, _, heads, _ = args.q.shape
-    s2_fwd_kernel[(len(programs), batch * heads)](
+    s2_fwd_kernel[(len(programs), batch * heads // pack)](
         **args.query_args, **args.window_args, **args.shard_args, **args.list_args(), **args.pattern_args,
-        p_o=out, **strides("o", out), p_prev=out if resume else None, p_lse=lse, **strides("l", lse, "bh"),
-        p_sink=sink_logits, HAS_SINK=sink_logits is not None, H=heads, GROUP=args.group,
+        **args.source_boxes(tiles.keys, source), p_o=out, **strides("o", out), p_prev=out if resume else None,
+        p_lse=lse, **strides("l", lse, "bh"), p_sink=sink_logits, HAS_SINK=sink_logits is not None,
+        H=heads, GROUP=args.group, PACK=pack,
         SHARD=source != "window", WINDOW=source != "shard", RESUME=resume,
         **args.program_args(programs), **args.tile_args(tiles),
     )  # fmt: skip

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+import math
+from dataclasses import astuple, dataclass, replace
 
 KERNELS = ("forward", "dq", "dkv")
 
@@ -35,6 +36,23 @@ class Tiles:
             raise ValueError(f"warps {self.warps}: must be 1, 2, 4, 8 or 16")
         if self.stages < 1:
             raise ValueError(f"stages {self.stages}: must be >= 1")
+
+    def with_rows(self, rows: int) -> Tiles:
+        """Returns smaller tiles, with no more warps than have 16 rows each: others would compute them again."""
+        return replace(self, rows=rows, warps=max(1, min(self.warps, rows // 16)))
+
+    def with_keys(self, keys: int) -> Tiles:
+        """The same of keys, which are the rows of the products of dK and dV."""
+        return replace(self, keys=keys, warps=max(1, min(self.warps, keys // 16)))
+
+
+def packed_heads(group: int, rows: int, block_size: int) -> int:
+    """Returns how many query heads of a group of `group` share a tile of `rows` rows.
+
+    With as many as there are blocks in the tile, it has the tokens of one block of each: they see the same
+    blocks, and only those on the diagonal are masked.
+    """
+    return math.gcd(group, max(1, rows // block_size))
 
 
 @dataclass(frozen=True)
