@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from megatron_s2.kernels.triton_common import INTERPRETED, LOG2_E
 from megatron_s2.kernels.triton_pattern import KernelPattern
 from megatron_s2.kernels.triton_support import capability_of
-from megatron_s2.kernels.tuning import Tiles, Tuning, packed_heads
+from megatron_s2.kernels.tuning import Tiles, Tuning, packed_heads, separate_dkv
 
 Program = tuple[int, ...]  # a row of p_tiles: see `query_program` and `key_program`
 
@@ -146,12 +146,23 @@ class KernelArgs:
         tensors = {"d_k": self.k, "d_v": self.v} if source != "shard" else {}
         if source != "window" and (compact or not tensors):
             tensors |= {"d_ks": self.k_shard, "d_vs": self.v_shard} if compact else {"d_k": self.k, "d_v": self.v}
-        fits = self.mask is None and keys <= self.pattern.block_size
+        fits = keys <= self.pattern.block_size
         return _boxes(("d_k", "d_v", "d_ks", "d_vs"), tensors if fits else {}, keys)
 
     def row_boxes(self, dout: Tensor, rows: int) -> dict[str, object]:
-        """Tensor descriptors of q and dout, as `source_boxes`."""
-        return _boxes(("d_q", "d_do"), {} if self.mask is not None else {"d_q": self.q, "d_do": dout}, rows)
+        """Tensor descriptors of q and dout, as `source_boxes`; none where a document is shorter than a box, or
+        a box of a mask's row could lie in two blocks."""
+        fits = min(length or rows for _, length in self.documents) >= rows
+        if self.mask is not None:
+            fits = fits and rows <= self.pattern.block_size and self.q_start % rows == 0
+        return _boxes(("d_q", "d_do"), {"d_q": self.q, "d_do": dout} if fits else {}, rows)
+
+    def dkv_passes(self) -> list[dict[str, bool]]:
+        """What each launch of dK and dV computes. In wide heads both accumulators would not fit into registers,
+        so that each has its launch, which computes the probabilities again: 5 products of tiles, not 4."""
+        if separate_dkv(max(self.q.shape[-1], self.v.shape[-1]), self.q.element_size()):
+            return [{"GRAD_K": False, "GRAD_V": True}, {"GRAD_K": True, "GRAD_V": False}]
+        return [{"GRAD_K": True, "GRAD_V": True}]
 
     def tile_args(self, tiles: Tiles) -> dict[str, object]:
         """Sizes, and the options of Triton's compiler."""

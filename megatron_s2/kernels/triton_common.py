@@ -79,7 +79,7 @@ def load_tile(p, t, s_t, o_d, m_t, m_d):
 @triton.jit
 def load_box(d, i_b, i_h, t, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Rows `[ROWS, COLUMNS]` from token t on, through a tensor descriptor; all of them exist."""
-    return d.load([i_b, i_h.to(tl.int32), t.to(tl.int32), 0]).reshape(ROWS, COLUMNS)
+    return d.load([i_b, i_h, t, 0]).reshape(ROWS, COLUMNS)
 
 
 @triton.jit
@@ -196,13 +196,15 @@ def shard_run(
 
 @triton.jit
 def whole_tile(
-    i, in_shard, shard_start, window_start, first, stride, sinks,
-    BLOCK: tl.constexpr, BN: tl.constexpr, COMPACT: tl.constexpr,
+    i, in_shard, shard_start, window_start, p_list, first, stride, sinks,
+    BLOCK: tl.constexpr, BN: tl.constexpr, COMPACT: tl.constexpr, CSR: tl.constexpr,
 ):  # fmt: skip
     """First token in its source of the i-th tile that all rows see: `in_shard` tiles of the shard, the first of
     which counts from token `shard_start`, and behind them those of the window from token `window_start` on."""
     if COMPACT:
         t = i * BN
+    elif CSR:
+        t = tl.load(p_list + i // (BLOCK // BN), mask=i < in_shard, other=0) * BLOCK + i % (BLOCK // BN) * BN
     else:
         t = shard_block(i // (BLOCK // BN), first, stride, sinks) * BLOCK + i % (BLOCK // BN) * BN
     return tl.where(i < in_shard, shard_start + t, window_start + (i - in_shard) * BN)

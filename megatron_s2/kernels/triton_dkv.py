@@ -26,6 +26,8 @@ from megatron_s2.kernels.triton_common import (
     key_program,
     list_bounds,
     listed_token,
+    load_box,
+    load_tile,
     shard_block,
     shard_count,
     shard_token,
@@ -33,40 +35,147 @@ from megatron_s2.kernels.triton_common import (
 
 
 @triton.jit
+def _load_rows(p, m_m, MASKED: tl.constexpr):
+    if MASKED:
+        return tl.load(p, mask=m_m, other=0.0)
+    return tl.load(p)
+
+
+@triton.jit
 def _add_dkv(
-    dk, dv, b_k, b_v, p_q, p_do, p_lse, p_delta, s_qt, s_dot, o_m, m_m, m_d, m_dv, mask, scale, o_d, o_dv,
-    MASKED: tl.constexpr, PREC: tl.constexpr,
+    dk, dv, b_k, b_v, b_q, b_do, p_lse, p_delta, m_m, mask, scale,
+    MASKED: tl.constexpr, GRAD_K: tl.constexpr, GRAD_V: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """Adds what query rows o_m [BM] contribute to dK [BN, BD], without softmax scale, and dV [BN, BDV]."""
-    t = o_m.to(tl.int64)[:, None]
-    b_q = tl.load(p_q + t * s_qt + o_d, mask=m_m[:, None] & m_d, other=0.0)  # [BM, BD]
-    b_do = tl.load(p_do + t * s_dot + o_dv, mask=m_m[:, None] & m_dv, other=0.0)  # [BM, BDV]
-    lse = tl.load(p_lse + o_m, mask=m_m, other=float("inf")) * LOG2_E  # [BM]
-    delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)  # [BM]
-    qk = tl.dot(b_k, tl.trans(b_q), input_precision=PREC) * scale  # [BN, BM]
-    p = tl.exp2(qk - lse[None, :])
+    """Adds what query rows [BM] contribute to dK [BN, BD], without softmax scale, and dV [BN, BDV]."""
+    qk = tl.dot(b_k, tl.trans(b_q), input_precision=PREC)  # [BN, BM]
+    # lse and delta are loaded where they are used: between the products there are no registers for them.
+    lse = _load_rows(p_lse, m_m, MASKED) * LOG2_E  # [BM]
+    p = tl.exp2(qk * scale - lse[None, :])
     if MASKED:
         p = tl.where(mask, p, 0.0)
-    dv += tl.dot(p.to(b_do.dtype), b_do, input_precision=PREC)
-    dp = tl.dot(b_v, tl.trans(b_do), input_precision=PREC)  # [BN, BM]
-    ds = p * (dp - delta[None, :])
-    dk += tl.dot(ds.to(b_q.dtype), b_q, input_precision=PREC)
+    if GRAD_V:
+        dv = tl.dot(p.to(b_do.dtype), b_do, dv, input_precision=PREC)
+    if GRAD_K:
+        dp = tl.dot(b_v, tl.trans(b_do), input_precision=PREC)  # [BN, BM]
+        delta = _load_rows(p_delta, m_m, MASKED)  # [BM]
+        ds = p * (dp - delta[None, :])
+        dk = tl.dot(ds.to(b_q.dtype), b_q, dk, input_precision=PREC)
+    return dk, dv
+
+
+@triton.jit
+def _add_masked_rows(
+    dk, dv, b_k, b_v, p_q, p_do, d_q, d_do, p_lse, p_delta, p_list, s_qt, s_qh, s_dot, s_doh, s_lh, low, inner,
+    right, high, q_start, end, doc, i_b, i_h0, block, key, o_d, o_dv, m_d, m_dv, group, window, scale,
+    BD: tl.constexpr, BDV: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, GRAD_K: tl.constexpr,
+    GRAD_V: tl.constexpr, DESC: tl.constexpr, CSR: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """Adds rows [low, inner) and [right, high) of heads i_h0 .. i_h0+group-1, which may miss some of the keys:
+    those in or beyond their window, by `block` [BN] and, in the window kernel, `key` [BN]."""
+    before = (inner - low + BM - 1) // BM
+    tiles = tl.maximum(before + (high - right + BM - 1) // BM, 1)
+    # One loop over heads and tiles: two nested loops spill what the pipeline of the inner one starts with.
+    for i in range(group * (before + (high - right + BM - 1) // BM)):
+        i_h, i_m = i_h0 + i // tiles, i % tiles
+        h = i_h.to(tl.int64)
+        start = tl.where(i_m < before, low + i_m * BM, right + (i_m - before) * BM)
+        stop = tl.where(i_m < before, inner, high)
+        if DESC and CSR:  # the last block of the list, cut by the end of the document
+            start = listed_token(start, True, p_list, BLOCK)
+            stop = end
+        first = start
+        if DESC:
+            # A box that would reach beyond the document begins earlier: it has at least BM tokens.
+            first = tl.minimum(start, end - BM)
+            token = first - q_start + doc.to(tl.int32)
+            b_q = load_box(d_q, i_b, i_h, token, BM, BD)  # [BM, BD]
+            b_do = load_box(d_do, i_b, i_h, token, BM, BDV)  # [BM, BDV]
+        pos = first + tl.arange(0, BM)
+        m_m = (pos >= start) & (pos < stop)
+        mask = m_m[None, :]
+        if CSR:
+            if not DESC:
+                pos = listed_token(pos, m_m, p_list, BLOCK)
+        elif key is not None:
+            mask &= (key[:, None] <= pos[None, :]) & (pos[None, :] // BLOCK - block[:, None] < window)
+        elif block is not None:
+            mask &= pos[None, :] // BLOCK - block[:, None] >= window
+        o_m = pos - q_start
+        if not DESC:
+            t = o_m.to(tl.int64)
+            b_q = load_tile(p_q + h * s_qh, t, s_qt, o_d, m_m, m_d)  # [BM, BD]
+            b_do = load_tile(p_do + h * s_doh, t, s_dot, o_dv, m_m, m_dv)  # [BM, BDV]
+        dk, dv = _add_dkv(
+            dk, dv, b_k, b_v, b_q, b_do, p_lse + h * s_lh + o_m, p_delta + h * s_lh + o_m, m_m, mask, scale, True, GRAD_K, GRAD_V, PREC
+        )
+    return dk, dv
+
+
+@triton.jit
+def _add_whole_rows(
+    dk, dv, b_k, b_v, p_q, p_do, d_q, d_do, p_lse, p_delta, p_list, s_qt, s_qh, s_dot, s_doh, s_lh, inner,
+    right, q_start, doc, i_b, i_h0, o_d, o_dv, m_d, m_dv, group, scale,
+    BD: tl.constexpr, BDV: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, GRAD_K: tl.constexpr,
+    GRAD_V: tl.constexpr, DESC: tl.constexpr, CSR: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """Adds rows [inner, right) of heads i_h0 .. i_h0+group-1, which see all keys; whole tiles of BM."""
+    # With descriptors rows count from the first token of the tensors.
+    shift = 0
+    if DESC:
+        shift = doc.to(tl.int32) - q_start
+        p_lse -= doc
+        p_delta -= doc
+    start = inner
+    stop = right
+    if not CSR:
+        start += shift
+        stop += shift
+    n = start
+    i_h = i_h0
+    for _ in range(group * ((right - inner) // BM)):
+        h = i_h.to(tl.int64)
+        if DESC:
+            token = n
+            if CSR:
+                token = listed_token(n, True, p_list, BLOCK) + shift
+            o_m = token + tl.arange(0, BM)
+            b_q = load_box(d_q, i_b, i_h, token, BM, BD)  # [BM, BD]
+            b_do = load_box(d_do, i_b, i_h, token, BM, BDV)  # [BM, BDV]
+        else:
+            o_m = n + tl.arange(0, BM)
+            if CSR:
+                o_m = listed_token(o_m, n >= 0, p_list, BLOCK)
+            o_m -= q_start
+            t = o_m.to(tl.int64)
+            b_q = tl.load(p_q + h * s_qh + t[:, None] * s_qt + o_d, mask=m_d[None, :], other=0.0)
+            b_do = tl.load(p_do + h * s_doh + t[:, None] * s_dot + o_dv, mask=m_dv[None, :], other=0.0)
+        dk, dv = _add_dkv(
+            dk, dv, b_k, b_v, b_q, b_do, p_lse + h * s_lh + o_m, p_delta + h * s_lh + o_m, None, None, scale,
+            False, GRAD_K, GRAD_V, PREC,
+        )  # fmt: skip
+        # The next tile, or the first one of the next head.
+        n += BM
+        i_h = tl.where(n < stop, i_h, i_h + 1)
+        n = tl.where(n < stop, n, start)
     return dk, dv
 
 
 @triton.jit
 def s2_bwd_kernel_dkv_shard(
-    p_q, p_ks, p_vs, p_do, p_lse, p_delta, p_dks, p_dvs, p_heads, p_starts, p_list, p_tiles, s_qb, s_qt, s_qh,
-    s_ksb, s_kst, s_ksh, s_vsb, s_vst, s_vsh, s_dob, s_dot, s_doh, s_lb, s_lh, s_dkss, s_dksb, s_dkst, s_dksh,
-    s_dvss, s_dvsb, s_dvst, s_dvsh, seq_q, q_start, window, sinks, scale, span, group, num_blocks,
+    p_q, p_ks, p_vs, p_do, d_q, d_do, p_lse, p_delta, p_dks, p_dvs, p_heads, p_starts, p_list, p_tiles, s_qb,
+    s_qt, s_qh, s_ksb, s_kst, s_ksh, s_vsb, s_vst, s_vsh, s_dob, s_dot, s_doh, s_lb, s_lh, s_dkss, s_dksb,
+    s_dkst, s_dksh, s_dvss, s_dvsb, s_dvst, s_dvsh, seq_q, q_start, window, sinks, scale, span, group,
+    num_blocks,
     HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, COMPACT: tl.constexpr, CSR: tl.constexpr,
-    PACKED: tl.constexpr, PREC: tl.constexpr,
+    BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GRAD_K: tl.constexpr, GRAD_V: tl.constexpr,
+    DESC: tl.constexpr, COMPACT: tl.constexpr, CSR: tl.constexpr, PACKED: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Parts of dK and dV of BN shard tokens from one split of the rows: `[split, batch, token, HKV, dim]`, or
-    with COMPACT `[split, batch, token, 1, dim]`, the shards of the heads one after another."""
-    i_n, i_s = tl.program_id(0), tl.program_id(1)
-    i_b, i_g = tl.program_id(2) // HKV, (tl.program_id(2) % HKV).to(tl.int64)
+    with COMPACT `[split, batch, token, 1, dim]`, the shards of the heads one after another. GRAD_K and GRAD_V
+    say which of the two are computed."""
+    # The longest come first: late rows are seen by all columns, and early columns see the most rows.
+    i_n, i_s = tl.program_id(0), tl.num_programs(2) - 1 - tl.program_id(2)
+    i_b, i_g = tl.program_id(1) // HKV, (tl.program_id(1) % HKV).to(tl.int64)
     i_n, doc, seq_q, offset = key_program(i_n, p_tiles, seq_q, PACKED)
     first, stride = tl.load(p_heads + 4 * i_g), tl.load(p_heads + 4 * i_g + 1)
     end = q_start + seq_q
@@ -74,10 +183,10 @@ def s2_bwd_kernel_dkv_shard(
     if i_n * BN >= tokens:
         return
     o_b = i_b.to(tl.int64)
-    p_q += o_b * s_qb + doc * s_qt + i_g * group * s_qh
-    p_do += o_b * s_dob + doc * s_dot + i_g * group * s_doh
-    p_lse += o_b * s_lb + i_g * group * s_lh + doc
-    p_delta += o_b * s_lb + i_g * group * s_lh + doc
+    p_q += o_b * s_qb + doc * s_qt
+    p_do += o_b * s_dob + doc * s_dot
+    p_lse += o_b * s_lb + doc
+    p_delta += o_b * s_lb + doc
     if COMPACT:
         shard_start = tl.load(p_heads + 4 * i_g + 2).to(tl.int64)
         offset = tl.load(p_heads + 4 * i_g + 3).to(tl.int64)
@@ -91,10 +200,12 @@ def s2_bwd_kernel_dkv_shard(
     m_d, m_dv = o_d < D, o_dv < DV
     index = i_n * BN + tl.arange(0, BN)
     m_n = index < tokens
-    block = shard_block(index // BLOCK, first, stride, sinks)
-    t = shard_token(index, first, stride, sinks, BLOCK, COMPACT).to(tl.int64)[:, None]
-    b_k = tl.load(p_ks + t * s_kst + o_d, mask=m_n[:, None] & m_d, other=0.0)  # [BN, BD]
-    b_v = tl.load(p_vs + t * s_vst + o_dv, mask=m_n[:, None] & m_dv, other=0.0)  # [BN, BDV]
+    block = None
+    if BN > BLOCK and not CSR:  # a tile of one block lies as a whole in or beyond the window of a row
+        block = shard_block(index // BLOCK, first, stride, sinks)
+    t = shard_token(index, first, stride, sinks, BLOCK, COMPACT).to(tl.int64)
+    b_k = load_tile(p_ks, t, s_kst, o_d, m_n, m_d)  # [BN, BD]
+    b_v = load_tile(p_vs, t, s_vst, o_dv, m_n, m_dv)  # [BN, BDV]
     dk = tl.zeros([BN, BD], tl.float32)
     dv = tl.zeros([BN, BDV], tl.float32)
 
@@ -102,7 +213,7 @@ def s2_bwd_kernel_dkv_shard(
         begin, stop = list_bounds(p_starts, i_g, i_n * BN // BLOCK, num_blocks)
         begin = first_at_least(p_list, begin, stop, q_start // BLOCK)
         stop = first_at_least(p_list, begin, stop, (end - 1) // BLOCK + 1)
-        share = (stop - begin + tl.num_programs(1) - 1) // tl.num_programs(1)
+        share = (stop - begin + tl.num_programs(2) - 1) // tl.num_programs(2)
         begin += i_s * share
         stop = tl.minimum(stop, begin + share)
         # Rows count in tokens of the list from here on, without those before q_start and past the end.
@@ -122,48 +233,43 @@ def s2_bwd_kernel_dkv_shard(
         full = (shard_block(last // BLOCK, first, stride, sinks) + window) * BLOCK
         high = tl.maximum(low, high)
         inner = tl.minimum(high, low + (tl.maximum(full - low, 0) + BM - 1) // BM * BM)
-    # One loop over heads and tiles: two nested loops spill what the pipeline of the inner one starts with.
-    n_masked = (inner - low + BM - 1) // BM
-    for i in range(group * n_masked):
-        i_h = (i // tl.maximum(n_masked, 1)).to(tl.int64)
-        pos = low + i % tl.maximum(n_masked, 1) * BM + tl.arange(0, BM)
-        mask = pos[None, :] // BLOCK - block[:, None] >= window
-        dk, dv = _add_dkv(
-            dk, dv, b_k, b_v, p_q + i_h * s_qh, p_do + i_h * s_doh, p_lse + i_h * s_lh, p_delta + i_h * s_lh,
-            s_qt, s_dot, pos - q_start, pos < high, m_d, m_dv, mask, scale, o_d, o_dv, True, PREC,
-        )  # fmt: skip
-    n_full = (high - inner + BM - 1) // BM
-    for i in range(group * n_full):
-        i_h = (i // tl.maximum(n_full, 1)).to(tl.int64)
-        pos = inner + i % tl.maximum(n_full, 1) * BM + tl.arange(0, BM)
-        m_m = pos < high
-        if CSR:
-            pos = listed_token(pos, m_m, p_list, BLOCK)
-        dk, dv = _add_dkv(
-            dk, dv, b_k, b_v, p_q + i_h * s_qh, p_do + i_h * s_doh, p_lse + i_h * s_lh, p_delta + i_h * s_lh,
-            s_qt, s_dot, pos - q_start, m_m, m_d, m_dv, None, scale, o_d, o_dv, False, PREC,
-        )  # fmt: skip
+    right = inner + (high - inner) // BM * BM
+    dk, dv = _add_whole_rows(
+        dk, dv, b_k, b_v, p_q, p_do, d_q, d_do, p_lse, p_delta, p_list, s_qt, s_qh, s_dot, s_doh, s_lh, inner,
+        right, q_start, doc, i_b, (i_g * group).to(tl.int32), o_d, o_dv, m_d, m_dv, group, scale,
+        BD, BDV, BLOCK, BM, GRAD_K, GRAD_V, DESC, CSR, PREC,
+    )  # fmt: skip
+    dk, dv = _add_masked_rows(
+        dk, dv, b_k, b_v, p_q, p_do, d_q, d_do, p_lse, p_delta, p_list, s_qt, s_qh, s_dot, s_doh, s_lh, low,
+        inner, right, high, q_start, end, doc, i_b, (i_g * group).to(tl.int32), block, None, o_d, o_dv, m_d,
+        m_dv, group, window, scale, BD, BDV, BLOCK, BM, GRAD_K, GRAD_V, DESC, CSR, PREC,
+    )  # fmt: skip
 
     o_t = (offset + index)[:, None]
-    p_dks += i_s.to(tl.int64) * s_dkss + o_b * s_dksb
-    p_dvs += i_s.to(tl.int64) * s_dvss + o_b * s_dvsb
-    if not COMPACT:
-        p_dks += i_g * s_dksh
-        p_dvs += i_g * s_dvsh
-    tl.store(p_dks + o_t * s_dkst + o_d, dk * (scale / LOG2_E), mask=m_n[:, None] & m_d)
-    tl.store(p_dvs + o_t * s_dvst + o_dv, dv, mask=m_n[:, None] & m_dv)
+    if GRAD_K:
+        p_dks += i_s.to(tl.int64) * s_dkss + o_b * s_dksb
+        if not COMPACT:
+            p_dks += i_g * s_dksh
+        tl.store(p_dks + o_t * s_dkst + o_d, dk * (scale / LOG2_E), mask=m_n[:, None] & m_d)
+    if GRAD_V:
+        p_dvs += i_s.to(tl.int64) * s_dvss + o_b * s_dvsb
+        if not COMPACT:
+            p_dvs += i_g * s_dvsh
+        tl.store(p_dvs + o_t * s_dvst + o_dv, dv, mask=m_n[:, None] & m_dv)
 
 
 @triton.jit
 def s2_bwd_kernel_dkv_window(
-    p_q, p_k, p_v, p_do, p_lse, p_delta, p_dk, p_dv, p_dks, p_dvs, p_heads, p_tiles, s_qb, s_qt, s_qh, s_kb,
-    s_kt, s_kh, s_vb, s_vt, s_vh, s_dob, s_dot, s_doh, s_lb, s_lh, s_dkb, s_dkt, s_dkh, s_dvb, s_dvt, s_dvh,
-    s_dkss, s_dksb, s_dkst, s_dksh, s_dvss, s_dvsb, s_dvst, s_dvsh, seq_q, seq_k, q_start, k_start, window,
-    sinks, scale, splits, group, HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BD: tl.constexpr, BDV: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    ADD_SHARD: tl.constexpr, PACKED: tl.constexpr, PREC: tl.constexpr,
+    p_q, p_k, p_v, p_do, d_q, d_do, p_lse, p_delta, p_dk, p_dv, p_dks, p_dvs, p_heads, p_tiles, s_qb, s_qt,
+    s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, s_dob, s_dot, s_doh, s_lb, s_lh, s_dkb, s_dkt, s_dkh, s_dvb,
+    s_dvt, s_dvh, s_dkss, s_dksb, s_dkst, s_dksh, s_dvss, s_dvsb, s_dvst, s_dvsh, seq_q, seq_k, q_start,
+    k_start, window, sinks, scale, splits, group,
+    HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GRAD_K: tl.constexpr, GRAD_V: tl.constexpr,
+    DESC: tl.constexpr, ADD_SHARD: tl.constexpr, PACKED: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV `[batch, seq_k, HKV, dim]` of BN window keys, to which the parts of the shard are added."""
+    """dK and dV `[batch, seq_k, HKV, dim]` of BN window keys, to which the parts of the shard are added. GRAD_K
+    and GRAD_V say which of the two are computed."""
     i_n = tl.program_id(0)
     i_b, i_g = tl.program_id(1) // HKV, (tl.program_id(1) % HKV).to(tl.int64)
     i_n, doc, seq_q, offset = key_program(i_n, p_tiles, seq_q, PACKED)
@@ -171,22 +277,22 @@ def s2_bwd_kernel_dkv_window(
         seq_k = seq_q
     first, stride = tl.load(p_heads + 4 * i_g), tl.load(p_heads + 4 * i_g + 1)
     o_b = i_b.to(tl.int64)
-    p_q += o_b * s_qb + doc * s_qt + i_g * group * s_qh
-    p_do += o_b * s_dob + doc * s_dot + i_g * group * s_doh
-    p_lse += o_b * s_lb + i_g * group * s_lh + doc
-    p_delta += o_b * s_lb + i_g * group * s_lh + doc
+    p_q += o_b * s_qb + doc * s_qt
+    p_do += o_b * s_dob + doc * s_dot
+    p_lse += o_b * s_lb + doc
+    p_delta += o_b * s_lb + doc
     p_k += o_b * s_kb + doc * s_kt + i_g * s_kh
     p_v += o_b * s_vb + doc * s_vt + i_g * s_vh
 
     o_d, o_dv = tl.arange(0, BD), tl.arange(0, BDV)
     m_d, m_dv = o_d < D, o_dv < DV
     o_n = i_n * BN + tl.arange(0, BN)
-    o_n64 = o_n.to(tl.int64)[:, None]
+    o_n64 = o_n.to(tl.int64)
     m_n = o_n < seq_k
     key = k_start + o_n
     block = key // BLOCK
-    b_k = tl.load(p_k + o_n64 * s_kt + o_d, mask=m_n[:, None] & m_d, other=0.0)  # [BN, BD]
-    b_v = tl.load(p_v + o_n64 * s_vt + o_dv, mask=m_n[:, None] & m_dv, other=0.0)  # [BN, BDV]
+    b_k = load_tile(p_k, o_n64, s_kt, o_d, m_n, m_d)  # [BN, BD]
+    b_v = load_tile(p_v, o_n64, s_vt, o_dv, m_n, m_dv)  # [BN, BDV]
     dk = tl.zeros([BN, BD], tl.float32)
     dv = tl.zeros([BN, BDV], tl.float32)
 
@@ -199,26 +305,16 @@ def s2_bwd_kernel_dkv_window(
     high = tl.maximum(low, tl.minimum(((key1 - 1) // BLOCK + window) * BLOCK, end))
     inner = tl.minimum(high, low + (tl.maximum(key1 - low, 0) + BM - 1) // BM * BM)
     right = inner + tl.maximum(0, tl.minimum((key0 // BLOCK + window) * BLOCK, high) - inner) // BM * BM
-    # One loop over heads and tiles, as in the shard kernel.
-    before = (inner - low + BM - 1) // BM
-    n_masked = before + (high - right + BM - 1) // BM
-    for i in range(group * n_masked):
-        i_h, i_m = (i // tl.maximum(n_masked, 1)).to(tl.int64), i % tl.maximum(n_masked, 1)
-        pos = tl.where(i_m < before, low + i_m * BM, right + (i_m - before) * BM) + tl.arange(0, BM)
-        m_m = pos < tl.where(i_m < before, inner, high)
-        mask = (key[:, None] <= pos[None, :]) & (pos[None, :] // BLOCK - block[:, None] < window)
-        dk, dv = _add_dkv(
-            dk, dv, b_k, b_v, p_q + i_h * s_qh, p_do + i_h * s_doh, p_lse + i_h * s_lh, p_delta + i_h * s_lh,
-            s_qt, s_dot, pos - q_start, m_m, m_d, m_dv, mask, scale, o_d, o_dv, True, PREC,
-        )  # fmt: skip
-    n_full = (right - inner) // BM
-    for i in range(group * n_full):
-        i_h = (i // tl.maximum(n_full, 1)).to(tl.int64)
-        pos = inner + i % tl.maximum(n_full, 1) * BM + tl.arange(0, BM)
-        dk, dv = _add_dkv(
-            dk, dv, b_k, b_v, p_q + i_h * s_qh, p_do + i_h * s_doh, p_lse + i_h * s_lh, p_delta + i_h * s_lh,
-            s_qt, s_dot, pos - q_start, pos < end, m_d, m_dv, None, scale, o_d, o_dv, False, PREC,
-        )  # fmt: skip
+    dk, dv = _add_masked_rows(
+        dk, dv, b_k, b_v, p_q, p_do, d_q, d_do, p_lse, p_delta, None, s_qt, s_qh, s_dot, s_doh, s_lh, low,
+        inner, right, high, q_start, end, doc, i_b, (i_g * group).to(tl.int32), block, key, o_d, o_dv, m_d,
+        m_dv, group, window, scale, BD, BDV, BLOCK, BM, GRAD_K, GRAD_V, DESC, False, PREC,
+    )  # fmt: skip
+    dk, dv = _add_whole_rows(
+        dk, dv, b_k, b_v, p_q, p_do, d_q, d_do, p_lse, p_delta, None, s_qt, s_qh, s_dot, s_doh, s_lh, inner,
+        right, q_start, doc, i_b, (i_g * group).to(tl.int32), o_d, o_dv, m_d, m_dv, group, scale,
+        BD, BDV, BLOCK, BM, GRAD_K, GRAD_V, DESC, False, PREC,
+    )  # fmt: skip
     dk *= scale / LOG2_E
 
     if ADD_SHARD:
@@ -226,19 +322,23 @@ def s2_bwd_kernel_dkv_window(
         n = tl.where(block < sinks, block, sinks + (block - first) // stride)
         index = n * BLOCK + key % BLOCK
         m_s = m_n & in_shard(block, first, stride, sinks) & (block * BLOCK < end) & (index < tokens)
-        o_t = (offset + index)[:, None]
+        o_t = offset + index
         p_dks += o_b * s_dksb + i_g * s_dksh
         p_dvs += o_b * s_dvsb + i_g * s_dvsh
         for _ in range(splits):
-            dk += tl.load(p_dks + o_t * s_dkst + o_d, mask=m_s[:, None] & m_d, other=0.0)
-            dv += tl.load(p_dvs + o_t * s_dvst + o_dv, mask=m_s[:, None] & m_dv, other=0.0)
+            if GRAD_K:
+                dk += load_tile(p_dks, o_t, s_dkst, o_d, m_s, m_d)
+            if GRAD_V:
+                dv += load_tile(p_dvs, o_t, s_dvst, o_dv, m_s, m_dv)
             p_dks += s_dkss
             p_dvs += s_dvss
 
-    p_dk += o_b * s_dkb + doc * s_dkt + i_g * s_dkh
-    p_dv += o_b * s_dvb + doc * s_dvt + i_g * s_dvh
-    tl.store(p_dk + o_n64 * s_dkt + o_d, dk.to(p_dk.dtype.element_ty), mask=m_n[:, None] & m_d)
-    tl.store(p_dv + o_n64 * s_dvt + o_dv, dv.to(p_dv.dtype.element_ty), mask=m_n[:, None] & m_dv)
+    if GRAD_K:
+        p_dk += o_b * s_dkb + doc * s_dkt + i_g * s_dkh + o_n64[:, None] * s_dkt + o_d
+        tl.store(p_dk, dk.to(p_dk.dtype.element_ty), mask=m_n[:, None] & m_d)
+    if GRAD_V:
+        p_dv += o_b * s_dvb + doc * s_dvt + i_g * s_dvh + o_n64[:, None] * s_dvt + o_dv
+        tl.store(p_dv, dv.to(p_dv.dtype.element_ty), mask=m_n[:, None] & m_dv)
 
 
 def launch_dkv(args: KernelArgs, dout: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor) -> None:
@@ -265,12 +365,15 @@ def launch_dkv_shard(args: KernelArgs, dout: Tensor, lse: Tensor, delta: Tensor)
     dks, dvs = (
         args.q.new_empty(splits, batch, *shape, x.shape[-1], dtype=torch.float32) for x in (args.k, args.v)
     )
-    if programs:
-        s2_bwd_kernel_dkv_shard[(len(programs), splits, batch * kv_heads)](
+    span = -(-longest // splits) if programs else 0
+    if args.tuning.span is None:  # whole tiles but for the last
+        span = -(-span // tiles.rows) * tiles.rows
+    for gradients in args.dkv_passes() if programs else ():
+        s2_bwd_kernel_dkv_shard[(len(programs), batch * kv_heads, splits)](
             **args.query_args, **args.shard_args, **args.list_args(of_keys=True), **args.pattern_args,
             p_do=dout, **strides("do", dout), p_lse=lse, p_delta=delta, **strides("l", lse, "bh"),
             p_dks=dks, p_dvs=dvs, **strides("dks", dks, "sbth"), **strides("dvs", dvs, "sbth"),
-            span=-(-longest // splits), group=args.group, HKV=kv_heads,
+            **args.row_boxes(dout, tiles.rows), **gradients, span=span, group=args.group, HKV=kv_heads,
             **args.program_args(programs), **args.tile_args(tiles),
         )  # fmt: skip
     return [dks, dvs]
@@ -298,11 +401,13 @@ def launch_dkv_window(
         programs += [(start, length, i, offset) for i in range(-(-keys // tiles.keys))]
         offset += max(args.shard_tokens_of(length))
     dks, dvs = parts or (None, None)
-    s2_bwd_kernel_dkv_window[(len(programs), batch * kv_heads)](
-        **args.query_args, **args.window_args, **args.pattern_args, seq_k=seq_k,
-        p_do=dout, **strides("do", dout), p_lse=lse, p_delta=delta, **strides("l", lse, "bh"),
-        p_dk=dk, p_dv=dv, **strides("dk", dk), **strides("dv", dv),
-        p_dks=dks, p_dvs=dvs, **strides("dks", dks, "sbth"), **strides("dvs", dvs, "sbth"),
-        splits=0 if dks is None else dks.shape[0], ADD_SHARD=dks is not None, group=args.group, HKV=kv_heads,
-        **args.program_args(programs), **args.tile_args(tiles),
-    )  # fmt: skip
+    for gradients in args.dkv_passes():
+        s2_bwd_kernel_dkv_window[(len(programs), batch * kv_heads)](
+            **args.query_args, **args.window_args, **args.pattern_args, seq_k=seq_k,
+            p_do=dout, **strides("do", dout), p_lse=lse, p_delta=delta, **strides("l", lse, "bh"),
+            p_dk=dk, p_dv=dv, **strides("dk", dk), **strides("dv", dv),
+            p_dks=dks, p_dvs=dvs, **strides("dks", dks, "sbth"), **strides("dvs", dvs, "sbth"),
+            splits=0 if dks is None else dks.shape[0], ADD_SHARD=dks is not None,
+            **args.row_boxes(dout, tiles.rows), **gradients, group=args.group, HKV=kv_heads,
+            **args.program_args(programs), **args.tile_args(tiles),
+        )  # fmt: skip

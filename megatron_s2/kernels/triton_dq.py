@@ -75,13 +75,15 @@ def _add_dq(
 
 @triton.jit
 def _add_dq_boxes(
-    dq, lse, delta, b_q, b_do, d_k, d_v, i_b, i_h, tiles, in_shard, shard_start, window_start, first, stride,
-    sinks, scale, BD: tl.constexpr, BDV: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr,
-    COMPACT: tl.constexpr, PREC: tl.constexpr,
+    dq, lse, delta, b_q, b_do, d_k, d_v, i_b, i_h, tiles, in_shard, shard_start, window_start, p_list, first,
+    stride, sinks, scale, BD: tl.constexpr, BDV: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr,
+    COMPACT: tl.constexpr, CSR: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Adds `tiles` tiles of keys that all rows see, through tensor descriptors; `whole_tile` says which."""
     for i in range(tiles):
-        t = whole_tile(i, in_shard, shard_start, window_start, first, stride, sinks, BLOCK, BN, COMPACT)
+        t = whole_tile(
+            i, in_shard, shard_start, window_start, p_list, first, stride, sinks, BLOCK, BN, COMPACT, CSR
+        )
         b_k, b_v = load_box(d_k, i_b, i_h, t, BN, BD), load_box(d_v, i_b, i_h, t, BN, BDV)
         dq = _add_dq(dq, lse, delta, b_q, b_do, b_k, b_v, None, scale, False, PREC)
     return dq
@@ -184,14 +186,14 @@ def s2_bwd_kernel_dq(
         window_start = left + doc.to(tl.int32) - k_start
         if COMPACT:
             dq = _add_dq_boxes(
-                dq, lse, delta, b_q, b_do, d_ks, d_vs, i_b, i_gs, in_shard, in_shard, shard_start,
-                window_start, first, stride, sinks, scale, BD, BDV, BLOCK, BN, COMPACT, PREC,
+                dq, lse, delta, b_q, b_do, d_ks, d_vs, i_b, i_gs.to(tl.int32), in_shard, in_shard, shard_start,
+                window_start, p_list, first, stride, sinks, scale, BD, BDV, BLOCK, BN, COMPACT, CSR, PREC,
             )  # fmt: skip
             in_shard = 0
         if WINDOW or not COMPACT:
             dq = _add_dq_boxes(
-                dq, lse, delta, b_q, b_do, d_k, d_v, i_b, i_g, in_shard + in_window, in_shard, shard_start,
-                window_start, first, stride, sinks, scale, BD, BDV, BLOCK, BN, COMPACT, PREC,
+                dq, lse, delta, b_q, b_do, d_k, d_v, i_b, i_g.to(tl.int32), in_shard + in_window, in_shard, shard_start,
+                window_start, p_list, first, stride, sinks, scale, BD, BDV, BLOCK, BN, COMPACT, CSR, PREC,
             )  # fmt: skip
     else:
         for i_n in range(0, whole, BN):

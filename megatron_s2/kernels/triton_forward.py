@@ -73,9 +73,9 @@ def _attend_pair(acc, m_i, l_i, b_q, b_k, b_v, b_k2, b_v2, scale, PREC: tl.const
 
 @triton.jit
 def _attend_boxes(
-    acc, m_i, l_i, b_q, d_k, d_v, i_b, i_h, tiles, in_shard, shard_start, window_start, first, stride, sinks,
-    scale, BD: tl.constexpr, BDV: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr, COMPACT: tl.constexpr,
-    PREC: tl.constexpr,
+    acc, m_i, l_i, b_q, d_k, d_v, i_b, i_h, tiles, in_shard, shard_start, window_start, p_list, first, stride,
+    sinks, scale, BD: tl.constexpr, BDV: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr,
+    COMPACT: tl.constexpr, CSR: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Adds `tiles` tiles of keys that all rows see, through tensor descriptors; `whole_tile` says which."""
     single = 0
@@ -83,16 +83,18 @@ def _attend_boxes(
         single = tiles // 2 * 2
         for i in range(0, single, 2):
             t = whole_tile(
-                i, in_shard, shard_start, window_start, first, stride, sinks, BLOCK, BN, COMPACT
+                i, in_shard, shard_start, window_start, p_list, first, stride, sinks, BLOCK, BN, COMPACT, CSR
             )
             t2 = whole_tile(
-                i + 1, in_shard, shard_start, window_start, first, stride, sinks, BLOCK, BN, COMPACT
+                i + 1, in_shard, shard_start, window_start, p_list, first, stride, sinks, BLOCK, BN, COMPACT, CSR
             )
             b_k, b_k2 = load_box(d_k, i_b, i_h, t, BN, BD), load_box(d_k, i_b, i_h, t2, BN, BD)
             b_v, b_v2 = load_box(d_v, i_b, i_h, t, BN, BDV), load_box(d_v, i_b, i_h, t2, BN, BDV)
             acc, m_i, l_i = _attend_pair(acc, m_i, l_i, b_q, b_k, b_v, b_k2, b_v2, scale, PREC)
     for i in range(single, tiles):
-        t = whole_tile(i, in_shard, shard_start, window_start, first, stride, sinks, BLOCK, BN, COMPACT)
+        t = whole_tile(
+            i, in_shard, shard_start, window_start, p_list, first, stride, sinks, BLOCK, BN, COMPACT, CSR
+        )
         b_k, b_v = load_box(d_k, i_b, i_h, t, BN, BD), load_box(d_v, i_b, i_h, t, BN, BDV)
         acc, m_i, l_i = _attend(acc, m_i, l_i, b_q, b_k, b_v, None, scale, False, PREC)
     return acc, m_i, l_i
@@ -198,14 +200,14 @@ def s2_fwd_kernel(
         window_start = left + doc.to(tl.int32) - k_start
         if COMPACT:
             acc, m_i, l_i = _attend_boxes(
-                acc, m_i, l_i, b_q, d_ks, d_vs, i_b, i_gs, in_shard, in_shard, shard_start, window_start,
-                first, stride, sinks, scale, BD, BDV, BLOCK, BN, COMPACT, PREC,
+                acc, m_i, l_i, b_q, d_ks, d_vs, i_b, i_gs.to(tl.int32), in_shard, in_shard, shard_start, window_start, p_list,
+                first, stride, sinks, scale, BD, BDV, BLOCK, BN, COMPACT, CSR, PREC,
             )  # fmt: skip
             in_shard = 0
         if WINDOW or not COMPACT:
             acc, m_i, l_i = _attend_boxes(
-                acc, m_i, l_i, b_q, d_k, d_v, i_b, i_g, in_shard + in_window, in_shard, shard_start,
-                window_start, first, stride, sinks, scale, BD, BDV, BLOCK, BN, COMPACT, PREC,
+                acc, m_i, l_i, b_q, d_k, d_v, i_b, i_g.to(tl.int32), in_shard + in_window, in_shard, shard_start,
+                window_start, p_list, first, stride, sinks, scale, BD, BDV, BLOCK, BN, COMPACT, CSR, PREC,
             )  # fmt: skip
     else:
         for i_n in range(0, whole, BN):

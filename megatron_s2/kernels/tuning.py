@@ -55,6 +55,11 @@ def packed_heads(group: int, rows: int, block_size: int) -> int:
     return math.gcd(group, max(1, rows // block_size))
 
 
+def separate_dkv(head_dim: int, element_size: int) -> bool:
+    """Returns whether dK and dV are computed one after the other."""
+    return head_dim > 128 and element_size == 2
+
+
 @dataclass(frozen=True)
 class Tuning:
     """Launch configuration of one call. It affects the rounding of results: equal ones give equal bits.
