@@ -195,8 +195,18 @@ def shard_run(
 
 
 @triton.jit
+def list_entry(i, in_shard, p_list, BLOCK: tl.constexpr, BN: tl.constexpr, CSR: tl.constexpr):
+    """Block of the i-th of `in_shard` tiles of a list; to be loaded an iteration ahead, because a load that a
+    copy depends on would take one of the copy's stages. 0 without a list."""
+    entry = 0
+    if CSR:
+        entry = tl.load(p_list + i // (BLOCK // BN), mask=i < in_shard, other=0)
+    return entry
+
+
+@triton.jit
 def whole_tile(
-    i, in_shard, shard_start, window_start, p_list, first, stride, sinks,
+    i, entry, in_shard, shard_start, window_start, first, stride, sinks,
     BLOCK: tl.constexpr, BN: tl.constexpr, COMPACT: tl.constexpr, CSR: tl.constexpr,
 ):  # fmt: skip
     """First token in its source of the i-th tile that all rows see: `in_shard` tiles of the shard, the first of
@@ -204,7 +214,7 @@ def whole_tile(
     if COMPACT:
         t = i * BN
     elif CSR:
-        t = tl.load(p_list + i // (BLOCK // BN), mask=i < in_shard, other=0) * BLOCK + i % (BLOCK // BN) * BN
+        t = entry * BLOCK + i % (BLOCK // BN) * BN
     else:
         t = shard_block(i // (BLOCK // BN), first, stride, sinks) * BLOCK + i % (BLOCK // BN) * BN
     return tl.where(i < in_shard, shard_start + t, window_start + (i - in_shard) * BN)

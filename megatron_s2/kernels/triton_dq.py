@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_s2.kernels.triton_args import KernelArgs, padded, strides
 from megatron_s2.kernels.triton_common import (
     LOG2_E,
+    list_entry,
     load_box,
     load_tile,
     query_program,
@@ -80,10 +81,12 @@ def _add_dq_boxes(
     COMPACT: tl.constexpr, CSR: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Adds `tiles` tiles of keys that all rows see, through tensor descriptors; `whole_tile` says which."""
+    entry = list_entry(0, in_shard, p_list, BLOCK, BN, CSR)
     for i in range(tiles):
         t = whole_tile(
-            i, in_shard, shard_start, window_start, p_list, first, stride, sinks, BLOCK, BN, COMPACT, CSR
+            i, entry, in_shard, shard_start, window_start, first, stride, sinks, BLOCK, BN, COMPACT, CSR
         )
+        entry = list_entry(i + 1, in_shard, p_list, BLOCK, BN, CSR)
         b_k, b_v = load_box(d_k, i_b, i_h, t, BN, BD), load_box(d_v, i_b, i_h, t, BN, BDV)
         dq = _add_dq(dq, lse, delta, b_q, b_do, b_k, b_v, None, scale, False, PREC)
     return dq

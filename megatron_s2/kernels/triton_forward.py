@@ -24,6 +24,7 @@ from megatron_s2.kernels.triton_args import KernelArgs, strides
 from megatron_s2.kernels.triton_common import (
     LN_2,
     LOG2_E,
+    list_entry,
     load_box,
     load_tile,
     query_program,
@@ -81,20 +82,26 @@ def _attend_boxes(
     single = 0
     if BDV <= 128:  # wider accumulators leave no registers for two tiles of scores
         single = tiles // 2 * 2
+        entry = list_entry(0, in_shard, p_list, BLOCK, BN, CSR)
+        entry2 = list_entry(1, in_shard, p_list, BLOCK, BN, CSR)
         for i in range(0, single, 2):
             t = whole_tile(
-                i, in_shard, shard_start, window_start, p_list, first, stride, sinks, BLOCK, BN, COMPACT, CSR
+                i, entry, in_shard, shard_start, window_start, first, stride, sinks, BLOCK, BN, COMPACT, CSR
             )
             t2 = whole_tile(
-                i + 1, in_shard, shard_start, window_start, p_list, first, stride, sinks, BLOCK, BN, COMPACT, CSR
+                i + 1, entry2, in_shard, shard_start, window_start, first, stride, sinks, BLOCK, BN, COMPACT, CSR
             )
+            entry = list_entry(i + 2, in_shard, p_list, BLOCK, BN, CSR)
+            entry2 = list_entry(i + 3, in_shard, p_list, BLOCK, BN, CSR)
             b_k, b_k2 = load_box(d_k, i_b, i_h, t, BN, BD), load_box(d_k, i_b, i_h, t2, BN, BD)
             b_v, b_v2 = load_box(d_v, i_b, i_h, t, BN, BDV), load_box(d_v, i_b, i_h, t2, BN, BDV)
             acc, m_i, l_i = _attend_pair(acc, m_i, l_i, b_q, b_k, b_v, b_k2, b_v2, scale, PREC)
+    entry = list_entry(single, in_shard, p_list, BLOCK, BN, CSR)
     for i in range(single, tiles):
         t = whole_tile(
-            i, in_shard, shard_start, window_start, p_list, first, stride, sinks, BLOCK, BN, COMPACT, CSR
+            i, entry, in_shard, shard_start, window_start, first, stride, sinks, BLOCK, BN, COMPACT, CSR
         )
+        entry = list_entry(i + 1, in_shard, p_list, BLOCK, BN, CSR)
         b_k, b_v = load_box(d_k, i_b, i_h, t, BN, BD), load_box(d_v, i_b, i_h, t, BN, BDV)
         acc, m_i, l_i = _attend(acc, m_i, l_i, b_q, b_k, b_v, None, scale, False, PREC)
     return acc, m_i, l_i

@@ -200,13 +200,17 @@ if INTERPRETED:
 
         found = {"forward": [], "dq": [], "dkv": []}
 
-        def count(kernel, module, function, pairs):
+        def count(kernel, module, function, rows, keys):
             original = getattr(module, function)
             names = original.arg_names
 
             def counted(*args):
-                given = dict(zip(names, args))
-                found[kernel].append(int(pairs({name: data(x) for name, x in given.items()})))
+                given = {name: data(x) for name, x in zip(names, args)}
+                mask = given.get("mask")
+                for name in keys:
+                    tile = (len(given[rows]), len(given[name]))
+                    pairs = tile[0] * tile[1] if mask is None else np.broadcast_to(mask, tile).sum()
+                    found[kernel].append(int(pairs))
                 return original(*args)
 
             monkeypatch.setattr(module, function, counted)
@@ -214,17 +218,10 @@ if INTERPRETED:
         def data(x):
             return x.handle.data if hasattr(x, "handle") else x
 
-        def row_pairs(b_q, m_n, mask, **_):
-            if mask is None:
-                return len(b_q) * m_n.sum()
-            return np.broadcast_to(mask, (len(b_q), len(m_n))).sum()
-
-        def column_pairs(b_k, m_m, mask, **_):
-            return len(b_k) * m_m.sum() if mask is None else (mask & m_m[None, :]).sum()
-
-        count("forward", triton_forward, "_attend", lambda given: row_pairs(**given))
-        count("dq", triton_dq, "_add_dq", lambda given: row_pairs(**given))
-        count("dkv", triton_dkv, "_add_dkv", lambda given: column_pairs(**given))
+        count("forward", triton_forward, "_attend", "b_q", ["b_k"])
+        count("forward", triton_forward, "_attend_pair", "b_q", ["b_k", "b_k2"])
+        count("dq", triton_dq, "_add_dq", "b_q", ["b_k"])
+        count("dkv", triton_dkv, "_add_dkv", "b_k", ["b_q"])
         return found
 
     VISITED = {
