@@ -5,7 +5,8 @@
 
 What a kernel takes depends on the Triton that compiles it. With any Triton, `--check` requires that each
 kernel fits its chip: hardly any local memory, few enough registers and shared memory for one program, the
-tensor cores' instruction. The table must have the fingerprint of these kernels and tiles; its numbers are
+tensor cores' instruction; and on Hopper, that the loops of its machine code compute nothing twice, multiply whole
+tiles, keep their registers, have their copies under way ahead of their use, and execute few instructions. The table must have the fingerprint of these kernels and tiles; its numbers are
 compared only if the installed Triton is the one that it names.
 
 `--chips`, `--head-dims` and `--shipped` compile a part of the table.
@@ -29,8 +30,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from lib.sass import Code, Loop, disassemble, parse
+from lib.throughput import FLASH2, PROBE_TFLOPS, TOLERANCE, CompiledKernel, predict, predicted_probe, probe
 from megatron_s2.kernels import triton_common, triton_decode, triton_dkv, triton_dq, triton_forward
-from megatron_s2.kernels.tuning import Tiles, candidates, tuning_for
+from megatron_s2.kernels.tuning import Tiles, candidates, packed_heads, separate_dkv, tuning_for
+from megatron_s2.pattern import S2Pattern
 
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "kernel-resources.md"
 HEAD_DIMS = (64, 128)
@@ -38,7 +42,17 @@ KERNELS = ("forward", "dq", "dkv shard", "dkv window")
 DECODE = "decode split"
 GROUP = 4
 BLOCK = 64
-MASK_HEAD_DIM = 128  # where the kernels are compiled for an arbitrary mask too
+MASK_HEAD_DIM = 128  # where the kernels are compiled for an arbitrary mask, and on Hopper in float16, too
+OTHER_HEAD_DIMS = (80, 96, 192, 256)  # compiled for Hopper, whose machine code is checked
+PATTERN = S2Pattern(num_kv_heads=8, block_size=BLOCK, local_blocks=8, vert_stride=16)  # of the prediction
+
+# What the loops of a kernel may execute on Hopper, per warp: instructions for 64 keys (of dK and dV, 64 rows) that
+# all rows see, at head_dim 128 or less. Of the 400 for dK and dV, products, exponentials and conversions alone
+# take 150.
+MOST_INSTRUCTIONS = {"forward": 312, "dq": 320, "dkv shard": 400, "dkv window": 415}
+# Accesses of one iteration to local memory. A few scalars cost nothing to speak of, a tile that spills takes dozens.
+MOST_LOCAL_IN_LOOP = 2
+WIDE = 128  # head_dim beyond which shared memory and registers do not allow all of this
 
 
 @dataclass(frozen=True)
@@ -53,6 +67,7 @@ class Chip:
 # Bytes per thread: Triton 3.6 spills up to 48 in a few of these kernels, 3.8 and 3.9 nothing.
 MOST_LOCAL = 64
 REGISTERS = 64 * 1024  # of each of these chips' multiprocessors, 32 bits each
+HOPPER = "sm_90"
 CHIPS = {
     "sm_80": Chip(80, 163 * 1024, "mma.sync"),
     "sm_90": Chip(90, 227 * 1024, "wgmma"),
@@ -71,9 +86,29 @@ class Case:
     shipped: bool = True  # or only tried by autotuning
     mask: bool = False  # for an arbitrary mask
     source: str = ""  # "window" or "shard": the pass over one source, as context parallelism has it
+    dtype: str = "bf16"
+    gradient: str = ""  # "dk" or "dv": the launch of dK and dV that computes that one
 
     def __str__(self) -> str:
         return f"{self.chip} {self.kernel} head_dim {self.head_dim}"
+
+    @property
+    def padded(self) -> int:
+        """head_dim of its tiles."""
+        return triton.next_power_of_2(self.head_dim)
+
+    @property
+    def boxes(self) -> dict[str, str]:
+        """Types of the tensor descriptors by the name of their argument."""
+        if CHIPS[self.chip].capability < 90:
+            return {}
+        if "dkv" in self.kernel:
+            names, tokens = ("d_q", "d_do"), self.tiles.rows
+        else:
+            names = ("d_ks", "d_vs") if self.source == "shard" else ("d_k", "d_v")
+            tokens = self.tiles.keys
+        fits = "dkv" in self.kernel or self.tiles.keys <= BLOCK
+        return dict.fromkeys(names, f"tensordesc<{self.dtype}[1, 1, {tokens}, {self.padded}]>") if fits else {}
 
     @property
     def instruction(self) -> str:
@@ -85,6 +120,10 @@ class Case:
         """Returns the role of the kernel, as the table names it."""
         if self.source:
             return f"{self.source} pass"
+        if self.gradient:
+            return f"{self.gradient} alone"
+        if self.dtype != "bf16":
+            return self.dtype
         return "mask" if self.mask else "shipped" if self.shipped else "tried"
 
 
@@ -97,40 +136,102 @@ class Resources:
     local: int  # bytes of local memory per thread (its stack): where spills go
     shared: int  # bytes per program
     tensor_core: bool
+    code: Code = Code((), ())
 
     @property
     def all_registers(self) -> int:
         """Number of registers of one program."""
         return self.registers * 32 * self.case.tiles.warps
 
+    @property
+    def programs(self) -> int:
+        """Number of programs that a multiprocessor runs at a time; each takes 1 KiB of shared memory more."""
+        most_shared = CHIPS[self.case.chip].shared + 1024
+        return max(1, min(most_shared // (self.shared + 1024), REGISTERS // self.all_registers))
+
+    @property
+    def whole(self) -> Loop | None:
+        """The loop over tiles of which every row sees every key: that of the fewest instructions for a tile."""
+        return min(self.code.loops, key=self.instructions, default=None)
+
+    def instructions(self, loop: Loop) -> float:
+        """Instructions of a warp for 64 keys, or for dK and dV for 64 rows."""
+        tiles = self.case.tiles
+        return loop.size * 64 / (_tiles(loop) * (tiles.rows if "dkv" in self.case.kernel else tiles.keys))
+
     def problems(self) -> list[str]:
         """Returns a message for each limit of the chip that the kernel exceeds."""
         chip, where = CHIPS[self.case.chip], self.case
+        gated = self.case.chip == HOPPER and self.case.kernel != DECODE and bool(self.code.loops)
         checks = {
-            f"{where}: spills {self.local} bytes per thread to local memory, at most {MOST_LOCAL}": self.local
-            > MOST_LOCAL,
+            f"{where}: spills {self.local} bytes per thread to local memory, at most {MOST_LOCAL}": not gated
+            and self.local > MOST_LOCAL,
             f"{where}: {self.all_registers} registers, at most {REGISTERS}": self.all_registers > REGISTERS,
             f"{where}: shared memory {self.shared}, at most {chip.shared}": self.shared > chip.shared,
             f"{where}: no {where.instruction} in its PTX": not self.tensor_core,
         }
-        return [problem for problem, found in checks.items() if found]
+        found = [problem for problem, exceeds in checks.items() if exceeds]
+        return found + (self._loop_problems() if gated else [])
+
+    def _loop_problems(self) -> list[str]:
+        case, tiles, found = self.case, self.case.tiles, []
+        width, wide = (tiles.rows if "dkv" in case.kernel else tiles.keys), case.head_dim > WIDE
+        shapes = {f"64x{n}x16" for n in (width, case.padded)}
+        products = {"forward": 2, "dq": 3}.get(case.kernel, {"": 4, "dk": 3, "dv": 2}[case.gradient])
+        for number, loop in enumerate(self.code.loops):
+            where, scores = f"{case}, loop {number}", tiles.rows * tiles.keys * _tiles(loop)
+            exponentials = loop.exponentials - (2 if case.kernel == "forward" else 0)  # two rescale
+            flops = loop.tensor_flops * tiles.warps // 4
+            checks = {
+                f"{where}: {exponentials} exponentials a thread for {scores} scores of all threads": exponentials
+                * 32
+                * tiles.warps
+                != scores,
+                f"{where}: {flops} FLOPs, more than its {products} products have": flops
+                != products * 2 * scores * case.padded,
+                f"{where}: products {dict(loop.products)}, not all of {sorted(shapes)}": not shapes
+                >= set(loop.products),
+                f"{where}: {loop.local} accesses to local memory, at most {MOST_LOCAL_IN_LOOP}": loop.local
+                > MOST_LOCAL_IN_LOOP * (3 if wide else 1),
+                f"{where}: waits for what it has just copied, with no other program to run": loop.ahead == 0
+                and self.programs == 1
+                and not wide,
+            }
+            found += [problem for problem, exceeds in checks.items() if exceeds]
+        most, count = MOST_INSTRUCTIONS[case.kernel], self.instructions(self.whole)
+        if not wide and case.shipped and count > most:
+            found.append(f"{case}: {count:.0f} instructions for 64 keys, at most {most}")
+        if case.boxes and not self.whole.boxes:
+            found.append(f"{case}: no tensor descriptor in the loop over whole tiles")
+        return found
 
     def row(self) -> str:
         """Returns the line of the table."""
         case = self.case
         tiles = f"{case.tiles.rows} x {case.tiles.keys} | {case.tiles.warps} | {case.tiles.stages}"
         instruction = case.instruction if self.tensor_core else "none"
+        loop = self.whole
+        ahead = "" if loop is None or loop.ahead is None else loop.ahead
+        loops = f"{'' if loop is None else round(self.instructions(loop))} | {ahead} | {self.programs}"
         return (
             f"| {case.chip} | {case.kernel} | {case.head_dim} | {case.what()} | {tiles} | {self.registers} "
-            f"| {self.local} | {self.shared / 1024:.0f} KiB | `{instruction}` |"
+            f"| {self.local} | {self.shared / 1024:.0f} KiB | `{instruction}` | {loops} |"
         )
+
+    def for_prediction(self) -> CompiledKernel:
+        return CompiledKernel(self.code, self.case.tiles.warps, self.programs)
+
+
+def _tiles(loop: Loop) -> int:
+    """Key tiles of one iteration: each has two copies by descriptor, of K and V or of q and dout."""
+    return max(1, loop.boxes // 2)
 
 
 def _kernel(case: Case) -> tuple[triton.JITFunction, dict[str, object]]:
     """Returns the function and its constants: 32 query heads over 8 KV heads, bfloat16, blocks of 64."""
     kernel, head_dim, tiles = case.kernel, case.head_dim, case.tiles
     constants = {
-        "D": head_dim, "DV": head_dim, "BD": head_dim, "BDV": head_dim, "BLOCK": BLOCK,
+        "D": head_dim, "DV": head_dim, "BD": case.padded, "BDV": case.padded, "BLOCK": BLOCK,
         "BM": tiles.rows, "BN": tiles.keys, "PACKED": False, "PREC": "tf32", "p_tiles": None,
     }  # fmt: skip
     if kernel == DECODE:
@@ -138,15 +239,18 @@ def _kernel(case: Case) -> tuple[triton.JITFunction, dict[str, object]]:
         return triton_decode.s2_decode_kernel_split, few | {"HKV": 8, "HEADS": 8, "GROUP": GROUP}
     lists = {} if case.mask else dict.fromkeys(("p_starts", "p_list"))
     source = {"COMPACT": bool(case.source), "CSR": case.mask, **lists}
+    names = ("d_q", "d_do") if "dkv" in kernel else ("d_k", "d_v", "d_ks", "d_vs")
+    constants |= {"DESC": bool(case.boxes)} | dict.fromkeys(name for name in names if name not in case.boxes)
     if kernel in ("forward", "dq"):
         absent = [] if kernel == "dq" else ["p_sink"]
-        row = {"H": 32, "GROUP": GROUP} | ({} if kernel == "dq" else {"HAS_SINK": False})
+        row = {"H": 32, "GROUP": GROUP, "PACK": packed_heads(GROUP, tiles.rows, BLOCK)} | ({} if kernel == "dq" else {"HAS_SINK": False})
         row |= {"SHARD": case.source != "window", "WINDOW": case.source != "shard"}
         # In context parallelism each of dQ's passes adds to what is there, and the forward's second one.
         row["RESUME"] = case.source == "shard" or (kernel == "dq" and bool(case.source))
         absent += [] if row["RESUME"] else ["p_prev"]
         function = triton_dq.s2_bwd_kernel_dq if kernel == "dq" else triton_forward.s2_fwd_kernel
         return function, constants | source | row | dict.fromkeys(absent)
+    constants |= {"GRAD_K": case.gradient != "dv", "GRAD_V": case.gradient != "dk"}
     if kernel == "dkv shard":
         return triton_dkv.s2_bwd_kernel_dkv_shard, constants | source | {"HKV": 8}
     return triton_dkv.s2_bwd_kernel_dkv_window, constants | {"HKV": 8, "ADD_SHARD": True} | (
@@ -154,16 +258,18 @@ def _kernel(case: Case) -> tuple[triton.JITFunction, dict[str, object]]:
     )
 
 
-def _type(name: str, constants: dict[str, object], source: str) -> str:
+def _type(name: str, constants: dict[str, object], case: Case) -> str:
     if name in constants:
         return "constexpr"
-    if source and name in ("p_o", "p_dq", "p_prev", "p_dk", "p_dv"):
+    if name in case.boxes:
+        return case.boxes[name]
+    if case.source and name in ("p_o", "p_dq", "p_prev", "p_dk", "p_dv"):
         return "*fp32"  # parts of results
     if name.startswith("p_"):
         kind = {"p_heads": "i32", "p_starts": "i64", "p_list": "i32", "p_kept": "i32"} | dict.fromkeys(
             ("p_lse", "p_delta", "p_dks", "p_dvs", "p_part"), "fp32"
         )
-        return "*" + kind.get(name, "bf16")
+        return "*" + kind.get(name, case.dtype)
     return "fp32" if name == "scale" else "i32"
 
 
@@ -175,7 +281,7 @@ def compiled(case: Case) -> Resources:
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name[:2] in ("p_", "s_")}
     source = ASTSource(
         function,
-        {name: _type(name, constants, case.source) for name in names},
+        {name: _type(name, constants, case) for name in names},
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={key: value for key, value in aligned.items() if names[key[0]] not in constants},
     )
@@ -185,9 +291,9 @@ def compiled(case: Case) -> Resources:
         options={"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True},
     )
     registers, stack, local = _resource_usage(binary.asm["cubin"])
-    return Resources(
-        case, registers, stack + local, binary.metadata.shared, case.instruction in binary.asm["ptx"]
-    )
+    code = parse(disassemble(binary.asm["cubin"]))
+    used = case.instruction in binary.asm["ptx"]
+    return Resources(case, registers, stack + local, binary.metadata.shared, used, code)
 
 
 def _resource_usage(cubin: bytes) -> tuple[int, ...]:
@@ -203,17 +309,26 @@ def cases(chips: Sequence[str], head_dims: Sequence[int], shipped: bool = False)
     """Returns all cases in the order of the table; with `shipped`, only the shipped tiles for S2 patterns."""
     found = []
     for chip, kernel, head_dim in product(chips, KERNELS, head_dims):
-        tiles = candidates(kernel.split()[0], CHIPS[chip].capability // 10, head_dim, 2)
+        role, capability = kernel.split()[0], CHIPS[chip].capability // 10
+        tiles = candidates(role, capability, head_dim, 2)
         found += [Case(chip, kernel, head_dim, x, x == tiles[0]) for x in tiles[: 1 if shipped else None]]
-        if (
-            not shipped and head_dim == MASK_HEAD_DIM and kernel != "dkv window"
-        ):  # which is the same with a mask
-            inside = {"keys": min(tiles[0].keys, BLOCK)} if "dkv" in kernel else {"rows": BLOCK}
-            found.append(Case(chip, kernel, head_dim, replace(tiles[0], **inside), mask=True))
-        passes = tuning_for(CHIPS[chip].capability // 10, head_dim, 2, passes=True)
-        sources = kernel.split()[1:] or ["window", "shard"]
-        tiles = getattr(passes, kernel.split()[0])
-        found += [] if shipped else [Case(chip, kernel, head_dim, tiles, source=source) for source in sources]
+        if shipped:
+            continue
+        if head_dim == MASK_HEAD_DIM:
+            if kernel != "dkv window":  # which is the same with a mask
+                found.append(Case(chip, kernel, head_dim, tiles[0], mask=True))
+            found += [Case(chip, kernel, head_dim, tiles[0], dtype="fp16")] if chip == HOPPER else []
+        passes = getattr(tuning_for(capability, head_dim, 2, passes=True), role)
+        found += [
+            Case(chip, kernel, head_dim, passes, source=source)
+            for source in kernel.split()[1:] or ("window", "shard")
+        ]
+    if HOPPER in chips and not shipped and set(head_dims) == set(HEAD_DIMS):
+        for kernel, head_dim in product(KERNELS, OTHER_HEAD_DIMS):
+            (tiles, *_) = candidates(kernel.split()[0], 9, head_dim, 2)
+            case = Case(HOPPER, kernel, head_dim, tiles)
+            alone = "dkv" in kernel and separate_dkv(tiles, 2 * case.padded)
+            found += [replace(case, gradient=x) for x in ("dv", "dk")] if alone else [case]
     for chip, head_dim in product(chips, head_dims):
         found.append(Case(chip, DECODE, head_dim, triton_decode.decode_tiles(head_dim, GROUP, 2)))
     return found
@@ -257,6 +372,38 @@ def stale(text: str, rows: Sequence[Resources]) -> list[str]:
     return found
 
 
+def prediction(rows: Sequence[Resources]) -> list[str]:
+    """Returns lines about the predicted speed of a layer at head_dim 128 on an H100."""
+    kernels = {
+        row.case.kernel: row.for_prediction()
+        for row in rows
+        if row.case.chip == HOPPER and row.case.head_dim == 128 and row.case.what() == "shipped"
+    }
+    splits = tuning_for(9, 128, 2).splits
+    probed = predicted_probe(probe())
+    lines = [
+        "## Predicted on an H100",
+        "",
+        "By the model of `scripts/lib/throughput.py`, whose constants have their sources there. For a plain attention",
+        f"kernel (forward, not causal, 16384 tokens, head_dim 128) it predicts {probed:.0f} TFLOP/s where",
+        f"{PROBE_TFLOPS:.0f} were published: {probed / PROBE_TFLOPS - 1:+.0%}, of {TOLERANCE:.0%} allowed. The last",
+        "column divides ours by that error. No GPU has confirmed any of this.",
+        "",
+        "32 query and 8 KV heads, blocks of 64, window of 8, stride 16, bfloat16; TFLOP/s of visible pairs, and those",
+        "over FlashAttention-2's, forward and backward together.",
+        "",
+        "| tokens | forward | backward | FlashAttention-2 | over it | over it, less the probe's error |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for tokens, flash in FLASH2.items():
+        forward, backward, over = predict(PATTERN, tokens, kernels, splits)
+        lines.append(
+            f"| {tokens} | {forward:.0f} | {backward:.0f} | {flash[0]} and {flash[1]} | {over:.2f} "
+            f"| {over * min(1, PROBE_TFLOPS / probed):.2f} |"
+        )
+    return lines
+
+
 def page(rows: Sequence[Resources]) -> str:
     """Returns the whole document."""
     lines = [
@@ -271,12 +418,19 @@ def page(rows: Sequence[Resources]) -> str:
         "Registers and local memory (spills) are per thread, shared memory per program. Another Triton gives",
         "other numbers; with any Triton, the test asserts that the kernels fit their chips.",
         "",
+        "From the machine code, per warp: instructions for 64 keys that all rows see (of dK and dV, for 64 rows),",
+        "how many iterations its copies are ahead while it waits for one, and how many programs a multiprocessor",
+        "runs at a time. On Hopper the test also asserts that each loop computes nothing twice, multiplies whole",
+        "tiles, hardly uses local memory, and has either copies ahead or another program to run.",
+        "",
         f"{_made_by(triton.__version__)} Fingerprint of kernels and tiles: `{fingerprint()}`.",
         "",
         "| chip | kernel | head_dim | tiles | rows x keys | warps | stages | registers | local | shared "
-        "| in PTX |",
-        "| --- | --- | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",
+        "| in PTX | instructions | ahead | programs |",
+        "| --- | --- | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: |",
         *(row.row() for row in rows),
+        "",
+        *prediction(rows),
     ]
     return "\n".join(lines) + "\n"
 

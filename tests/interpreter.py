@@ -1,4 +1,4 @@
-"""Makes Triton's interpreter three times as quick, and lets it round an fma once."""
+"""Makes Triton's interpreter three times as quick, multiply bfloat16, and round an fma once."""
 
 from dataclasses import replace
 
@@ -31,6 +31,25 @@ def check_overflow(check: bool) -> None:
     from triton.runtime.interpreter import interpreter_builder
 
     interpreter_builder.options = replace(interpreter_builder.options, sanitize_overflow=check)
+
+
+def multiply_bfloat16() -> None:
+    """Lets `tl.dot` multiply bfloat16, which the interpreter keeps as the 16 bits of an integer and multiplies
+    as such: in float32, whose upper half they are, products of bfloat16 are exact, as on tensor cores."""
+    from triton.language import bfloat16, float32
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    multiply = InterpreterBuilder.create_dot
+
+    def as_float32(x):
+        if x.dtype.scalar != bfloat16:
+            return x
+        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), float32)
+
+    def create_dot(self, a, b, *others):
+        return multiply(self, as_float32(a), as_float32(b), *others)
+
+    InterpreterBuilder.create_dot = create_dot
 
 
 def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:

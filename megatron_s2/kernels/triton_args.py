@@ -157,10 +157,10 @@ class KernelArgs:
             fits = fits and rows <= self.pattern.block_size and self.q_start % rows == 0
         return _boxes(("d_q", "d_do"), {"d_q": self.q, "d_do": dout} if fits else {}, rows)
 
-    def dkv_passes(self) -> list[dict[str, bool]]:
-        """What each launch of dK and dV computes. In wide heads both accumulators would not fit into registers,
-        so that each has its launch, which computes the probabilities again: 5 products of tiles, not 4."""
-        if separate_dkv(max(self.q.shape[-1], self.v.shape[-1]), self.q.element_size()):
+    def dkv_passes(self, tiles: Tiles) -> list[dict[str, bool]]:
+        """What each launch of dK and dV computes. In wide heads each of the two has its launch, which computes
+        the probabilities again: 5 products of tiles, not 4."""
+        if separate_dkv(tiles, padded(self.q.shape[-1]) + padded(self.v.shape[-1])):
             return [{"GRAD_K": False, "GRAD_V": True}, {"GRAD_K": True, "GRAD_V": False}]
         return [{"GRAD_K": True, "GRAD_V": True}]
 

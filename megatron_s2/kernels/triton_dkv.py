@@ -368,7 +368,7 @@ def launch_dkv_shard(args: KernelArgs, dout: Tensor, lse: Tensor, delta: Tensor)
     span = -(-longest // splits) if programs else 0
     if args.tuning.span is None:  # whole tiles but for the last
         span = -(-span // tiles.rows) * tiles.rows
-    for gradients in args.dkv_passes() if programs else ():
+    for gradients in args.dkv_passes(tiles) if programs else ():
         s2_bwd_kernel_dkv_shard[(len(programs), batch * kv_heads, splits)](
             **args.query_args, **args.shard_args, **args.list_args(of_keys=True), **args.pattern_args,
             p_do=dout, **strides("do", dout), p_lse=lse, p_delta=delta, **strides("l", lse, "bh"),
@@ -401,7 +401,7 @@ def launch_dkv_window(
         programs += [(start, length, i, offset) for i in range(-(-keys // tiles.keys))]
         offset += max(args.shard_tokens_of(length))
     dks, dvs = parts or (None, None)
-    for gradients in args.dkv_passes():
+    for gradients in args.dkv_passes(tiles):
         s2_bwd_kernel_dkv_window[(len(programs), batch * kv_heads)](
             **args.query_args, **args.window_args, **args.pattern_args, seq_k=seq_k,
             p_do=dout, **strides("do", dout), p_lse=lse, p_delta=delta, **strides("l", lse, "bh"),

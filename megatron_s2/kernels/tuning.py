@@ -55,9 +55,10 @@ def packed_heads(group: int, rows: int, block_size: int) -> int:
     return math.gcd(group, max(1, rows // block_size))
 
 
-def separate_dkv(head_dim: int, element_size: int) -> bool:
-    """Returns whether dK and dV are computed one after the other."""
-    return head_dim > 128 and element_size == 2
+def separate_dkv(tiles: Tiles, head_dims: int) -> bool:
+    """Returns whether dK and dV are computed one after the other: where their accumulators of `head_dims`
+    numbers per key would take more than half of a thread's registers."""
+    return tiles.keys * head_dims > 128 * 32 * tiles.warps
 
 
 @dataclass(frozen=True)
@@ -96,17 +97,24 @@ class Tuning:
 
 
 # Constants, not properties of the chip: the order of summation, and with it the bits, does not depend on it.
-_COLUMN_PROGRAMS = 2048
+_COLUMN_PROGRAMS = 4096
 _SHORTEST_SPAN = 1024
 
-# Tables by largest head_dim, for kernels in 16 bits. None of these spills registers at head_dim 64 and 128
-# with the Triton of docs/kernel-resources.md.
+# Tables by largest head_dim, for kernels in 16 bits. `scripts/kernel_resources.py --check` holds them to what
+# docs/kernel-resources.md says: no product computed twice, copies ahead of their use, hardly any local memory.
+# A third stage of dK and dV at head_dim 128 would leave room for one program only where now there are two.
 _HOPPER = {
+    64: Tuning(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 3)),
+    128: Tuning(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2)),
+    256: Tuning(Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 3), Tiles(32, 128, 8, 2)),
+}
+# Blackwell accumulates in a memory of its own: there eight warps share a product of 64 rows.
+_BLACKWELL = {
     64: Tuning(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2)),
-    128: Tuning(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2)),
+    128: Tuning(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 2)),
     256: Tuning(Tiles(64, 32, 8, 2), Tiles(64, 16, 8, 2), Tiles(32, 32, 8, 2)),
 }
-_AMPERE = _HOPPER | {
+_AMPERE = _BLACKWELL | {
     128: Tuning(Tiles(128, 32, 8, 3), Tiles(128, 32, 8, 2), Tiles(64, 64, 8, 2)),
 }
 # Window and shard in two passes take a few registers more.
@@ -120,12 +128,24 @@ _FLOAT32 = {
     256: Tuning(Tiles(32, 16, 8, 2), Tiles(32, 16, 8, 2), Tiles(16, 16, 8, 2)),
 }
 
-# Further candidates of autotuning, by largest head_dim. They spill no registers either.
+# Further candidates of autotuning, by largest head_dim; held to the same.
 _HOPPER_CANDIDATES = {
     64: {
-        "forward": (Tiles(128, 128, 8, 2), Tiles(64, 64, 4, 3)),
+        "forward": (Tiles(64, 64, 4, 3),),
         "dq": (Tiles(128, 32, 8, 3), Tiles(64, 64, 4, 3)),
-        "dkv": (Tiles(64, 128, 8, 2), Tiles(32, 64, 4, 3)),
+        "dkv": (Tiles(64, 64, 4, 2),),
+    },
+    128: {
+        "forward": (Tiles(128, 32, 8, 3),),
+        "dq": (Tiles(128, 32, 8, 3),),
+        "dkv": (Tiles(32, 64, 4, 3),),
+    },
+}
+_BLACKWELL_CANDIDATES = {
+    64: {
+        "forward": (Tiles(64, 64, 4, 3),),
+        "dq": (Tiles(128, 32, 8, 3), Tiles(64, 64, 4, 3)),
+        "dkv": (Tiles(32, 64, 4, 3),),
     },
     128: {
         "forward": (Tiles(64, 64, 4, 3),),
@@ -151,18 +171,23 @@ def tuning_for(capability: int, head_dim: int, element_size: int, passes: bool =
     """Returns the shipped tuning.
 
     Args:
-        capability: major compute capability of the GPU; 9 (Hopper) stands for later ones, too.
+        capability: major compute capability of the GPU; 10 (Blackwell) stands for later ones, too.
         head_dim: the larger head_dim of K and V.
         element_size: bytes per element of q, k and v.
         passes: whether window and shard are read in two passes.
     """
     ampere = _AMPERE_PASSES if passes else _AMPERE
-    tunings = _FLOAT32 if element_size > 2 else _HOPPER if capability >= 9 else ampere
+    tunings = _FLOAT32 if element_size > 2 else _of_chip(capability, _BLACKWELL, _HOPPER, ampere)
     return tunings[min(d for d in tunings if d >= head_dim)]
 
 
 def candidates(kernel: str, capability: int, head_dim: int, element_size: int) -> tuple[Tiles, ...]:
     """Returns the tiles that autotuning measures, the shipped ones first; arguments as in `tuning_for`."""
-    tables = {} if element_size > 2 else _HOPPER_CANDIDATES if capability >= 9 else _AMPERE_CANDIDATES
+    tables = _of_chip(capability, _BLACKWELL_CANDIDATES, _HOPPER_CANDIDATES, _AMPERE_CANDIDATES)
+    tables = {} if element_size > 2 else tables
     more = next((tiles[kernel] for most, tiles in tables.items() if head_dim <= most), ())
     return (getattr(tuning_for(capability, head_dim, element_size), kernel), *more)
+
+
+def _of_chip(capability: int, blackwell: dict, hopper: dict, ampere: dict) -> dict:
+    return blackwell if capability >= 10 else hopper if capability == 9 else ampere

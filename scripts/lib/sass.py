@@ -24,9 +24,14 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Loop:
-    """One innermost loop: what a warp executes in one iteration."""
+    """One innermost loop: what a warp executes in one iteration.
+
+    Args:
+        copies_before: number of copies by tensor descriptors that are issued on the way to the loop.
+    """
 
     instructions: tuple[Instruction, ...]
+    copies_before: int = 0
 
     def count(self, *operations: str) -> int:
         """Number of instructions whose operation begins with one of `operations`."""
@@ -67,20 +72,20 @@ class Loop:
         return self.count("LDL", "STL")
 
     @property
-    def copies(self) -> str:
-        """How tiles reach shared memory: by tensor descriptors, by asynchronous copies of threads, or not so."""
-        if self.count("UTMALDG"):
-            return "TMA"
-        return "cp.async" if self.count("LDGSTS") else "none"
+    def boxes(self) -> int:
+        """Number of copies by tensor descriptors (TMA)."""
+        return self.count("UTMALDG")
 
     @property
-    def in_flight(self) -> int | None:
-        """Number of later copies that a wait for a tile lets be under way; None without asynchronous copies.
+    def ahead(self) -> int | None:
+        """Number of iterations whose tiles are under way while a warp waits for one, at most; None where no tile
+        is copied asynchronously.
 
-        A wait for copies of threads names the number of later groups. A copy by descriptor arrives at a barrier
-        of its own: there it counts whether the copy goes to a tile of a later iteration, which the code shows
-        by issuing copies and waiting for others, never for the same.
+        A copy by a thread (cp.async) is waited for with the number of younger groups that may be under way. A
+        copy by descriptor has a barrier of its own: what was issued before the loop says how far they are ahead.
         """
+        if self.boxes:
+            return self.copies_before // self.boxes - 1
         waits = [
             int(x.operands.split(",")[1], 16)
             for x in self.instructions
@@ -147,4 +152,9 @@ def _loops(found: list[Instruction], labels: dict[str, int]) -> list[Loop]:
         for a, b in multiplying
         if not any((a, b) != (c, d) and a <= c and d <= b for c, d in multiplying)
     ]
-    return [Loop(tuple(found[a : b + 1])) for a, b in sorted(innermost)]
+    loops, end = [], 0
+    for a, b in sorted(innermost):
+        before = sum(x.operation.startswith("UTMALDG") for x in found[end:a])
+        loops.append(Loop(tuple(found[a : b + 1]), before))
+        end = b + 1
+    return loops

@@ -16,12 +16,16 @@ three are added up. The model is held to a published number: `PROBE_TFLOPS` of a
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lib.sass import Code, Loop, disassemble, parse
+from megatron_s2.pattern import S2Pattern
 
 MULTIPROCESSORS = 132  # H100 SXM5; NVIDIA H100 Tensor Core GPU Architecture, table 2
 # 989.4 TFLOP/s dense in bf16 at 1830 MHz on 132 multiprocessors; same table.
@@ -38,6 +42,10 @@ SHUFFLE_CYCLES = 23
 LOAD_CYCLES = (
     800  # from device memory, at the start of a program, where nothing overlaps it; same order in both
 )
+
+MEMORY = 3.0e12  # bytes per second that a kernel that only reads reaches of the H100's 3.35 TB/s
+# The last programs leave multiprocessors idle, up to 3% of the time when the longest start first (simulated).
+IMBALANCE = 1.03
 
 # FlashAttention-2 on an H100 SXM5 at head_dim 128, causal, in TFLOP/s of visible pairs: (forward, backward) by
 # tokens. 16K: Shah et al., "FlashAttention-3", 2024, figures 5 and 6. Longer: its curves, extrapolated towards
@@ -103,3 +111,84 @@ def predicted_probe(code: Code) -> float:
     """TFLOP/s of the probe at long sequences, where its loop is all of its time."""
     (loop,) = code.loops
     return 2 * loop.tensor_flops / cycles(loop, warps=8) * MULTIPROCESSORS * CLOCK / 1e12
+
+
+# ---------------------------------------------------------------------------------------------------------
+# A layer of S2 attention.
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """A kernel's machine code, the warps of its programs, and how many programs a multiprocessor runs at a time."""
+
+    code: Code
+    warps: int
+    programs: int
+
+    def _cost(self, loop: Loop) -> float:
+        return cycles(loop, self.warps, self.programs) / self.programs
+
+    def costs(self) -> tuple[float, float, float, float]:
+        """Cycles of an iteration over two tiles, over one, and over a masked one, and of what surrounds loops."""
+        boxes = sorted((loop for loop in self.code.loops if loop.boxes), key=lambda loop: loop.size)
+        single = next(loop for loop in boxes if loop.boxes == 2)
+        pair = next((loop for loop in boxes if loop.boxes == 4), None)
+        masked = max((loop for loop in self.code.loops if loop.boxes < 4), key=lambda loop: loop.size)
+        around = LOAD_CYCLES / self.programs + self.code.straight * self.warps / SCHEDULERS
+        pair_cost = 2 * self._cost(single) if pair is None else self._cost(pair)
+        return pair_cost, self._cost(single), self._cost(masked), around
+
+
+def predict(
+    pattern: S2Pattern,
+    tokens: int,
+    kernels: Mapping[str, CompiledKernel],
+    splits: Callable[[int, int], int],
+    group: int = 4,
+    head_dim: int = 128,
+) -> tuple[float, float, float]:
+    """Returns TFLOP/s of visible pairs, forward and backward, and both together over FlashAttention-2.
+
+    Args:
+        pattern: a pattern without sinks whose blocks have 64 tokens.
+        kernels: the compiled kernels "forward", "dq", "dkv shard" and "dkv window", tiles of 64 keys and of 64
+            tokens of two heads.
+        splits: programs of a shard column, as `Tuning.splits`.
+    """
+    heads, blocks = pattern.num_kv_heads, tokens // pattern.block_size
+    window = pattern.local_blocks
+    rows = {"forward": 0.0, "dq": 0.0}
+    for name in rows:
+        pair, single, masked, around = kernels[name].costs()
+        for head in range(heads):
+            for block in range(blocks):
+                low = max(0, block - window + 1)
+                whole = _shard(pattern, head, low) + block - low
+                tiles = whole // 2 * pair + whole % 2 * single + masked + around
+                rows[name] += group / 2 * tiles
+
+    _, single, _, around = kernels["dkv shard"].costs()
+    columns = [_shard(pattern, head, max(0, blocks - window)) for head in range(heads)]
+    visits = sum(
+        blocks - window - pattern.first_strided(head) - n * pattern.strides[head]
+        for head in range(heads)
+        for n in range(columns[head])
+    )
+    keys = group * visits * single + sum(columns) * splits(max(columns) * heads, tokens) * around
+    _, single, masked, around = kernels["dkv window"].costs()
+    for block in range(blocks):
+        keys += heads * (group * (masked + min(window - 1, blocks - 1 - block) * single) + around)
+
+    rate = MULTIPROCESSORS * CLOCK / IMBALANCE
+    delta = 2 * tokens * heads * group * head_dim * 2 / MEMORY  # reads out and its gradient
+    seconds = rows["forward"] / rate, (rows["dq"] + keys) / rate + delta
+    flops = pattern.flops(tokens, heads * group, head_dim)
+    forward, backward = (x / s / 1e12 for x, s in zip((flops.forward, flops.backward), seconds))
+    both = (flops.forward + flops.backward) / sum(seconds) / 1e12
+    flash_forward, flash_backward = FLASH2[tokens]
+    return forward, backward, both / (7 / (2 / flash_forward + 5 / flash_backward))
+
+
+def _shard(pattern: S2Pattern, head: int, blocks: int) -> int:
+    """Shard blocks of a head among the first `blocks`."""
+    return max(0, -(-(blocks - pattern.first_strided(head)) // pattern.strides[head]))

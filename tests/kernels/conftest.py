@@ -1,11 +1,11 @@
 """Fixtures of all kernel tests: uninitialised memory is NaN, so that reading it shows, and Triton's
-interpreter is quick."""
+interpreter is quick and multiplies bfloat16."""
 
 import os
 
 import pytest
 import torch
-from interpreter import quicken_interpreter
+from interpreter import multiply_bfloat16, quicken_interpreter
 
 ALLOCATORS = (
     (torch, "empty"),
@@ -38,3 +38,4 @@ def poisoned_memory():
 def quick_interpreter():
     if os.environ.get("TRITON_INTERPRET") == "1":
         quicken_interpreter()
+        multiply_bfloat16()

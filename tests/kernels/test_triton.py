@@ -83,6 +83,17 @@ CASES = [
     case(random_mask(2, 9), "mask one query at the end", cut(64, 32), queries=1, q_start=142),
     case(random_mask(2, 5), "mask packed", cut(16, 64, 32), sink_logits=True, **packed(40, 0, 70, 7)),
     case(random_mask(1, 9), "mask unused keys", cut(64, 32), queries=70, q_start=40, unused_keys=31),
+    # Key tiles of at most a block, and rows no longer than a document, are copied by tensor descriptors.
+    *(case(s2(), f"boxes, group {group}", cut(32, 16), queries=90, group=group) for group in (1, 3, 4)),
+    case(s2(2, 3, block_size=32, sink_blocks=1), "boxes of half a block", cut(32, 16), queries=150),
+    case(s2(4, vert_stride=(2, 4, 1, 3), phases=(0, 3, 0, 1)), "boxes mixed", cut(16, 16), sink_logits=True),
+    case(s2(), "boxes packed", cut(32, 16, 32), **packed(40, 70, 33, 0, 50)),
+    case(s2(), "boxes packed, short", cut(32, 16), **packed(5, 40, 31)),
+    case(s2(), "boxes q_start", cut(32, 16), q_start=77, queries=60, unused_keys=7),
+    case(s2(), "boxes of wider v", cut(16, 16), queries=60, v_dim=24),
+    case(s2(), "boxes, negative scale", cut(16, 16), queries=60, softmax_scale=-0.7),
+    case(random_mask(2, 8), "mask boxes", cut(16, 16, 64), queries=120),
+    case(random_mask(2, 9), "mask boxes q_start", cut(16, 16), queries=70, q_start=32, unused_keys=9),
 ]  # fmt: skip
 
 # Each value of each parameter, and what is done in a way of its own.
@@ -91,6 +102,8 @@ SHORT = {
     *("dense", "mixed strides", "all sinks", "packed with empty", "q_start unaligned"),
     *("one query at the end", "narrower v", "odd head_dim, scale", "sequence first"),
     *("mask packed", "mask one query at the end"),
+    *("boxes, group 4", "boxes mixed", "boxes packed", "boxes packed, short", "boxes q_start"),
+    *("boxes, negative scale", "mask boxes", "mask boxes q_start"),
 }
 
 
@@ -105,6 +118,7 @@ LOW_PRECISION_CASES = [
     case(s2(), "packed", cut(32, 32), **packed(0, 70, 5, 33)),
     case(s2(), "q_start", cut(32, 32), q_start=77, v_dim=24, layout="sequence first"),
     case(random_mask(2, 5), "mask", cut(32, 32), queries=80),
+    case(s2(), "boxes", cut(32, 16), queries=90),
 ]
 
 
@@ -118,7 +132,7 @@ def test_results_and_gradients_equal_the_reference(case):
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize(
     "case",
-    thinned(LOW_PRECISION_CASES, lambda case: case.special in ("sinks", "mask")) if INTERPRETED else CASES,
+    thinned(LOW_PRECISION_CASES, lambda case: case.special in ("sinks", "mask", "boxes")) if INTERPRETED else CASES,
     ids=str,
 )
 def test_low_precision_is_as_exact_as_plain_pytorch(case, dtype):

@@ -15,8 +15,7 @@ from megatron_s2.kernels.tuning import Tiles, Tuning
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 on_device = pytest.mark.skipif(False, reason="") if INTERPRETED else pytest.mark.gpu
-# The interpreter multiplies the bits of a bfloat16 as if they were integers.
-LOW_PRECISION = [torch.float16] if INTERPRETED else [torch.bfloat16, torch.float16]
+LOW_PRECISION = [torch.bfloat16, torch.float16]
 
 
 def cut(rows: int, keys: int, span: int | None = None) -> Tuning:
