@@ -108,7 +108,9 @@ class Case:
             names = ("d_ks", "d_vs") if self.source == "shard" else ("d_k", "d_v")
             tokens = self.tiles.keys
         fits = "dkv" in self.kernel or self.tiles.keys <= BLOCK
-        return dict.fromkeys(names, f"tensordesc<{self.dtype}[1, 1, {tokens}, {self.padded}]>") if fits else {}
+        return (
+            dict.fromkeys(names, f"tensordesc<{self.dtype}[1, 1, {tokens}, {self.padded}]>") if fits else {}
+        )
 
     @property
     def instruction(self) -> str:
@@ -243,7 +245,9 @@ def _kernel(case: Case) -> tuple[triton.JITFunction, dict[str, object]]:
     constants |= {"DESC": bool(case.boxes)} | dict.fromkeys(name for name in names if name not in case.boxes)
     if kernel in ("forward", "dq"):
         absent = [] if kernel == "dq" else ["p_sink"]
-        row = {"H": 32, "GROUP": GROUP, "PACK": packed_heads(GROUP, tiles.rows, BLOCK)} | ({} if kernel == "dq" else {"HAS_SINK": False})
+        row = {"H": 32, "GROUP": GROUP, "PACK": packed_heads(GROUP, tiles.rows, BLOCK)} | (
+            {} if kernel == "dq" else {"HAS_SINK": False}
+        )
         row |= {"SHARD": case.source != "window", "WINDOW": case.source != "shard"}
         # In context parallelism each of dQ's passes adds to what is there, and the forward's second one.
         row["RESUME"] = case.source == "shard" or (kernel == "dq" and bool(case.source))

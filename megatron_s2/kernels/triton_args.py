@@ -141,12 +141,15 @@ class KernelArgs:
 
     def source_boxes(self, keys: int, source: str | None) -> dict[str, object]:
         """Tensor descriptors of K and V of both sources, of boxes of `keys` tokens; None where tiles are read
-        through pointers."""
+        through pointers: where a document is shorter than a box, or a box longer than a block."""
         compact = self.k_shard is not None
         tensors = {"d_k": self.k, "d_v": self.v} if source != "shard" else {}
         if source != "window" and (compact or not tensors):
-            tensors |= {"d_ks": self.k_shard, "d_vs": self.v_shard} if compact else {"d_k": self.k, "d_v": self.v}
-        fits = keys <= self.pattern.block_size
+            tensors |= (
+                {"d_ks": self.k_shard, "d_vs": self.v_shard} if compact else {"d_k": self.k, "d_v": self.v}
+            )
+        shortest = min(self.q_start + (length or keys) for _, length in self.documents)
+        fits = keys <= min(self.pattern.block_size, shortest)
         return _boxes(("d_k", "d_v", "d_ks", "d_vs"), tensors if fits else {}, keys)
 
     def row_boxes(self, dout: Tensor, rows: int) -> dict[str, object]:

@@ -236,10 +236,10 @@ def window_run(row0, row1, low, window, BLOCK: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def window_mask(pos, key, first, stride, sinks, window, BLOCK: tl.constexpr, SHARD: tl.constexpr):
-    """Bool `[BM, BN]`: which keys of the window run each query sees. With SHARD that includes blocks of the
+    """Bool `[BM, BN]`: which blocks of the window run each query sees. With SHARD that includes blocks of the
     shard which its own window has left."""
     row, block = pos[:, None] // BLOCK, key[None, :] // BLOCK
     seen = row - block < window
     if SHARD:
         seen = seen | in_shard(block, first, stride, sinks)
-    return seen & (key[None, :] <= pos[:, None])
+    return seen

@@ -93,20 +93,34 @@ def _add_masked_rows(
         pos = first + tl.arange(0, BM)
         m_m = (pos >= start) & (pos < stop)
         mask = m_m[None, :]
-        if CSR:
-            if not DESC:
-                pos = listed_token(pos, m_m, p_list, BLOCK)
-        elif key is not None:
-            mask &= (key[:, None] <= pos[None, :]) & (pos[None, :] // BLOCK - block[:, None] < window)
-        elif block is not None:
-            mask &= pos[None, :] // BLOCK - block[:, None] >= window
+        if CSR and not DESC:
+            pos = listed_token(pos, m_m, p_list, BLOCK)
+        if key is not None:
+            mask &= key[:, None] <= pos[None, :]
+        if block is not None:
+            distance = pos[None, :] // BLOCK - block[:, None]
+            mask &= distance >= window if key is None else distance < window
         o_m = pos - q_start
         if not DESC:
             t = o_m.to(tl.int64)
             b_q = load_tile(p_q + h * s_qh, t, s_qt, o_d, m_m, m_d)  # [BM, BD]
             b_do = load_tile(p_do + h * s_doh, t, s_dot, o_dv, m_m, m_dv)  # [BM, BDV]
         dk, dv = _add_dkv(
-            dk, dv, b_k, b_v, b_q, b_do, p_lse + h * s_lh + o_m, p_delta + h * s_lh + o_m, m_m, mask, scale, True, GRAD_K, GRAD_V, PREC
+            dk,
+            dv,
+            b_k,
+            b_v,
+            b_q,
+            b_do,
+            p_lse + h * s_lh + o_m,
+            p_delta + h * s_lh + o_m,
+            m_m,
+            mask,
+            scale,
+            True,
+            GRAD_K,
+            GRAD_V,
+            PREC,
         )
     return dk, dv
 
@@ -305,9 +319,12 @@ def s2_bwd_kernel_dkv_window(
     high = tl.maximum(low, tl.minimum(((key1 - 1) // BLOCK + window) * BLOCK, end))
     inner = tl.minimum(high, low + (tl.maximum(key1 - low, 0) + BM - 1) // BM * BM)
     right = inner + tl.maximum(0, tl.minimum((key0 // BLOCK + window) * BLOCK, high) - inner) // BM * BM
+    edge = None
+    if BN > BLOCK:  # keys of one block are left by the windows of the same rows, which begin at `high`
+        edge = block
     dk, dv = _add_masked_rows(
         dk, dv, b_k, b_v, p_q, p_do, d_q, d_do, p_lse, p_delta, None, s_qt, s_qh, s_dot, s_doh, s_lh, low,
-        inner, right, high, q_start, end, doc, i_b, (i_g * group).to(tl.int32), block, key, o_d, o_dv, m_d,
+        inner, right, high, q_start, end, doc, i_b, (i_g * group).to(tl.int32), edge, key, o_d, o_dv, m_d,
         m_dv, group, window, scale, BD, BDV, BLOCK, BM, GRAD_K, GRAD_V, DESC, False, PREC,
     )  # fmt: skip
     dk, dv = _add_whole_rows(

@@ -164,11 +164,23 @@ def s2_bwd_kernel_dq(
         for i in range(before + after):
             base = tl.where(i < before, low + i * BN, inner + (i - before) * BN)
             end = tl.where(i < before, left, stop)
-            key = base + tl.arange(0, BN)
-            m_n = key < end
-            mask = window_mask(pos, key, first, stride, sinks, window, BLOCK, SHARD) & m_n[None, :]
-            t = key.to(tl.int64)
-            b_k, b_v = load_tile(p_k, t, s_kt, o_d, m_n, m_d), load_tile(p_v, t, s_vt, o_dv, m_n, m_dv)
+            origin = base
+            if DESC:
+                # A box that would reach beyond the document begins earlier: it has at least BN tokens.
+                origin = tl.minimum(base, q_start + seq_q - BN)
+            key = origin + tl.arange(0, BN)
+            m_n = (key >= base) & (key < end)
+            mask = m_n[None, :] & (key[None, :] <= pos[:, None])
+            if BT > BLOCK:  # rows of one block have the same window
+                mask &= window_mask(pos, key, first, stride, sinks, window, BLOCK, SHARD)
+            if DESC:
+                t = origin + doc.to(tl.int32) - k_start
+                b_k = load_box(d_k, i_b, i_g.to(tl.int32), t, BN, BD)  # [BN, BD]
+                b_v = load_box(d_v, i_b, i_g.to(tl.int32), t, BN, BDV)  # [BN, BDV]
+            else:
+                t = key.to(tl.int64)
+                b_k = load_tile(p_k, t, s_kt, o_d, m_n, m_d)
+                b_v = load_tile(p_v, t, s_vt, o_dv, m_n, m_dv)
             dq = _add_dq(dq, lse, delta, b_q, b_do, b_k, b_v, mask, scale, True, PREC)
     if SHARD and (BN > BLOCK or not WINDOW):
         for i_n in tl.range(whole, tokens, BN, num_stages=1):

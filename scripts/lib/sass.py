@@ -108,8 +108,10 @@ class Code:
 
     @property
     def straight(self) -> int:
-        """Number of instructions outside the loops."""
-        return len(self.instructions) - sum(loop.size for loop in self.loops)
+        """Number of instructions outside the loops, without second tries of waits behind the kernel's end."""
+        ends = [i for i, x in enumerate(self.instructions) if x.operation == "EXIT"]
+        end = ends[-1] + 1 if ends else len(self.instructions)
+        return end - sum(loop.size for loop in self.loops)
 
 
 def disassemble(cubin: bytes) -> str:

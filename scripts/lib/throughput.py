@@ -6,11 +6,12 @@ iteration then costs, in cycles of the multiprocessor:
     products    FLOPs of all resident warpgroups at the dense rate of the tensor cores
     issue       instructions of the resident warps of a scheduler, one each cycle; or, if that takes longer, their
                 exponentials at the rate of the special function units
-    latency     what a warp waits for with nothing to overlap it: draining the tensor cores before their results
-                are read, and shuffles that depend on each other
+    latency     where only one program is resident, what its warps wait for: draining the tensor cores before their
+                results are read, and shuffles that depend on each other
 
-Triton's programs on Hopper have no schedule that alternates warpgroups between tensor cores and softmax, so the
-three are added up. The model is held to a published number: `PROBE_TFLOPS` of a plain attention kernel, which
+Triton's programs on Hopper have no schedule that alternates warpgroups between tensor cores and softmax, and
+barriers keep those of a program together, so the three are added up. What programs beside each other gain by
+overlapping products and softmax, which nothing prevents, is not counted. The model is held to a published number: `PROBE_TFLOPS` of a plain attention kernel, which
 `probe` compiles in a version of its own. It must be within `TOLERANCE` of that.
 """
 
@@ -64,7 +65,8 @@ def cycles(loop: Loop, warps: int, programs: int = 1) -> float:
     products = groups * programs * loop.tensor_flops / TENSOR_FLOPS
     resident = warps * programs / SCHEDULERS
     issue = resident * max(loop.size, EXPONENTIAL_CYCLES * loop.exponentials)
-    return products + issue + loop.waits * WAIT_CYCLES + _dependent_shuffles(loop) * SHUFFLE_CYCLES
+    latency = loop.waits * WAIT_CYCLES + _dependent_shuffles(loop) * SHUFFLE_CYCLES
+    return products + issue + (latency if programs == 1 else 0)
 
 
 def _dependent_shuffles(loop: Loop) -> int:

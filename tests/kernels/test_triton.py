@@ -132,7 +132,9 @@ def test_results_and_gradients_equal_the_reference(case):
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize(
     "case",
-    thinned(LOW_PRECISION_CASES, lambda case: case.special in ("sinks", "mask", "boxes")) if INTERPRETED else CASES,
+    thinned(LOW_PRECISION_CASES, lambda case: case.special in ("sinks", "mask", "boxes"))
+    if INTERPRETED
+    else CASES,
     ids=str,
 )
 def test_low_precision_is_as_exact_as_plain_pytorch(case, dtype):
