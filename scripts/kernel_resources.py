@@ -5,9 +5,10 @@
 
 What a kernel takes depends on the Triton that compiles it. With any Triton, `--check` requires that each
 kernel fits its chip: hardly any local memory, few enough registers and shared memory for one program, the
-tensor cores' instruction; and on Hopper, that the loops of its machine code compute nothing twice, multiply whole
-tiles, keep their registers, have their copies under way ahead of their use, and execute few instructions. The table must have the fingerprint of these kernels and tiles; its numbers are
-compared only if the installed Triton is the one that it names.
+tensor cores' instruction; and on Hopper, that the loops of its machine code compute nothing twice, multiply
+whole tiles, keep their registers, have their copies under way ahead of their use, and execute few
+instructions. The table must have the fingerprint of these kernels and tiles; its numbers are compared only
+if the installed Triton is the one that it names.
 
 `--chips`, `--head-dims` and `--shipped` compile a part of the table.
 """
@@ -27,11 +28,11 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import triton
+from lib.sass import Code, Loop, disassemble, parse
+from lib.throughput import FLASH2, PROBE_TFLOPS, TOLERANCE, CompiledKernel, predict, predicted_probe, probe
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lib.sass import Code, Loop, disassemble, parse
-from lib.throughput import FLASH2, PROBE_TFLOPS, TOLERANCE, CompiledKernel, predict, predicted_probe, probe
 from megatron_s2.kernels import triton_common, triton_decode, triton_dkv, triton_dq, triton_forward
 from megatron_s2.kernels.tuning import Tiles, candidates, packed_heads, separate_dkv, tuning_for
 from megatron_s2.pattern import S2Pattern
@@ -46,12 +47,14 @@ MASK_HEAD_DIM = 128  # where the kernels are compiled for an arbitrary mask, and
 OTHER_HEAD_DIMS = (80, 96, 192, 256)  # compiled for Hopper, whose machine code is checked
 PATTERN = S2Pattern(num_kv_heads=8, block_size=BLOCK, local_blocks=8, vert_stride=16)  # of the prediction
 
-# What the loops of a kernel may execute on Hopper, per warp: instructions for 64 keys (of dK and dV, 64 rows) that
-# all rows see, at head_dim 128 or less. Of the 400 for dK and dV, products, exponentials and conversions alone
-# take 150.
+# What the loops of a kernel may execute on Hopper, per warp: instructions for 64 keys (of dK and dV, 64
+# rows) that all rows see, at head_dim 128 or less. Of the 400 for dK and dV, products, exponentials and
+# conversions alone take 150.
 MOST_INSTRUCTIONS = {"forward": 312, "dq": 320, "dkv shard": 400, "dkv window": 415}
-# Accesses of one iteration to local memory. A few scalars cost nothing to speak of, a tile that spills takes dozens.
+# Accesses of one iteration to local memory. A few scalars cost nothing to speak of, a tile that spills takes
+# dozens.
 MOST_LOCAL_IN_LOOP = 2
+NO_CODE = Code((), ())
 WIDE = 128  # head_dim beyond which shared memory and registers do not allow all of this
 
 
@@ -138,7 +141,7 @@ class Resources:
     local: int  # bytes of local memory per thread (its stack): where spills go
     shared: int  # bytes per program
     tensor_core: bool
-    code: Code = Code((), ())
+    code: Code = NO_CODE
 
     @property
     def all_registers(self) -> int:
@@ -153,7 +156,8 @@ class Resources:
 
     @property
     def whole(self) -> Loop | None:
-        """The loop over tiles of which every row sees every key: that of the fewest instructions for a tile."""
+        """The loop over tiles of which every row sees every key: that of the fewest instructions for a
+        tile."""
         return min(self.code.loops, key=self.instructions, default=None)
 
     def instructions(self, loop: Loop) -> float:
@@ -184,11 +188,9 @@ class Resources:
             where, scores = f"{case}, loop {number}", tiles.rows * tiles.keys * _tiles(loop)
             exponentials = loop.exponentials - (2 if case.kernel == "forward" else 0)  # two rescale
             flops = loop.tensor_flops * tiles.warps // 4
+            computed = exponentials * 32 * tiles.warps
             checks = {
-                f"{where}: {exponentials} exponentials a thread for {scores} scores of all threads": exponentials
-                * 32
-                * tiles.warps
-                != scores,
+                f"{where}: {computed} exponentials for {scores} scores": computed != scores,
                 f"{where}: {flops} FLOPs, more than its {products} products have": flops
                 != products * 2 * scores * case.padded,
                 f"{where}: products {dict(loop.products)}, not all of {sorted(shapes)}": not shapes
@@ -388,13 +390,15 @@ def prediction(rows: Sequence[Resources]) -> list[str]:
     lines = [
         "## Predicted on an H100",
         "",
-        "By the model of `scripts/lib/throughput.py`, whose constants have their sources there. For a plain attention",
-        f"kernel (forward, not causal, 16384 tokens, head_dim 128) it predicts {probed:.0f} TFLOP/s where",
-        f"{PROBE_TFLOPS:.0f} were published: {probed / PROBE_TFLOPS - 1:+.0%}, of {TOLERANCE:.0%} allowed. The last",
-        "column divides ours by that error. No GPU has confirmed any of this.",
+        "By the model of `scripts/lib/throughput.py`, whose constants have their sources there. For a plain",
+        "attention kernel (forward, not causal, 16384 tokens, head_dim 128) it predicts",
+        f"{probed:.0f} TFLOP/s where {PROBE_TFLOPS:.0f} were published: {probed / PROBE_TFLOPS - 1:+.0%}, of",
+        f"{TOLERANCE:.0%} allowed. The last column divides ours by that error. No GPU has confirmed any of",
+        "this. The model has no limit on what the L2 cache delivers: dK and dV ask it for about 23 bytes per",
+        "cycle and multiprocessor.",
         "",
-        "32 query and 8 KV heads, blocks of 64, window of 8, stride 16, bfloat16; TFLOP/s of visible pairs, and those",
-        "over FlashAttention-2's, forward and backward together.",
+        "32 query and 8 KV heads, blocks of 64, window of 8, stride 16, bfloat16; TFLOP/s of visible pairs,",
+        "and those over FlashAttention-2's, forward and backward together.",
         "",
         "| tokens | forward | backward | FlashAttention-2 | over it | over it, less the probe's error |",
         "| ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -422,10 +426,11 @@ def page(rows: Sequence[Resources]) -> str:
         "Registers and local memory (spills) are per thread, shared memory per program. Another Triton gives",
         "other numbers; with any Triton, the test asserts that the kernels fit their chips.",
         "",
-        "From the machine code, per warp: instructions for 64 keys that all rows see (of dK and dV, for 64 rows),",
-        "how many iterations its copies are ahead while it waits for one, and how many programs a multiprocessor",
-        "runs at a time. On Hopper the test also asserts that each loop computes nothing twice, multiplies whole",
-        "tiles, hardly uses local memory, and has either copies ahead or another program to run.",
+        "From the machine code, per warp: instructions for 64 keys that all rows see (of dK and dV, 64",
+        "rows), how many iterations its copies are ahead while it waits for one, and how many programs a",
+        "multiprocessor runs at a time. On Hopper the test also asserts that each loop computes nothing",
+        "twice, multiplies whole tiles, hardly uses local memory, and has either copies ahead or another",
+        "program to run.",
         "",
         f"{_made_by(triton.__version__)} Fingerprint of kernels and tiles: `{fingerprint()}`.",
         "",

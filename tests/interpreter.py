@@ -34,8 +34,9 @@ def check_overflow(check: bool) -> None:
 
 
 def multiply_bfloat16() -> None:
-    """Lets `tl.dot` multiply bfloat16, which the interpreter keeps as the 16 bits of an integer and multiplies
-    as such: in float32, whose upper half they are, products of bfloat16 are exact, as on tensor cores."""
+    """Lets `tl.dot` multiply bfloat16, which the interpreter keeps as the 16 bits of an integer and
+    multiplies as such: in float32, whose upper half they are, products of bfloat16 are exact, as on tensor
+    cores."""
     from triton.language import bfloat16, float32
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 

@@ -153,16 +153,16 @@ class KernelArgs:
         return _boxes(("d_k", "d_v", "d_ks", "d_vs"), tensors if fits else {}, keys)
 
     def row_boxes(self, dout: Tensor, rows: int) -> dict[str, object]:
-        """Tensor descriptors of q and dout, as `source_boxes`; none where a document is shorter than a box, or
-        a box of a mask's row could lie in two blocks."""
+        """Tensor descriptors of q and dout, as `source_boxes`; none where a document is shorter than a box,
+        or a box of a mask's row could lie in two blocks."""
         fits = min(length or rows for _, length in self.documents) >= rows
         if self.mask is not None:
             fits = fits and rows <= self.pattern.block_size and self.q_start % rows == 0
         return _boxes(("d_q", "d_do"), {"d_q": self.q, "d_do": dout} if fits else {}, rows)
 
     def dkv_passes(self, tiles: Tiles) -> list[dict[str, bool]]:
-        """What each launch of dK and dV computes. In wide heads each of the two has its launch, which computes
-        the probabilities again: 5 products of tiles, not 4."""
+        """What each launch of dK and dV computes. In wide heads each of the two has its launch, which
+        computes the probabilities again: 5 products of tiles, not 4."""
         if separate_dkv(tiles, padded(self.q.shape[-1]) + padded(self.v.shape[-1])):
             return [{"GRAD_K": False, "GRAD_V": True}, {"GRAD_K": True, "GRAD_V": False}]
         return [{"GRAD_K": True, "GRAD_V": True}]
@@ -184,8 +184,8 @@ def _boxes(names: tuple[str, ...], tensors: dict[str, Tensor], tokens: int) -> d
 
 
 def has_descriptor(x: Tensor) -> bool:
-    """Whether the hardware copies tiles of `x` `[batch, token, head, dim]`: from Hopper on, elements of 16 bits,
-    and everything aligned to 16 bytes (CUDA driver API, cuTensorMapEncodeTiled)."""
+    """Whether the hardware copies tiles of `x` `[batch, token, head, dim]`: from Hopper on, elements of 16
+    bits, and everything aligned to 16 bytes (CUDA driver API, cuTensorMapEncodeTiled)."""
     steps = [stride * x.element_size() for stride, size in zip(x.stride()[:3], x.shape) if size > 1]
     return (
         capability_of(x.device) >= 9

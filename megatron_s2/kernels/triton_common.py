@@ -16,10 +16,10 @@ mask, `b_` block of values. Strides end in `b` for batch, `t` token and `h` head
 of query rows of a tile, BN of its keys, BD and BDV are head_dim of K and V rounded up to a power of two. With
 PACK the rows of a tile are those of PACK query heads of one KV head, BM // PACK tokens of each.
 
-`d_` is a tensor descriptor `[batch, head, token, dim]`: with it (constant DESC) the hardware copies a whole tile
-from one token on (TMA), without addresses and masks in registers. Tiles that are masked are always read through
-pointers: beyond a packed document's end lie others' tokens, which must not be read even if they count nothing.
-"""
+`d_` is a tensor descriptor `[batch, head, token, dim]`: with it (constant DESC) the hardware copies a whole
+tile from one token on (TMA), without addresses and masks in registers. Tiles that are masked are always read
+through pointers: beyond a packed document's end lie others' tokens, which must not be read even if they
+count nothing."""
 
 import triton
 import triton.language as tl
@@ -209,8 +209,9 @@ def whole_tile(
     i, entry, in_shard, shard_start, window_start, first, stride, sinks,
     BLOCK: tl.constexpr, BN: tl.constexpr, COMPACT: tl.constexpr, CSR: tl.constexpr,
 ):  # fmt: skip
-    """First token in its source of the i-th tile that all rows see: `in_shard` tiles of the shard, the first of
-    which counts from token `shard_start`, and behind them those of the window from token `window_start` on."""
+    """First token in its source of the i-th tile that all rows see: `in_shard` tiles of the shard, the first
+    of which counts from token `shard_start`, and behind them those of the window from token `window_start`
+    on."""
     if COMPACT:
         t = i * BN
     elif CSR:

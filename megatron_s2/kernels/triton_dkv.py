@@ -65,13 +65,13 @@ def _add_dkv(
 
 @triton.jit
 def _add_masked_rows(
-    dk, dv, b_k, b_v, p_q, p_do, d_q, d_do, p_lse, p_delta, p_list, s_qt, s_qh, s_dot, s_doh, s_lh, low, inner,
-    right, high, q_start, end, doc, i_b, i_h0, block, key, o_d, o_dv, m_d, m_dv, group, window, scale,
+    dk, dv, b_k, b_v, p_q, p_do, d_q, d_do, p_lse, p_delta, p_list, s_qt, s_qh, s_dot, s_doh, s_lh, low,
+    inner, right, high, q_start, end, doc, i_b, i_h0, block, key, o_d, o_dv, m_d, m_dv, group, window, scale,
     BD: tl.constexpr, BDV: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, GRAD_K: tl.constexpr,
     GRAD_V: tl.constexpr, DESC: tl.constexpr, CSR: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """Adds rows [low, inner) and [right, high) of heads i_h0 .. i_h0+group-1, which may miss some of the keys:
-    those in or beyond their window, by `block` [BN] and, in the window kernel, `key` [BN]."""
+    """Adds rows [low, inner) and [right, high) of heads i_h0 .. i_h0+group-1, which may miss some of the
+    keys: those in or beyond their window, by `block` [BN] and, in the window kernel, `key` [BN]."""
     before = (inner - low + BM - 1) // BM
     tiles = tl.maximum(before + (high - right + BM - 1) // BM, 1)
     # One loop over heads and tiles: two nested loops spill what the pipeline of the inner one starts with.
@@ -282,8 +282,8 @@ def s2_bwd_kernel_dkv_window(
     BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GRAD_K: tl.constexpr, GRAD_V: tl.constexpr,
     DESC: tl.constexpr, ADD_SHARD: tl.constexpr, PACKED: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV `[batch, seq_k, HKV, dim]` of BN window keys, to which the parts of the shard are added. GRAD_K
-    and GRAD_V say which of the two are computed."""
+    """dK and dV `[batch, seq_k, HKV, dim]` of BN window keys, to which the parts of the shard are added.
+    GRAD_K and GRAD_V say which of the two are computed."""
     i_n = tl.program_id(0)
     i_b, i_g = tl.program_id(1) // HKV, (tl.program_id(1) % HKV).to(tl.int64)
     i_n, doc, seq_q, offset = key_program(i_n, p_tiles, seq_q, PACKED)

@@ -201,14 +201,16 @@ def s2_bwd_kernel_dq(
         window_start = left + doc.to(tl.int32) - k_start
         if COMPACT:
             dq = _add_dq_boxes(
-                dq, lse, delta, b_q, b_do, d_ks, d_vs, i_b, i_gs.to(tl.int32), in_shard, in_shard, shard_start,
-                window_start, p_list, first, stride, sinks, scale, BD, BDV, BLOCK, BN, COMPACT, CSR, PREC,
+                dq, lse, delta, b_q, b_do, d_ks, d_vs, i_b, i_gs.to(tl.int32), in_shard, in_shard,
+                shard_start, window_start, p_list, first, stride, sinks, scale, BD, BDV, BLOCK, BN, COMPACT,
+                CSR, PREC,
             )  # fmt: skip
             in_shard = 0
         if WINDOW or not COMPACT:
             dq = _add_dq_boxes(
-                dq, lse, delta, b_q, b_do, d_k, d_v, i_b, i_g.to(tl.int32), in_shard + in_window, in_shard, shard_start,
-                window_start, p_list, first, stride, sinks, scale, BD, BDV, BLOCK, BN, COMPACT, CSR, PREC,
+                dq, lse, delta, b_q, b_do, d_k, d_v, i_b, i_g.to(tl.int32), in_shard + in_window,
+                in_shard, shard_start, window_start, p_list, first, stride, sinks, scale, BD, BDV, BLOCK, BN,
+                COMPACT, CSR, PREC,
             )  # fmt: skip
     else:
         for i_n in range(0, whole, BN):

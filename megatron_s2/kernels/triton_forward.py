@@ -45,11 +45,13 @@ def _attend(acc, m_i, l_i, b_q, b_k, b_v, mask, scale, MASKED: tl.constexpr, PRE
     if MASKED:
         qk = tl.where(mask, qk * scale, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(qk, 1))
-        # A row that has seen no key yet stays at minus infinity. 0 replaces it, because inf - inf would be NaN.
+        # A row that has seen no key yet stays at minus infinity. 0 replaces it, because inf - inf would be
+        # NaN.
         safe = tl.where(m_new == float("-inf"), 0.0, m_new)
         p = tl.exp2(qk - safe[:, None])
     else:
-        # The scale, which is not negative, goes to the maximum and into the exponent: one instruction a score.
+        # The scale, which is not negative, goes to the maximum and into the exponent: one instruction a
+        # score.
         m_new = tl.maximum(m_i, tl.max(qk, 1) * scale)
         safe = m_new
         p = tl.exp2(qk * scale - safe[:, None])
@@ -60,7 +62,8 @@ def _attend(acc, m_i, l_i, b_q, b_k, b_v, mask, scale, MASKED: tl.constexpr, PRE
 
 @triton.jit
 def _attend_pair(acc, m_i, l_i, b_q, b_k, b_v, b_k2, b_v2, scale, PREC: tl.constexpr):
-    """Adds two tiles of keys that all rows see, with one maximum and one rescaling; otherwise as `_attend`."""
+    """Adds two tiles of keys that all rows see, with one maximum and one rescaling; otherwise as
+    `_attend`."""
     qk = tl.dot(b_q, tl.trans(b_k), input_precision=PREC)  # [BM, BN]
     qk2 = tl.dot(b_q, tl.trans(b_k2), input_precision=PREC)
     m_new = tl.maximum(m_i, tl.max(tl.maximum(qk, qk2), 1) * scale)
@@ -230,14 +233,15 @@ def s2_fwd_kernel(
         window_start = left + doc.to(tl.int32) - k_start
         if COMPACT:
             acc, m_i, l_i = _attend_boxes(
-                acc, m_i, l_i, b_q, d_ks, d_vs, i_b, i_gs.to(tl.int32), in_shard, in_shard, shard_start, window_start, p_list,
-                first, stride, sinks, scale, BD, BDV, BLOCK, BN, COMPACT, CSR, PREC,
+                acc, m_i, l_i, b_q, d_ks, d_vs, i_b, i_gs.to(tl.int32), in_shard, in_shard, shard_start,
+                window_start, p_list, first, stride, sinks, scale, BD, BDV, BLOCK, BN, COMPACT, CSR, PREC,
             )  # fmt: skip
             in_shard = 0
         if WINDOW or not COMPACT:
             acc, m_i, l_i = _attend_boxes(
-                acc, m_i, l_i, b_q, d_k, d_v, i_b, i_g.to(tl.int32), in_shard + in_window, in_shard, shard_start,
-                window_start, p_list, first, stride, sinks, scale, BD, BDV, BLOCK, BN, COMPACT, CSR, PREC,
+                acc, m_i, l_i, b_q, d_k, d_v, i_b, i_g.to(tl.int32), in_shard + in_window, in_shard,
+                shard_start, window_start, p_list, first, stride, sinks, scale, BD, BDV, BLOCK, BN, COMPACT,
+                CSR, PREC,
             )  # fmt: skip
     else:
         for i_n in range(0, whole, BN):

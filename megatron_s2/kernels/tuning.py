@@ -38,7 +38,8 @@ class Tiles:
             raise ValueError(f"stages {self.stages}: must be >= 1")
 
     def with_rows(self, rows: int) -> Tiles:
-        """Returns smaller tiles, with no more warps than have 16 rows each: others would compute them again."""
+        """Returns smaller tiles, with no more warps than have 16 rows each: others would compute them
+        again."""
         return replace(self, rows=rows, warps=max(1, min(self.warps, rows // 16)))
 
     def with_keys(self, keys: int) -> Tiles:
@@ -100,9 +101,10 @@ class Tuning:
 _COLUMN_PROGRAMS = 4096
 _SHORTEST_SPAN = 1024
 
-# Tables by largest head_dim, for kernels in 16 bits. `scripts/kernel_resources.py --check` holds them to what
-# docs/kernel-resources.md says: no product computed twice, copies ahead of their use, hardly any local memory.
-# A third stage of dK and dV at head_dim 128 would leave room for one program only where now there are two.
+# Tables by largest head_dim, for kernels in 16 bits. `scripts/kernel_resources.py --check` holds them to
+# what docs/kernel-resources.md says: no product computed twice, copies ahead of their use, hardly any local
+# memory. A third stage of dK and dV at head_dim 128 would leave room for one program only where now there
+# are two.
 _HOPPER = {
     64: Tuning(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 3)),
     128: Tuning(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2)),

@@ -78,12 +78,12 @@ class Loop:
 
     @property
     def ahead(self) -> int | None:
-        """Number of iterations whose tiles are under way while a warp waits for one, at most; None where no tile
-        is copied asynchronously.
+        """Number of iterations whose tiles are under way while a warp waits for one, at most; None where no
+        tile is copied asynchronously.
 
-        A copy by a thread (cp.async) is waited for with the number of younger groups that may be under way. A
-        copy by descriptor has a barrier of its own: what was issued before the loop says how far they are ahead.
-        """
+        A copy by a thread (cp.async) is waited for with the number of younger groups that may be under way.
+        A copy by descriptor has a barrier of its own: what was issued before the loop says how far they are
+        ahead."""
         if self.boxes:
             return self.copies_before // self.boxes - 1
         waits = [

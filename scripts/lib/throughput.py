@@ -1,19 +1,20 @@
-"""Static throughput model of an H100: cycles of a loop from its machine code, and time of whole attention calls.
+"""Static throughput model of an H100: cycles of a loop from its machine code, and time of whole attention
+calls.
 
 A program of 128 threads (one warpgroup) puts one warp on each of the four schedulers of a multiprocessor. One
 iteration then costs, in cycles of the multiprocessor:
 
     products    FLOPs of all resident warpgroups at the dense rate of the tensor cores
-    issue       instructions of the resident warps of a scheduler, one each cycle; or, if that takes longer, their
-                exponentials at the rate of the special function units
-    latency     where only one program is resident, what its warps wait for: draining the tensor cores before their
-                results are read, and shuffles that depend on each other
+    issue       instructions of the resident warps of a scheduler, one each cycle; or, if that takes longer,
+                their exponentials at the rate of the special function units
+    latency     where only one program is resident, what its warps wait for: draining the tensor cores before
+                their results are read, and shuffles that depend on each other
 
 Triton's programs on Hopper have no schedule that alternates warpgroups between tensor cores and softmax, and
 barriers keep those of a program together, so the three are added up. What programs beside each other gain by
-overlapping products and softmax, which nothing prevents, is not counted. The model is held to a published number: `PROBE_TFLOPS` of a plain attention kernel, which
-`probe` compiles in a version of its own. It must be within `TOLERANCE` of that.
-"""
+overlapping products and softmax, which nothing prevents, is not counted. The model is held to a published
+number: `PROBE_TFLOPS` of a plain attention kernel, which `probe` compiles in a version of its own. It must
+be within `TOLERANCE` of that."""
 
 from __future__ import annotations
 
@@ -22,10 +23,10 @@ from dataclasses import dataclass
 
 import triton
 import triton.language as tl
+from lib.sass import Code, Loop, disassemble, parse
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lib.sass import Code, Loop, disassemble, parse
 from megatron_s2.pattern import S2Pattern
 
 MULTIPROCESSORS = 132  # H100 SXM5; NVIDIA H100 Tensor Core GPU Architecture, table 2
@@ -36,9 +37,11 @@ SCHEDULERS = 4  # per multiprocessor, an instruction of a warp per cycle each
 EXPONENTIAL_CYCLES = (
     8  # of a warp: 16 results per cycle and multiprocessor; CUDA C++ Programming Guide, cc 9.0
 )
-# Measured on Hopper by Luo et al., "Dissecting the NVIDIA Hopper Architecture through Microbenchmarking", 2025:
+# Measured on Hopper by Luo et al., "Dissecting the NVIDIA Hopper Architecture through Microbenchmarking",
+# 2025:
 WAIT_CYCLES = 128  # latency of wgmma m64n256k16, the length of what a wait drains
-# Jia et al., "Dissecting the NVIDIA Volta GPU Architecture via Microbenchmarking", 2018; not measured on Hopper.
+# Jia et al., "Dissecting the NVIDIA Volta GPU Architecture via Microbenchmarking", 2018; not measured on
+# Hopper.
 SHUFFLE_CYCLES = 23
 LOAD_CYCLES = (
     800  # from device memory, at the start of a program, where nothing overlaps it; same order in both
@@ -48,13 +51,14 @@ MEMORY = 3.0e12  # bytes per second that a kernel that only reads reaches of the
 # The last programs leave multiprocessors idle, up to 3% of the time when the longest start first (simulated).
 IMBALANCE = 1.03
 
-# FlashAttention-2 on an H100 SXM5 at head_dim 128, causal, in TFLOP/s of visible pairs: (forward, backward) by
-# tokens. 16K: Shah et al., "FlashAttention-3", 2024, figures 5 and 6. Longer: its curves, extrapolated towards
-# those without a causal mask (370 and 322), which they approach as the share of diagonal tiles falls.
+# FlashAttention-2 on an H100 SXM5 at head_dim 128, causal, in TFLOP/s of visible pairs: (forward, backward)
+# by tokens. 16K: Shah et al., "FlashAttention-3", 2024, figures 5 and 6. Longer: its curves, extrapolated
+# towards those without a causal mask (370 and 322), which they approach as the share of diagonal tiles
+# falls.
 FLASH2 = {16384: (335, 295), 65536: (360, 312), 131072: (365, 318)}
 
-# Triton's fused attention, forward, head_dim 128, one sequence of 16384 tokens, 16 heads, not causal, on an H100:
-# pytorch/benchmark, pull request 2391.
+# Triton's fused attention, forward, head_dim 128, one sequence of 16384 tokens, 16 heads, not causal, on an
+# H100: pytorch/benchmark, pull request 2391.
 PROBE_TFLOPS = 476.8
 TOLERANCE = 0.15
 
@@ -121,7 +125,8 @@ def predicted_probe(code: Code) -> float:
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """A kernel's machine code, the warps of its programs, and how many programs a multiprocessor runs at a time."""
+    """A kernel's machine code, the warps of its programs, and how many programs a multiprocessor runs at a
+    time."""
 
     code: Code
     warps: int
@@ -131,7 +136,8 @@ class CompiledKernel:
         return cycles(loop, self.warps, self.programs) / self.programs
 
     def costs(self) -> tuple[float, float, float, float]:
-        """Cycles of an iteration over two tiles, over one, and over a masked one, and of what surrounds loops."""
+        """Cycles of an iteration over two tiles, over one, and over a masked one, and of what surrounds
+        loops."""
         boxes = sorted((loop for loop in self.code.loops if loop.boxes), key=lambda loop: loop.size)
         single = next(loop for loop in boxes if loop.boxes == 2)
         pair = next((loop for loop in boxes if loop.boxes == 4), None)
@@ -152,8 +158,8 @@ def predict(
     """Returns TFLOP/s of visible pairs, forward and backward, and both together over FlashAttention-2.
 
     Args:
-        pattern: a pattern without sinks whose blocks have 64 tokens.
-        kernels: the compiled kernels "forward", "dq", "dkv shard" and "dkv window", tiles of 64 keys and of 64
+        pattern: a pattern without sinks whose blocks have 64 tokens. kernels: the compiled kernels
+        "forward", "dq", "dkv shard" and "dkv window", tiles of 64 keys and of 64
             tokens of two heads.
         splits: programs of a shard column, as `Tuning.splits`.
     """
