@@ -197,7 +197,9 @@ class Resources:
                 >= set(loop.products),
                 f"{where}: {loop.local} accesses to local memory, at most {MOST_LOCAL_IN_LOOP}": loop.local
                 > MOST_LOCAL_IN_LOOP * (3 if wide else 1),
-                f"{where}: waits for what it has just copied, with no other program to run": loop.ahead == 0
+                f"{where}: waits for what it has just copied, with no other program to run": loop.ahead
+                is not None
+                and loop.ahead < 1
                 and self.programs == 1
                 and not wide,
             }

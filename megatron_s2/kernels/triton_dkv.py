@@ -8,8 +8,8 @@ A key is seen by two sets of rows. Each set has its kernel, and together they vi
             window kernel adds up their float32 parts in order: without atomics, two runs give equal bits.
             With CSR these are the rows in the list of the tile's block (a tile lies in one), cut evenly
 
-A program sums over all query heads of its KV head, so it reads K and V once.
-"""
+A program sums over all query heads of its KV head, so it reads K and V once. Through tensor descriptors a
+tile of rows that would reach beyond its document begins earlier; without, it is masked."""
 
 from __future__ import annotations
 

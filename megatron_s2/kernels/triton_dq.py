@@ -199,7 +199,7 @@ def s2_bwd_kernel_dq(
         in_window = (inner - left) // BN
         shard_start = (shard_start + doc).to(tl.int32)
         window_start = left + doc.to(tl.int32) - k_start
-        if COMPACT:
+        if SHARD and COMPACT:
             dq = _add_dq_boxes(
                 dq, lse, delta, b_q, b_do, d_ks, d_vs, i_b, i_gs.to(tl.int32), in_shard, in_shard,
                 shard_start, window_start, p_list, first, stride, sinks, scale, BD, BDV, BLOCK, BN, COMPACT,

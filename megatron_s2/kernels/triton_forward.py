@@ -1,12 +1,16 @@
 """Forward pass in Triton: one kernel, and its launch.
 
-One program computes one tile of BM queries of one query head. Its keys come in two runs of tiles:
+One program computes one tile: BM // PACK tokens of PACK query heads of one KV head. Its keys come in three
+runs:
 
+    masked  the tiles on the diagonal, and those of the window where the tile's rows differ (of the blocks
+    that the
+            windows of later rows have left, those rows see only shard blocks). They come first, so that each
+            row has seen a key when the others come
     shard   the blocks of the head's shard before the window of the tile's first row. Every row sees them, so
             they need no mask. With CSR these are the blocks in the list of the tile's row
-    window  contiguous keys from the first block of that window to the tile's last query. They are masked on
-            the diagonal and where the rows of the tile differ (of the blocks that the windows of later rows
-            have left, those rows see only shard blocks), and not in between
+    window  contiguous keys between these, without a mask. Through tensor descriptors, shard and window of one
+            source are one run, two tiles at a time
 
 A tile may span several sparse blocks, and a key tile several small shard blocks.
 
@@ -231,7 +235,7 @@ def s2_fwd_kernel(
         in_window = (inner - left) // BN
         shard_start = (shard_start + doc).to(tl.int32)
         window_start = left + doc.to(tl.int32) - k_start
-        if COMPACT:
+        if SHARD and COMPACT:
             acc, m_i, l_i = _attend_boxes(
                 acc, m_i, l_i, b_q, d_ks, d_vs, i_b, i_gs.to(tl.int32), in_shard, in_shard, shard_start,
                 window_start, p_list, first, stride, sinks, scale, BD, BDV, BLOCK, BN, COMPACT, CSR, PREC,

@@ -321,5 +321,5 @@ if not INTERPRETED:
 
     def test_few_long_shard_columns_are_split():
         tuning = tuning_for(9, 128, 2)
-        assert [tuning.splits(columns, 65536) for columns in (1, 64, 1024, 100_000)] == [64, 32, 2, 1]
+        assert [tuning.splits(columns, 65536) for columns in (1, 64, 1024, 100_000)] == [64, 64, 4, 1]
         assert tuning.splits(1, 100) == 1
