@@ -51,6 +51,8 @@ PATTERN = S2Pattern(num_kv_heads=8, block_size=BLOCK, local_blocks=8, vert_strid
 # rows) that all rows see, at head_dim 128 or less. Of the 400 for dK and dV, products, exponentials and
 # conversions alone take 150.
 MOST_INSTRUCTIONS = {"forward": 312, "dq": 320, "dkv shard": 400, "dkv window": 415}
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8):
+    MOST_INSTRUCTIONS |= {"dkv shard": 480, "dkv window": 480}
 # Accesses of one iteration to local memory. A few scalars cost nothing to speak of, a tile that spills takes
 # dozens.
 MOST_LOCAL_IN_LOOP = 2
