@@ -191,18 +191,17 @@ class Resources:
             exponentials = loop.exponentials - (2 if case.kernel == "forward" else 0)  # two rescale
             flops = loop.tensor_flops * tiles.warps // 4
             computed = exponentials * 32 * tiles.warps
+            expected = products * 2 * scores * case.padded
+            idle = loop.ahead is not None and loop.ahead < 1 and self.programs == 1
+            most_local = MOST_LOCAL_IN_LOOP * (3 if wide else 1)
             checks = {
                 f"{where}: {computed} exponentials for {scores} scores": computed != scores,
-                f"{where}: {flops} FLOPs, more than its {products} products have": flops
-                != products * 2 * scores * case.padded,
+                f"{where}: {flops} FLOPs, its {products} products have {expected}": flops != expected,
                 f"{where}: products {dict(loop.products)}, not all of {sorted(shapes)}": not shapes
                 >= set(loop.products),
-                f"{where}: {loop.local} accesses to local memory, at most {MOST_LOCAL_IN_LOOP}": loop.local
-                > MOST_LOCAL_IN_LOOP * (3 if wide else 1),
-                f"{where}: waits for what it has just copied, with no other program to run": loop.ahead
-                is not None
-                and loop.ahead < 1
-                and self.programs == 1
+                f"{where}: {loop.local} accesses to local memory, at most {most_local}": loop.local
+                > most_local,
+                f"{where}: waits for what it has just copied, with no other program to run": idle
                 and not wide,
             }
             found += [problem for problem, exceeds in checks.items() if exceeds]
