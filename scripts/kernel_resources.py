@@ -218,7 +218,7 @@ class Resources:
         tiles = f"{case.tiles.rows} x {case.tiles.keys} | {case.tiles.warps} | {case.tiles.stages}"
         instruction = case.instruction if self.tensor_core else "none"
         loop = self.whole
-        ahead = "" if loop is None or loop.ahead is None else loop.ahead
+        ahead = loop.ahead if loop and loop.ahead is not None and case.chip == HOPPER else ""
         loops = f"{'' if loop is None else round(self.instructions(loop))} | {ahead} | {self.programs}"
         return (
             f"| {case.chip} | {case.kernel} | {case.head_dim} | {case.what()} | {tiles} | {self.registers} "
