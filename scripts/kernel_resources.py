@@ -382,12 +382,14 @@ def stale(text: str, rows: Sequence[Resources]) -> list[str]:
 
 
 def prediction(rows: Sequence[Resources]) -> list[str]:
-    """Returns lines about the predicted speed of a layer at head_dim 128 on an H100."""
+    """Returns lines about the predicted speed of a layer on an H100; none if some of its kernels lack."""
     kernels = {
         row.case.kernel: row.for_prediction()
         for row in rows
         if row.case.chip == HOPPER and row.case.head_dim == 128 and row.case.what() == "shipped"
     }
+    if not set(KERNELS) <= set(kernels):
+        return []
     splits = tuning_for(9, 128, 2).splits
     probed = predicted_probe(probe())
     lines = [
