@@ -4,9 +4,9 @@
     python scripts/kernel_resources.py --check    fails where a kernel does not fit or the table is stale
 
 What a kernel takes depends on the Triton that compiles it. With any Triton, `--check` requires that each
-shipped kernel fits its chip: hardly any local memory, few enough registers and shared memory for one program, the
-tensor cores' instruction. The table must have the fingerprint of these kernels and tiles; its numbers are
-compared only if the installed Triton is the one that it names.
+shipped kernel fits its chip: hardly any local memory, few enough registers and shared memory for one
+program, the tensor cores' instruction. The table must have the fingerprint of these kernels and tiles; its
+numbers are compared only if the installed Triton is the one that it names.
 
 `--chips`, `--head-dims` and `--shipped` compile a part of the table.
 """
@@ -297,7 +297,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     chosen = cases(args.chips, args.head_dims, args.shipped)
     if args.check:
-        chosen = [case for case in chosen if case.what() != "tried"]  # which autotuning drops if it does not fit
+        chosen = [
+            case for case in chosen if case.what() != "tried"
+        ]  # which autotuning drops if it does not fit
     rows = measure(chosen, args.jobs)
     problems = [problem for row in rows for problem in row.problems()]
     if args.check:

@@ -32,12 +32,10 @@ from megatron_s2.training.checks import (
     check_parallel_sizes,
     check_paths,
     check_schedule,
-    check_splits,
-    check_vocabulary,
     check_wandb,
     check_warmup,
-    vocabulary_of,
 )
+from megatron_s2.training.data_checks import check_splits, check_vocabulary, vocabulary_of
 from megatron_s2.training.environment import rank
 from megatron_s2.training.hooks import count_s2_flops, log_context_parallel_traffic
 from megatron_s2.training.megatron_errors import errors_that_name_flags
