@@ -128,11 +128,14 @@ class OffloadManager:
         overlaps."""
         if buckets.grad_reduce_handle is not None and not torch.cuda.is_available():
             buckets.grad_reduce_handle = AwaitedOnce(buckets.grad_reduce_handle)
-        for bucket in buckets.buckets:
-            for parameter in bucket.params_list:
-                if shard := self._early.get(parameter):
-                    gradient = parameter.main_grad.detach().view(-1)[shard.start : shard.stop]
-                    shard.optimizer.flush(shard.index, gradient, buckets.grad_reduce_handle)
+        parameters = [p for bucket in buckets.buckets for p in bucket.params_list if p in self._early]
+        if not parameters:
+            return
+        reduced = buckets.grad_reduce_handle or self._early[parameters[0]].optimizer.executor.mark()
+        for parameter in parameters:
+            shard = self._early[parameter]
+            gradient = parameter.main_grad.detach().view(-1)[shard.start : shard.stop]
+            shard.optimizer.flush(shard.index, gradient, reduced)
 
     def set_loss_scale(self, scale: float) -> None:
         """Sets the loss scale that the update divides gradients by. Only the first call of a step counts:

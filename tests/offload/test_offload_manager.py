@@ -12,6 +12,7 @@ from megatron_s2.offload.adam import AdamWSettings
 from megatron_s2.offload.manager import OffloadManager, leaves_late
 from megatron_s2.offload.model import Rates
 from megatron_s2.offload.optimizer import OffloadedAdamW
+from megatron_s2.offload.queues import AwaitedOnce, ThreadBackend
 from megatron_s2.offload.session import OffloadError
 from megatron_s2.offload.settings import OffloadSettings
 from megatron_s2.offload.trace import read_trace
@@ -159,6 +160,20 @@ def test_a_reduction_that_writes_its_result_with_each_wait_does_so_once(offload,
     matrix.main_grad.fill_(7.0)
     one.optimizer.step()
     assert torch.equal(matrix.main_grad, torch.full((1, 640), 7.0))
+
+
+def test_the_gradients_of_a_bucket_share_one_mark(offload, monkeypatch):
+    run = offload(gpu_fraction=0.0)
+    one = distributed(run, 640, 100, 64, 200)
+    run.register(one)
+    run.begin_step()
+    marks = []
+    mark = AwaitedOnce(None)
+    monkeypatch.setattr(ThreadBackend, "mark", lambda self, after=None: marks.append(mark) or mark)
+    run.gradients_reduced(bucket_group(one.model_chunks[0]))
+    assert len(marks) == 1
+    one.optimizer.step()
+    assert one.optimizer.step_count == 1
 
 
 def test_gradients_of_a_step_that_does_not_happen_are_dropped(offload):
