@@ -2,10 +2,14 @@
 gradients leave, and when rates are measured again."""
 
 import math
+import threading
+from multiprocessing.queues import Queue
+from queue import SimpleQueue
 from types import SimpleNamespace
 
 import pytest
 import torch
+from waiting import PATIENCE
 
 from megatron_s2.offload import manager, session
 from megatron_s2.offload.adam import AdamWSettings
@@ -286,6 +290,51 @@ def test_state_is_read_and_written_under_megatrons_names(offload):
         state["exp_avg"] = torch.zeros(3)
     with pytest.raises(TypeError, match="cannot be removed"):
         del state["exp_avg"]
+
+
+@pytest.fixture
+def save_queue(monkeypatch):
+    """A queue as that of Megatron's persistent worker for asynchronous saves, and its feeder's errors."""
+    errors = SimpleQueue()
+    monkeypatch.setattr(Queue, "_on_queue_feeder_error", lambda self, error, item: errors.put(error))
+    queue = torch.multiprocessing.get_context("spawn").JoinableQueue()
+    yield queue, errors
+    queue.close()
+
+
+def copies_of_state(run: OffloadManager) -> dict[str, torch.Tensor]:
+    """What a checkpoint takes of a parameter whose state differs between elements."""
+    one = distributed(run, 640)
+    run.register(one)
+    state = one.optimizer.state[one.optimizer.param_groups[0]["params"][0]]
+    for n, name in enumerate(("exp_avg", "exp_avg_sq", "master_param")):
+        state[name] = torch.arange(640.0) + 1000 * n
+    return dict(state)
+
+
+def test_a_checkpoints_copies_reach_a_process_that_already_runs(offload, save_queue):
+    queue, errors = save_queue
+    copies = copies_of_state(offload(gpu_fraction=0.5, subgroup_size=64, gpu_budget=12 * 64 * 2))
+    queue.put(copies)
+    arrived = queue.get(timeout=PATIENCE)
+    assert arrived.keys() == copies.keys() and errors.empty()
+    assert all(torch.equal(arrived[name], x) for name, x in copies.items())
+
+
+def test_copies_of_state_on_nvme_do_not_and_the_save_would_never_end(offload, save_queue, tmp_path):
+    """Why `--use-persistent-ckpt-worker` is refused with `--s2-offload-nvme-dir`: the copies are in files
+    without a name, the queue drops them, and Megatron's `join` of it at the end would not return."""
+    queue, errors = save_queue
+    on_nvme = {"subgroup_size": 64, "host_budget": 16 * 64 * 5, "nvme_dirs": (str(tmp_path),)}
+    queue.put(copies_of_state(offload(gpu_fraction=0.5, **on_nvme)))
+    assert isinstance(errors.get(timeout=PATIENCE), OSError) and queue.empty()
+    joining = threading.Thread(target=queue.join)
+    joining.start()
+    joining.join(0.5)
+    assert joining.is_alive()
+    queue.task_done()
+    joining.join(PATIENCE)
+    assert not joining.is_alive()
 
 
 def test_nothing_is_allocated_before_it_is_needed(offload):
