@@ -1,8 +1,9 @@
-"""The rates of this machine: measured with all queues at work, and kept in a cache file.
+"""The rates of this machine: measured with all queues of all its ranks at work, and kept in a cache file.
 
 Copies and CPU updates share host memory, so rates measured one by one could not be reached together. Each
-queue works in a thread of its own for the same short time. Without a GPU its queues are threads too, which
-copy and update in host memory, as the executor does there. NVMe directories are measured in `nvme.py`.
+queue works in a thread of its own for the same short time, on all ranks of the node at once; the slowest rank
+counts, since all wait for it in each step. Without a GPU its queues are threads too, which copy and update in
+host memory, as the executor does there. NVMe directories are measured in `nvme.py`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from megatron_s2.cache_file import cache_file_name, cache_folder, read_cache_file, write_cache_file
 from megatron_s2.offload.adam import AdamWSettings, State, update_on_cpu, update_on_gpu
 from megatron_s2.offload.model import Rates
+from megatron_s2.offload.node import Node
 
 MEASURED_SECONDS = 0.5
 MEASURED_ELEMENTS = 2**22  # 64 MiB of state and gradient for each queue: far more than caches hold
@@ -54,20 +56,30 @@ class Hardware:
         return cache_file_name(_WHAT, asdict(self))
 
 
-def cached_rates(hardware: Hardware, remeasure: bool = False) -> Rates:
-    """Returns the rates kept in the cache file of this hardware, or measures and keeps them.
+def cached_rates(hardware: Hardware, node: Node, remeasure: bool = False) -> Rates:
+    """Returns the rates in the cache file of this hardware, or measures and keeps them. All ranks of the node
+    call it together; the first one reads and writes the file.
 
     Args:
         hardware: `Hardware.detect(…)`.
         remeasure: whether to measure whatever the file says, as after a drift.
     """
-    path = cache_folder() / hardware.file_name
-    cached = None if remeasure else read_cache_file(path, lambda content: Rates(**content["rates"]), _WHAT)
-    if cached is not None:
+    path, first = cache_folder() / hardware.file_name, node.index == 0
+    cached = None
+    if first and not remeasure:
+        cached = read_cache_file(path, lambda content: Rates(**content["rates"]), _WHAT)
+    if (cached := node.exchange(cached)[0]) is not None:
         return cached
-    rates = measure_rates(hardware.threads)
-    write_cache_file(path, {"hardware": asdict(hardware), "rates": asdict(rates)}, _WHAT)
+    rates = slowest(node.exchange(measure_rates(hardware.threads, ready=node.wait)))
+    if first:
+        write_cache_file(path, {"hardware": asdict(hardware), "rates": asdict(rates)}, _WHAT)
     return rates
+
+
+def slowest(of_ranks: Sequence[Rates]) -> Rates:
+    """Returns the lowest of each rate that the ranks have."""
+    columns = {name: [getattr(rates, name) for rates in of_ranks] for name in asdict(of_ranks[0])}
+    return Rates(**{name: None if None in column else min(column) for name, column in columns.items()})
 
 
 def drifted(usual_seconds: float, measured_seconds: Sequence[float]) -> bool:
@@ -81,7 +93,10 @@ def usual_step(measured_seconds: Sequence[float]) -> float:
 
 
 def measure_rates(
-    threads: int, seconds: float = MEASURED_SECONDS, elements: int = MEASURED_ELEMENTS
+    threads: int,
+    seconds: float = MEASURED_SECONDS,
+    elements: int = MEASURED_ELEMENTS,
+    ready: Callable[[], object] = lambda: None,
 ) -> Rates:
     """Measures what each queue gets done while all of them work.
 
@@ -89,6 +104,7 @@ def measure_rates(
         threads: number of PyTorch's threads for CPU updates (and copies, where there is no GPU).
         seconds: duration of the measurement.
         elements: parameters of one update, a multiple of `ALIGNMENT`; a copy has as many float32 values.
+        ready: called when all is allocated and warm, and returns when the measurement may begin.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -100,19 +116,23 @@ def measure_rates(
             "h2d": (_copies(device, elements, up=True), 4 * elements),
             "d2h": (_copies(device, elements, up=False), 4 * elements),
         }
-        return Rates(**_measure_together(work, seconds))
+        return Rates(**_measure_together(work, seconds, ready))
     finally:
         torch.set_num_threads(before)
 
 
-def _measure_together(work: dict[str, tuple[Callable[[], object], int]], seconds: float) -> dict[str, float]:
+def _measure_together(
+    work: dict[str, tuple[Callable[[], object], int]], seconds: float, ready: Callable[[], object]
+) -> dict[str, float]:
     """Returns amounts per second of functions that are called repeatedly, each in a thread of its own.
 
     Args:
         work: each function with the amount of one call.
+        ready: as for `measure_rates`.
     """
     for once, _ in work.values():
         once()  # warm-up
+    ready()
     start = threading.Barrier(len(work))
 
     def rate(once: Callable[[], object], amount: int) -> float:
