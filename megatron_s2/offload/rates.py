@@ -24,6 +24,7 @@ from megatron_s2.cache_file import cache_file_name, cache_folder, read_cache_fil
 from megatron_s2.offload.adam import AdamWSettings, State, update_on_cpu, update_on_gpu
 from megatron_s2.offload.model import Rates
 from megatron_s2.offload.node import Node
+from megatron_s2.offload.queues import Task, ThreadBackend, default_backend
 
 MEASURED_SECONDS = 0.5
 MEASURED_ELEMENTS = 2**22  # 64 MiB of state and gradient for each queue: far more than caches hold
@@ -109,44 +110,53 @@ def measure_rates(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        backend = default_backend()
         work = {
             "cpu": (_updates(torch.device("cpu"), elements), elements),
-            "gpu": (_updates(device, elements), elements),
-            "h2d": (_copies(device, elements, up=True), 4 * elements),
-            "d2h": (_copies(device, elements, up=False), 4 * elements),
+            "gpu": (_updates(backend.device, elements), elements),
+            "h2d": (_copies(backend.device, elements, up=True), 4 * elements),
+            "d2h": (_copies(backend.device, elements, up=False), 4 * elements),
         }
-        return Rates(**_measure_together(work, seconds, ready))
+        backend.wait(backend.mark())  # for the tensors' first values
+        return Rates(**_measure_together(work, backend, seconds, ready))
     finally:
         torch.set_num_threads(before)
 
 
 def _measure_together(
-    work: dict[str, tuple[Callable[[], object], int]], seconds: float, ready: Callable[[], object]
+    work: dict[str, tuple[Callable[[], object], int]],
+    backend: ThreadBackend,
+    seconds: float,
+    ready: Callable[[], object],
 ) -> dict[str, float]:
     """Returns amounts per second of functions that are called repeatedly, each in a thread of its own.
 
     Args:
-        work: each function with the amount of one call.
-        ready: as for `measure_rates`.
+        work: by queue, its function with the amount of one call.
+        backend, ready: where the functions run, and as for `measure_rates`.
     """
-    for once, _ in work.values():
-        once()  # warm-up
+
+    def run(queue: str, once: Callable[[], object]) -> None:
+        with backend.context(Task(queue, "measurement", once, (), (False, 0))):
+            once()
+
+    for queue, (once, _) in work.items():
+        run(queue, once)  # warm-up
     ready()
     start = threading.Barrier(len(work))
 
-    def rate(once: Callable[[], object], amount: int) -> float:
+    def rate(queue: str, once: Callable[[], object], amount: int) -> float:
         start.wait()
         began, calls = time.perf_counter(), 0
         while (passed := time.perf_counter() - began) < seconds:
-            once()
+            run(queue, once)
             calls += 1
         return calls * amount / max(passed, seconds)
 
     with ThreadPoolExecutor(len(work)) as threads:
         try:
-            running = {name: threads.submit(rate, *what) for name, what in work.items()}
-            return {name: future.result() for name, future in running.items()}
+            running = {queue: threads.submit(rate, queue, *what) for queue, what in work.items()}
+            return {queue: future.result() for queue, future in running.items()}
         except BaseException:
             start.abort()  # else threads that have begun would wait forever for those that were not started
             raise
@@ -157,7 +167,7 @@ def _updates(device: torch.device, elements: int) -> Callable[[], object]:
     *state, gradient = (torch.full((elements,), 1e-3, device=device) for _ in range(4))
     weights = torch.empty(elements, dtype=torch.bfloat16, device=device)
     update = update_on_cpu if device.type == "cpu" else update_on_gpu
-    return _on_stream(lambda: update(State(*state), gradient, weights, AdamWSettings(lr=1e-5)), device)
+    return lambda: update(State(*state), gradient, weights, AdamWSettings(lr=1e-5))
 
 
 def _copies(device: torch.device, elements: int, up: bool) -> Callable[[], object]:
@@ -165,23 +175,7 @@ def _copies(device: torch.device, elements: int, up: bool) -> Callable[[], objec
     on_host = torch.zeros(elements, pin_memory=device.type == "cuda")
     on_device = torch.zeros(elements, device=device)
     source, target = (on_host, on_device) if up else (on_device, on_host)
-    return _on_stream(lambda: target.copy_(source, non_blocking=True), device)
-
-
-def _on_stream(once: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """Returns `once` on a stream of its own, with a wait for its end."""
-    if device.type != "cuda":
-        return once
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-
-    def on_stream() -> None:
-        # A new thread is on GPU 0, and going back there from a stream would create a context on it.
-        with torch.cuda.device(stream.device), torch.cuda.stream(stream):
-            once()
-        stream.synchronize()
-
-    return on_stream
+    return lambda: target.copy_(source, non_blocking=True)
 
 
 def _cpu_name() -> str:

@@ -14,7 +14,7 @@ from waiting import PATIENCE
 from megatron_s2.offload import rates
 from megatron_s2.offload.model import Rates
 from megatron_s2.offload.node import Node
-from megatron_s2.offload.rates import Hardware, _on_stream, cached_rates, drifted, measure_rates, slowest
+from megatron_s2.offload.rates import Hardware, cached_rates, drifted, measure_rates, slowest
 
 HARDWARE = Hardware(cpu="a CPU", cores=8, gpu=None, torch="2.15", threads=4, local_world_size=1)
 ALONE = Node.detect()
@@ -87,31 +87,6 @@ def test_on_a_gpu_its_updates_are_the_faster_ones():
     measured = measure_rates(threads=2)
     assert measured.gpu > measured.cpu
     assert min(measured.h2d, measured.d2h) > 1e9
-
-
-def test_a_thread_is_on_the_device_of_its_stream_before_it_takes_it(monkeypatch):
-    """Or leaving the stream sends it back to GPU 0, where each rank of a machine would begin a context."""
-    from contextlib import contextmanager
-    from types import SimpleNamespace
-
-    import torch
-
-    device = torch.device("cuda", 3)
-    stream = SimpleNamespace(device=device, wait_stream=lambda other: None, synchronize=lambda: None)
-    seen = []
-
-    @contextmanager
-    def told(what):
-        seen.append(what)
-        yield
-        seen.append(("left", what))
-
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "device", told)
-    monkeypatch.setattr(torch.cuda, "stream", lambda one: told("stream"))
-    _on_stream(lambda: seen.append("once"), device)()
-    assert seen == [device, "stream", "once", ("left", "stream"), ("left", device)]
 
 
 def test_a_failing_queue_is_not_swallowed(monkeypatch):
