@@ -55,9 +55,7 @@ def use_offload(offload: OffloadManager | None) -> None:
 
     def construct(original, self, inner, *args, **kwargs):
         original(self, inner, *args, **kwargs)
-        if inner is None:
-            return
-        for chunk in self.model_chunks:
+        for chunk in self.model_chunks if inner is not None else ():
             for parameter in chunk.parameters():
                 if getattr(parameter, "main_param", parameter) is None:
                     del parameter.main_param, parameter.main_param_sharded
