@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from megatron_s2.parallel.gather_plan import GROUP_TOKENS, head_groups, shard_sizes
 from megatron_s2.parallel.head_plan import HeadPlan, assign_heads
 from megatron_s2.parallel.layout import Zigzag
 from megatron_s2.pattern import S2Pattern
@@ -30,6 +31,7 @@ class AttentionCall:
         head_dim: elements per head of a query or key.
         v_head_dim: elements per head of a value.
         element_size: bytes per element.
+        group_tokens: shard tokens that `gather` moves at a time (`head_groups`).
 
     Raises:
         ValueError: a field is not positive, or `tokens` is not a multiple of 2 * ranks.
@@ -42,6 +44,7 @@ class AttentionCall:
     head_dim: int
     v_head_dim: int
     element_size: int
+    group_tokens: int = GROUP_TOKENS
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -130,7 +133,8 @@ def transfers(schedule: str, pattern: S2Pattern, call: AttentionCall, node_ranks
     token_bytes = call.key_value_bytes
     if schedule == "gather":
         halo = token_bytes * pattern.num_kv_heads * _halo_tokens(pattern, call.zigzag, node_ranks)
-        return Transfers(token_bytes * int(_shard_tokens(pattern, call.zigzag).max()), *halo)
+        width = sum(int(tokens.max()) for tokens in _group_shard_tokens(pattern, call))
+        return Transfers(token_bytes * width, *halo)
     nothing = np.zeros((2, call.ranks), dtype=np.int64)
     return Transfers(token_bytes * pattern.num_kv_heads * call.zigzag.local_tokens, nothing, nothing)
 
@@ -177,7 +181,9 @@ def key_value_tokens(schedule: str, pattern: S2Pattern, call: AttentionCall) -> 
     zigzag, heads = call.zigzag, pattern.num_kv_heads
     if schedule == "gather":
         halos = _per_rank(_edges(zigzag)[:-1] - _window_starts(pattern, zigzag))
-        return heads * (zigzag.local_tokens + halos) + _shard_tokens(pattern, zigzag).sum()
+        return heads * (zigzag.local_tokens + halos) + sum(
+            tokens.sum() for tokens in _group_shard_tokens(pattern, call)
+        )
     if schedule == "a2a":
         plan = plan_heads(pattern, call)
         return call.tokens * np.array([len(plan.kv_heads(rank)) for rank in range(call.ranks)])
@@ -204,9 +210,11 @@ def plan_heads(pattern: S2Pattern, call: AttentionCall) -> HeadPlan:
     return assign_heads(pairs, call.query_heads, call.ranks)
 
 
-def _shard_tokens(pattern: S2Pattern, zigzag: Zigzag) -> np.ndarray:
-    """`[ranks]`, tokens of the shards of all KV heads that each rank owns."""
-    return _per_rank(sum(_chunk_shard_tokens(head, zigzag) for head in _single_heads(pattern)))
+def _group_shard_tokens(pattern: S2Pattern, call: AttentionCall) -> list[np.ndarray]:
+    """For each group of heads `[ranks]`, tokens of their shards that each rank owns."""
+    by_head = [_per_rank(_chunk_shard_tokens(head, call.zigzag)) for head in _single_heads(pattern)]
+    groups = head_groups(pattern, call.tokens, call.group_tokens)
+    return [sum(by_head[slice(*heads)]) for heads in groups]
 
 
 def _single_heads(pattern: S2Pattern) -> list[S2Pattern]:
@@ -232,12 +240,6 @@ def _edges(zigzag: Zigzag) -> np.ndarray:
     return np.arange(2 * zigzag.ranks + 1) * zigzag.chunk
 
 
-def _shard_sizes(head: S2Pattern, blocks: np.ndarray) -> np.ndarray:
-    """`head.shard_size(0, n)` for each n of `blocks`."""
-    strided = -(-(blocks - head.first_strided(0)) // head.strides[0])
-    return np.clip(blocks, 0, head.sink_blocks) + np.maximum(strided, 0)
-
-
 @lru_cache(maxsize=1024)
 def _chunk_pairs(head: S2Pattern, zigzag: Zigzag) -> np.ndarray:
     """`[chunks]`, visible pairs of the queries of each chunk, for one query head.
@@ -249,7 +251,7 @@ def _chunk_pairs(head: S2Pattern, zigzag: Zigzag) -> np.ndarray:
     first_strided, stride = head.first_strided(0), head.strides[0]
     rows, cut = np.divmod(_edges(zigzag), B)
 
-    seen = _shard_sizes(head, rows - L)  # shard blocks that the last whole row sees beyond its window
+    seen = shard_sizes(head, 0, rows - L)  # shard blocks that the last whole row sees beyond its window
     seen_sinks = np.minimum(seen, sinks)
     strided = seen - seen_sinks
     positions = seen_sinks * (seen_sinks - 1) // 2 + strided * first_strided
@@ -257,7 +259,7 @@ def _chunk_pairs(head: S2Pattern, zigzag: Zigzag) -> np.ndarray:
     ramp = np.minimum(rows, L)
     window = ramp * (ramp - 1) // 2 + (rows - ramp) * (L - 1)
     past = window + seen * (rows - L) - positions
-    past_of_cut = _shard_sizes(head, rows - L + 1) + np.minimum(rows, L - 1)
+    past_of_cut = shard_sizes(head, 0, rows - L + 1) + np.minimum(rows, L - 1)
     triangles = rows * (B * (B + 1) // 2) + cut * (cut + 1) // 2
     return np.diff(B * B * past + B * cut * past_of_cut + triangles)
 
@@ -268,7 +270,7 @@ def _chunk_shard_tokens(head: S2Pattern, zigzag: Zigzag) -> np.ndarray:
     B = head.block_size
     whole = head.shard_prefix(0, head.num_blocks(zigzag.tokens) - 1)
     blocks, cut = np.divmod(_edges(zigzag), B)
-    size, with_cut = (np.minimum(_shard_sizes(head, blocks + more), whole) for more in (0, 1))
+    size, with_cut = (np.minimum(shard_sizes(head, 0, blocks + more), whole) for more in (0, 1))
     return np.diff(size * B + (with_cut - size) * cut)
 
 
