@@ -180,7 +180,7 @@ def key_value_tokens(schedule: str, pattern: S2Pattern, call: AttentionCall) -> 
     """
     zigzag, heads = call.zigzag, pattern.num_kv_heads
     if schedule == "gather":
-        halos = _per_rank(_edges(zigzag)[:-1] - _window_starts(pattern, zigzag))
+        halos = _halo_of_rank(pattern, zigzag)
         return heads * (zigzag.local_tokens + halos) + sum(
             tokens.sum() for tokens in _group_shard_tokens(pattern, call)
         )
@@ -197,6 +197,28 @@ def query_tokens(schedule: str, pattern: S2Pattern, call: AttentionCall) -> np.n
         plan = plan_heads(pattern, call)
         return call.tokens * np.array([len(plan.query_heads(rank)) for rank in range(call.ranks)])
     return np.full(call.ranks, call.zigzag.local_tokens * call.query_heads)
+
+
+def gather_backward_bytes(pattern: S2Pattern, call: AttentionCall) -> np.ndarray:
+    """`[ranks]`, bytes that the backward of `gather` stores at its peak, beside what the forward kept.
+
+    The gradients of queries and windows are complete at the end and are summed in float32 (float64 for
+    float64 tensors), as is what other ranks return for the shards. The gradients of the shards of a group
+    of heads count twice: what a kernel returns is added to them, and the messages sent and received take no
+    more. The copies that a kernel makes of queries are not counted.
+    """
+    zigzag, size, accumulator = call.zigzag, call.element_size, max(call.element_size, 4)
+    token = call.batch * (call.head_dim + call.v_head_dim)
+    own = pattern.num_kv_heads * zigzag.local_tokens * token
+    windows = own + pattern.num_kv_heads * _halo_of_rank(pattern, zigzag) * token
+    queries = call.batch * call.head_dim * call.query_heads * zigzag.local_tokens
+    groups = _group_shard_tokens(pattern, call)
+    returned = sum(groups) * token
+    largest = max(int(tokens.sum()) for tokens in groups) * token
+
+    held = accumulator * (queries + windows + returned) + size * windows
+    results = accumulator * own + (size * (queries + own) if size < accumulator else 0)
+    return held + np.maximum(2 * accumulator * largest, results)
 
 
 @lru_cache(maxsize=256)
@@ -277,6 +299,11 @@ def _chunk_shard_tokens(head: S2Pattern, zigzag: Zigzag) -> np.ndarray:
 def _window_starts(pattern: S2Pattern, zigzag: Zigzag) -> np.ndarray:
     """`[chunks]`, the first position in the window of each chunk's first query."""
     return np.array([pattern.window_start(edge) for edge in _edges(zigzag)[:-1].tolist()])
+
+
+def _halo_of_rank(pattern: S2Pattern, zigzag: Zigzag) -> np.ndarray:
+    """`[ranks]`, tokens in the two halos of each rank, those from itself included."""
+    return _per_rank(_edges(zigzag)[:-1] - _window_starts(pattern, zigzag))
 
 
 def _halo_tokens(pattern: S2Pattern, zigzag: Zigzag, node_ranks: int) -> np.ndarray:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import torch
 
+from megatron_s2.layers.packed_row import packed_row
 from megatron_s2.offload.manager import OffloadManager
 from megatron_s2.offload.optimizer import OffloadedAdamW
 from megatron_s2.parallel.collectives import Traffic
@@ -157,7 +158,7 @@ def count_s2_flops(settings: S2Settings | Annealing) -> None:
     def update_visible(original, cu_seqlens):
         original(cu_seqlens)
         if cu_seqlens is not None and cu_seqlens.numel() > 1:
-            lengths = cu_seqlens.diff().tolist()
+            lengths = [stop - start for start, stop in packed_row(cu_seqlens).documents]
             training._seqlen_stats_in_iteration[1] += sum(2 * settings.mean_pairs(n) - n * n for n in lengths)
 
     wrap_once(training, "num_floating_point_operations", count_visible)

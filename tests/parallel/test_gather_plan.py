@@ -1,5 +1,8 @@
 """The index plans of the gather schedule: ranks exchange exactly the keys that each of them lacks."""
 
+import sys
+from itertools import pairwise
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -148,3 +151,22 @@ def test_a_plan_is_described_in_one_line():
         "rank 1 of 2 holds tokens 64..127 and 128..191; contributes 64 of the 112 keys of all shards; "
         "halo tokens: 16 from 0"
     )
+
+
+def test_many_documents_are_planned_by_array_operations():
+    """Function calls, which do not depend on the load of the machine: 130,000 for loops over documents."""
+    pattern = S2Pattern(num_kv_heads=8, block_size=64, local_blocks=16, vert_stride=16)
+    edges = [0, *range(100, 512 * 256, 257), 512 * 256]
+    calls = 0
+
+    def count(frame, event, argument):
+        nonlocal calls
+        calls += event.endswith("call")
+
+    documents = tuple(pairwise(edges))
+    sys.setprofile(count)
+    try:
+        plan_gather(pattern, Zigzag(8, 512 * 256), 3, documents)
+    finally:
+        sys.setprofile(None)
+    assert calls < 2 * len(documents)
