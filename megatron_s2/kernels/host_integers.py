@@ -12,8 +12,8 @@ def copy_to_device(device: torch.device, *arrays: ArrayLike) -> list[Tensor]:
     """Returns arrays of whole numbers as int64 tensors on a device, in one copy that the host does not wait
     for."""
     arrays = [np.asarray(array, dtype=np.int64) for array in arrays]
-    flat = torch.from_numpy(np.concatenate([array.ravel() for array in arrays]))
-    if device.type == "cuda":
-        flat = flat.pin_memory()
-    parts = flat.to(device, non_blocking=True).split([array.size for array in arrays])
+    flat = torch.tensor(
+        np.concatenate([array.ravel() for array in arrays]), pin_memory=device.type == "cuda"
+    ).to(device, non_blocking=True)
+    parts = flat.split([array.size for array in arrays])
     return [part.view(array.shape) for part, array in zip(parts, arrays)]

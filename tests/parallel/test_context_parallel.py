@@ -20,7 +20,7 @@ from megatron_s2 import S2Pattern
 from megatron_s2.kernels.compare import attention_results, require_as_exact_as_plain, require_equal
 from megatron_s2.parallel.collectives import ContextParallelGroup
 from megatron_s2.parallel.context_parallel_attention import context_parallel_attention
-from megatron_s2.parallel.gather_plan import plan_gather
+from megatron_s2.parallel.gather_plan import GROUP_TOKENS, plan_gather
 from megatron_s2.parallel.layout import Zigzag
 
 RANKS = (4, *exhaustive(2, 3))
@@ -67,13 +67,21 @@ ALL_HELD = Case(s2(4, local_blocks=1, vert_stride=8), "memory", batch=1, queries
 INTERPRETER = {"TRITON_INTERPRET": "1"}
 
 
-def compute(rank: int, ranks: int, cases: list[tuple[Case, torch.dtype]], backend: str = "auto") -> dict:
+def compute(
+    rank: int,
+    ranks: int,
+    cases: list[tuple[Case, torch.dtype]],
+    backend: str = "auto",
+    group_tokens: int = GROUP_TOKENS,
+) -> dict:
     """Results and traffic of this rank, by (case id, schedule, dtype)."""
     group = torch.distributed.group.WORLD
     if backend == "triton":
         quicken_interpreter()
     return {
-        (str(case), schedule, dtype): one_case(case, ContextParallelGroup(group), schedule, dtype, backend)
+        (str(case), schedule, dtype): one_case(
+            case, ContextParallelGroup(group), schedule, dtype, backend, group_tokens
+        )
         for case, dtype in cases
         for schedule in SCHEDULES
         if schedule == "gather" or case.pattern.num_kv_heads * case.group >= ranks
@@ -81,7 +89,12 @@ def compute(rank: int, ranks: int, cases: list[tuple[Case, torch.dtype]], backen
 
 
 def one_case(
-    case: Case, group: ContextParallelGroup, schedule: str, dtype: torch.dtype, backend: str
+    case: Case,
+    group: ContextParallelGroup,
+    schedule: str,
+    dtype: torch.dtype,
+    backend: str,
+    group_tokens: int,
 ) -> dict:
     positions = torch.as_tensor(Zigzag(group.ranks, case.queries).positions(group.rank))
     inputs = case.inputs(dtype)
@@ -101,6 +114,7 @@ def one_case(
         softmax_scale=case.softmax_scale,
         documents=case.documents and tuple(zip(case.documents, case.documents[1:])),
         backend=backend,
+        group_tokens=group_tokens,
     )
     grads = torch.autograd.grad(out, list(leaves.values()), dout)
     results = {"out": out.detach(), **{f"d{name}": grad for name, grad in zip(leaves, grads)}}
@@ -176,10 +190,11 @@ def test_several_ranks_compute_what_one_rank_computes(on_ranks, case, schedule):
         require_equal(joined(parts, case), reference(case))
 
 
+@pytest.mark.parametrize("group_tokens", [1, *exhaustive(GROUP_TOKENS)], ids=["by head", "at once"])
 @pytest.mark.parametrize("cases", [IN_TRITON[:1], *exhaustive(IN_TRITON[1:])], ids=len)
-def test_several_ranks_compute_what_one_rank_computes_in_triton(tmp_path, cases):
+def test_several_ranks_compute_what_one_rank_computes_in_triton(tmp_path, cases, group_tokens):
     todo = [(case, torch.float32) for case in cases]
-    on_ranks = run_on_ranks(2, compute, tmp_path, 2, todo, "triton", env=INTERPRETER)
+    on_ranks = run_on_ranks(2, compute, tmp_path, 2, todo, "triton", group_tokens, env=INTERPRETER)
     for case, schedule in product(cases, SCHEDULES):
         inputs = {name: x if x is None else x.double() for name, x in case.inputs(torch.float32).items()}
         exact = attention_results(case.attention("reference"), **inputs | {"dlse": None})

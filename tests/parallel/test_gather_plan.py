@@ -154,7 +154,7 @@ def test_a_plan_is_described_in_one_line():
 
 
 def test_many_documents_are_planned_by_array_operations():
-    """Function calls, which do not depend on the load of the machine: 130,000 for loops over documents."""
+    """Function calls, which do not depend on the load of the machine: 89,000 for loops over documents."""
     pattern = S2Pattern(num_kv_heads=8, block_size=64, local_blocks=16, vert_stride=16)
     edges = [0, *range(100, 512 * 256, 257), 512 * 256]
     calls = 0
