@@ -11,10 +11,11 @@ from functools import lru_cache
 
 import numpy as np
 
-from megatron_s2.parallel.gather_plan import GROUP_TOKENS, head_groups, shard_sizes
+from megatron_s2.parallel.gather_plan import GROUP_TOKENS, head_groups
 from megatron_s2.parallel.head_plan import HeadPlan, assign_heads
 from megatron_s2.parallel.layout import Zigzag
 from megatron_s2.pattern import S2Pattern
+from megatron_s2.pattern.pair_counts import shard_sizes, visible_pairs
 
 SCHEDULES = ("gather", "a2a", "ring", "all_gather")
 
@@ -264,26 +265,8 @@ def _edges(zigzag: Zigzag) -> np.ndarray:
 
 @lru_cache(maxsize=1024)
 def _chunk_pairs(head: S2Pattern, zigzag: Zigzag) -> np.ndarray:
-    """`[chunks]`, visible pairs of the queries of each chunk, for one query head.
-
-    The pairs of all queries before a position are those of the whole rows before it and of the row that it
-    cuts. All rows from j + L on see shard block j beyond their windows.
-    """
-    B, L, sinks = head.block_size, head.local_blocks, head.sink_blocks
-    first_strided, stride = head.first_strided(0), head.strides[0]
-    rows, cut = np.divmod(_edges(zigzag), B)
-
-    seen = shard_sizes(head, 0, rows - L)  # shard blocks that the last whole row sees beyond its window
-    seen_sinks = np.minimum(seen, sinks)
-    strided = seen - seen_sinks
-    positions = seen_sinks * (seen_sinks - 1) // 2 + strided * first_strided
-    positions += stride * (strided * (strided - 1) // 2)
-    ramp = np.minimum(rows, L)
-    window = ramp * (ramp - 1) // 2 + (rows - ramp) * (L - 1)
-    past = window + seen * (rows - L) - positions
-    past_of_cut = shard_sizes(head, 0, rows - L + 1) + np.minimum(rows, L - 1)
-    triangles = rows * (B * (B + 1) // 2) + cut * (cut + 1) // 2
-    return np.diff(B * B * past + B * cut * past_of_cut + triangles)
+    """`[chunks]`, visible pairs of the queries of each chunk, for one query head."""
+    return np.diff(visible_pairs(head, _edges(zigzag))[0])
 
 
 @lru_cache(maxsize=1024)
@@ -292,7 +275,7 @@ def _chunk_shard_tokens(head: S2Pattern, zigzag: Zigzag) -> np.ndarray:
     B = head.block_size
     whole = head.shard_prefix(0, head.num_blocks(zigzag.tokens) - 1)
     blocks, cut = np.divmod(_edges(zigzag), B)
-    size, with_cut = (np.minimum(shard_sizes(head, 0, blocks + more), whole) for more in (0, 1))
+    size, with_cut = (np.minimum(shard_sizes(head, blocks + more)[0], whole) for more in (0, 1))
     return np.diff(size * B + (with_cut - size) * cut)
 
 

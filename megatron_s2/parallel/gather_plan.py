@@ -21,6 +21,7 @@ import numpy as np
 
 from megatron_s2.parallel.layout import Zigzag
 from megatron_s2.pattern import S2Pattern
+from megatron_s2.pattern.pair_counts import shard_sizes
 
 Range = tuple[int, int]  # (start, stop)
 Documents = tuple[Range, ...]  # tokens of each document in the sequence
@@ -238,8 +239,7 @@ def _plan_group(
     neighbouring equal heads are adjacent."""
     B, pattern = pattern.block_size, pattern.slice_heads(*heads)
     rows = (stops - starts - 1) // B  # the last block of each document
-    prefixes = [shard_sizes(pattern, g, rows - pattern.local_blocks + 1) for g in range(pattern.num_kv_heads)]
-    sizes = np.stack(prefixes, 1)  # [documents, heads], blocks
+    sizes = shard_sizes(pattern, rows - pattern.local_blocks + 1).T  # [documents, heads], blocks
     ends = np.cumsum(sizes).reshape(sizes.shape) * B
     document, head = (x.ravel() for x in np.indices(sizes.shape))
     shard = np.repeat(np.arange(sizes.size), sizes.ravel())  # of each block
@@ -261,12 +261,6 @@ def _plan_group(
         pack_heads=head[shard[block[owned]]],
         unpack=Runs(owners * width + index, lengths),
     )
-
-
-def shard_sizes(pattern: S2Pattern, head: int, blocks: np.ndarray) -> np.ndarray:
-    """`pattern.shard_size(head, n)` for each n of `blocks`."""
-    strided = -(-(blocks - pattern.first_strided(head)) // pattern.strides[head])
-    return np.clip(blocks, 0, pattern.sink_blocks) + np.maximum(strided, 0)
 
 
 def _shard_blocks(pattern: S2Pattern, heads: np.ndarray, n: np.ndarray) -> np.ndarray:
