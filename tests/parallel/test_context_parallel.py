@@ -15,6 +15,7 @@ from ranks import run_on_ranks
 from selection import exhaustive
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transfers import Transfers
 
 from megatron_s2 import S2Pattern
 from megatron_s2.kernels.compare import attention_results, require_as_exact_as_plain, require_equal
@@ -25,6 +26,7 @@ from megatron_s2.parallel.layout import Zigzag
 
 RANKS = (4, *exhaustive(2, 3))
 SCHEDULES = ("gather", "a2a")
+PACKED_OVER = Case(s2(), "packed over the chunks", sink_logits=True, **packed(70, 33, 130, 151))
 # 24 tokens are two chunks for each of 2, 3 and 4 ranks; blocks have 16 and shards every fourth block.
 CASES = [
     *(Case(s2(), "gqa", group=group, queries=384) for group in (2, 4)),
@@ -44,7 +46,7 @@ CASES = [
     Case(s2(sink_blocks=30), "sinks beyond the length", queries=384),
     Case(s2(3, sink_blocks=3, num_dense_heads=1), "sinks of both kinds", queries=360, sink_logits=True),
     Case(s2(), "packed many short", **packed(*range(1, 20), 2)),
-    Case(s2(), "packed over the chunks", sink_logits=True, **packed(70, 33, 130, 151)),
+    PACKED_OVER,
     Case(s2(4, num_dense_heads=1, sink_blocks=3), "packed dense heads", **packed(205, 100, 7)),
     Case(s2(), "wider v", v_dim=24, queries=240),
     Case(s2(), "narrower v", v_dim=8, sink_logits=True, queries=240),
@@ -138,10 +140,20 @@ def joined(parts: list[dict[str, torch.Tensor]], case: Case) -> dict[str, torch.
 
 
 def compute_and_watch(rank: int, ranks: int) -> dict:
-    """The rank's part of all cases, and the largest tensors of `ALL_HELD`."""
+    """The rank's part of all cases, the largest tensors of `ALL_HELD`, and what reads the device."""
     cases = [(case, torch.float64) for case in CASES]
     cases += [(case, dtype) for case in LOW_PRECISION for dtype in (torch.float32, torch.bfloat16)]
-    return compute(rank, ranks, cases) | {"largest": largest_tensors(rank, ALL_HELD, "torch")}
+    more = {"largest": largest_tensors(rank, ALL_HELD, "torch"), "reads": reads_of_the_device(PACKED_OVER)}
+    return compute(rank, ranks, cases) | more
+
+
+def reads_of_the_device(case: Case) -> list[str]:
+    """What waits for the device in forward and backward of both schedules, if tensors were on one."""
+    with Transfers() as copies:
+        for schedule in SCHEDULES:
+            group = ContextParallelGroup(torch.distributed.group.WORLD)
+            one_case(case, group, schedule, torch.float32, "torch", GROUP_TOKENS)
+    return copies.to_host
 
 
 @pytest.fixture(scope="module")
@@ -249,6 +261,10 @@ def largest_tensor(rank: int, case: Case, schedule: str, backend: str) -> int:
         out = context_parallel_attention(q, k, v, case.pattern, group, schedule, backend=backend)
         out.backward(dout)
     return largest.bytes
+
+
+def test_no_schedule_waits_for_the_device(four_ranks):
+    assert [part["reads"] for part in four_ranks] == [[]] * 4
 
 
 ALL_KEYS = ALL_HELD.queries * ALL_HELD.pattern.num_kv_heads * ALL_HELD.dim * torch.float32.itemsize
