@@ -249,27 +249,36 @@ def skip_jit_warmup() -> None:
 
 
 def rotate_packed_tokens_of_a_row() -> None:
-    """Rotary embedding misplaces packed documents under context parallelism (seen in 0.19.2).
+    """Rotary embedding misplaces packed documents under context parallelism, and waits for the device and
+    rotates one document after another in every layer (seen in 0.19.2).
 
     It assumes that each document is split over the ranks on its own, but the batches of
     `--dataloader-inter-document-masking` split the row of all documents as one sequence
     (`use_per_sequence_balancing`), because documents have any length. Here each token gets the angle of its
-    position in its document. Touches `_apply_rotary_pos_emb_thd` of
-    `megatron.core.models.common.embeddings.rope_utils`, for more than one context-parallel rank.
+    position in its document, from one table for all layers, by the formula of Megatron's
+    `_apply_rotary_pos_emb_bshd`. Touches `_apply_rotary_pos_emb_thd` of
+    `megatron.core.models.common.embeddings.rope_utils`.
     """
     from megatron.core.models.common.embeddings import rope_utils
 
-    from megatron_s2.parallel.layout import Zigzag
+    from megatron_s2.layers.packed_row import packed_row
 
-    def rotate(original, t, cu_seqlens, freqs, *args, cp_group=None, **kwargs):
-        if cp_group is None or cp_group.size() == 1:
-            return original(t, cu_seqlens, freqs, *args, cp_group=cp_group, **kwargs)
-        zigzag = Zigzag(cp_group.size(), t.shape[0] * cp_group.size())
-        rows = [torch.arange(a, b, device=t.device) for a, b in zigzag.chunks(cp_group.rank())]
-        rows = torch.cat(rows)
-        starts = cu_seqlens[torch.searchsorted(cu_seqlens, rows, right=True) - 1]
-        rotated = rope_utils._apply_rotary_pos_emb_bshd(t[:, None], freqs[rows - starts], *args, **kwargs)
-        return rotated[:, 0]
+    def rotate(
+        original,
+        t,
+        cu_seqlens,
+        freqs,
+        rotary_interleaved=False,
+        mla_rotary_interleaved=False,
+        mscale=1.0,
+        cp_group=None,
+    ):
+        cos, sin = packed_row(cu_seqlens).rotary_table(cu_seqlens, freqs, t.dtype, mscale, cp_group)
+        x, rest = t[:, None].split([cos.shape[-1], t.shape[-1] - cos.shape[-1]], -1)
+        if mla_rotary_interleaved:
+            x = torch.cat([x[..., ::2], x[..., 1::2]], -1)
+        x = x * cos + rope_utils._rotate_half(x, rotary_interleaved) * sin
+        return torch.cat([x, rest], -1)[:, 0]
 
     wrap_once(rope_utils, "_apply_rotary_pos_emb_thd", rotate)
 
