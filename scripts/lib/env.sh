@@ -134,10 +134,9 @@ install_package() {
 }
 
 # Installs Transformer Engine. Its extension for torch is compiled, because PyPI has no wheel of it, against the
-# headers that torch's packages and constraints-te.txt bring: that needs neither a GPU nor CUDA's compiler. Its
-# 33 source files become one, which takes 3 minutes instead of 25: each would read all of torch's headers.
+# headers that torch's packages and constraints-te.txt bring: that needs neither a GPU nor CUDA's compiler.
 install_transformer_engine() {
-    local extension packages sources file pip=("$VENV/bin/python" -m pip --quiet --disable-pip-version-check)
+    local extension packages sources status=0 pip=("$VENV/bin/python" -m pip --quiet --disable-pip-version-check)
     type -P g++ >/dev/null || {
         say "no g++, which compiles Transformer Engine; on Debian and Ubuntu: sudo apt install g++"
         return 1
@@ -147,17 +146,25 @@ install_transformer_engine() {
     say "installing and compiling $extension (the first time: 3 minutes of one core, 4 GB of memory)"
     "${pip[@]}" install --no-deps "${packages[@]}" || return 1
     sources=$(mktemp -d)
-    "${pip[@]}" download --no-deps --no-binary :all: --no-build-isolation --dest "$sources" "$extension" &&
-        tar -xf "$sources"/*.tar.gz --strip-components 1 -C "$sources" || return 1
+    compile_extension "$extension" "$sources" || status=1
+    rm -rf "$sources"
+    return $status
+}
+
+# Compiles $1 in the empty directory $2 and installs it. Its 33 source files, each of which would read all of
+# torch's headers, become one: that takes 3 minutes instead of 25.
+compile_extension() {
+    local file
+    "${pip[@]}" download --no-deps --no-binary :all: --no-build-isolation --dest "$2" "$1" &&
+        tar -xf "$2"/*.tar.gz --strip-components 1 -C "$2" || return 1
     while IFS= read -r file; do
         mv "$file" "$file.in"
         printf '#include "%s"\n' "$file.in"
-    done < <(find "$sources/csrc" -name '*.cpp' | sort) >"$sources/all"
-    mv "$sources/all" "$sources/csrc/all.cpp"
+    done < <(find "$2/csrc" -name '*.cpp' | sort) >"$2/all"
+    mv "$2/all" "$2/csrc/all.cpp"
     # Without pip's cache, which would hand out an extension that was compiled for another torch.
     NVTE_FRAMEWORK=pytorch NVTE_PYTORCH_FORCE_BUILD=TRUE NVTE_BUILD_USE_NVIDIA_WHEELS=1 NVTE_WITH_NCCL_EP=0 \
-        "${pip[@]}" install --no-deps --no-build-isolation --no-cache-dir "$sources" || return 1
-    rm -rf "$sources"
+        "${pip[@]}" install --no-deps --no-build-isolation --no-cache-dir "$2"
 }
 
 enter_environment() {
