@@ -49,7 +49,11 @@ case "$*" in
         echo two > {root}/source/csrc/inner/two.cpp
         tar -czf "$folder/source.tar.gz" -C {root} source
         ;;
-    *" install "*) if [[ -d $last ]]; then cat $(sed 's/#include//; s/"//g' "$last/csrc/all.cpp") > {root}/compiled; fi ;;
+    *" install "*)
+        if [[ -d $last ]]; then
+            cat $(sed 's/#include//; s/"//g' "$last/csrc/all.cpp") > {root}/compiled
+        fi
+        ;;
 esac
 """
 
