@@ -31,6 +31,7 @@ from megatron_s2.training.patches import (
     EmptySplitError,
     TokenIdError,
     apply_patches,
+    hide_transformer_engine,
     quiet_known_warnings,
 )
 
@@ -100,6 +101,8 @@ def train(argv: Sequence[str]) -> None:
     if rank() == 0 and (line := describe(environment, added)):
         print(line, flush=True)
 
+    if not environment.transformer_engine:
+        hide_transformer_engine()
     if not environment.gpu:
         from megatron_s2.training.cpu_runtime import enable_cpu_runtime
 

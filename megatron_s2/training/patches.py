@@ -6,6 +6,7 @@ touches. Each function may be called twice. Entry points call `apply_patches` be
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
 import warnings
@@ -46,6 +47,7 @@ def apply_patches(cpu: bool) -> None:
     pass_rope_scaling_factor_on()
     log_the_loss_of_each_interval()
     end_without_saving_nowhere()
+    accumulate_weight_gradients_without_apex()
     if cpu:
         let_pretrain_start_without_cuda()
         skip_jit_warmup()
@@ -85,6 +87,19 @@ def quiet_known_warnings() -> None:
     logging.getLogger("torch.utils.cpp_extension").addFilter(
         lambda record: "No CUDA runtime is found" not in record.getMessage()
     )
+
+
+def hide_transformer_engine() -> None:
+    """Megatron uses Transformer Engine wherever it finds its package, even one that fails (seen in 0.19.2).
+
+    The final norm of `--transformer-impl local` is Transformer Engine's, too, and raises where there is no
+    GPU. And only an ImportError counts as "not installed": where a part of the installation is missing or has
+    another version, Transformer Engine's loader raises AssertionError, FileNotFoundError or RuntimeError,
+    which ends every import of Megatron. Here each import raises ImportError. Touches
+    `sys.modules["transformer_engine"]`. Call it before importing Megatron, where the environment has no
+    Transformer Engine that works.
+    """
+    sys.modules["transformer_engine"] = None
 
 
 def skip_compiling_dataset_helpers() -> None:
@@ -332,6 +347,32 @@ def end_without_saving_nowhere() -> None:
         original(iteration, *args, **kwargs)
 
     wrap_once(training, "save_checkpoint_and_time", save)
+
+
+def accumulate_weight_gradients_without_apex() -> None:
+    """A model of Transformer Engine's layers cannot be built without Apex (seen in 0.19.2).
+
+    Gradient accumulation fusion, which is on by default, stands for two things: kernels of Transformer Engine
+    in its own layers, and Apex's extension in Megatron's `ColumnParallelLinear`, which raises RuntimeError
+    without it. The LM head is one in every model, and the flag that turns the extension off turns those
+    kernels off, too. Here Megatron's own linear layers are built with the fusion off where the extension is
+    not installed; the configuration, which they keep, and all other layers are as they were. Touches
+    `__init__` of `ColumnParallelLinear`, and of `RowParallelLinear`, whose backward pass would raise, in
+    `megatron.core.tensor_parallel.layers`.
+    """
+    from megatron.core.tensor_parallel import layers
+
+    if layers._grad_accum_fusion_available:
+        return
+
+    def construct(original, self, *args, config, **kwargs):
+        unfused = copy.copy(config)
+        unfused.gradient_accumulation_fusion = False
+        original(self, *args, config=unfused, **kwargs)
+        self.config = config
+
+    wrap_once(layers.ColumnParallelLinear, "__init__", construct)
+    wrap_once(layers.RowParallelLinear, "__init__", construct)
 
 
 def let_resumes_change_the_learning_rate() -> None:
