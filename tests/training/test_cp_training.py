@@ -43,9 +43,6 @@ def several_ranks(one_rank, tmp_path_factory, documents) -> dict[int, Runs]:  # 
     pipeline, tensor = "--pipeline-model-parallel-size 2", "--tensor-model-parallel-size 2"
     runs = {
         2: {
-            "rich: gather": f"{rich} {CP2} {GATHER}",
-            "rich: a2a": f"{rich} {CP2} {A2A}",
-            "rich: auto": f"{rich} {CP2}",
             "rich: full recompute": f"{rich} {CP2} {GATHER} {FULL_RECOMPUTE}",
             "rich: core recompute": f"{rich} {CP2} {GATHER} --recompute-granularity selective",
             "rich: distributed optimizer": f"{rich} {CP2} --use-distributed-optimizer",
@@ -55,10 +52,7 @@ def several_ranks(one_rank, tmp_path_factory, documents) -> dict[int, Runs]:  # 
             "saves": f"{rich} {CP2} --save {saved} --save-interval 5",
         },
         4: {
-            "rich: gather": f"{rich} {CP4} {GATHER}",
-            "rich: a2a": f"{rich} {CP4} {A2A}",
             "rich: pipeline, gather": f"{rich} {CP2} {pipeline} {GATHER}",
-            "rich: pipeline, a2a": f"{rich} {CP2} {pipeline} {A2A}",
             "rich: tensor, gather": f"{rich} {CP2} {tensor} {GATHER}",
             "rich: tensor, a2a": f"{rich} {CP2} {tensor} {A2A}",
             "rich: data, distributed optimizer": f"{rich} {CP2} {SMALL_BATCH} --use-distributed-optimizer",
@@ -81,17 +75,11 @@ def several_ranks(one_rank, tmp_path_factory, documents) -> dict[int, Runs]:  # 
         (2, "packed: a2a"),
         (4, "rich: tensor, gather"),
         *exhaustive(
-            (2, "rich: gather"),
-            (2, "rich: a2a"),
-            (2, "rich: auto"),
             (2, "rich: core recompute"),
             (2, "rich: distributed optimizer"),
             (2, "packed: gather"),
             (2, "odd: gather"),
-            (4, "rich: gather"),
-            (4, "rich: a2a"),
             (4, "rich: pipeline, gather"),
-            (4, "rich: pipeline, a2a"),
             (4, "rich: tensor, a2a"),
             (4, "rich: data, distributed optimizer"),
             (4, "packed: gather"),
