@@ -53,6 +53,13 @@ RESUMED = {
     "--min-lr 0.0002: the checkpoint was trained with 0.0001": "--min-lr 2e-4",
     "--train-iters 5: the checkpoint was trained with 3": "",
     "--decoupled-lr 0.0001: the checkpoint was trained with None": f"--decoupled-lr 1e-4 {OVERRIDE}",
+    "--num-layers 3: the checkpoint was trained with 2": f"--num-layers 3 {OVERRIDE}",
+    "--add-qkv-bias given: the checkpoint was trained without it": f"--add-qkv-bias {OVERRIDE}",
+    "--use-distributed-optimizer given: the checkpoint was trained without it": f"--s2-offload {OVERRIDE}",
+    "--optimizer sgd: the checkpoint was trained with adam": f"--optimizer sgd {OVERRIDE}",
+    "--bf16 or --fp16: the checkpoint was trained with neither": f"--bf16 {OVERRIDE}",
+    "--ckpt-step 7: there is no ": f"--ckpt-step 7 {OVERRIDE}",
+    "--ckpt-format torch: ": f"--ckpt-format torch {OVERRIDE}",
 }
 
 
@@ -341,7 +348,7 @@ def test_a_resumed_run_keeps_the_schedule_of_its_checkpoint(other_schedules):
 
 
 @pytest.mark.parametrize("what", [name for name in RESUMED if name.startswith("--")])
-def test_a_schedule_that_the_checkpoint_does_not_have_is_refused(other_schedules, what):
+def test_what_the_checkpoint_does_not_have_is_refused(other_schedules, what):
     assert other_schedules[what].status == 2
     assert_refused(other_schedules[what], what)
 

@@ -28,9 +28,11 @@ _AT_LEAST = {
     **dict.fromkeys(("num_layers", "hidden_size", "num_attention_heads", "kv_channels", "seq_length"), 1),
     **dict.fromkeys(("make_vocab_size_divisible_by", "rotary_seq_len_interpolation_factor"), 1),
     **dict.fromkeys(("seed", "train_iters", "train_samples", "log_interval", "hysteresis"), 1),
-    **dict.fromkeys(("num_workers", "adam_eps", "weight_decay", "init_method_std", "lr_warmup_init"), 0),
+    **dict.fromkeys(
+        ("num_workers", "adam_eps", "weight_decay", "clip_grad", "init_method_std", "lr_warmup_init"), 0
+    ),
 }
-_POSITIVE = ("rotary_base", "rope_scaling_factor", "initial_loss_scale", "min_loss_scale")
+_POSITIVE = ("norm_epsilon", "rotary_base", "rope_scaling_factor", "initial_loss_scale", "min_loss_scale")
 _BELOW_ONE = ("adam_beta1", "adam_beta2", "hidden_dropout", "attention_dropout")
 
 
@@ -158,58 +160,6 @@ def check_rates(args: Namespace) -> None:
         if total and warmup >= decay:
             end = f"--lr-decay-{unit}" if getattr(args, f"lr_decay_{unit}") else f"--train-{unit}"
             raise ValueError(f"--lr-warmup-{unit} {warmup}: must be smaller than {end} {decay}")
-
-
-def check_schedule(args: Namespace, saved: Namespace) -> None:
-    """Checks that a resumed run has the learning-rate schedule of its checkpoint, or says which one counts.
-
-    Call it with validated arguments. With `--use-checkpoint-opt-param-scheduler` the rates of the checkpoint
-    replace those in `args`, since Megatron builds the parameter groups by them.
-
-    Args:
-        args: arguments of the run, changed in place.
-        saved: arguments in the checkpoint that it loads.
-
-    Raises:
-        ValueError: naming the flag that differs, both values and what to do.
-    """
-    resumes = not (args.finetune or args.no_load_optim) and getattr(saved, "lr", None) is not None
-    if not resumes:
-        return
-    if (args.decoupled_lr is None) != (saved.decoupled_lr is None):
-        raise ValueError(
-            f"--decoupled-lr {args.decoupled_lr}: the checkpoint was trained with {saved.decoupled_lr}, "
-            "so its optimizer has other parameter groups; give the same, or --no-load-optim to drop its state"
-        )
-    if args.override_opt_param_scheduler:
-        return
-    if args.use_checkpoint_opt_param_scheduler:
-        for name in _RATES:
-            setattr(args, name, getattr(saved, name, None))
-        return
-    mine, its = _schedule(args), _schedule(saved)
-    for flag, value in mine.items():
-        if value != its.get(flag, value):
-            raise ValueError(
-                f"{flag} {value}: the checkpoint was trained with {its[flag]}; give the same, or "
-                "--override-opt-param-scheduler to train on with the new schedule, or "
-                "--use-checkpoint-opt-param-scheduler to keep the checkpoint's"
-            )
-
-
-_RATES = ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "start_weight_decay", "end_weight_decay")
-
-
-def _schedule(args: Namespace) -> dict[str, object]:
-    """What Megatron compares on resume, as flags: the rates, and where the schedule ends."""
-    # Megatron sets train_iters of a run by samples, too. Only iterations are counted in batches.
-    unit = "samples" if args.train_samples else "iters"
-    names = [*_RATES, "lr_decay_style", "weight_decay_incr_style", "lr_warmup_fraction"]
-    names += [f"train_{unit}", f"lr_warmup_{unit}"]
-    names += ["global_batch_size"] if unit == "iters" and not args.step_batch_size_schedule else []
-    values = {name: getattr(args, name, None) for name in names}
-    values[f"lr_decay_{unit}"] = getattr(args, f"lr_decay_{unit}") or getattr(args, f"train_{unit}")
-    return {flag_name(name): value for name, value in values.items()}
 
 
 def _check_load(args: Namespace) -> None:

@@ -27,13 +27,18 @@ from megatron_s2.training.arguments import (
     set_required_args,
     validate_s2_args,
 )
+from megatron_s2.training.checkpoint_checks import (
+    check_format,
+    check_optimizer,
+    check_schedule,
+    check_weights,
+)
 from megatron_s2.training.checks import (
     check_model,
     check_numbers,
     check_parallel_sizes,
     check_paths,
     check_rates,
-    check_schedule,
     check_wandb,
 )
 from megatron_s2.training.data_checks import check_splits, check_vocabulary, tokenizer_flag, vocabulary_of
@@ -173,6 +178,8 @@ def _build_configs(
     with errors_that_name_flags(args):
         arguments.validate_args(args)
         if checkpoint_args is not None:
+            check_weights(args, checkpoint_args)
+            check_optimizer(args, checkpoint_args)
             check_schedule(args, checkpoint_args)
         if args.override_opt_param_scheduler:
             let_resumes_change_the_learning_rate()
@@ -299,7 +306,13 @@ def _checkpoint_args(args: Namespace) -> Namespace | None:
 
     if args.load is None or not Path(get_checkpoint_tracker_filename(args.load)).exists():
         return None
-    state, *_ = _load_base_checkpoint(args.load, args, rank0=True)
+    try:
+        state, directory, *_ = _load_base_checkpoint(args.load, args, rank0=True)
+    except FileNotFoundError as error:
+        flag = f"--ckpt-step {args.ckpt_step}" if args.ckpt_step else f"--load {args.load}"
+        raise ValueError(f"{flag}: there is no {error.filename}") from error
+    if state:
+        check_format(args, Path(directory))
     return state.get("args") if state else None
 
 

@@ -17,7 +17,6 @@ from megatron_s2.training.checks import (
     check_parallel_sizes,
     check_paths,
     check_rates,
-    check_schedule,
     check_wandb,
 )
 
@@ -320,32 +319,6 @@ def test_a_warmup_ends_before_the_schedule_does(given, message):
     with pytest.raises(ValueError) as refusal:
         check_rates(Namespace(**vars(fine) | given))
     assert str(refusal.value) == message
-
-
-def schedule(**given):
-    names = (
-        "decoupled_lr decoupled_min_lr train_iters train_samples lr_warmup_fraction step_batch_size_schedule"
-    )
-    flags = "finetune no_load_optim override_opt_param_scheduler use_checkpoint_opt_param_scheduler"
-    known = dict.fromkeys(names.split()) | dict.fromkeys(flags.split(), False)
-    known |= {"lr": 1e-3, "min_lr": 0.0, "start_weight_decay": 0.1, "end_weight_decay": 0.1}
-    known |= {"lr_decay_iters": None, "lr_decay_samples": None, "lr_warmup_iters": 0, "lr_warmup_samples": 0}
-    return Namespace(**known | {"global_batch_size": 4} | given)
-
-
-def test_a_schedule_by_samples_is_compared_by_samples():
-    # Megatron has set the iterations of the run that saved the checkpoint, and the end of its decay.
-    saved = schedule(train_samples=80, train_iters=20, lr_decay_samples=80)
-    check_schedule(schedule(train_samples=80, global_batch_size=8), saved)
-    with pytest.raises(ValueError, match=r"^--train-samples 160: the checkpoint was trained with 80; give"):
-        check_schedule(schedule(train_samples=160), saved)
-
-
-def test_a_schedule_by_iterations_depends_on_the_batch():
-    saved = schedule(train_iters=20, lr_decay_iters=20)
-    check_schedule(schedule(train_iters=20), saved)
-    with pytest.raises(ValueError, match=r"^--global-batch-size 8: the checkpoint was trained with 4; give"):
-        check_schedule(schedule(train_iters=20, global_batch_size=8), saved)
 
 
 def test_the_config_logger_is_refused():
