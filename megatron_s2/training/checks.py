@@ -32,7 +32,7 @@ _AT_LEAST = {
         ("num_workers", "adam_eps", "weight_decay", "clip_grad", "init_method_std", "lr_warmup_init"), 0
     ),
 }
-_POSITIVE = ("norm_epsilon", "rotary_base", "rope_scaling_factor", "initial_loss_scale", "min_loss_scale")
+_POSITIVE = ("rotary_base", "rope_scaling_factor", "initial_loss_scale", "min_loss_scale")
 _BELOW_ONE = ("adam_beta1", "adam_beta2", "hidden_dropout", "attention_dropout")
 
 
