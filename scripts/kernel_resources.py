@@ -241,7 +241,8 @@ def measure(cases: Sequence[Case], jobs: int) -> list[Resources]:
         return list(pool.map(compiled, cases))
 
 
-def _made_by(version: str) -> str:
+def made_by(version: str) -> str:
+    """Returns the sentence of the page that names its Triton."""
     return f"Compiled by Triton {version}."
 
 
@@ -251,7 +252,7 @@ def stale(text: str, rows: Sequence[Resources]) -> list[str]:
     found = []
     if fingerprint() not in text:
         found.append(f"{TABLE.name} is of other kernels or tiles: fingerprint {fingerprint()}")
-    if _made_by(triton.__version__) in text:
+    if made_by(triton.__version__) in text:
         table = text.splitlines()
         found += [f"{TABLE.name} is stale, now: {row.row()}" for row in rows if row.row() not in table]
     return found
@@ -271,7 +272,7 @@ def page(rows: Sequence[Resources]) -> str:
         "Registers and local memory (spills) are per thread, shared memory per program. Another Triton gives",
         "other numbers; with any Triton, the test asserts that the kernels fit their chips.",
         "",
-        f"{_made_by(triton.__version__)} Fingerprint of kernels and tiles: `{fingerprint()}`.",
+        f"{made_by(triton.__version__)} Fingerprint of kernels and tiles: `{fingerprint()}`.",
         "",
         "| chip | kernel | head_dim | tiles | rows x keys | warps | stages | registers | local | shared "
         "| in PTX |",

@@ -44,21 +44,18 @@ def several_ranks(one_rank, tmp_path_factory, documents) -> dict[int, Runs]:  # 
     runs = {
         2: {
             "rich: full recompute": f"{rich} {CP2} {GATHER} {FULL_RECOMPUTE}",
-            "rich: core recompute": f"{rich} {CP2} {GATHER} --recompute-granularity selective",
-            "rich: distributed optimizer": f"{rich} {CP2} --use-distributed-optimizer",
-            "packed: gather": f"{packed} {CP2} {GATHER}",
             "packed: a2a": f"{packed} {CP2} {A2A}",
-            "odd: gather": f"{odd} {CP2} {GATHER}",
+            "odd: gather, distributed optimizer": f"{odd} {CP2} {GATHER} --use-distributed-optimizer",
             "saves": f"{rich} {CP2} --save {saved} --save-interval 5",
         },
         4: {
-            "rich: pipeline, gather": f"{rich} {CP2} {pipeline} {GATHER}",
+            "rich: pipeline, a2a, core recompute": f"{rich} {CP2} {pipeline} {A2A} "
+            "--recompute-granularity selective",
             "rich: tensor, gather": f"{rich} {CP2} {tensor} {GATHER}",
-            "rich: tensor, a2a": f"{rich} {CP2} {tensor} {A2A}",
             "rich: data, distributed optimizer": f"{rich} {CP2} {SMALL_BATCH} --use-distributed-optimizer",
-            "packed: gather": f"{packed} {CP4} {GATHER}",
             "packed: pipeline, gather": f"{packed} {CP2} {pipeline} {SMALL_BATCH} {GATHER}",
             "odd: a2a": f"{odd} {CP4} {A2A}",
+            "odd: gather": f"{odd} {CP4} {GATHER}",
             "resumes": f"{FOUR_LAYERS} {RICH} {CP4} --load {saved}",
         },
     }
@@ -75,16 +72,12 @@ def several_ranks(one_rank, tmp_path_factory, documents) -> dict[int, Runs]:  # 
         (2, "packed: a2a"),
         (4, "rich: tensor, gather"),
         *exhaustive(
-            (2, "rich: core recompute"),
-            (2, "rich: distributed optimizer"),
-            (2, "packed: gather"),
-            (2, "odd: gather"),
-            (4, "rich: pipeline, gather"),
-            (4, "rich: tensor, a2a"),
+            (2, "odd: gather, distributed optimizer"),
+            (4, "rich: pipeline, a2a, core recompute"),
             (4, "rich: data, distributed optimizer"),
-            (4, "packed: gather"),
             (4, "packed: pipeline, gather"),
             (4, "odd: a2a"),
+            (4, "odd: gather"),
         ),
     ],
 )
