@@ -76,7 +76,7 @@ def test_placements_train_alike(saved, ranks):
         ("reshardable over ranks", 2, 2),
         ("fully reshardable", 2, 1),
         ("torch", 1, 1),
-        *exhaustive(("reshardable over ranks", 1, 2), ("fully reshardable", 1, 2), ("torch", 2, 2)),
+        *exhaustive(("reshardable over ranks", 1, 2), ("fully reshardable", 1, 2), ("torch", 2, 1)),
     ],
 )
 def test_a_resumed_run_goes_on_as_if_it_had_not_ended(directory, placements, saved, form, before, after):

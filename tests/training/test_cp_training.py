@@ -49,7 +49,7 @@ def several_ranks(one_rank, tmp_path_factory, documents) -> dict[int, Runs]:  # 
             "saves": f"{rich} {CP2} --save {saved} --save-interval 5",
         },
         4: {
-            "rich: pipeline, a2a, core recompute": f"{rich} {CP2} {pipeline} {A2A} "
+            "rich: tensor, a2a, core recompute": f"{rich} {CP2} {tensor} {A2A} "
             "--recompute-granularity selective",
             "rich: tensor, gather": f"{rich} {CP2} {tensor} {GATHER}",
             "rich: data, distributed optimizer": f"{rich} {CP2} {SMALL_BATCH} --use-distributed-optimizer",
@@ -73,7 +73,7 @@ def several_ranks(one_rank, tmp_path_factory, documents) -> dict[int, Runs]:  # 
         (4, "rich: tensor, gather"),
         *exhaustive(
             (2, "odd: gather, distributed optimizer"),
-            (4, "rich: pipeline, a2a, core recompute"),
+            (4, "rich: tensor, a2a, core recompute"),
             (4, "rich: data, distributed optimizer"),
             (4, "packed: pipeline, gather"),
             (4, "odd: a2a"),
