@@ -1,40 +1,19 @@
 """Checks of arguments that Megatron accepts at first and that make it fail or hang later.
 
-Megatron opens data files only after it has built the model, starts from random weights if the directory of
-`--load` does not exist, and loops forever on a split without documents. These checks read only the parsed
-arguments, the tokenizer and the file system.
+It starts from random weights, for one, if the directory of `--load` does not exist. These checks read only
+the parsed arguments and the file system.
 """
 
-import json
 import math
 import os
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
-from pathlib import Path
 
-from megatron_s2.data.output import check_writable
-from megatron_s2.data.token_ids import (
-    REMOTE_SCHEMES,
-    Vocabulary,
-    check_token_ids,
-    read_index,
-)
-from megatron_s2.data.tokenizer import GROW_MODEL, number_of_ids
-from megatron_s2.errors import InputError, flag_name
+from megatron_s2.data.output import check_file_writable, check_writable
+from megatron_s2.data.token_ids import REMOTE_SCHEMES
+from megatron_s2.errors import flag_name
+from megatron_s2.training.data_checks import check_data, check_sequences_per_dataset, check_tokenizer
 
-# Values of `--tokenizer-type` that need `--tokenizer-model`: a file or, for Hugging Face, a name on the hub.
-_TOKENIZERS_FROM_FILE = (
-    "SentencePieceTokenizer",
-    "GPTSentencePieceTokenizer",
-    "Llama2Tokenizer",
-    "TikTokenizer",
-)
-_TOKENIZERS_FROM_MODEL = (*_TOKENIZERS_FROM_FILE, "HuggingFaceTokenizer")
-# Tokenizers for which --vocab-size says how many tokens they have themselves.
-_TOKENIZERS_WITHOUT_TOKENS = ("NullTokenizer", "NullMultimodalTokenizer")
-_DEFAULT_SPLIT = "969, 30, 1"  # Megatron's, for --data-path
-_SPLITS = ("training", "validation", "test")
 _MODEL_PARALLEL = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
 _OUTPUT_DIRECTORIES = (
     "save",
@@ -44,6 +23,17 @@ _OUTPUT_DIRECTORIES = (
     "non_persistent_global_ckpt_dir",
     "non_persistent_local_ckpt_dir",
 )
+# Smallest value of numbers for which Megatron, numpy or torch fails, some only after the model is built.
+_AT_LEAST = {
+    **dict.fromkeys(("num_layers", "hidden_size", "num_attention_heads", "kv_channels", "seq_length"), 1),
+    **dict.fromkeys(("make_vocab_size_divisible_by", "rotary_seq_len_interpolation_factor"), 1),
+    **dict.fromkeys(("seed", "train_iters", "train_samples", "log_interval", "hysteresis"), 1),
+    **dict.fromkeys(
+        ("num_workers", "adam_eps", "weight_decay", "clip_grad", "init_method_std", "lr_warmup_init"), 0
+    ),
+}
+_POSITIVE = ("rotary_base", "rope_scaling_factor", "initial_loss_scale", "min_loss_scale")
+_BELOW_ONE = ("adam_beta1", "adam_beta2", "hidden_dropout", "attention_dropout")
 
 
 def check_paths(args: Namespace) -> None:
@@ -53,13 +43,34 @@ def check_paths(args: Namespace) -> None:
     Raises:
         ValueError: a path does not exist or is not writable; the message names it and its flag.
     """
-    _check_data(args)
-    _check_sequences_per_dataset(args)
+    check_data(args)
+    check_sequences_per_dataset(args)
     _check_load(args)
-    _check_tokenizer(args)
+    check_tokenizer(args)
     for name in _OUTPUT_DIRECTORIES:
         if (path := getattr(args, name, None)) and not path.startswith(REMOTE_SCHEMES):
             check_writable(flag_name(name), path)
+    if path := args.result_rejected_tracker_filename:
+        check_file_writable("--result-rejected-tracker-filename", path)
+    if (path := args.heterogeneous_layers_config_path) and not os.path.isfile(path):
+        raise ValueError(f"--heterogeneous-layers-config-path {path}: there is no such file")
+
+
+def check_numbers(args: Namespace) -> None:
+    """Checks that numbers are in the ranges in which Megatron can train.
+
+    Raises:
+        ValueError: one is not, or is not a number; the message names its flag.
+    """
+    for name, smallest in _AT_LEAST.items():
+        if (value := getattr(args, name)) is not None and not smallest <= value < math.inf:
+            raise ValueError(f"{flag_name(name)} {value}: must be >= {smallest}")
+    for name in _POSITIVE:
+        if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
+            raise ValueError(f"{flag_name(name)} {value}: must be > 0")
+    for name in _BELOW_ONE:
+        if not 0 <= (value := getattr(args, name)) < 1:
+            raise ValueError(f"{flag_name(name)} {value}: must be >= 0 and < 1")
 
 
 def check_model(args: Namespace) -> None:
@@ -71,9 +82,12 @@ def check_model(args: Namespace) -> None:
     heads, groups = args.num_attention_heads, args.num_query_groups
     if args.group_query_attention and heads and (groups < 1 or heads % groups):
         raise ValueError(f"--num-query-groups {groups}: must divide --num-attention-heads {heads}")
-    for name in ("hidden_dropout", "attention_dropout"):
-        if not 0 <= getattr(args, name) < 1:
-            raise ValueError(f"{flag_name(name)} {getattr(args, name)}: must be >= 0 and < 1")
+    channels = args.kv_channels or (args.hidden_size or 0) // (heads or 1)
+    if args.position_embedding_type == "rope" and channels % 2:
+        raise ValueError(
+            f"--kv-channels {channels} (--hidden-size over --num-attention-heads if not given): must be even "
+            "with --position-embedding-type rope, which rotates pairs of channels"
+        )
     if args.vocab_size is not None and args.vocab_size < 1:
         raise ValueError(f"--vocab-size {args.vocab_size}: must be >= 1")
     if args.num_experts and args.moe_router_topk > args.num_experts:
@@ -106,78 +120,6 @@ def check_wandb(args: Namespace) -> None:
         )
 
 
-def vocabulary_of(args: Namespace, tokenizer) -> Vocabulary:
-    """Returns the token ids that a model may be trained on: those of its tokens, not of the padding.
-
-    Args:
-        args: validated arguments of Megatron.
-        tokenizer: the tokenizer that Megatron built from them.
-    """
-    data = Vocabulary.advice
-    tokenizer_ids = _tokenizer_ids(args, tokenizer)
-    known = [Vocabulary(tokenizer_ids, _tokenizer_flag(args))]
-    if args.vocab_size and args.tokenizer_type not in _TOKENIZERS_WITHOUT_TOKENS:
-        is_new = not args.load and not args.pretrained_checkpoint
-        more = "for all tokens of the tokenizer, remove --vocab-size" if is_new else GROW_MODEL
-        known.append(Vocabulary(args.vocab_size, f"--vocab-size {args.vocab_size}", f"{data}; {more}"))
-    if args.padded_vocab_size:
-        multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
-        enough = -(-tokenizer_ids // multiple) * multiple
-        more = f"; for a new model, --padded-vocab-size {enough} has a row for each id of the tokenizer"
-        known.append(
-            Vocabulary(
-                args.padded_vocab_size,
-                f"--padded-vocab-size {args.padded_vocab_size}",
-                data + (more if enough > args.padded_vocab_size else ""),
-            )
-        )
-    return min(known, key=lambda vocabulary: vocabulary.size)
-
-
-def check_vocabulary(args: Namespace, tokenizer) -> list[str]:
-    """Checks that every token of the data is one of the model's.
-
-    On one tensor-parallel rank Megatron fails at the first other token; on more it trains with an embedding
-    of zeros for it, and says nothing.
-
-    Returns:
-        Lines for the user: data that could only be looked at in part, a tokenizer with more tokens than the
-        model.
-
-    Raises:
-        ValueError: naming the flag, the prefix, the token id and the size of the vocabulary.
-    """
-    vocabulary = vocabulary_of(args, tokenizer)
-    data = [(flag, prefix) for flag, prefixes in _data_prefixes(args) for prefix in prefixes]
-    lines = []
-    has_tokens = args.tokenizer_type not in _TOKENIZERS_WITHOUT_TOKENS
-    if has_tokens and (tokenizer_ids := _tokenizer_ids(args, tokenizer)) > vocabulary.size:
-        lines.append(
-            f"{_tokenizer_flag(args)} has token ids up to {tokenizer_ids - 1}, the model has "
-            f"{vocabulary.size} tokens ({vocabulary.source}); data with ids beyond are refused; "
-            f"{vocabulary.advice}"
-        )
-    looked_at = check_token_ids(data, vocabulary)
-    return lines if looked_at is None else [*lines, looked_at]
-
-
-def _tokenizer_ids(args: Namespace, tokenizer) -> int:
-    """One more than the largest id, of a token or of the end of a document.
-
-    Megatron documents --vocab-size as what comes before the end-of-document token, and its NullTokenizer once
-    numbered it so: data that end with that id are right.
-    """
-    if args.tokenizer_type in _TOKENIZERS_WITHOUT_TOKENS:
-        return max(tokenizer.vocab_size, 1 + (args.vocab_size or 0))
-    return max(number_of_ids(tokenizer), 1 + (-1 if tokenizer.eod is None else tokenizer.eod))
-
-
-def _tokenizer_flag(args: Namespace) -> str:
-    if args.tokenizer_model:
-        return f"--tokenizer-model {args.tokenizer_model}"
-    return f"--tokenizer-type {args.tokenizer_type}"
-
-
 def check_parallel_sizes(args: Namespace) -> None:
     """Checks that the number of ranks is a multiple of those that hold one model.
 
@@ -190,12 +132,25 @@ def check_parallel_sizes(args: Namespace) -> None:
         raise ValueError(f"{flags}: the product must divide the number of ranks, {args.world_size}")
 
 
-def check_warmup(args: Namespace) -> None:
-    """Checks that the learning rate's warmup ends before its decay does.
+def check_rates(args: Namespace) -> None:
+    """Checks that the learning rate's warmup ends before its decay does, and what Megatron finds out only
+    when the model is built or a checkpoint loaded.
 
     Raises:
-        ValueError: it does not; the message names the flag.
+        ValueError: the message names the flag.
     """
+    if args.lr is not None and args.lr_warmup_init > args.lr:
+        raise ValueError(f"--lr-warmup-init {args.lr_warmup_init}: must be at most --lr {args.lr}")
+    if args.lr_decay_style == "WSD" and args.lr_wsd_decay_iters is args.lr_wsd_decay_samples is None:
+        unit = "samples" if args.train_samples else "iters"
+        raise ValueError(f"--lr-wsd-decay-{unit}: must be given with --lr-decay-style WSD")
+    decoupled = args.decoupled_lr, args.min_lr if args.decoupled_min_lr is None else args.decoupled_min_lr
+    if decoupled == (args.lr, args.min_lr):
+        # Megatron tells groups of parameters in a checkpoint apart by their rates.
+        raise ValueError(
+            f"--decoupled-lr {args.decoupled_lr}: must differ from --lr, or checkpoints cannot be resumed; "
+            "remove it"
+        )
     fraction = args.lr_warmup_fraction
     if fraction is not None and not 0 <= fraction < 1:
         raise ValueError(f"--lr-warmup-fraction {fraction}: must be >= 0 and < 1")
@@ -205,181 +160,6 @@ def check_warmup(args: Namespace) -> None:
         if total and warmup >= decay:
             end = f"--lr-decay-{unit}" if getattr(args, f"lr_decay_{unit}") else f"--train-{unit}"
             raise ValueError(f"--lr-warmup-{unit} {warmup}: must be smaller than {end} {decay}")
-
-
-def check_schedule(args: Namespace, saved: Namespace) -> None:
-    """Checks that a resumed run has the learning-rate schedule of its checkpoint, or says which one counts.
-
-    Call it with validated arguments. With `--use-checkpoint-opt-param-scheduler` the rates of the checkpoint
-    replace those in `args`, since Megatron builds the parameter groups by them.
-
-    Args:
-        args: arguments of the run, changed in place.
-        saved: arguments in the checkpoint that it loads.
-
-    Raises:
-        ValueError: naming the flag that differs, both values and what to do.
-    """
-    resumes = not (args.finetune or args.no_load_optim) and getattr(saved, "lr", None) is not None
-    if not resumes:
-        return
-    if (args.decoupled_lr is None) != (saved.decoupled_lr is None):
-        raise ValueError(
-            f"--decoupled-lr {args.decoupled_lr}: the checkpoint was trained with {saved.decoupled_lr}, "
-            "so its optimizer has other parameter groups; give the same, or --no-load-optim to drop its state"
-        )
-    if args.override_opt_param_scheduler:
-        return
-    if args.use_checkpoint_opt_param_scheduler:
-        for name in _RATES:
-            setattr(args, name, getattr(saved, name, None))
-        return
-    mine, its = _schedule(args), _schedule(saved)
-    for flag, value in mine.items():
-        if value != its.get(flag, value):
-            raise ValueError(
-                f"{flag} {value}: the checkpoint was trained with {its[flag]}; give the same, or "
-                "--override-opt-param-scheduler to train on with the new schedule, or "
-                "--use-checkpoint-opt-param-scheduler to keep the checkpoint's"
-            )
-
-
-_RATES = ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "start_weight_decay", "end_weight_decay")
-
-
-def _schedule(args: Namespace) -> dict[str, object]:
-    """What Megatron compares on resume, as flags: the rates, and where the schedule ends."""
-    # Megatron sets train_iters of a run by samples, too. Only iterations are counted in batches.
-    unit = "samples" if args.train_samples else "iters"
-    names = [*_RATES, "lr_decay_style", "weight_decay_incr_style", "lr_warmup_fraction"]
-    names += [f"train_{unit}", f"lr_warmup_{unit}"]
-    names += ["global_batch_size"] if unit == "iters" and not args.step_batch_size_schedule else []
-    values = {name: getattr(args, name, None) for name in names}
-    values[f"lr_decay_{unit}"] = getattr(args, f"lr_decay_{unit}") or getattr(args, f"train_{unit}")
-    return {flag_name(name): value for name, value in values.items()}
-
-
-def check_splits(args: Namespace) -> None:
-    """Checks that every split with a share of the documents has at least one, with Megatron's rounding.
-
-    Megatron builds such a split even if `--eval-iters 0` leaves it unused, and loops forever if it is empty.
-    Call `check_paths` first, because the files must exist.
-
-    Raises:
-        ValueError: a split is empty; the message names its flag, the prefix and what to do.
-    """
-    for flag, prefixes in _data_prefixes(args):
-        if flag == "--data-args-path" and not args.split:
-            raise ValueError(f"--split: must be given with {flag}")
-        split = args.split or _DEFAULT_SPLIT
-        shares = _shares(split) if flag in ("--data-path", "--data-args-path") else [(0.0, 1.0)]
-        for prefix in prefixes:
-            try:
-                documents = read_index(prefix).sequences
-            except InputError as error:
-                raise ValueError(f"{flag} {error}") from None
-            if documents == 0:
-                raise ValueError(f"{flag} {prefix}: has no documents")
-            for name, share in zip(_SPLITS, shares):
-                if share and _boundary(share[0], documents) == _boundary(share[1], documents):
-                    raise ValueError(
-                        f"--split {split}: leaves the {name} split of {prefix} without documents (of its "
-                        f"{documents}); give it a larger share or none: --split 100,0,0 --eval-iters 0 "
-                        "trains on all"
-                    )
-
-
-def _boundary(share: float, documents: int) -> int:
-    return round(share * float(documents))
-
-
-def _shares(split: str) -> list[tuple[float, float] | None]:
-    """Returns start and stop of each split as fractions of all documents; None for one without a share."""
-    from megatron.core.datasets import blended_megatron_dataset_config as config
-
-    try:
-        shares = [float(word) for word in split.split(",")]
-    except ValueError:
-        shares = []
-    # Megatron finds numbers by their digits: it would take 1e2 for 1 and 2, and nan for nothing.
-    is_plain = set(split) <= set("0123456789., ")
-    if not is_plain or not 1 <= len(shares) <= len(_SPLITS) or sum(shares) == 0:
-        raise ValueError(
-            f"--split {split}: must be the shares of the training, validation and test split, such as 99,1,0"
-        )
-    return config.convert_split_vector_to_split_matrix(config.parse_and_normalize_split(split))
-
-
-def _check_data(args: Namespace) -> None:
-    for flag, prefixes in _data_prefixes(args):
-        for prefix in prefixes:
-            for suffix in (".bin", ".idx"):
-                if not os.path.isfile(prefix + suffix):
-                    raise ValueError(
-                        f"{flag} {prefix}: there is no file {prefix}{suffix}; "
-                        "give the prefix that scripts/preprocess_data.py wrote"
-                    )
-
-
-def _data_prefixes(args: Namespace) -> Iterator[tuple[str, list[str]]]:
-    """Yields each flag that was given data, and the prefixes of its files on local disks."""
-    for flag in ("--data-path", "--train-data-path", "--valid-data-path", "--test-data-path"):
-        words = getattr(args, flag[2:].replace("-", "_"))
-        if words is None:
-            continue
-        if not words:
-            raise ValueError(f"{flag}: must be followed by a prefix, or weights and prefixes")
-        yield flag, _prefixes(flag, words)
-    if args.data_args_path:
-        flag, path = "--data-args-path", args.data_args_path
-        yield flag, _prefixes(f"{flag} {path}", _text(flag, path).split())
-    if args.per_split_data_args_path:
-        flag, path = "--per-split-data-args-path", args.per_split_data_args_path
-        splits = _json_object(flag, path)
-        for split in ("train", "valid", "test"):
-            if split not in splits:
-                raise ValueError(f'{flag} {path}: must have the keys "train", "valid" and "test"')
-            words = splits[split]
-            if words is None:
-                continue
-            words = words.split() if isinstance(words, str) else words
-            if not isinstance(words, list) or not all(isinstance(word, str | int | float) for word in words):
-                raise ValueError(
-                    f'{flag} {path}: "{split}" must be a list or a string of prefixes, or of weights and '
-                    f"prefixes, or null; is {json.dumps(words)[:80]}"
-                )
-            yield flag, _prefixes(f'{flag} {path}: "{split}"', words)
-
-
-def _prefixes(where: str, words: Iterable[object]) -> list[str]:
-    """Returns the local prefixes of a blend: a list of prefixes, or of weights and prefixes in turn.
-
-    Raises:
-        ValueError: it is empty, or a weight is not positive; the message begins with `where`.
-    """
-    words = [str(word) for word in words]
-    if not words:
-        raise ValueError(f"{where}: is empty; must be prefixes, or weights and prefixes")
-    if len(words) % 2 or not all(_is_number(word) for word in words[::2]):
-        return [word for word in words if not word.startswith(REMOTE_SCHEMES)]
-    weights, prefixes = [float(word) for word in words[::2]], words[1::2]
-    for weight, prefix in zip(words[::2], prefixes):
-        if not 0 < float(weight) < math.inf:
-            raise ValueError(
-                f"{where}: {prefix} has the weight {weight}; must be a positive number; leave out data that "
-                "are not to be used"
-            )
-    if not 0 < min(weights) / sum(weights) < math.inf:
-        raise ValueError(f"{where}: the weights must be of similar size; {min(weights)} is lost in their sum")
-    return [prefix for prefix in prefixes if not prefix.startswith(REMOTE_SCHEMES)]
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
 
 
 def _check_load(args: Namespace) -> None:
@@ -396,60 +176,3 @@ def _check_load(args: Namespace) -> None:
                 f"{flag} {path}: there is no such directory; "
                 "to start from random weights, remove the flag or give the --save directory"
             )
-
-
-def _check_tokenizer(args: Namespace) -> None:
-    for flag in ("--vocab-file", "--merge-file"):
-        if path := getattr(args, flag[2:].replace("-", "_")):
-            _check_file(flag, path)
-    model = args.tokenizer_model
-    if args.use_checkpoint_args and not args.tokenizer_type:
-        return  # the tokenizer is an argument in the checkpoint
-    if (args.tokenizer_type or "GPT2BPETokenizer") == "GPT2BPETokenizer" and not args.vocab_file:
-        raise ValueError(
-            "--vocab-file: must be given, with --merge-file, for GPT2BPETokenizer (Megatron's default); "
-            "or choose another --tokenizer-type"
-        )
-    if args.tokenizer_type in _TOKENIZERS_FROM_MODEL and not model:
-        raise ValueError(f"--tokenizer-model: must be given for --tokenizer-type {args.tokenizer_type}")
-    if not model:
-        return
-    # "org/model" may be a name on the Hugging Face hub; any other value with a slash is a path.
-    looks_like_path = model.startswith(("/", "./", "../", "~")) or model.count("/") > 1
-    if (args.tokenizer_type in _TOKENIZERS_FROM_FILE or looks_like_path) and not os.path.exists(model):
-        raise ValueError(f"--tokenizer-model {model}: there is no such file or directory")
-
-
-def _check_sequences_per_dataset(args: Namespace) -> None:
-    flag, path = "--per-dataset-sequences-path", args.per_dataset_sequences_path
-    if path is not None:
-        numbers = _json_object(flag, path)
-        if not all(isinstance(number, int) for number in numbers.values()):
-            raise ValueError(f"{flag} {path}: must map each prefix to its number of sequences")
-
-
-def _json_object(flag: str, path: str) -> dict:
-    try:
-        content = json.loads(_text(flag, path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{flag} {path}: must be JSON; {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{flag} {path}: must be a JSON object, is {json.dumps(content)[:80]}")
-    return content
-
-
-def _text(flag: str, path: str) -> str:
-    """The text of a file that Megatron reads again: it knows no byte order mark and no other encoding."""
-    _check_file(flag, path)
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{flag} {path}: must be UTF-8: {error}") from None
-    if text.startswith("\ufeff"):
-        raise ValueError(f"{flag} {path}: begins with a byte order mark; save it without (UTF-8, no BOM)")
-    return text
-
-
-def _check_file(flag: str, path: str) -> None:
-    if not os.path.isfile(path):
-        raise ValueError(f"{flag} {path}: there is no such file")

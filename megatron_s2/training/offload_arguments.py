@@ -8,7 +8,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_s2.data.output import check_writable
+from megatron_s2.data.output import check_file_writable
 from megatron_s2.errors import flag_name
 from megatron_s2.layers.arguments import refuse_arguments
 from megatron_s2.offload.plan import ALIGNMENT, GB, SUBGROUP_SIZE, check_fraction
@@ -86,7 +86,8 @@ def add_offload_args(parser: ArgumentParser) -> None:
     add(
         "--s2-offload-cpu-threads",
         type=int,
-        help="Threads of the CPU updates of each rank. Default: cores of the node divided by its ranks.",
+        help="Threads of the CPU updates of each rank. Default: the cores that it may use; ranks of the node "
+        "that may use the same ones divide them.",
     )
     add(
         "--s2-offload-gpu-adam",
@@ -197,9 +198,7 @@ def offload_settings(args: Namespace) -> OffloadSettings:
     if trace is not None and not Path(trace).absolute().parent.is_dir():
         raise ValueError(f"--s2-offload-trace {trace}: there is no such directory")
     if trace is not None:
-        if Path(trace).is_dir():
-            raise ValueError(f"--s2-offload-trace {trace}: is a directory; give a file in it")
-        check_writable("--s2-offload-trace", str(Path(trace).absolute().parent))
+        check_file_writable("--s2-offload-trace", trace)
     return OffloadSettings(
         gpu_fraction=None if fraction == "auto" else fraction,
         subgroup_size=size,

@@ -1,31 +1,24 @@
 """A run that would break or hang later is refused first, by the flag that names the cause."""
 
 import json
+import math
+import re
 from argparse import Namespace
 
-import numpy as np
 import pytest
+from parsed_arguments import arguments
 
 from megatron_s2.training.checks import (
+    _AT_LEAST,
+    _BELOW_ONE,
+    _POSITIVE,
     check_model,
+    check_numbers,
     check_parallel_sizes,
     check_paths,
-    check_schedule,
-    check_splits,
-    check_vocabulary,
+    check_rates,
     check_wandb,
-    check_warmup,
-    vocabulary_of,
 )
-
-
-def arguments(**given) -> Namespace:
-    names = (
-        "data_path train_data_path valid_data_path test_data_path data_args_path per_split_data_args_path "
-        "split load save pretrained_checkpoint tokenizer_model vocab_file merge_file use_checkpoint_args "
-        "per_dataset_sequences_path wandb_project wandb_exp_name wandb_save_dir vocab_size padded_vocab_size"
-    )
-    return Namespace(**{**dict.fromkeys(names.split()), "tokenizer_type": "NullTokenizer", **given})
 
 
 @pytest.fixture
@@ -236,147 +229,6 @@ def test_a_data_flag_without_a_value_is_refused():
         check_paths(arguments(data_path=[]))
 
 
-# Splits.
-
-
-@pytest.fixture(scope="module")
-def documents(tmp_path_factory):
-    """Prefixes of data with 0, 1 and 400 documents of three tokens."""
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    directory = tmp_path_factory.mktemp("documents")
-
-    def write(number: int) -> str:
-        prefix = str(directory / f"of-{number}")
-        builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
-        for _ in range(number):
-            builder.add_document([1, 2, 3], [3])
-        builder.finalize(f"{prefix}.idx")
-        return prefix
-
-    return {number: write(number) for number in (0, 1, 400)}
-
-
-@pytest.mark.parametrize(
-    ("number", "split", "empty"),
-    [(400, "969,30,1", "test"), (400, None, "test"), (1, "90,10", "validation"), (1, "1,99,0", "training")],
-)
-def test_a_split_without_documents_is_refused_with_what_to_do(documents, number, split, empty):
-    prefix = documents[number]
-    shown = split or "969, 30, 1"
-    with pytest.raises(ValueError) as refused:
-        check_splits(arguments(data_path=[prefix], split=split))
-    assert str(refused.value).startswith(
-        f"--split {shown}: leaves the {empty} split of {prefix} without documents (of its {number})"
-    )
-    assert "--split 100,0,0 --eval-iters 0 trains on all" in str(refused.value)
-
-
-def test_each_part_of_a_blend_needs_documents_in_each_split(documents):
-    with pytest.raises(ValueError, match=f"validation split of {documents[1]} "):
-        check_splits(arguments(data_path=["1", documents[400], "1", documents[1]], split="90,10,0"))
-
-
-def test_splits_with_documents_are_accepted(documents):
-    check_splits(arguments(data_path=[documents[400]], split="969,30,2"))
-    check_splits(arguments(data_path=[documents[1]], split="100,0,0"))
-    check_splits(arguments(train_data_path=[documents[1]], valid_data_path=[documents[1]]))
-    check_splits(arguments(data_path=["s3://bucket/text"], split="99,1,0"))
-
-
-def test_data_without_documents_is_refused_by_its_own_flag(documents):
-    with pytest.raises(ValueError, match=r"^--valid-data-path .*: has no documents"):
-        check_splits(arguments(train_data_path=[documents[1]], valid_data_path=[documents[0]]))
-
-
-@pytest.mark.parametrize("split", ["0,0,0", "1,2,3,4", "most,some", "1,-1,0", "99,nan,1", "inf,1", "1e2,1"])
-def test_a_split_is_up_to_three_shares(documents, split):
-    with pytest.raises(ValueError, match=f"^--split {split}: must be the shares"):
-        check_splits(arguments(data_path=[documents[400]], split=split))
-
-
-def test_a_blend_file_needs_a_split(documents, tmp_path):
-    lines = tmp_path / "blend.txt"
-    lines.write_text(documents[400])
-    with pytest.raises(ValueError, match=r"^--split: must be given with --data-args-path"):
-        check_splits(arguments(data_args_path=str(lines)))
-
-
-def test_a_file_that_is_no_index_is_refused(prefix):
-    with pytest.raises(ValueError, match=r"^--data-path .*text\.idx: is not an index"):
-        check_splits(arguments(data_path=[prefix], split="1"))
-
-
-# Token ids.
-
-
-def tokenizer(number: int, ids: tuple[int, ...] = (), eod: int | None = 0):
-    """What Megatron builds: a number of tokens, and those of a Hugging Face vocabulary with further ids."""
-    hugging_face = Namespace(get_vocab=lambda: dict(enumerate(ids)))
-    return Namespace(vocab_size=number, eod=eod, _tokenizer=Namespace(tokenizer=hugging_face))
-
-
-def vocabulary_arguments(**given) -> Namespace:
-    sizes = {"make_vocab_size_divisible_by": 128, "tensor_model_parallel_size": 1, "padded_vocab_size": 384}
-    return arguments(**{"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": "tok", **sizes, **given})
-
-
-@pytest.mark.parametrize(
-    ("given", "built", "size", "source"),
-    [
-        ({}, tokenizer(300), 300, "--tokenizer-model tok"),
-        ({}, tokenizer(300, (320,)), 321, "--tokenizer-model tok"),
-        ({}, tokenizer(300, (390,)), 384, "--padded-vocab-size 384"),
-        ({"vocab_size": 300}, tokenizer(305), 300, "--vocab-size 300"),
-        ({"vocab_size": 300}, tokenizer(299), 299, "--tokenizer-model tok"),
-        (
-            {"tokenizer_type": "NullTokenizer", "tokenizer_model": None, "vocab_size": 255},
-            tokenizer(255, eod=254),
-            256,
-            "--tokenizer-type NullTokenizer",
-        ),
-        ({}, tokenizer(300, eod=None), 300, "--tokenizer-model tok"),
-    ],
-)
-def test_a_model_knows_the_tokens_that_tokenizer_vocabulary_and_embedding_have(given, built, size, source):
-    found = vocabulary_of(vocabulary_arguments(**given), built)
-    assert (found.size, found.source) == (size, source)
-
-
-def test_data_of_another_tokenizer_are_refused_by_their_flag(documents):
-    """Its ids are 1, 2 and 3."""
-    prefix = documents[1]
-    known, unknown = tokenizer(4), tokenizer(3)
-    for flag in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
-        args = vocabulary_arguments(**{flag: [prefix]})
-        (line,) = check_vocabulary(args, known)
-        assert line.startswith(f"{prefix}: no record of the largest token id; looked at 3 of 3 tokens")
-        with pytest.raises(ValueError) as refused:
-            check_vocabulary(args, unknown)
-        assert str(refused.value) == (
-            f"--{flag.replace('_', '-')} {prefix}: has token id 3; the model has 3 tokens (--tokenizer-model "
-            "tok); give data that was tokenized with the model's tokenizer"
-        )
-
-
-def test_a_tokenizer_with_more_tokens_than_the_model_is_noted_with_what_to_do():
-    given = {"vocab_size": 300, "load": "converted"}
-    (line,) = check_vocabulary(vocabulary_arguments(**given), tokenizer(305))
-    assert line == (
-        "--tokenizer-model tok has token ids up to 304, the model has 300 tokens (--vocab-size 300); data "
-        "with ids beyond are refused; give data that was tokenized with the model's tokenizer; to train the "
-        "tokens beyond, resize the model's embedding (resize_token_embeddings in transformers) before it is "
-        "converted"
-    )
-    (line,) = check_vocabulary(vocabulary_arguments(vocab_size=300), tokenizer(305))
-    assert line.endswith("; for all tokens of the tokenizer, remove --vocab-size")
-    (line,) = check_vocabulary(vocabulary_arguments(), tokenizer(300, (390,)))
-    assert line.endswith("; for a new model, --padded-vocab-size 512 has a row for each id of the tokenizer")
-    assert check_vocabulary(vocabulary_arguments(vocab_size=300), tokenizer(300)) == []
-    none = {"tokenizer_type": "NullTokenizer", "vocab_size": 384}
-    assert check_vocabulary(vocabulary_arguments(**none), tokenizer(384, eod=383)) == []
-
-
 # The model.
 
 
@@ -384,7 +236,7 @@ def model(**given):
     known = {"num_attention_heads": 4, "group_query_attention": True, "num_query_groups": 2}
     known |= dict.fromkeys(("tensor_model_parallel_size", "pipeline_model_parallel_size"), 1)
     known |= {"context_parallel_size": 1, "world_size": 1, "num_experts": None}
-    known |= {"vocab_size": None, "hidden_dropout": 0.1, "attention_dropout": 0.1}
+    known |= {"vocab_size": None, "hidden_size": 64, "kv_channels": None, "position_embedding_type": "rope"}
     return Namespace(**{**known, "config_logger_dir": "", **given})
 
 
@@ -400,9 +252,7 @@ def test_the_query_groups_divide_the_heads():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"hidden_dropout": 2}, "--hidden-dropout 2: must be >= 0 and < 1"),
         ({"vocab_size": 0}, "--vocab-size 0: must be >= 1"),
-        ({"attention_dropout": -0.1}, "--attention-dropout -0.1: must be >= 0 and < 1"),
         ({"num_experts": 2, "moe_router_topk": 3}, "--moe-router-topk 3: must be at most --num-experts 2"),
         (
             {"tensor_model_parallel_size": 2, "context_parallel_size": 3, "world_size": 4},
@@ -412,11 +262,36 @@ def test_the_query_groups_divide_the_heads():
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_numbers_that_megatron_breaks_on_are_refused(given, message):
+def test_sizes_that_megatron_breaks_on_are_refused(given, message):
     with pytest.raises(ValueError) as refusal:
         check_model(model(**given))
         check_parallel_sizes(model(**given))
     assert str(refusal.value) == message
+
+
+def numbers(**given):
+    known = dict.fromkeys([*_AT_LEAST, *_POSITIVE], None) | dict.fromkeys(_BELOW_ONE, 0.1)
+    return Namespace(**known | given)
+
+
+@pytest.mark.parametrize(
+    ("names", "wrong", "right", "rule"),
+    [
+        ([name for name, least in _AT_LEAST.items() if least == 1], (0, -1), (1, 2), ">= 1"),
+        ([name for name, least in _AT_LEAST.items() if least == 0], (-1, math.nan, math.inf), (0, 2), ">= 0"),
+        (_POSITIVE, (0, -1.0, math.nan, math.inf), (1e-9, 2), "> 0"),
+        (_BELOW_ONE, (1, 2, -0.1, math.nan), (0, 0.999), ">= 0 and < 1"),
+    ],
+    ids=["positive integers", "not negative", "positive", "below one"],
+)
+def test_numbers_that_megatron_breaks_on_are_refused(names, wrong, right, rule):
+    for name in names:
+        for value in right:
+            check_numbers(numbers(**{name: value}))
+        for value in wrong:
+            message = f"--{name.replace('_', '-')} {value}: must be {rule}"
+            with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+                check_numbers(numbers(**{name: value}))
 
 
 @pytest.mark.parametrize(
@@ -437,37 +312,13 @@ def test_numbers_that_megatron_breaks_on_are_refused(given, message):
 )
 def test_a_warmup_ends_before_the_schedule_does(given, message):
     none = dict.fromkeys(("train_samples", "lr_decay_iters", "lr_decay_samples", "lr_warmup_fraction"))
-    fine = Namespace(**none | {"train_iters": 10, "lr_warmup_iters": 0, "lr_warmup_samples": 0})
-    check_warmup(fine)
+    none |= dict.fromkeys(("lr", "lr_decay_style", "decoupled_lr", "decoupled_min_lr", "min_lr"))
+    warmup = {"lr_warmup_iters": 0, "lr_warmup_samples": 0, "lr_warmup_init": 0.0}
+    fine = Namespace(**none | warmup | {"train_iters": 10, "lr": 1e-3, "min_lr": 0.0})
+    check_rates(fine)
     with pytest.raises(ValueError) as refusal:
-        check_warmup(Namespace(**vars(fine) | given))
+        check_rates(Namespace(**vars(fine) | given))
     assert str(refusal.value) == message
-
-
-def schedule(**given):
-    names = (
-        "decoupled_lr decoupled_min_lr train_iters train_samples lr_warmup_fraction step_batch_size_schedule"
-    )
-    flags = "finetune no_load_optim override_opt_param_scheduler use_checkpoint_opt_param_scheduler"
-    known = dict.fromkeys(names.split()) | dict.fromkeys(flags.split(), False)
-    known |= {"lr": 1e-3, "min_lr": 0.0, "start_weight_decay": 0.1, "end_weight_decay": 0.1}
-    known |= {"lr_decay_iters": None, "lr_decay_samples": None, "lr_warmup_iters": 0, "lr_warmup_samples": 0}
-    return Namespace(**known | {"global_batch_size": 4} | given)
-
-
-def test_a_schedule_by_samples_is_compared_by_samples():
-    # Megatron has set the iterations of the run that saved the checkpoint, and the end of its decay.
-    saved = schedule(train_samples=80, train_iters=20, lr_decay_samples=80)
-    check_schedule(schedule(train_samples=80, global_batch_size=8), saved)
-    with pytest.raises(ValueError, match=r"^--train-samples 160: the checkpoint was trained with 80; give"):
-        check_schedule(schedule(train_samples=160), saved)
-
-
-def test_a_schedule_by_iterations_depends_on_the_batch():
-    saved = schedule(train_iters=20, lr_decay_iters=20)
-    check_schedule(schedule(train_iters=20), saved)
-    with pytest.raises(ValueError, match=r"^--global-batch-size 8: the checkpoint was trained with 4; give"):
-        check_schedule(schedule(train_iters=20, global_batch_size=8), saved)
 
 
 def test_the_config_logger_is_refused():
