@@ -250,7 +250,7 @@ def _kernel(case: Case) -> tuple[triton.JITFunction, dict[str, object]]:
     constants |= {"DESC": bool(case.boxes)} | dict.fromkeys(name for name in names if name not in case.boxes)
     if kernel in ("forward", "dq"):
         absent = [] if kernel == "dq" else ["p_sink"]
-        row = {"H": 32, "GROUP": GROUP, "PACK": packed_heads(GROUP, tiles.rows, BLOCK)} | (
+        row = {"GROUP": GROUP, "PACK": packed_heads(GROUP, tiles.rows, BLOCK)} | (
             {} if kernel == "dq" else {"HAS_SINK": False}
         )
         row |= {"SHARD": case.source != "window", "WINDOW": case.source != "shard"}
@@ -262,7 +262,7 @@ def _kernel(case: Case) -> tuple[triton.JITFunction, dict[str, object]]:
     constants |= {"GRAD_K": case.gradient != "dv", "GRAD_V": case.gradient != "dk"}
     if kernel == "dkv shard":
         return triton_dkv.s2_bwd_kernel_dkv_shard, constants | source | {"HKV": 8}
-    return triton_dkv.s2_bwd_kernel_dkv_window, constants | {"HKV": 8, "ADD_SHARD": True} | (
+    return triton_dkv.s2_bwd_kernel_dkv_window, constants | {"ADD_SHARD": True} | (
         {"ADD_SHARD": False, "p_dks": None, "p_dvs": None} if case.source else {}
     )
 

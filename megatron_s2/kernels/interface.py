@@ -102,7 +102,7 @@ def s2_attention(
         documents = _documents(cu_seqlens, q.shape[0], q_start)
         _check_size(pattern, max((stop - start for start, stop in documents), default=0))
         out, lse = attention(q[None], k[None], v[None], pattern, scale, sink_logits, documents, 0)
-        out, lse = out[0], lse[0]
+        out, lse = out.squeeze(0), lse.squeeze(0)  # whose gradient is a view, unlike that of [0]
     return (out, lse) if return_lse else out
 
 

@@ -6,25 +6,18 @@ from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from itertools import accumulate
 
+import numpy as np
 import torch
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from megatron_s2.kernels.triton_capture import keep_if_captured
 from megatron_s2.kernels.triton_common import INTERPRETED, LOG2_E
 from megatron_s2.kernels.triton_pattern import KernelPattern
+from megatron_s2.kernels.triton_programs import Documents, Part, Table, documents_of
 from megatron_s2.kernels.triton_support import capability_of
 from megatron_s2.kernels.tuning import Tiles, Tuning, packed_heads, separate_dkv
-
-
-class Programs(tuple):
-    """The programs of a launch, each a row of p_tiles: see `query_program` and `key_program`.
-
-    All layers share those of a micro-batch, and compare them by identity: there may be thousands.
-    """
-
-    __hash__ = object.__hash__
-    __eq__ = object.__eq__
 
 
 @dataclass(frozen=True)
@@ -36,7 +29,7 @@ class KernelArgs:
         k, v: window source, `[batch, seq_k, kv_heads, head_dim]`: keys and values from `keys_start` on.
         pattern: key blocks that each query block sees.
         scale: factor on the scores.
-        packed: token ranges (start, stop) of packed documents; empty where the batch is not packed.
+        edges: start and stop of each packed document, one after another; empty where nothing is packed.
         q_start: position of the first query.
         tuning: tiles of the kernels; None if they are to be measured (`triton_autotune`).
         mask: `mask_tables` of an arbitrary mask; None for an S2 pattern.
@@ -51,7 +44,7 @@ class KernelArgs:
     v: Tensor
     pattern: KernelPattern
     scale: float
-    packed: tuple[tuple[int, int], ...] = ()
+    edges: tuple[int, ...] = ()
     q_start: int = 0
     tuning: Tuning | None = None
     mask: tuple[Tensor, Tensor] | None = None
@@ -65,19 +58,15 @@ class KernelArgs:
         """Query heads per KV head."""
         return self.q.shape[2] // self.k.shape[2]
 
-    @property
-    def documents(self) -> list[tuple[int, int]]:
-        """Start and length of each document."""
-        return _documents(self.packed, self.q.shape[1])
+    @cached_property
+    def documents(self) -> Documents:
+        return documents_of(self.edges, self.q.shape[1])
 
     @cached_property
     def shard_tokens(self) -> list[int]:
         """Per KV head, the shard tokens that some query sees beyond its window; one document."""
-        return self.shard_tokens_of(self.q.shape[1])
-
-    def shard_tokens_of(self, length: int) -> list[int]:
-        """`shard_tokens` of a document of `length` queries."""
-        return _shard_tokens(self.pattern, self.q_start, length)
+        last_block = (self.q_start + self.q.shape[1] - 1) // self.pattern.block_size
+        return self.pattern.shard_tokens(last_block + 1).tolist()
 
     def tiles(self, kernel: str) -> Tiles:
         """Tiles of a kernel. With a mask, a tile lies in the one block whose list it reads: the rows of a
@@ -93,19 +82,6 @@ class KernelArgs:
     def pack(self, kernel: str) -> int:
         """Query heads of a tile of forward or dq."""
         return packed_heads(self.group, getattr(self.tuning, kernel).rows, self.pattern.block_size)
-
-    def query_programs(self, rows: int) -> Programs:
-        """One program per tile of `rows` tokens. Tiles are aligned to absolute positions."""
-        return _query_programs(self.packed, self.q.shape[1], self.q_start, rows)
-
-    def shard_key_programs(self, keys: int) -> tuple[Programs, int]:
-        """One program per tile of `keys` shard tokens, and the shard tokens of a KV head in all documents."""
-        return _shard_key_programs(self.packed, self.q.shape[1], self.q_start, self.pattern, keys)
-
-    def key_programs(self, keys: int) -> Programs:
-        """One program per tile of `keys` tokens of the window source."""
-        seq_k = self.k.shape[1]
-        return _key_programs(self.packed, self.q.shape[1], seq_k, self.q_start, self.pattern, keys)
 
     # Keyword arguments. What depends on the call alone is computed once.
 
@@ -129,48 +105,56 @@ class KernelArgs:
         if self.mask is None:
             return {"p_starts": None, "p_list": None, "num_blocks": 0, "CSR": False}
         starts, blocks = self.mask
+        keep_if_captured(starts, blocks)
         num_blocks = starts.shape[2] - 1
         return {"p_starts": starts[int(of_keys)], "p_list": blocks, "num_blocks": num_blocks, "CSR": True}
 
     @cached_property
     def pattern_args(self) -> dict[str, object]:
         """The pattern, and the softmax scale in base 2."""
-        pattern, tokens = self.pattern, self.shard_tokens
-        starts = self.shard_starts or (0,) * len(tokens)
-        offsets = accumulate(tokens[:-1], initial=0)
-        heads = zip(pattern.firsts, pattern.strides, starts, offsets)
+        tokens = self.shard_tokens if self.k_shard is not None else ()
         return {
-            "p_heads": _on_device(tuple(heads), self.q.device),
-            "window": pattern.window,
-            "sinks": pattern.sinks,
+            "p_heads": _head_table(self.pattern, self.shard_starts, tuple(tokens)).on(self.q.device),
+            "window": self.pattern.window,
+            "sinks": self.pattern.sinks,
             "scale": self.scale * LOG2_E.value,
         }
 
-    def program_args(self, programs: Programs) -> dict[str, object]:
-        """The table `p_tiles` of a packed batch."""
-        table = _on_device(programs, self.q.device) if self.packed else None
-        return {"p_tiles": table, "PACKED": bool(self.packed)}
+    def source_launches(self, keys: int, source: str | None) -> list[tuple[Part, dict[str, object]]]:
+        """The launches over query rows: documents, and tensor descriptors of K and V of both sources, of boxes
+        of `keys` tokens.
 
-    def source_boxes(self, keys: int, source: str | None) -> dict[str, object]:
-        """Tensor descriptors of K and V of both sources, of boxes of `keys` tokens; None where tiles are read
-        through pointers: where a document is shorter than a box, or a box longer than a block."""
+        Descriptors are None where tiles are read through pointers: in documents shorter than a box, and in
+        all if a box is longer than a block.
+        """
         compact = self.k_shard is not None
         tensors = {"d_k": self.k, "d_v": self.v} if source != "shard" else {}
         if source != "window" and (compact or not tensors):
             tensors |= (
                 {"d_ks": self.k_shard, "d_vs": self.v_shard} if compact else {"d_k": self.k, "d_v": self.v}
             )
-        shortest = min(self.q_start + (length or keys) for _, length in self.documents)
-        fits = keys <= min(self.pattern.block_size, shortest)
-        return _boxes(("d_k", "d_v", "d_ks", "d_vs"), tensors if fits else {}, keys)
+        boxes = _boxes(tensors, keys) if keys <= self.pattern.block_size else {}
+        return self._launches(("d_k", "d_v", "d_ks", "d_vs"), boxes, keys - self.q_start)
 
-    def row_boxes(self, dout: Tensor, rows: int) -> dict[str, object]:
-        """Tensor descriptors of q and dout, as `source_boxes`; none where a document is shorter than a box,
-        or a box of a mask's row could lie in two blocks."""
-        fits = min(length or rows for _, length in self.documents) >= rows
-        if self.mask is not None:
-            fits = fits and rows <= self.pattern.block_size and self.q_start % rows == 0
-        return _boxes(("d_q", "d_do"), {"d_q": self.q, "d_do": dout} if fits else {}, rows)
+    def row_launches(self, dout: Tensor, tiles: Tiles) -> list[tuple[Part, dict[str, object]]]:
+        """The launches over keys, as `source_launches`, with descriptors of q and dout, of boxes of rows; none
+        where a box of a mask's row could lie in two blocks."""
+        rows, boxes = tiles.rows, {}
+        if self.mask is None or (rows <= self.pattern.block_size and self.q_start % rows == 0):
+            boxes = _boxes({"d_q": self.q, "d_do": dout}, rows)
+        return self._launches(("d_q", "d_do"), boxes, rows, len(self.dkv_passes(tiles)) == 1)
+
+    def _launches(
+        self, names: tuple[str, ...], boxes: dict[str, TensorDescriptor], tokens: int, divided: bool = True
+    ) -> list[tuple[Part, dict[str, object]]]:
+        """Documents of at least `tokens` tokens with their boxes, and the others without."""
+        absent = dict.fromkeys(names)
+        if not boxes:
+            return [(self.documents.whole, absent | {"DESC": False})]
+        return [
+            (part, absent | (boxes if part.fits else {}) | {"DESC": part.fits})
+            for part in self.documents.parts(tokens, divided)
+        ]
 
     def dkv_passes(self, tiles: Tiles) -> list[dict[str, bool]]:
         """What each launch of dK and dV computes. In wide heads each of the two has its launch, which
@@ -188,80 +172,48 @@ class KernelArgs:
         }  # fmt: skip
 
 
-def _boxes(names: tuple[str, ...], tensors: dict[str, Tensor], tokens: int) -> dict[str, object]:
-    """Tensor descriptors by name, and whether there are any (`DESC`): none of `tensors` may lack its own."""
-    fits = bool(tensors) and all(has_descriptor(x) for x in tensors.values())
-    found = {name: _descriptor(x, tokens) for name, x in tensors.items()} if fits else {}
-    return dict.fromkeys(names) | found | {"DESC": fits}
+def _boxes(tensors: dict[str, Tensor], tokens: int) -> dict[str, TensorDescriptor]:
+    """Tensor descriptors by name; none if one of the tensors cannot have one."""
+    if not all(has_descriptor(x) for x in tensors.values()):
+        return {}
+    return {name: TensorDescriptor(x, *_box(x.shape, x.stride(), tokens)) for name, x in tensors.items()}
 
 
 def has_descriptor(x: Tensor) -> bool:
     """Whether the hardware copies tiles of `x` `[batch, token, head, dim]`: from Hopper on, elements of 16
     bits, and everything aligned to 16 bytes (CUDA driver API, cuTensorMapEncodeTiled)."""
-    steps = [stride * x.element_size() for stride, size in zip(x.stride()[:3], x.shape) if size > 1]
     return (
         capability_of(x.device) >= 9
         and (x.element_size() == 2 or INTERPRETED)
-        and x.numel() > 0
         and x.data_ptr() % 16 == 0
-        and all(0 < step < 1 << 40 and step % 16 == 0 for step in steps)
+        and _has_box(x.shape, x.stride(), x.element_size())
     )
 
 
-def _descriptor(x: Tensor, tokens: int) -> TensorDescriptor:
-    """Descriptor `[batch, head, token, dim]` of boxes of `tokens` tokens of one head."""
+@lru_cache(maxsize=256)
+def _has_box(shape: tuple[int, ...], stride: tuple[int, ...], element_size: int) -> bool:
+    steps = [step * element_size for step, size in zip(stride[:3], shape) if size > 1]
+    return 0 not in shape and all(0 < step < 1 << 40 and step % 16 == 0 for step in steps)
+
+
+@lru_cache(maxsize=256)
+def _box(
+    shape: tuple[int, ...], stride: tuple[int, ...], tokens: int
+) -> tuple[list[int], list[int], list[int]]:
+    """Shape and strides `[batch, head, token, dim]` of a descriptor, and its box: `tokens` tokens of one
+    head."""
     dims = (0, 2, 1)
-    shape = [x.shape[dim] for dim in dims]
     # The stride of a dimension of size 1 is never used, but has to be aligned.
-    steps = [x.stride(dim) if x.shape[dim] > 1 else 16 for dim in dims]
-    return TensorDescriptor(x, [*shape, x.shape[3]], [*steps, 1], [1, 1, tokens, padded(x.shape[3])])
+    steps = [stride[dim] if shape[dim] > 1 else 16 for dim in dims]
+    return [*(shape[dim] for dim in dims), shape[3]], [*steps, 1], [1, 1, tokens, padded(shape[3])]
 
 
-def _documents(packed: tuple[tuple[int, int], ...], tokens: int) -> list[tuple[int, int]]:
-    return [(a, b - a) for a, b in packed or ((0, tokens),)]
-
-
-def _shard_tokens(pattern: KernelPattern, q_start: int, length: int) -> list[int]:
-    return pattern.shard_tokens((q_start + length - 1) // pattern.block_size + 1)
-
-
-@lru_cache(maxsize=64)
-def _query_programs(packed: tuple[tuple[int, int], ...], tokens: int, q_start: int, rows: int) -> Programs:
-    first = q_start // rows
-    return Programs(
-        (start, length, i)
-        for start, length in _documents(packed, tokens)
-        for i in range(-(-(q_start + length) // rows) - first)
-    )
-
-
-@lru_cache(maxsize=64)
-def _shard_key_programs(
-    packed: tuple[tuple[int, int], ...], tokens: int, q_start: int, pattern: KernelPattern, keys: int
-) -> tuple[Programs, int]:
-    programs, offset = [], 0
-    for start, length in _documents(packed, tokens):
-        count = max(_shard_tokens(pattern, q_start, length))
-        programs += [(start, length, i, offset) for i in range(-(-count // keys))]
-        offset += count
-    return Programs(programs), offset
-
-
-@lru_cache(maxsize=64)
-def _key_programs(
-    packed: tuple[tuple[int, int], ...],
-    tokens: int,
-    seq_k: int,
-    q_start: int,
-    pattern: KernelPattern,
-    keys: int,
-) -> Programs:
-    programs, offset = [], 0
-    for start, length in _documents(packed, tokens):
-        count = length if packed else seq_k
-        programs += [(start, length, i, offset) for i in range(-(-count // keys))]
-        offset += max(_shard_tokens(pattern, q_start, length))
-    return Programs(programs)
+@lru_cache(maxsize=1024)
+def _head_table(pattern: KernelPattern, starts: tuple[int, ...], tokens: tuple[int, ...]) -> Table:
+    """The table `p_heads`; of a compact source, with each head's first token in it and its shard tokens."""
+    starts = starts or (0,) * len(pattern.firsts)
+    offsets = accumulate(tokens[:-1], initial=0) if tokens else starts
+    return Table(np.array(list(zip(pattern.firsts, pattern.strides, starts, offsets))))
 
 
 def strides(name: str, x: Tensor | None, dims: str = "bth") -> dict[str, int]:
@@ -269,7 +221,11 @@ def strides(name: str, x: Tensor | None, dims: str = "bth") -> dict[str, int]:
 
     For the name "q" and dims "bth" (batch, token, head) these are `s_qb`, `s_qt` and `s_qh`.
     """
-    values = (0,) * len(dims) if x is None else x.stride()
+    return _strides(name, dims, (0,) * len(dims) if x is None else x.stride())
+
+
+@lru_cache(maxsize=1024)
+def _strides(name: str, dims: str, values: tuple[int, ...]) -> dict[str, int]:
     return {f"s_{name}{dim}": stride for dim, stride in zip(dims, values)}
 
 
@@ -287,33 +243,3 @@ def compile_args(dtype: torch.dtype, tiles: Tiles) -> dict[str, object]:
 def padded(size: int) -> int:
     """Smallest size of a tile that holds `size` elements: tl.dot multiplies powers of two >= 16."""
     return max(16, triton.next_power_of_2(size))
-
-
-_CAPTURED: dict[int, Tensor] = {}  # tables that a CUDA graph reads, by address; kept as long as the process
-
-
-def _on_device(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    table, copied = _cached_table(rows, device)
-    if _is_capturing(device):
-        _CAPTURED[table.data_ptr()] = table
-    elif copied is not None and not copied.query():
-        torch.cuda.current_stream(device).wait_event(copied)  # another stream may have started the copy
-    return table
-
-
-@lru_cache(maxsize=256)
-def _cached_table(
-    rows: tuple[tuple[int, ...], ...], device: torch.device
-) -> tuple[Tensor, torch.cuda.Event | None]:
-    """A table on the device, and an event after its copy, for which the host does not wait."""
-    if device.type != "cuda" or _is_capturing(device):  # a graph would copy again from memory that is free
-        return torch.tensor(rows, dtype=torch.int32, device=device), None
-    with torch.cuda.device(device):
-        table = torch.tensor(rows, dtype=torch.int32, pin_memory=True).to(device, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
-    return table, copied
-
-
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

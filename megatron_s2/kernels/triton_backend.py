@@ -35,8 +35,6 @@ def triton_attention(
     """
     require_supported(q, v)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    if softmax_scale < 0:  # the kernels take the largest score before they scale it
-        q, softmax_scale = -q, -softmax_scale
     sink_logits = None if sink_logits is None else sink_logits.contiguous()
     if tuning == "autotune":
         tuning_code = []

@@ -32,9 +32,7 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 
 @triton.jit
-def query_program(
-    p_tiles, seq_q, H: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, PACKED: tl.constexpr
-):
+def query_program(p_tiles, seq_q, GROUP: tl.constexpr, PACK: tl.constexpr, PACKED: tl.constexpr):
     """What a program over query rows computes: (i_m, i_b, i_h, i_g, doc, seq_q).
 
     It is tile i_m of query heads i_h .. i_h+PACK-1 of sequence i_b. In a packed batch, a row of p_tiles holds
@@ -42,8 +40,7 @@ def query_program(
     """
     # Late tiles have the most keys: they start first.
     i_m = tl.num_programs(0) - 1 - tl.program_id(0)
-    i_b = tl.program_id(1) // (H // PACK)
-    i_h = (tl.program_id(1) % (H // PACK) * PACK).to(tl.int64)
+    i_h, i_b = (tl.program_id(1) * PACK).to(tl.int64), tl.program_id(2)
     i_g = i_h // GROUP
     doc = tl.zeros((), dtype=tl.int64)
     if PACKED:

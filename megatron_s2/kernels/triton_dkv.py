@@ -188,8 +188,9 @@ def s2_bwd_kernel_dkv_shard(
     with COMPACT `[split, batch, token, 1, dim]`, the shards of the heads one after another. GRAD_K and GRAD_V
     say which of the two are computed."""
     # The longest come first: late rows are seen by all columns, and early columns see the most rows.
-    i_n, i_s = tl.program_id(0), tl.num_programs(2) - 1 - tl.program_id(2)
-    i_b, i_g = tl.program_id(1) // HKV, (tl.program_id(1) % HKV).to(tl.int64)
+    splits = tl.num_programs(1) // HKV
+    i_n, i_s, i_b = tl.program_id(0), splits - 1 - tl.program_id(1) // HKV, tl.program_id(2)
+    i_g = (tl.program_id(1) % HKV).to(tl.int64)
     i_n, doc, seq_q, offset = key_program(i_n, p_tiles, seq_q, PACKED)
     first, stride = tl.load(p_heads + 4 * i_g), tl.load(p_heads + 4 * i_g + 1)
     end = q_start + seq_q
@@ -227,7 +228,7 @@ def s2_bwd_kernel_dkv_shard(
         begin, stop = list_bounds(p_starts, i_g, i_n * BN // BLOCK, num_blocks)
         begin = first_at_least(p_list, begin, stop, q_start // BLOCK)
         stop = first_at_least(p_list, begin, stop, (end - 1) // BLOCK + 1)
-        share = (stop - begin + tl.num_programs(2) - 1) // tl.num_programs(2)
+        share = (stop - begin + splits - 1) // splits
         begin += i_s * share
         stop = tl.minimum(stop, begin + share)
         # Rows count in tokens of the list from here on, without those before q_start and past the end.
@@ -278,15 +279,14 @@ def s2_bwd_kernel_dkv_window(
     s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, s_dob, s_dot, s_doh, s_lb, s_lh, s_dkb, s_dkt, s_dkh, s_dvb,
     s_dvt, s_dvh, s_dkss, s_dksb, s_dkst, s_dksh, s_dvss, s_dvsb, s_dvst, s_dvsh, seq_q, seq_k, q_start,
     k_start, window, sinks, scale, splits, group,
-    HKV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GRAD_K: tl.constexpr, GRAD_V: tl.constexpr,
     DESC: tl.constexpr, ADD_SHARD: tl.constexpr, PACKED: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV `[batch, seq_k, HKV, dim]` of BN window keys, to which the parts of the shard are added.
+    """dK and dV `[batch, seq_k, kv_heads, dim]` of BN window keys, to which the parts of the shard are added.
     GRAD_K and GRAD_V say which of the two are computed."""
-    i_n = tl.program_id(0)
-    i_b, i_g = tl.program_id(1) // HKV, (tl.program_id(1) % HKV).to(tl.int64)
-    i_n, doc, seq_q, offset = key_program(i_n, p_tiles, seq_q, PACKED)
+    i_g, i_b = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    i_n, doc, seq_q, offset = key_program(tl.program_id(0), p_tiles, seq_q, PACKED)
     if PACKED:
         seq_k = seq_q
     first, stride = tl.load(p_heads + 4 * i_g), tl.load(p_heads + 4 * i_g + 1)
@@ -370,25 +370,29 @@ def launch_dkv_shard(args: KernelArgs, dout: Tensor, lse: Tensor, delta: Tensor)
     `[splits, batch, tokens, 1, head_dim]`, the `args.shard_tokens` of the KV heads one after another.
     """
     batch, _, kv_heads, _ = args.k.shape
-    tiles = args.tiles("dkv")
-    programs, tokens = args.shard_key_programs(tiles.keys)
-    longest = max(length for _, length in args.documents)
-    splits = args.tuning.splits(len(programs) * batch * kv_heads, longest) if programs else 0
+    tiles, documents = args.tiles("dkv"), args.documents
+    # All shards together decide about the splits: each launch fills its parts of the same gradients.
+    columns = documents.whole.shard_key_programs(args.pattern, args.q_start, tiles.keys).count
+    splits = args.tuning.splits(columns * batch * kv_heads, documents.longest) if columns else 0
+    span = -(-documents.longest // splits) if columns else 0
+    if args.tuning.span is None:  # whole tiles but for the last
+        span = -(-span // tiles.rows) * tiles.rows
+    tokens = int(documents.shards(args.pattern, args.q_start).sum())
     shape = [tokens, kv_heads] if args.k_shard is None else [sum(args.shard_tokens), 1]
     dks, dvs = (
         args.q.new_empty(splits, batch, *shape, x.shape[-1], dtype=torch.float32) for x in (args.k, args.v)
     )
-    span = -(-longest // splits) if programs else 0
-    if args.tuning.span is None:  # whole tiles but for the last
-        span = -(-span // tiles.rows) * tiles.rows
-    for gradients in args.dkv_passes(tiles) if programs else ():
-        s2_bwd_kernel_dkv_shard[(len(programs), batch * kv_heads, splits)](
-            **args.query_args, **args.shard_args, **args.list_args(of_keys=True), **args.pattern_args,
-            p_do=dout, **strides("do", dout), p_lse=lse, p_delta=delta, **strides("l", lse, "bh"),
-            p_dks=dks, p_dvs=dvs, **strides("dks", dks, "sbth"), **strides("dvs", dvs, "sbth"),
-            **args.row_boxes(dout, tiles.rows), **gradients, span=span, group=args.group, HKV=kv_heads,
-            **args.program_args(programs), **args.tile_args(tiles),
-        )  # fmt: skip
+    with torch.cuda.device_of(args.q):
+        for part, boxes in args.row_launches(dout, tiles):
+            programs = part.shard_key_programs(args.pattern, args.q_start, tiles.keys)
+            for gradients in args.dkv_passes(tiles) if programs.count else ():
+                s2_bwd_kernel_dkv_shard[(programs.count, splits * kv_heads, batch)](
+                    **args.query_args, **args.shard_args, **args.list_args(of_keys=True), **args.pattern_args,
+                    p_do=dout, **strides("do", dout), p_lse=lse, p_delta=delta, **strides("l", lse, "bh"),
+                    p_dks=dks, p_dvs=dvs, **strides("dks", dks, "sbth"), **strides("dvs", dvs, "sbth"),
+                    **boxes, **gradients, span=span, group=args.group, HKV=kv_heads,
+                    **programs.arguments(args.q.device), **args.tile_args(tiles),
+                )  # fmt: skip
     return [dks, dvs]
 
 
@@ -408,15 +412,17 @@ def launch_dkv_window(
     """
     batch, seq_k, kv_heads, _ = args.k.shape
     tiles = args.tiles("dkv")
-    programs = args.key_programs(tiles.keys)
     dks, dvs = parts or (None, None)
-    for gradients in args.dkv_passes(tiles):
-        s2_bwd_kernel_dkv_window[(len(programs), batch * kv_heads)](
-            **args.query_args, **args.window_args, **args.pattern_args, seq_k=seq_k,
-            p_do=dout, **strides("do", dout), p_lse=lse, p_delta=delta, **strides("l", lse, "bh"),
-            p_dk=dk, p_dv=dv, **strides("dk", dk), **strides("dv", dv),
-            p_dks=dks, p_dvs=dvs, **strides("dks", dks, "sbth"), **strides("dvs", dvs, "sbth"),
-            splits=0 if dks is None else dks.shape[0], ADD_SHARD=dks is not None,
-            **args.row_boxes(dout, tiles.rows), **gradients, group=args.group, HKV=kv_heads,
-            **args.program_args(programs), **args.tile_args(tiles),
-        )  # fmt: skip
+    with torch.cuda.device_of(args.q):
+        for part, boxes in args.row_launches(dout, tiles):
+            programs = part.key_programs(args.pattern, args.q_start, tiles.keys, seq_k)
+            for gradients in args.dkv_passes(tiles):
+                s2_bwd_kernel_dkv_window[(programs.count, kv_heads, batch)](
+                    **args.query_args, **args.window_args, **args.pattern_args, seq_k=seq_k,
+                    p_do=dout, **strides("do", dout), p_lse=lse, p_delta=delta, **strides("l", lse, "bh"),
+                    p_dk=dk, p_dv=dv, **strides("dk", dk), **strides("dv", dv),
+                    p_dks=dks, p_dvs=dvs, **strides("dks", dks, "sbth"), **strides("dvs", dvs, "sbth"),
+                    splits=0 if dks is None else dks.shape[0], ADD_SHARD=dks is not None,
+                    **boxes, **gradients, group=args.group,
+                    **programs.arguments(args.q.device), **args.tile_args(tiles),
+                )  # fmt: skip

@@ -6,6 +6,7 @@ rows.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -32,11 +33,10 @@ _DELTA_ROWS = 64  # query rows of a program of the delta kernel
 @triton.jit
 def s2_bwd_kernel_delta(
     p_do, p_o, p_dlse, p_delta, s_dob, s_dot, s_doh, s_ob, s_ot, s_oh, seq,
-    H: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, HAS_DLSE: tl.constexpr,
+    DV: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
-    """delta `[batch, H, seq]` = rowsum(dout * out) - dlse, which softmax backward subtracts from dP."""
-    i_b, i_h = tl.program_id(1) // H, (tl.program_id(1) % H).to(tl.int64)
-    o_b = i_b.to(tl.int64)
+    """delta `[batch, heads, seq]` = rowsum(dout * out) - dlse, which softmax backward subtracts from dP."""
+    i_h, o_b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     o_m, o_dv = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, BDV)
     m_m = o_m < seq
     mask = m_m[:, None] & (o_dv < DV)
@@ -44,7 +44,7 @@ def s2_bwd_kernel_delta(
     b_do = tl.load(p_do + o_b * s_dob + i_h * s_doh + o_m64 * s_dot + o_dv, mask=mask, other=0.0)  # [BM, BDV]
     b_o = tl.load(p_o + o_b * s_ob + i_h * s_oh + o_m64 * s_ot + o_dv, mask=mask, other=0.0)  # [BM, BDV]
     delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
-    o_row = (o_b * H + i_h) * seq + o_m
+    o_row = (o_b * tl.num_programs(1) + i_h) * seq + o_m
     if HAS_DLSE:
         delta -= tl.load(p_dlse + o_row, mask=m_m, other=0.0)
     tl.store(p_delta + o_row, delta, mask=m_m)
@@ -53,11 +53,12 @@ def s2_bwd_kernel_delta(
 def launch_delta(dout: Tensor, out: Tensor, dlse: Tensor | None, delta: Tensor) -> None:
     """Writes `delta`, contiguous `[batch, heads, seq]`, of dout and out `[batch, seq, heads, v_head_dim]`."""
     batch, seq, heads, dim = out.shape
-    s2_bwd_kernel_delta[(-(-seq // _DELTA_ROWS), batch * heads)](
-        p_do=dout, **strides("do", dout), p_o=out, **strides("o", out), p_delta=delta,
-        p_dlse=dlse if dlse is None else dlse.contiguous(), HAS_DLSE=dlse is not None,
-        seq=seq, H=heads, DV=dim, BDV=padded(dim), BM=_DELTA_ROWS, enable_fp_fusion=True,
-    )  # fmt: skip
+    with torch.cuda.device_of(out):
+        s2_bwd_kernel_delta[(-(-seq // _DELTA_ROWS), heads, batch)](
+            p_do=dout, **strides("do", dout), p_o=out, **strides("o", out), p_delta=delta,
+            p_dlse=dlse if dlse is None else dlse.contiguous(), HAS_DLSE=dlse is not None,
+            seq=seq, DV=dim, BDV=padded(dim), BM=_DELTA_ROWS, enable_fp_fusion=True,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -98,13 +99,13 @@ def s2_bwd_kernel_dq(
     p_list, p_tiles, s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, s_ksb, s_kst, s_ksh, s_vsb, s_vst,
     s_vsh, s_dob, s_dot, s_doh, s_dqb, s_dqt, s_dqh, s_lb, s_lh, seq_q, q_start, k_start, window, sinks,
     scale, num_blocks,
-    H: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    GROUP: tl.constexpr, PACK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BD: tl.constexpr, BDV: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     SHARD: tl.constexpr, WINDOW: tl.constexpr, RESUME: tl.constexpr, DESC: tl.constexpr,
     COMPACT: tl.constexpr, CSR: tl.constexpr, PACKED: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """dQ `[batch, seq_q, H, D]`. With RESUME p_prev is p_dq."""
-    i_m, i_b, i_h, i_g, doc, seq_q = query_program(p_tiles, seq_q, H, GROUP, PACK, PACKED)
+    """dQ `[batch, seq_q, heads, D]`. With RESUME p_prev is p_dq."""
+    i_m, i_b, i_h, i_g, doc, seq_q = query_program(p_tiles, seq_q, GROUP, PACK, PACKED)
     first, stride = tl.load(p_heads + 4 * i_g), tl.load(p_heads + 4 * i_g + 1)
     shard_start = tl.zeros((), dtype=tl.int64)
     if COMPACT:
@@ -245,13 +246,14 @@ def launch_dq(
         resume: add to what is in `dq`.
     """
     tiles, pack = args.tiles("dq"), args.pack("dq")
-    programs = args.query_programs(tiles.rows // pack)
     batch, _, heads, _ = args.q.shape
-    s2_bwd_kernel_dq[(len(programs), batch * heads // pack)](
-        **args.query_args, **args.window_args, **args.shard_args, **args.list_args(), **args.pattern_args,
-        **args.source_boxes(tiles.keys, source), p_do=dout, **strides("do", dout), p_dq=dq,
-        **strides("dq", dq), p_prev=dq if resume else None, p_lse=lse, p_delta=delta,
-        **strides("l", lse, "bh"), H=heads, GROUP=args.group, PACK=pack,
-        SHARD=source != "window", WINDOW=source != "shard", RESUME=resume,
-        **args.program_args(programs), **args.tile_args(tiles),
-    )  # fmt: skip
+    with torch.cuda.device_of(args.q):
+        for part, boxes in args.source_launches(tiles.keys, source):
+            programs = part.query_programs(args.q_start, tiles.rows // pack)
+            s2_bwd_kernel_dq[(programs.count, heads // pack, batch)](
+                **args.query_args, **args.window_args, **args.shard_args, **args.list_args(),
+                **args.pattern_args, **boxes, p_do=dout, **strides("do", dout), p_dq=dq, **strides("dq", dq),
+                p_prev=dq if resume else None, p_lse=lse, p_delta=delta, **strides("l", lse, "bh"),
+                GROUP=args.group, PACK=pack, SHARD=source != "window", WINDOW=source != "shard",
+                RESUME=resume, **programs.arguments(args.q.device), **args.tile_args(tiles),
+            )  # fmt: skip

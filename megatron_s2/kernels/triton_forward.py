@@ -20,6 +20,9 @@ of the first (RESUME). Each row then reads its own window from one source and ev
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -130,13 +133,13 @@ def s2_fwd_kernel(
     p_q, p_k, p_v, p_ks, p_vs, d_k, d_v, d_ks, d_vs, p_o, p_prev, p_lse, p_sink, p_heads, p_starts, p_list,
     p_tiles, s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, s_ksb, s_kst, s_ksh, s_vsb, s_vst, s_vsh,
     s_ob, s_ot, s_oh, s_lb, s_lh, seq_q, q_start, k_start, window, sinks, scale, num_blocks,
-    H: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    GROUP: tl.constexpr, PACK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BD: tl.constexpr, BDV: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     HAS_SINK: tl.constexpr, SHARD: tl.constexpr, WINDOW: tl.constexpr, RESUME: tl.constexpr,
     DESC: tl.constexpr, COMPACT: tl.constexpr, CSR: tl.constexpr, PACKED: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """out `[batch, seq_q, H, DV]` and lse `[batch, H, seq_q]`. With RESUME p_prev is p_o."""
-    i_m, i_b, i_h, i_g, doc, seq_q = query_program(p_tiles, seq_q, H, GROUP, PACK, PACKED)
+    """out `[batch, seq_q, heads, DV]` and lse `[batch, heads, seq_q]`. With RESUME p_prev is p_o."""
+    i_m, i_b, i_h, i_g, doc, seq_q = query_program(p_tiles, seq_q, GROUP, PACK, PACKED)
     first, stride = tl.load(p_heads + 4 * i_g), tl.load(p_heads + 4 * i_g + 1)
     shard_start = tl.zeros((), dtype=tl.int64)
     if COMPACT:
@@ -278,14 +281,17 @@ def launch_forward(
         source: "window" or "shard" to read that source alone; None for both.
         resume: merge into what the pass over the other source has written to `out` and `lse`.
     """
+    if args.scale < 0:  # the kernel takes the largest score before it scales it
+        args = replace(args, q=-args.q, scale=-args.scale)
     tiles, pack = args.tiles("forward"), args.pack("forward")
-    programs = args.query_programs(tiles.rows // pack)
     batch, _, heads, _ = args.q.shape
-    s2_fwd_kernel[(len(programs), batch * heads // pack)](
-        **args.query_args, **args.window_args, **args.shard_args, **args.list_args(), **args.pattern_args,
-        **args.source_boxes(tiles.keys, source), p_o=out, **strides("o", out), p_prev=out if resume else None,
-        p_lse=lse, **strides("l", lse, "bh"), p_sink=sink_logits, HAS_SINK=sink_logits is not None,
-        H=heads, GROUP=args.group, PACK=pack,
-        SHARD=source != "window", WINDOW=source != "shard", RESUME=resume,
-        **args.program_args(programs), **args.tile_args(tiles),
-    )  # fmt: skip
+    with torch.cuda.device_of(args.q):
+        for part, boxes in args.source_launches(tiles.keys, source):
+            programs = part.query_programs(args.q_start, tiles.rows // pack)
+            s2_fwd_kernel[(programs.count, heads // pack, batch)](
+                **args.query_args, **args.window_args, **args.shard_args, **args.list_args(),
+                **args.pattern_args, **boxes, p_o=out, **strides("o", out), p_prev=out if resume else None,
+                p_lse=lse, **strides("l", lse, "bh"), p_sink=sink_logits, HAS_SINK=sink_logits is not None,
+                GROUP=args.group, PACK=pack, SHARD=source != "window", WINDOW=source != "shard",
+                RESUME=resume, **programs.arguments(args.q.device), **args.tile_args(tiles),
+            )  # fmt: skip

@@ -117,13 +117,9 @@ def _kernel_args(q, k, v, starts, blocks, pattern, scale, edges, q_start, tuning
     from megatron_s2.kernels.triton_args import KernelArgs
 
     return KernelArgs(
-        q, k, v, KernelPattern.decode(pattern), scale, packed=_documents(edges), q_start=q_start,
+        q, k, v, KernelPattern.decode(pattern), scale, edges=tuple(edges), q_start=q_start,
         tuning=Tuning.decode(tuning) if tuning else None, mask=None if starts is None else (starts, blocks),
     )  # fmt: skip
-
-
-def _documents(edges: list[int]) -> tuple[tuple[int, int], ...]:
-    return tuple(zip(edges[::2], edges[1::2]))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -156,7 +152,7 @@ attention_forward.register_autograd(_backward, setup_context=_save)
 
 def _flops(q, k, v, pattern: list[int], pairs: int, edges: list[int], q_start: int) -> AttentionFlops:
     if not pairs:
-        s2, lengths = KernelPattern.decode(pattern), [b - a for a, b in _documents(edges)]
+        s2, lengths = KernelPattern.decode(pattern), [b - a for a, b in zip(edges[::2], edges[1::2])]
         unseen = s2.visible_pairs(q_start)
         pairs = sum(s2.visible_pairs(length) - unseen for length in lengths or [q_start + q[1]])
     return attention_flops(q[0] * (q[2] // k[2]) * pairs, q[-1], v[-1])

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
+from megatron_s2.kernels.triton_capture import require_no_capture
 from megatron_s2.pattern import BlockMaskPattern, BlockPattern, S2Pattern
 
 
@@ -52,13 +55,12 @@ class KernelPattern:
         """Returns the pattern that `encode` was called on."""
         return cls(*code[:3], tuple(code[3::2]), tuple(code[4::2]))
 
-    def shard_tokens(self, query_blocks: int) -> list[int]:
-        """Per KV head, the shard tokens that lie beyond the window of the last of `query_blocks` blocks."""
-        blocks = max(0, query_blocks - self.window)
-        return [
-            self.block_size * (min(blocks, self.sinks) + max(0, -(-(blocks - first) // stride)))
-            for first, stride in zip(self.firsts, self.strides)
-        ]
+    def shard_tokens(self, query_blocks: ArrayLike) -> np.ndarray:
+        """Per KV head, the shard tokens that lie beyond the window of the last of `query_blocks` blocks:
+        `[kv_heads]`, of an array of them `[..., kv_heads]`."""
+        blocks = np.maximum(0, np.asarray(query_blocks)[..., None] - self.window)
+        strided = np.maximum(0, -(-(blocks - self.firsts) // self.strides))
+        return self.block_size * (np.minimum(blocks, self.sinks) + strided)
 
     def visible_pairs(self, tokens: int) -> int:
         """Query-key pairs that a sequence of `tokens` tokens sees, over all KV heads."""
@@ -80,9 +82,14 @@ _MASK_TABLES: WeakKeyDictionary[BlockMaskPattern, dict[torch.device, tuple[Tenso
 
 
 def mask_tables(pattern: BlockMaskPattern, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Returns `BlockMaskPattern.past_lists` as tensors on the device: starts and blocks."""
+    """Returns `BlockMaskPattern.past_lists` as tensors on the device: starts and blocks.
+
+    Raises:
+        RuntimeError: they are not there yet, and a CUDA graph is being captured.
+    """
     on_devices = _MASK_TABLES.setdefault(pattern, {})
     if device not in on_devices:
+        require_no_capture(device)
         starts, blocks = pattern.past_lists()
         on_devices[device] = torch.tensor(starts, device=device), torch.tensor(blocks, device=device)
     return on_devices[device]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
+_MAX_BATCH = 65535  # an axis of a launch's grid: CUDA C++ Programming Guide, table of compute capabilities
 _INTERPRETER_CAPABILITY = 9  # Triton's interpreter runs the tiles of this chip
 
 
@@ -14,7 +15,7 @@ def require_supported(q: Tensor, v: Tensor) -> None:
     """Checks that the kernels can run on these tensors.
 
     Raises:
-        ValueError: the kernels do not support the device, the dtype or a head_dim.
+        ValueError: the kernels do not support the device, the dtype, a head_dim or the number of sequences.
     """
     if q.dtype not in _DTYPES:
         raise ValueError(
@@ -26,6 +27,10 @@ def require_supported(q: Tensor, v: Tensor) -> None:
                 f"{name} {tuple(x.shape)}: must have at most {MAX_HEAD_DIM} as head_dim "
                 "with backend triton; use backend torch"
             )
+    if q.shape[0] > _MAX_BATCH:
+        raise ValueError(
+            f"q {tuple(q.shape)}: must have at most {_MAX_BATCH} sequences with backend triton; use backend torch"
+        )
     # Imported here because it imports Triton.
     from megatron_s2.kernels.triton_common import INTERPRETED
 
