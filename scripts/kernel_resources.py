@@ -276,7 +276,7 @@ def _type(name: str, constants: dict[str, object], case: Case) -> str:
         return "*fp32"  # parts of results
     if name.startswith("p_"):
         kind = {"p_heads": "i32", "p_starts": "i64", "p_list": "i32", "p_kept": "i32"} | dict.fromkeys(
-            ("p_lse", "p_delta", "p_dks", "p_dvs", "p_part"), "fp32"
+            ("p_lse", "p_lse2", "p_delta", "p_dks", "p_dvs", "p_part"), "fp32"
         )
         return "*" + kind.get(name, case.dtype)
     return "fp32" if name == "scale" else "i32"

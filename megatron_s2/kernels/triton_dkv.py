@@ -43,13 +43,13 @@ def _load_rows(p, m_m, MASKED: tl.constexpr):
 
 @triton.jit
 def _add_dkv(
-    dk, dv, b_k, b_v, b_q, b_do, p_lse, p_delta, m_m, mask, scale,
+    dk, dv, b_k, b_v, b_q, b_do, p_lse2, p_delta, m_m, mask, scale,
     MASKED: tl.constexpr, GRAD_K: tl.constexpr, GRAD_V: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Adds what query rows [BM] contribute to dK [BN, BD], without softmax scale, and dV [BN, BDV]."""
     qk = tl.dot(b_k, tl.trans(b_q), input_precision=PREC)  # [BN, BM]
-    # lse and delta are loaded where they are used: between the products there are no registers for them.
-    lse = _load_rows(p_lse, m_m, MASKED) * LOG2_E  # [BM]
+    # lse (in base 2) and delta are loaded where they are used: between the products there are no registers for them.
+    lse = _load_rows(p_lse2, m_m, MASKED)  # [BM]
     p = tl.exp2(qk * scale - lse[None, :])
     if MASKED:
         p = tl.where(mask, p, 0.0)
@@ -65,7 +65,7 @@ def _add_dkv(
 
 @triton.jit
 def _add_masked_rows(
-    dk, dv, b_k, b_v, p_q, p_do, d_q, d_do, p_lse, p_delta, p_list, s_qt, s_qh, s_dot, s_doh, s_lh, low,
+    dk, dv, b_k, b_v, p_q, p_do, d_q, d_do, p_lse2, p_delta, p_list, s_qt, s_qh, s_dot, s_doh, s_lh, low,
     inner, right, high, q_start, end, doc, i_b, i_h0, block, key, o_d, o_dv, m_d, m_dv, group, window, scale,
     BD: tl.constexpr, BDV: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, GRAD_K: tl.constexpr,
     GRAD_V: tl.constexpr, DESC: tl.constexpr, CSR: tl.constexpr, PREC: tl.constexpr,
@@ -92,11 +92,12 @@ def _add_masked_rows(
             b_do = load_box(d_do, i_b, i_h, token, BM, BDV)  # [BM, BDV]
         pos = first + tl.arange(0, BM)
         m_m = (pos >= start) & (pos < stop)
-        mask = m_m[None, :]
         if CSR and not DESC:
             pos = listed_token(pos, m_m, p_list, BLOCK)
-        if key is not None:
-            mask &= key[:, None] <= pos[None, :]
+        if key is None:
+            mask = m_m[None, :]
+        else:  # rows that are none see no key: a single comparison
+            mask = key[:, None] <= tl.where(m_m, pos, -1)[None, :]
         if block is not None:
             distance = pos[None, :] // BLOCK - block[:, None]
             mask &= distance >= window if key is None else distance < window
@@ -112,7 +113,7 @@ def _add_masked_rows(
             b_v,
             b_q,
             b_do,
-            p_lse + h * s_lh + o_m,
+            p_lse2 + h * s_lh + o_m,
             p_delta + h * s_lh + o_m,
             m_m,
             mask,
@@ -127,7 +128,7 @@ def _add_masked_rows(
 
 @triton.jit
 def _add_whole_rows(
-    dk, dv, b_k, b_v, p_q, p_do, d_q, d_do, p_lse, p_delta, p_list, s_qt, s_qh, s_dot, s_doh, s_lh, inner,
+    dk, dv, b_k, b_v, p_q, p_do, d_q, d_do, p_lse2, p_delta, p_list, s_qt, s_qh, s_dot, s_doh, s_lh, inner,
     right, q_start, doc, i_b, i_h0, o_d, o_dv, m_d, m_dv, group, scale,
     BD: tl.constexpr, BDV: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, GRAD_K: tl.constexpr,
     GRAD_V: tl.constexpr, DESC: tl.constexpr, CSR: tl.constexpr, PREC: tl.constexpr,
@@ -137,7 +138,7 @@ def _add_whole_rows(
     shift = 0
     if DESC:
         shift = doc.to(tl.int32) - q_start
-        p_lse -= doc
+        p_lse2 -= doc
         p_delta -= doc
     start = inner
     stop = right
@@ -164,7 +165,7 @@ def _add_whole_rows(
             b_q = tl.load(p_q + h * s_qh + t[:, None] * s_qt + o_d, mask=m_d[None, :], other=0.0)
             b_do = tl.load(p_do + h * s_doh + t[:, None] * s_dot + o_dv, mask=m_dv[None, :], other=0.0)
         dk, dv = _add_dkv(
-            dk, dv, b_k, b_v, b_q, b_do, p_lse + h * s_lh + o_m, p_delta + h * s_lh + o_m, None, None, scale,
+            dk, dv, b_k, b_v, b_q, b_do, p_lse2 + h * s_lh + o_m, p_delta + h * s_lh + o_m, None, None, scale,
             False, GRAD_K, GRAD_V, PREC,
         )  # fmt: skip
         # The next tile, or the first one of the next head.
@@ -176,7 +177,7 @@ def _add_whole_rows(
 
 @triton.jit
 def s2_bwd_kernel_dkv_shard(
-    p_q, p_ks, p_vs, p_do, d_q, d_do, p_lse, p_delta, p_dks, p_dvs, p_heads, p_starts, p_list, p_tiles, s_qb,
+    p_q, p_ks, p_vs, p_do, d_q, d_do, p_lse2, p_delta, p_dks, p_dvs, p_heads, p_starts, p_list, p_tiles, s_qb,
     s_qt, s_qh, s_ksb, s_kst, s_ksh, s_vsb, s_vst, s_vsh, s_dob, s_dot, s_doh, s_lb, s_lh, s_dkss, s_dksb,
     s_dkst, s_dksh, s_dvss, s_dvsb, s_dvst, s_dvsh, seq_q, q_start, window, sinks, scale, span, group,
     num_blocks,
@@ -200,7 +201,7 @@ def s2_bwd_kernel_dkv_shard(
     o_b = i_b.to(tl.int64)
     p_q += o_b * s_qb + doc * s_qt
     p_do += o_b * s_dob + doc * s_dot
-    p_lse += o_b * s_lb + doc
+    p_lse2 += o_b * s_lb + doc
     p_delta += o_b * s_lb + doc
     if COMPACT:
         shard_start = tl.load(p_heads + 4 * i_g + 2).to(tl.int64)
@@ -250,12 +251,12 @@ def s2_bwd_kernel_dkv_shard(
         inner = tl.minimum(high, low + (tl.maximum(full - low, 0) + BM - 1) // BM * BM)
     right = inner + (high - inner) // BM * BM
     dk, dv = _add_whole_rows(
-        dk, dv, b_k, b_v, p_q, p_do, d_q, d_do, p_lse, p_delta, p_list, s_qt, s_qh, s_dot, s_doh, s_lh, inner,
+        dk, dv, b_k, b_v, p_q, p_do, d_q, d_do, p_lse2, p_delta, p_list, s_qt, s_qh, s_dot, s_doh, s_lh, inner,
         right, q_start, doc, i_b, (i_g * group).to(tl.int32), o_d, o_dv, m_d, m_dv, group, scale,
         BD, BDV, BLOCK, BM, GRAD_K, GRAD_V, DESC, CSR, PREC,
     )  # fmt: skip
     dk, dv = _add_masked_rows(
-        dk, dv, b_k, b_v, p_q, p_do, d_q, d_do, p_lse, p_delta, p_list, s_qt, s_qh, s_dot, s_doh, s_lh, low,
+        dk, dv, b_k, b_v, p_q, p_do, d_q, d_do, p_lse2, p_delta, p_list, s_qt, s_qh, s_dot, s_doh, s_lh, low,
         inner, right, high, q_start, end, doc, i_b, (i_g * group).to(tl.int32), block, None, o_d, o_dv, m_d,
         m_dv, group, window, scale, BD, BDV, BLOCK, BM, GRAD_K, GRAD_V, DESC, CSR, PREC,
     )  # fmt: skip
@@ -275,7 +276,7 @@ def s2_bwd_kernel_dkv_shard(
 
 @triton.jit
 def s2_bwd_kernel_dkv_window(
-    p_q, p_k, p_v, p_do, d_q, d_do, p_lse, p_delta, p_dk, p_dv, p_dks, p_dvs, p_heads, p_tiles, s_qb, s_qt,
+    p_q, p_k, p_v, p_do, d_q, d_do, p_lse2, p_delta, p_dk, p_dv, p_dks, p_dvs, p_heads, p_tiles, s_qb, s_qt,
     s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, s_dob, s_dot, s_doh, s_lb, s_lh, s_dkb, s_dkt, s_dkh, s_dvb,
     s_dvt, s_dvh, s_dkss, s_dksb, s_dkst, s_dksh, s_dvss, s_dvsb, s_dvst, s_dvsh, seq_q, seq_k, q_start,
     k_start, window, sinks, scale, splits, group,
@@ -293,7 +294,7 @@ def s2_bwd_kernel_dkv_window(
     o_b = i_b.to(tl.int64)
     p_q += o_b * s_qb + doc * s_qt
     p_do += o_b * s_dob + doc * s_dot
-    p_lse += o_b * s_lb + doc
+    p_lse2 += o_b * s_lb + doc
     p_delta += o_b * s_lb + doc
     p_k += o_b * s_kb + doc * s_kt + i_g * s_kh
     p_v += o_b * s_vb + doc * s_vt + i_g * s_vh
@@ -323,12 +324,12 @@ def s2_bwd_kernel_dkv_window(
     if BN > BLOCK:  # keys of one block are left by the windows of the same rows, which begin at `high`
         edge = block
     dk, dv = _add_masked_rows(
-        dk, dv, b_k, b_v, p_q, p_do, d_q, d_do, p_lse, p_delta, None, s_qt, s_qh, s_dot, s_doh, s_lh, low,
+        dk, dv, b_k, b_v, p_q, p_do, d_q, d_do, p_lse2, p_delta, None, s_qt, s_qh, s_dot, s_doh, s_lh, low,
         inner, right, high, q_start, end, doc, i_b, (i_g * group).to(tl.int32), edge, key, o_d, o_dv, m_d,
         m_dv, group, window, scale, BD, BDV, BLOCK, BM, GRAD_K, GRAD_V, DESC, False, PREC,
     )  # fmt: skip
     dk, dv = _add_whole_rows(
-        dk, dv, b_k, b_v, p_q, p_do, d_q, d_do, p_lse, p_delta, None, s_qt, s_qh, s_dot, s_doh, s_lh, inner,
+        dk, dv, b_k, b_v, p_q, p_do, d_q, d_do, p_lse2, p_delta, None, s_qt, s_qh, s_dot, s_doh, s_lh, inner,
         right, q_start, doc, i_b, (i_g * group).to(tl.int32), o_d, o_dv, m_d, m_dv, group, scale,
         BD, BDV, BLOCK, BM, GRAD_K, GRAD_V, DESC, False, PREC,
     )  # fmt: skip
@@ -342,6 +343,8 @@ def s2_bwd_kernel_dkv_window(
         o_t = offset + index
         p_dks += o_b * s_dksb + i_g * s_dksh
         p_dvs += o_b * s_dvsb + i_g * s_dvsh
+        if tl.max(m_s.to(tl.int32), 0) == 0:
+            splits = 0
         for _ in range(splits):
             if GRAD_K:
                 dk += load_tile(p_dks, o_t, s_dkst, o_d, m_s, m_d)
@@ -358,12 +361,12 @@ def s2_bwd_kernel_dkv_window(
         tl.store(p_dv, dv.to(p_dv.dtype.element_ty), mask=m_n[:, None] & m_dv)
 
 
-def launch_dkv(args: KernelArgs, dout: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor) -> None:
+def launch_dkv(args: KernelArgs, dout: Tensor, lse2: Tensor, delta: Tensor, dk: Tensor, dv: Tensor) -> None:
     """Writes `dk` and `dv` of a call whose shard is read from k and v."""
-    launch_dkv_window(args, dout, lse, delta, dk, dv, launch_dkv_shard(args, dout, lse, delta))
+    launch_dkv_window(args, dout, lse2, delta, dk, dv, launch_dkv_shard(args, dout, lse2, delta))
 
 
-def launch_dkv_shard(args: KernelArgs, dout: Tensor, lse: Tensor, delta: Tensor) -> list[Tensor]:
+def launch_dkv_shard(args: KernelArgs, dout: Tensor, lse2: Tensor, delta: Tensor) -> list[Tensor]:
     """Returns the parts of dK and dV that come through the shard, in float32, one per split of the rows.
 
     Their shape is `[splits, batch, tokens, kv_heads, head_dim]`. For a compact shard source it is
@@ -388,7 +391,7 @@ def launch_dkv_shard(args: KernelArgs, dout: Tensor, lse: Tensor, delta: Tensor)
             for gradients in args.dkv_passes(tiles) if programs.count else ():
                 s2_bwd_kernel_dkv_shard[(programs.count, splits * kv_heads, batch)](
                     **args.query_args, **args.shard_args, **args.list_args(of_keys=True), **args.pattern_args,
-                    p_do=dout, **strides("do", dout), p_lse=lse, p_delta=delta, **strides("l", lse, "bh"),
+                    p_do=dout, **strides("do", dout), p_lse2=lse2, p_delta=delta, **strides("l", lse2, "bh"),
                     p_dks=dks, p_dvs=dvs, **strides("dks", dks, "sbth"), **strides("dvs", dvs, "sbth"),
                     **boxes, **gradients, span=span, group=args.group, HKV=kv_heads,
                     **programs.arguments(args.q.device), **args.tile_args(tiles),
@@ -399,7 +402,7 @@ def launch_dkv_shard(args: KernelArgs, dout: Tensor, lse: Tensor, delta: Tensor)
 def launch_dkv_window(
     args: KernelArgs,
     dout: Tensor,
-    lse: Tensor,
+    lse2: Tensor,
     delta: Tensor,
     dk: Tensor,
     dv: Tensor,
@@ -419,7 +422,7 @@ def launch_dkv_window(
             for gradients in args.dkv_passes(tiles):
                 s2_bwd_kernel_dkv_window[(programs.count, kv_heads, batch)](
                     **args.query_args, **args.window_args, **args.pattern_args, seq_k=seq_k,
-                    p_do=dout, **strides("do", dout), p_lse=lse, p_delta=delta, **strides("l", lse, "bh"),
+                    p_do=dout, **strides("do", dout), p_lse2=lse2, p_delta=delta, **strides("l", lse2, "bh"),
                     p_dk=dk, p_dv=dv, **strides("dk", dk), **strides("dv", dv),
                     p_dks=dks, p_dvs=dvs, **strides("dks", dks, "sbth"), **strides("dvs", dvs, "sbth"),
                     splits=0 if dks is None else dks.shape[0], ADD_SHARD=dks is not None,

@@ -32,10 +32,11 @@ _DELTA_ROWS = 64  # query rows of a program of the delta kernel
 
 @triton.jit
 def s2_bwd_kernel_delta(
-    p_do, p_o, p_dlse, p_delta, s_dob, s_dot, s_doh, s_ob, s_ot, s_oh, seq,
+    p_do, p_o, p_lse, p_dlse, p_delta, p_lse2, s_dob, s_dot, s_doh, s_ob, s_ot, s_oh, s_lb, s_lh, seq,
     DV: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
-    """delta `[batch, heads, seq]` = rowsum(dout * out) - dlse, which softmax backward subtracts from dP."""
+    """delta `[batch, heads, seq]` = rowsum(dout * out) - dlse, which softmax backward subtracts from dP, and
+    lse in base 2."""
     i_h, o_b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     o_m, o_dv = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, BDV)
     m_m = o_m < seq
@@ -48,16 +49,22 @@ def s2_bwd_kernel_delta(
     if HAS_DLSE:
         delta -= tl.load(p_dlse + o_row, mask=m_m, other=0.0)
     tl.store(p_delta + o_row, delta, mask=m_m)
+    lse = tl.load(p_lse + o_b * s_lb + i_h * s_lh + o_m, mask=m_m, other=0.0)
+    tl.store(p_lse2 + o_row, lse * LOG2_E, mask=m_m)
 
 
-def launch_delta(dout: Tensor, out: Tensor, dlse: Tensor | None, delta: Tensor) -> None:
-    """Writes `delta`, contiguous `[batch, heads, seq]`, of dout and out `[batch, seq, heads, v_head_dim]`."""
+def launch_delta(
+    dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, delta: Tensor, lse2: Tensor
+) -> None:
+    """Writes `delta` and `lse2`, lse in base 2: contiguous `[batch, heads, seq]`, of dout and out
+    `[batch, seq, heads, v_head_dim]`."""
     batch, seq, heads, dim = out.shape
     with torch.cuda.device_of(out):
         s2_bwd_kernel_delta[(-(-seq // _DELTA_ROWS), heads, batch)](
-            p_do=dout, **strides("do", dout), p_o=out, **strides("o", out), p_delta=delta,
-            p_dlse=dlse if dlse is None else dlse.contiguous(), HAS_DLSE=dlse is not None,
-            seq=seq, DV=dim, BDV=padded(dim), BM=_DELTA_ROWS, enable_fp_fusion=True,
+            p_do=dout, **strides("do", dout), p_o=out, **strides("o", out), p_delta=delta, p_lse2=lse2,
+            p_lse=lse, **strides("l", lse, "bh"), p_dlse=dlse if dlse is None else dlse.contiguous(),
+            HAS_DLSE=dlse is not None, seq=seq, DV=dim, BDV=padded(dim), BM=_DELTA_ROWS,
+            enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -95,7 +102,7 @@ def _add_dq_boxes(
 
 @triton.jit
 def s2_bwd_kernel_dq(
-    p_q, p_k, p_v, p_ks, p_vs, d_k, d_v, d_ks, d_vs, p_do, p_dq, p_prev, p_lse, p_delta, p_heads, p_starts,
+    p_q, p_k, p_v, p_ks, p_vs, d_k, d_v, d_ks, d_vs, p_do, p_dq, p_prev, p_lse2, p_delta, p_heads, p_starts,
     p_list, p_tiles, s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, s_ksb, s_kst, s_ksh, s_vsb, s_vst,
     s_vsh, s_dob, s_dot, s_doh, s_dqb, s_dqt, s_dqh, s_lb, s_lh, seq_q, q_start, k_start, window, sinks,
     scale, num_blocks,
@@ -131,7 +138,7 @@ def s2_bwd_kernel_dq(
     o_m64 = o_m.to(tl.int64)
     m_m = (o_m >= 0) & (o_m < seq_q)
     o_row = o_b * s_lb + (i_h + o_h) * s_lh + doc + o_m64
-    lse = tl.load(p_lse + o_row, mask=m_m, other=0.0) * LOG2_E  # [BM]
+    lse = tl.load(p_lse2 + o_row, mask=m_m, other=0.0)  # [BM]
     delta = tl.load(p_delta + o_row, mask=m_m, other=0.0)  # [BM]
     o_dq = (o_h * s_dqh + o_m64 * s_dqt)[:, None] + o_d
     o_q = (o_h * s_qh + o_m64 * s_qt)[:, None] + o_d
@@ -171,7 +178,8 @@ def s2_bwd_kernel_dq(
                 origin = tl.minimum(base, q_start + seq_q - BN)
             key = origin + tl.arange(0, BN)
             m_n = (key >= base) & (key < end)
-            mask = m_n[None, :] & (key[None, :] <= pos[:, None])
+            # Keys that are none are seen by no row: a single comparison.
+            mask = tl.where(m_n, key, 1 << 30)[None, :] <= pos[:, None]
             if BT > BLOCK:  # rows of one block have the same window
                 mask &= window_mask(pos, key, first, stride, sinks, window, BLOCK, SHARD)
             if DESC:
@@ -232,7 +240,7 @@ def s2_bwd_kernel_dq(
 def launch_dq(
     args: KernelArgs,
     dout: Tensor,
-    lse: Tensor,
+    lse2: Tensor,
     delta: Tensor,
     dq: Tensor,
     source: str | None = None,
@@ -241,7 +249,7 @@ def launch_dq(
     """Writes `dq` `[batch, seq_q, heads, head_dim]`.
 
     Args:
-        lse, delta: `[batch, heads, seq_q]`, of equal strides.
+        lse2, delta: what `launch_delta` wrote.
         source: "window" or "shard" for what comes through that source alone; None for both.
         resume: add to what is in `dq`.
     """
@@ -253,7 +261,7 @@ def launch_dq(
             s2_bwd_kernel_dq[(programs.count, heads // pack, batch)](
                 **args.query_args, **args.window_args, **args.shard_args, **args.list_args(),
                 **args.pattern_args, **boxes, p_do=dout, **strides("do", dout), p_dq=dq, **strides("dq", dq),
-                p_prev=dq if resume else None, p_lse=lse, p_delta=delta, **strides("l", lse, "bh"),
+                p_prev=dq if resume else None, p_lse2=lse2, p_delta=delta, **strides("l", lse2, "bh"),
                 GROUP=args.group, PACK=pack, SHARD=source != "window", WINDOW=source != "shard",
                 RESUME=resume, **programs.arguments(args.q.device), **args.tile_args(tiles),
             )  # fmt: skip

@@ -50,18 +50,15 @@ def _attend(acc, m_i, l_i, b_q, b_k, b_v, mask, scale, MASKED: tl.constexpr, PRE
     """Adds one tile of keys to the online softmax: acc [BM, BDV], maximum m_i and sum l_i [BM], in base 2."""
     qk = tl.dot(b_q, tl.trans(b_k), input_precision=PREC)  # [BM, BN]
     if MASKED:
-        qk = tl.where(mask, qk * scale, float("-inf"))
-        m_new = tl.maximum(m_i, tl.max(qk, 1))
+        qk = tl.where(mask, qk, float("-inf"))
+    # The scale, which is positive, goes to the maximum and into the exponent: one instruction a score.
+    m_new = tl.maximum(m_i, tl.max(qk, 1) * scale)
+    safe = m_new
+    if MASKED:
         # A row that has seen no key yet stays at minus infinity. 0 replaces it, because inf - inf would be
         # NaN.
         safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2(qk - safe[:, None])
-    else:
-        # The scale, which is not negative, goes to the maximum and into the exponent: one instruction a
-        # score.
-        m_new = tl.maximum(m_i, tl.max(qk, 1) * scale)
-        safe = m_new
-        p = tl.exp2(qk * scale - safe[:, None])
+    p = tl.exp2(qk * scale - safe[:, None])
     alpha = tl.exp2(m_i - safe)
     acc = tl.dot(p.to(b_v.dtype), b_v, acc * alpha[:, None], input_precision=PREC)
     return acc, m_new, l_i * alpha + tl.sum(p, 1)
@@ -209,7 +206,8 @@ def s2_fwd_kernel(
                 origin = tl.minimum(base, q_start + seq_q - BN)
             key = origin + tl.arange(0, BN)
             m_n = (key >= base) & (key < end)
-            mask = m_n[None, :] & (key[None, :] <= pos[:, None])
+            # Keys that are none are seen by no row: a single comparison.
+            mask = tl.where(m_n, key, 1 << 30)[None, :] <= pos[:, None]
             if BT > BLOCK:  # rows of one block have the same window
                 mask &= window_mask(pos, key, first, stride, sinks, window, BLOCK, SHARD)
             if DESC:
@@ -262,7 +260,7 @@ def s2_fwd_kernel(
             b_k, b_v = load_tile(p_k, t, s_kt, o_d, m_n, m_d), load_tile(p_v, t, s_vt, o_dv, m_n, m_dv)
             acc, m_i, l_i = _attend(acc, m_i, l_i, b_q, b_k, b_v, None, scale, False, PREC)
 
-    b_o = acc / l_i[:, None]
+    b_o = acc * (1 / l_i)[:, None]
     tl.store(p_o + o_o, b_o.to(p_o.dtype.element_ty), mask=m_m[:, None] & m_dv)
     tl.store(p_lse, (m_i + tl.log2(l_i)) * LN_2, mask=m_m)
 
@@ -281,8 +279,8 @@ def launch_forward(
         source: "window" or "shard" to read that source alone; None for both.
         resume: merge into what the pass over the other source has written to `out` and `lse`.
     """
-    if args.scale < 0:  # the kernel takes the largest score before it scales it
-        args = replace(args, q=-args.q, scale=-args.scale)
+    if args.scale <= 0:  # the kernel takes the largest score before it scales it
+        args = replace(args, q=-args.q if args.scale else torch.zeros_like(args.q), scale=-args.scale or 1.0)
     tiles, pack = args.tiles("forward"), args.pack("forward")
     batch, _, heads, _ = args.q.shape
     with torch.cuda.device_of(args.q):

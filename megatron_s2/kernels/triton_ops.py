@@ -88,7 +88,7 @@ def attention_backward(
     tuning: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, and delta `[batch, heads, seq]` = rowsum(dout * out) - dlse."""
-    dq, delta = torch.empty_like(q), torch.empty_like(lse)
+    dq, delta, lse2 = torch.empty_like(q), torch.empty_like(lse), torch.empty_like(lse)
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     if not q.numel():
         return dq, dk.zero_(), dv.zero_(), delta
@@ -97,11 +97,11 @@ def attention_backward(
     from megatron_s2.kernels.triton_dq import launch_delta, launch_dq
 
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-    launch_delta(dout, out, dlse, delta)
+    launch_delta(dout, out, lse, dlse, delta, lse2)
     args = _kernel_args(q, k, v, starts, blocks, pattern, scale, edges, q_start, tuning)
     launches = {
-        "dq": lambda args: launch_dq(args, dout, lse, delta, dq),
-        "dkv": lambda args: launch_dkv(args, dout, lse, delta, dk, dv),
+        "dq": lambda args: launch_dq(args, dout, lse2, delta, dq),
+        "dkv": lambda args: launch_dkv(args, dout, lse2, delta, dk, dv),
     }
     for kernel, launch in launches.items():
         launch(with_tuning(args, kernel, launch))

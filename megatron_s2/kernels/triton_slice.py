@@ -25,7 +25,7 @@ class TritonSlice(SequenceSlice):
         ValueError: the kernels do not support the device, the dtype or a head_dim.
     """
 
-    _cache: dict[str, Tensor] = field(default_factory=dict, init=False, compare=False, repr=False)
+    _cache: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def forward(self, source: str, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
         if self._has_keys(source):
@@ -47,27 +47,28 @@ class TritonSlice(SequenceSlice):
     ) -> None:
         if not self._has_keys(source):
             return
-        dout, lse = dout if dout.stride(-1) == 1 else dout.contiguous(), lse.contiguous()
+        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
         args = self._kernel_args(source, q, k, v)
-        delta = self._delta(dout, out, lse)
-        launch_dq(args, dout, lse, delta, dq, source=source, resume=True)
+        lse2, delta = self._row_sums(dout, out, lse)
+        launch_dq(args, dout, lse2, delta, dq, source=source, resume=True)
         if source == "window":
             window = [x.new_empty(x.shape) for x in (dk, dv)]
-            launch_dkv_window(args, dout, lse, delta, *window)
+            launch_dkv_window(args, dout, lse2, delta, *window)
             for grad, part in zip((dk, dv), window):
                 grad += part
         else:
-            for grad, parts in zip((dk, dv), launch_dkv_shard(args, dout, lse, delta)):
+            for grad, parts in zip((dk, dv), launch_dkv_shard(args, dout, lse2, delta)):
                 for (start, _), part in zip(self.shards, parts[:, :, :, 0].split(args.shard_tokens, 2)):
                     for split in part:  # one by one: their sum would take memory
                         grad[:, start : start + split.shape[1]] += split
 
-    def _delta(self, dout: Tensor, out: Tensor, lse: Tensor) -> Tensor:
-        """delta of both sources, computed once: it depends on the merged results."""
-        if "delta" not in self._cache:
-            self._cache["delta"] = torch.empty_like(lse)
-            launch_delta(dout, out, None, self._cache["delta"])
-        return self._cache["delta"]
+    def _row_sums(self, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        """lse in base 2 and delta of both sources, computed once: they depend on the merged results."""
+        if "row sums" not in self._cache:
+            lse2, delta = (lse.new_empty(lse.shape) for _ in range(2))
+            launch_delta(dout, out, lse, None, delta, lse2)
+            self._cache["row sums"] = lse2, delta
+        return self._cache["row sums"]
 
     def _has_keys(self, source: str) -> bool:
         return source == "window" or any(start < stop for start, stop in self.shards)
