@@ -107,15 +107,21 @@ class Case:
         """Types of the tensor descriptors by the name of their argument."""
         if CHIPS[self.chip].capability < 90:
             return {}
+        rows, keys = self.tiles.rows, self.tiles.keys
         if "dkv" in self.kernel:
-            names, tokens = ("d_q", "d_do"), self.tiles.rows
+            boxes = dict.fromkeys(("d_q", "d_do"), (1, rows))
+        elif keys <= BLOCK:
+            pack = packed_heads(GROUP, rows, BLOCK)
+            boxes = dict.fromkeys(("d_ks", "d_vs") if self.source == "shard" else ("d_k", "d_v"), (1, keys))
+            boxes |= dict.fromkeys(
+                ("d_q",) if self.kernel == "forward" else ("d_q", "d_do"), (pack, rows // pack)
+            )
         else:
-            names = ("d_ks", "d_vs") if self.source == "shard" else ("d_k", "d_v")
-            tokens = self.tiles.keys
-        fits = "dkv" in self.kernel or self.tiles.keys <= BLOCK
-        return (
-            dict.fromkeys(names, f"tensordesc<{self.dtype}[1, 1, {tokens}, {self.padded}]>") if fits else {}
-        )
+            boxes = {}
+        return {
+            name: f"tensordesc<{self.dtype}[1, {heads}, {tokens}, {self.padded}]>"
+            for name, (heads, tokens) in boxes.items()
+        }
 
     @property
     def instruction(self) -> str:
@@ -246,7 +252,8 @@ def _kernel(case: Case) -> tuple[triton.JITFunction, dict[str, object]]:
         return triton_decode.s2_decode_kernel_split, few | {"HKV": 8, "HEADS": 8, "GROUP": GROUP}
     lists = {} if case.mask else dict.fromkeys(("p_starts", "p_list"))
     source = {"COMPACT": bool(case.source), "CSR": case.mask, **lists}
-    names = ("d_q", "d_do") if "dkv" in kernel else ("d_k", "d_v", "d_ks", "d_vs")
+    names = ("d_q", "d_do") if "dkv" in kernel else ("d_q", "d_k", "d_v", "d_ks", "d_vs")
+    names += ("d_do",) if kernel == "dq" else ()
     constants |= {"DESC": bool(case.boxes)} | dict.fromkeys(name for name in names if name not in case.boxes)
     if kernel in ("forward", "dq"):
         absent = [] if kernel == "dq" else ["p_sink"]

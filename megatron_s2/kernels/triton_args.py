@@ -120,12 +120,14 @@ class KernelArgs:
             "scale": self.scale * LOG2_E.value,
         }
 
-    def source_launches(self, keys: int, source: str | None) -> list[tuple[Part, dict[str, object]]]:
-        """The launches over query rows: documents, and tensor descriptors of K and V of both sources, of boxes
-        of `keys` tokens.
+    def source_launches(
+        self, rows: dict[str, Tensor], tiles: Tiles, pack: int, source: str | None
+    ) -> list[tuple[Part, dict[str, object]]]:
+        """The launches over query rows: documents, and tensor descriptors of K and V of both sources, and of
+        `rows` (q and dout), of boxes of a tile.
 
-        Descriptors are None where tiles are read through pointers: in documents shorter than a box, and in
-        all if a box is longer than a block.
+        Descriptors are None where tiles are read through pointers: in documents shorter than a tile of keys,
+        and in all if such a tile is longer than a block.
         """
         compact = self.k_shard is not None
         tensors = {"d_k": self.k, "d_v": self.v} if source != "shard" else {}
@@ -133,15 +135,17 @@ class KernelArgs:
             tensors |= (
                 {"d_ks": self.k_shard, "d_vs": self.v_shard} if compact else {"d_k": self.k, "d_v": self.v}
             )
-        boxes = _boxes(tensors, keys) if keys <= self.pattern.block_size else {}
-        return self._launches(("d_k", "d_v", "d_ks", "d_vs"), boxes, keys - self.q_start)
+        boxes = {name: (x, 1, tiles.keys) for name, x in tensors.items()}
+        boxes |= {name: (x, pack, tiles.rows // pack) for name, x in rows.items()}
+        boxes = _descriptors(boxes) if tiles.keys <= self.pattern.block_size else {}
+        return self._launches((*rows, "d_k", "d_v", "d_ks", "d_vs"), boxes, tiles.keys - self.q_start)
 
     def row_launches(self, dout: Tensor, tiles: Tiles) -> list[tuple[Part, dict[str, object]]]:
-        """The launches over keys, as `source_launches`, with descriptors of q and dout, of boxes of rows; none
-        where a box of a mask's row could lie in two blocks."""
+        """The launches over keys, as `source_launches`, with descriptors of q and dout, of boxes of rows;
+        none where a box of a mask's rows could lie in two blocks."""
         rows, boxes = tiles.rows, {}
         if self.mask is None or (rows <= self.pattern.block_size and self.q_start % rows == 0):
-            boxes = _boxes({"d_q": self.q, "d_do": dout}, rows)
+            boxes = _descriptors({"d_q": (self.q, 1, rows), "d_do": (dout, 1, rows)})
         return self._launches(("d_q", "d_do"), boxes, rows, len(self.dkv_passes(tiles)) == 1)
 
     def _launches(
@@ -172,11 +176,11 @@ class KernelArgs:
         }  # fmt: skip
 
 
-def _boxes(tensors: dict[str, Tensor], tokens: int) -> dict[str, TensorDescriptor]:
-    """Tensor descriptors by name; none if one of the tensors cannot have one."""
-    if not all(has_descriptor(x) for x in tensors.values()):
+def _descriptors(boxes: dict[str, tuple[Tensor, int, int]]) -> dict[str, TensorDescriptor]:
+    """Tensor descriptors of tensors and their boxes (heads, tokens); none if a tensor cannot have one."""
+    if not all(has_descriptor(x) for x, _, _ in boxes.values()):
         return {}
-    return {name: TensorDescriptor(x, *_box(x.shape, x.stride(), tokens)) for name, x in tensors.items()}
+    return {name: TensorDescriptor(x, *_box(x.shape, x.stride(), *box)) for name, (x, *box) in boxes.items()}
 
 
 def has_descriptor(x: Tensor) -> bool:
@@ -198,14 +202,13 @@ def _has_box(shape: tuple[int, ...], stride: tuple[int, ...], element_size: int)
 
 @lru_cache(maxsize=256)
 def _box(
-    shape: tuple[int, ...], stride: tuple[int, ...], tokens: int
+    shape: tuple[int, ...], stride: tuple[int, ...], heads: int, tokens: int
 ) -> tuple[list[int], list[int], list[int]]:
-    """Shape and strides `[batch, head, token, dim]` of a descriptor, and its box: `tokens` tokens of one
-    head."""
+    """Shape and strides `[batch, head, token, dim]` of a descriptor, and its box."""
     dims = (0, 2, 1)
     # The stride of a dimension of size 1 is never used, but has to be aligned.
     steps = [stride[dim] if shape[dim] > 1 else 16 for dim in dims]
-    return [*(shape[dim] for dim in dims), shape[3]], [*steps, 1], [1, 1, tokens, padded(shape[3])]
+    return [*(shape[dim] for dim in dims), shape[3]], [*steps, 1], [1, heads, tokens, padded(shape[3])]
 
 
 @lru_cache(maxsize=1024)

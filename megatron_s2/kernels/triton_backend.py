@@ -37,17 +37,17 @@ def triton_attention(
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     sink_logits = None if sink_logits is None else sink_logits.contiguous()
     if tuning == "autotune":
-        tuning_code = []
+        tuning_code = ()
     else:
         head_dim = max(q.shape[-1], v.shape[-1])
         tuning = tuning or tuning_for(capability_of(q.device), head_dim, q.element_size())
-        tuning_code = tuning.encode()
+        tuning_code = tuning.code
     is_packed = documents != [(0, q.shape[1])]
     edges = [edge for document in documents for edge in document] if is_packed else []
     tables, pairs = (None, None), 0
     if not isinstance(pattern, S2Pattern):
         tables, pairs = mask_tables(pattern, q.device), mask_pairs(pattern, documents, q_start)
-    return torch.ops.megatron_s2.attention_forward(
+    return torch.ops.megatron_s2.attention_forward.default(
         q, k, v, sink_logits, *tables, KernelPattern.of(pattern).encode(), pairs, softmax_scale, edges,
         q_start, tuning_code,
     )  # fmt: skip

@@ -17,9 +17,9 @@ of query rows of a tile, BN of its keys, BD and BDV are head_dim of K and V roun
 PACK the rows of a tile are those of PACK query heads of one KV head, BM // PACK tokens of each.
 
 `d_` is a tensor descriptor `[batch, head, token, dim]`: with it (constant DESC) the hardware copies a whole
-tile from one token on (TMA), without addresses and masks in registers. Tiles that are masked are always read
-through pointers: beyond a packed document's end lie others' tokens, which must not be read even if they
-count nothing."""
+tile from one token on (TMA), without addresses and masks in registers. A tile that would reach beyond its
+document begins earlier and masks what it has read before: beyond a packed document's end lie others' tokens,
+which must not be multiplied even by zero."""
 
 import triton
 import triton.language as tl
@@ -76,6 +76,13 @@ def load_tile(p, t, s_t, o_d, m_t, m_d):
 @triton.jit
 def load_box(d, i_b, i_h, t, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Rows `[ROWS, COLUMNS]` from token t on, through a tensor descriptor; all of them exist."""
+    return d.load([i_b, i_h, t, 0]).reshape(ROWS, COLUMNS)
+
+
+@triton.jit
+def load_heads(d, i_b, i_h, t, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows `[ROWS, COLUMNS]` of the heads in a box, i_h the first, from token t on. Those beyond a document
+    are other documents' rows, and are to be computed with each on its own."""
     return d.load([i_b, i_h, t, 0]).reshape(ROWS, COLUMNS)
 
 

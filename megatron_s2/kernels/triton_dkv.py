@@ -48,7 +48,8 @@ def _add_dkv(
 ):  # fmt: skip
     """Adds what query rows [BM] contribute to dK [BN, BD], without softmax scale, and dV [BN, BDV]."""
     qk = tl.dot(b_k, tl.trans(b_q), input_precision=PREC)  # [BN, BM]
-    # lse (in base 2) and delta are loaded where they are used: between the products there are no registers for them.
+    # lse, in base 2, and delta are loaded where they are used: between the products there are no registers
+    # for them.
     lse = _load_rows(p_lse2, m_m, MASKED)  # [BM]
     p = tl.exp2(qk * scale - lse[None, :])
     if MASKED:
@@ -94,9 +95,8 @@ def _add_masked_rows(
         m_m = (pos >= start) & (pos < stop)
         if CSR and not DESC:
             pos = listed_token(pos, m_m, p_list, BLOCK)
-        if key is None:
-            mask = m_m[None, :]
-        else:  # rows that are none see no key: a single comparison
+        mask = m_m[None, :]
+        if key is not None:  # rows that are none see no key: a single comparison
             mask = key[:, None] <= tl.where(m_m, pos, -1)[None, :]
         if block is not None:
             distance = pos[None, :] // BLOCK - block[:, None]
@@ -251,8 +251,8 @@ def s2_bwd_kernel_dkv_shard(
         inner = tl.minimum(high, low + (tl.maximum(full - low, 0) + BM - 1) // BM * BM)
     right = inner + (high - inner) // BM * BM
     dk, dv = _add_whole_rows(
-        dk, dv, b_k, b_v, p_q, p_do, d_q, d_do, p_lse2, p_delta, p_list, s_qt, s_qh, s_dot, s_doh, s_lh, inner,
-        right, q_start, doc, i_b, (i_g * group).to(tl.int32), o_d, o_dv, m_d, m_dv, group, scale,
+        dk, dv, b_k, b_v, p_q, p_do, d_q, d_do, p_lse2, p_delta, p_list, s_qt, s_qh, s_dot, s_doh, s_lh,
+        inner, right, q_start, doc, i_b, (i_g * group).to(tl.int32), o_d, o_dv, m_d, m_dv, group, scale,
         BD, BDV, BLOCK, BM, GRAD_K, GRAD_V, DESC, CSR, PREC,
     )  # fmt: skip
     dk, dv = _add_masked_rows(

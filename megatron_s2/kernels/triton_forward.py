@@ -33,6 +33,7 @@ from megatron_s2.kernels.triton_common import (
     LOG2_E,
     list_entry,
     load_box,
+    load_heads,
     load_tile,
     query_program,
     shard_block,
@@ -127,9 +128,9 @@ def _attend_boxes(
 
 @triton.jit
 def s2_fwd_kernel(
-    p_q, p_k, p_v, p_ks, p_vs, d_k, d_v, d_ks, d_vs, p_o, p_prev, p_lse, p_sink, p_heads, p_starts, p_list,
-    p_tiles, s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, s_ksb, s_kst, s_ksh, s_vsb, s_vst, s_vsh,
-    s_ob, s_ot, s_oh, s_lb, s_lh, seq_q, q_start, k_start, window, sinks, scale, num_blocks,
+    p_q, p_k, p_v, p_ks, p_vs, d_q, d_k, d_v, d_ks, d_vs, p_o, p_prev, p_lse, p_sink, p_heads, p_starts,
+    p_list, p_tiles, s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, s_ksb, s_kst, s_ksh, s_vsb, s_vst,
+    s_vsh, s_ob, s_ot, s_oh, s_lb, s_lh, seq_q, q_start, k_start, window, sinks, scale, num_blocks,
     GROUP: tl.constexpr, PACK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BD: tl.constexpr, BDV: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     HAS_SINK: tl.constexpr, SHARD: tl.constexpr, WINDOW: tl.constexpr, RESUME: tl.constexpr,
@@ -163,9 +164,12 @@ def s2_fwd_kernel(
     m_m = (o_m >= 0) & (o_m < seq_q)
     o_o = (o_h * s_oh + o_m64 * s_ot)[:, None] + o_dv
     p_lse += o_h * s_lh + o_m64
-    b_q = tl.load(
-        p_q + (o_h * s_qh + o_m64 * s_qt)[:, None] + o_d, mask=m_m[:, None] & m_d, other=0.0
-    )  # [BM, BD]
+    if DESC:
+        t = tile - q_start + doc.to(tl.int32)
+        b_q = load_heads(d_q, i_b, i_h.to(tl.int32), t, BM, BD)  # [BM, BD]
+    else:
+        o_q = (o_h * s_qh + o_m64 * s_qt)[:, None] + o_d
+        b_q = tl.load(p_q + o_q, mask=m_m[:, None] & m_d, other=0.0)  # [BM, BD]
     if RESUME:
         p_prev += o_b * s_ob + doc * s_ot + i_h * s_oh
         m_i = tl.load(p_lse, mask=m_m, other=0.0) * LOG2_E
@@ -284,7 +288,7 @@ def launch_forward(
     tiles, pack = args.tiles("forward"), args.pack("forward")
     batch, _, heads, _ = args.q.shape
     with torch.cuda.device_of(args.q):
-        for part, boxes in args.source_launches(tiles.keys, source):
+        for part, boxes in args.source_launches({"d_q": args.q}, tiles, pack, source):
             programs = part.query_programs(args.q_start, tiles.rows // pack)
             s2_fwd_kernel[(programs.count, heads // pack, batch)](
                 **args.query_args, **args.window_args, **args.shard_args, **args.list_args(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -51,9 +52,10 @@ class KernelPattern:
         return [self.block_size, self.window, self.sinks, *heads]
 
     @classmethod
-    def decode(cls, code: list[int]) -> KernelPattern:
-        """Returns the pattern that `encode` was called on."""
-        return cls(*code[:3], tuple(code[3::2]), tuple(code[4::2]))
+    @lru_cache(maxsize=1024)
+    def decode(cls, code: tuple[int, ...]) -> KernelPattern:
+        """Returns the pattern that `encode` was called on, for equal ones the same object."""
+        return cls(*code[:3], code[3::2], code[4::2])
 
     def shard_tokens(self, query_blocks: ArrayLike) -> np.ndarray:
         """Per KV head, the shard tokens that lie beyond the window of the last of `query_blocks` blocks:

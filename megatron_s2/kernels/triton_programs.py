@@ -91,8 +91,8 @@ class Documents:
         return Part(self, np.arange(len(self.starts)), fits=True)
 
     def parts(self, box: int, divided: bool) -> list[Part]:
-        """Returns the documents of at least `box` tokens and the shorter ones, of which there may be none; with
-        `divided` off all of them as one part, which fits if they all do."""
+        """Returns the documents of at least `box` tokens and the shorter ones, of which there may be none;
+        with `divided` off all of them as one part, which fits if they all do."""
         key = box, divided
         if key not in self._parts:
             fits = self.lengths >= box

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from megatron_s2.kernels.slice import SequenceSlice
@@ -25,7 +24,9 @@ class TritonSlice(SequenceSlice):
         ValueError: the kernels do not support the device, the dtype or a head_dim.
     """
 
-    _cache: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, compare=False, repr=False)
+    _cache: dict[str, tuple[Tensor, Tensor]] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
 
     def forward(self, source: str, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
         if self._has_keys(source):

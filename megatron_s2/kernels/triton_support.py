@@ -29,7 +29,8 @@ def require_supported(q: Tensor, v: Tensor) -> None:
             )
     if q.shape[0] > _MAX_BATCH:
         raise ValueError(
-            f"q {tuple(q.shape)}: must have at most {_MAX_BATCH} sequences with backend triton; use backend torch"
+            f"q {tuple(q.shape)}: must have at most {_MAX_BATCH} sequences with backend triton; "
+            "use backend torch"
         )
     # Imported here because it imports Triton.
     from megatron_s2.kernels.triton_common import INTERPRETED

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import astuple, dataclass, replace
+from functools import cache, cached_property
 
 KERNELS = ("forward", "dq", "dkv")
 
@@ -81,13 +82,15 @@ class Tuning:
         if self.span is not None and self.span < 1:
             raise ValueError(f"span {self.span}: must be >= 1")
 
-    def encode(self) -> list[int]:
-        """Returns plain integers, which the custom operators take."""
-        return [*astuple(self.forward), *astuple(self.dq), *astuple(self.dkv), self.span or 0]
+    @cached_property
+    def code(self) -> tuple[int, ...]:
+        """Plain integers, which the custom operators take."""
+        return (*astuple(self.forward), *astuple(self.dq), *astuple(self.dkv), self.span or 0)
 
     @classmethod
-    def decode(cls, code: list[int]) -> Tuning:
-        """Returns the tuning that `encode` was called on."""
+    @cache
+    def decode(cls, code: tuple[int, ...]) -> Tuning:
+        """Returns the tuning that has this `code`."""
         return cls(*(Tiles(*code[i : i + 4]) for i in (0, 4, 8)), span=code[12] or None)
 
     def splits(self, columns: int, rows: int) -> int:

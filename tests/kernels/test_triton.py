@@ -203,7 +203,9 @@ def test_a_second_derivative_is_refused():
     q, k, v = (inputs[name].requires_grad_() for name in "qkv")
     out = s2_attention(q, k, v, s2(), backend="triton")[0]
     (dq,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+    with pytest.raises(
+        NotImplementedError, match="gradient of S2 attention has none itself; use backend torch"
+    ):
         dq.sum().backward()
 
 
@@ -319,7 +321,7 @@ if not INTERPRETED:
 
     def test_tuning_decodes_to_what_was_encoded():
         for tuning in (tuning_for(9, 128, 2), replace(tuning_for(8, 128, 4), span=100)):
-            assert Tuning.decode(tuning.encode()) == tuning
+            assert Tuning.decode(tuning.code) == tuning
 
     def test_few_long_shard_columns_are_split():
         tuning = tuning_for(9, 128, 2)
