@@ -5,6 +5,7 @@ device               what plain work reaches on the device
 attention            S2 attention against dense attention and others on the same inputs; made of cases,
                      implementations, exactness (the check before timing) and attention_trial
 attention_profile    kernels and hardware counters of an attention call
+host_time            host time of a layer's attention around the launches of its kernels
 training_step        a whole training step, S2 against dense
 context_parallel     bytes and time of S2 attention on local_ranks, ranks of this machine
 offload              optimizer offload in training, of offload_cases; offload_timeline, one step of it;

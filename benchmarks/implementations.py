@@ -124,21 +124,36 @@ def flex_block_mask(case: Case) -> BlockMask:
     )
 
 
-def _flex(case: Case) -> Attention:
+def flex_options(case: Case, backend: str | None = None) -> tuple[str | None, dict[str, object]]:
+    """Returns how FlexAttention is compiled and its options: on a GPU its own tiles, warps and stages, the
+    fastest of those that it measures.
+
+    Tiles larger than the mask's blocks it refuses; all that it would measure are, for blocks below 64, so
+    that their tiles are given and only warps and stages measured.
+    """
+    if case.device != "cuda":
+        return None, {}
+    options = {"BACKEND": backend} if backend else {}
+    if case.pattern.block_size < 64:
+        names = ("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2")
+        options |= dict.fromkeys(names, case.pattern.block_size)
+    return "max-autotune-no-cudagraphs", options
+
+
+def _flex(case: Case, backend: str | None = None) -> Attention:
     torch.compiler.reset()  # earlier lengths count towards the limit of recompilations
-    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    mode, options = flex_options(case, backend)
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True, mode=mode)
     mask = flex_block_mask(case)
-    # FlexAttention's default tiles for Hopper are larger than the pattern's blocks, and it refuses the mask.
-    tile = min(64, case.pattern.block_size)
-    tiles = dict.fromkeys(("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2"), tile)
-    options = tiles if case.device == "cuda" else None
     forward_only = case.device in IMPLEMENTATIONS["flex"].forward_only
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # Where it has no backward, it refuses inputs that require gradients.
         q, k, v = (x.detach() if forward_only else x for x in (q, k, v))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return compiled(q, k, v, block_mask=mask, enable_gqa=True, kernel_options=options).transpose(1, 2)
+        return compiled(q, k, v, block_mask=mask, enable_gqa=True, kernel_options=options or None).transpose(
+            1, 2
+        )
 
     return attention
 
@@ -147,6 +162,15 @@ def _no_compiler(case: Case) -> str | None:
     if case.device == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         return "no C++ compiler, which FlexAttention needs on the CPU"
     return None
+
+
+def _no_flash_backend(case: Case) -> str | None:
+    """Its backend of FlashAttention-4 needs a package of its own."""
+    try:
+        found = importlib.util.find_spec("flash_attn.cute")
+    except ModuleNotFoundError:
+        found = None
+    return None if found else "FlexAttention's FLASH backend: the package flash-attn-4 is not installed"
 
 
 def _dkernel(case: Case) -> Attention:
@@ -175,6 +199,7 @@ _ALL = (
     _forced_sdpa("sdpa-flash", SDPBackend.FLASH_ATTENTION),
     _forced_sdpa("sdpa-cudnn", SDPBackend.CUDNN_ATTENTION),
     Implementation("flex", ("cpu", "cuda"), _flex, missing=_no_compiler, forward_only=("cpu",)),
+    Implementation("flex-flash", ("cuda",), partial(_flex, backend="FLASH"), missing=_no_flash_backend),
     Implementation("dkernel", ("cuda",), _dkernel, missing=_no_dkernel),
 )
 IMPLEMENTATIONS = {implementation.name: implementation for implementation in _ALL}

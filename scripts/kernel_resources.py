@@ -34,6 +34,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from megatron_s2.kernels import triton_common, triton_decode, triton_dkv, triton_dq, triton_forward
+from megatron_s2.kernels.triton_support import takes_boxes
 from megatron_s2.kernels.tuning import Tiles, candidates, packed_heads, separate_dkv, tuning_for
 from megatron_s2.pattern import S2Pattern
 
@@ -72,11 +73,12 @@ class Chip:
 # Bytes per thread: Triton 3.6 spills up to 48 in a few of these kernels, 3.8 and 3.9 nothing.
 MOST_LOCAL = 64
 REGISTERS = 64 * 1024  # of each of these chips' multiprocessors, 32 bits each
-HOPPER = "sm_90"
+HOPPER, WORKSTATION = "sm_90", "sm_120"
 CHIPS = {
     "sm_80": Chip(80, 163 * 1024, "mma.sync"),
     "sm_90": Chip(90, 227 * 1024, "wgmma"),
     "sm_100": Chip(100, 227 * 1024, "tcgen05"),
+    "sm_120": Chip(120, 99 * 1024, "mma.sync"),
 }
 
 
@@ -105,7 +107,7 @@ class Case:
     @property
     def boxes(self) -> dict[str, str]:
         """Types of the tensor descriptors by the name of their argument."""
-        if CHIPS[self.chip].capability < 90:
+        if not takes_boxes(CHIPS[self.chip].capability // 10):
             return {}
         rows, keys = self.tiles.rows, self.tiles.keys
         if "dkv" in self.kernel:
@@ -327,8 +329,9 @@ def cases(chips: Sequence[str], head_dims: Sequence[int], shipped: bool = False)
     for chip, kernel, head_dim in product(chips, KERNELS, head_dims):
         role, capability = kernel.split()[0], CHIPS[chip].capability // 10
         tiles = candidates(role, capability, head_dim, 2)
-        found += [Case(chip, kernel, head_dim, x, x == tiles[0]) for x in tiles[: 1 if shipped else None]]
-        if shipped:
+        few = shipped or chip == WORKSTATION
+        found += [Case(chip, kernel, head_dim, x, x == tiles[0]) for x in tiles[: 1 if few else None]]
+        if few:
             continue
         if head_dim == MASK_HEAD_DIM:
             if kernel != "dkv window":  # which is the same with a mask

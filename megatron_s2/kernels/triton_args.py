@@ -16,7 +16,7 @@ from megatron_s2.kernels.triton_capture import keep_if_captured
 from megatron_s2.kernels.triton_common import INTERPRETED, LOG2_E
 from megatron_s2.kernels.triton_pattern import KernelPattern
 from megatron_s2.kernels.triton_programs import Documents, Part, Table, documents_of
-from megatron_s2.kernels.triton_support import capability_of
+from megatron_s2.kernels.triton_support import capability_of, takes_boxes
 from megatron_s2.kernels.tuning import Tiles, Tuning, packed_heads, separate_dkv
 
 
@@ -135,28 +135,34 @@ class KernelArgs:
             tensors |= (
                 {"d_ks": self.k_shard, "d_vs": self.v_shard} if compact else {"d_k": self.k, "d_v": self.v}
             )
-        boxes = {name: (x, 1, tiles.keys) for name, x in tensors.items()}
-        boxes |= {name: (x, pack, tiles.rows // pack) for name, x in rows.items()}
-        boxes = _descriptors(boxes) if tiles.keys <= self.pattern.block_size else {}
-        return self._launches((*rows, "d_k", "d_v", "d_ks", "d_vs"), boxes, tiles.keys - self.q_start)
+        descriptors = {}
+        if tiles.keys <= self.pattern.block_size:
+            boxes = dict.fromkeys(tensors, (1, tiles.keys)) | dict.fromkeys(rows, (pack, tiles.rows // pack))
+            descriptors = _descriptors(tensors | rows, boxes)
+        names = (*rows, "d_k", "d_v", "d_ks", "d_vs")
+        return self._launches(names, descriptors, tiles.keys - self.q_start)
 
     def row_launches(self, dout: Tensor, tiles: Tiles) -> list[tuple[Part, dict[str, object]]]:
         """The launches over keys, as `source_launches`, with descriptors of q and dout, of boxes of rows;
         none where a box of a mask's rows could lie in two blocks."""
-        rows, boxes = tiles.rows, {}
+        tensors, rows, descriptors = {"d_q": self.q, "d_do": dout}, tiles.rows, {}
         if self.mask is None or (rows <= self.pattern.block_size and self.q_start % rows == 0):
-            boxes = _descriptors({"d_q": (self.q, 1, rows), "d_do": (dout, 1, rows)})
-        return self._launches(("d_q", "d_do"), boxes, rows, len(self.dkv_passes(tiles)) == 1)
+            descriptors = _descriptors(tensors, dict.fromkeys(tensors, (1, rows)))
+        return self._launches(tuple(tensors), descriptors, rows, len(self.dkv_passes(tiles)) == 1)
 
     def _launches(
-        self, names: tuple[str, ...], boxes: dict[str, TensorDescriptor], tokens: int, divided: bool = True
+        self,
+        names: tuple[str, ...],
+        descriptors: dict[str, TensorDescriptor],
+        tokens: int,
+        divided: bool = True,
     ) -> list[tuple[Part, dict[str, object]]]:
-        """Documents of at least `tokens` tokens with their boxes, and the others without."""
-        absent = dict.fromkeys(names)
-        if not boxes:
-            return [(self.documents.whole, absent | {"DESC": False})]
+        """Documents of at least `tokens` tokens with descriptors, and the others without."""
+        absent = dict.fromkeys(names) | {"DESC": False}
+        if not descriptors:
+            return [(self.documents.whole, absent)]
         return [
-            (part, absent | (boxes if part.fits else {}) | {"DESC": part.fits})
+            (part, absent | descriptors | {"DESC": True} if part.fits else absent)
             for part in self.documents.parts(tokens, divided)
         ]
 
@@ -176,38 +182,36 @@ class KernelArgs:
         }  # fmt: skip
 
 
-def _descriptors(boxes: dict[str, tuple[Tensor, int, int]]) -> dict[str, TensorDescriptor]:
-    """Tensor descriptors of tensors and their boxes (heads, tokens); none if a tensor cannot have one."""
-    if not all(has_descriptor(x) for x, _, _ in boxes.values()):
+def _descriptors(
+    tensors: dict[str, Tensor], boxes: dict[str, tuple[int, int]]
+) -> dict[str, TensorDescriptor]:
+    """Tensor descriptors of tensors by the heads and tokens of their boxes; none if a tensor cannot have one:
+    the kernels copy tiles of 16 bits an element."""
+    first = next(iter(tensors.values()))
+    if not takes_boxes(capability_of(first.device)) or (first.element_size() != 2 and not INTERPRETED):
         return {}
-    return {name: TensorDescriptor(x, *_box(x.shape, x.stride(), *box)) for name, (x, *box) in boxes.items()}
-
-
-def has_descriptor(x: Tensor) -> bool:
-    """Whether the hardware copies tiles of `x` `[batch, token, head, dim]`: from Hopper on, elements of 16
-    bits, and everything aligned to 16 bytes (CUDA driver API, cuTensorMapEncodeTiled)."""
-    return (
-        capability_of(x.device) >= 9
-        and (x.element_size() == 2 or INTERPRETED)
-        and x.data_ptr() % 16 == 0
-        and _has_box(x.shape, x.stride(), x.element_size())
-    )
-
-
-@lru_cache(maxsize=256)
-def _has_box(shape: tuple[int, ...], stride: tuple[int, ...], element_size: int) -> bool:
-    steps = [step * element_size for step, size in zip(stride[:3], shape) if size > 1]
-    return 0 not in shape and all(0 < step < 1 << 40 and step % 16 == 0 for step in steps)
+    found = {}
+    for name, x in tensors.items():
+        box = _box(x.shape, x.stride(), x.element_size(), *boxes[name])
+        if box is None or x.data_ptr() % 16:
+            return {}
+        found[name] = TensorDescriptor(x, *box)
+    return found
 
 
 @lru_cache(maxsize=256)
 def _box(
-    shape: tuple[int, ...], stride: tuple[int, ...], heads: int, tokens: int
-) -> tuple[list[int], list[int], list[int]]:
-    """Shape and strides `[batch, head, token, dim]` of a descriptor, and its box."""
+    shape: tuple[int, ...], stride: tuple[int, ...], element_size: int, heads: int, tokens: int
+) -> tuple[list[int], list[int], list[int]] | None:
+    """Shape, strides and box of the descriptor `[batch, head, token, dim]` of a tensor
+    `[batch, token, head, dim]`; None where strides are not aligned to 16 bytes (CUDA driver API,
+    cuTensorMapEncodeTiled)."""
     dims = (0, 2, 1)
     # The stride of a dimension of size 1 is never used, but has to be aligned.
     steps = [stride[dim] if shape[dim] > 1 else 16 for dim in dims]
+    sizes = [step * element_size for step in steps]
+    if 0 in shape or not all(0 < size < 1 << 40 and size % 16 == 0 for size in sizes):
+        return None
     return [*(shape[dim] for dim in dims), shape[3]], [*steps, 1], [1, heads, tokens, padded(shape[3])]
 
 

@@ -199,17 +199,18 @@ def decode_attention(
         "p_part": part, **strides("p", part, "bhs"), "p_lse": lse, **strides("l", lse, "bh"), "p_kept": kept,
         "span": span, "GROUP": group, "D": head_dim, "BD": padded(head_dim),
     }  # fmt: skip
-    first = 0
-    for k, v in storages:
-        s2_decode_kernel_split[(batch * k.shape[1], -(-k.shape[2] // span))](
-            **shared, p_q=q, **strides("q", q, "bh"), p_k=k, **strides("k", k, "bht"),
-            p_v=v, **strides("v", v, "bht"), first_head=first, scale=softmax_scale * LOG2_E.value,
-            HKV=kv_heads, HEADS=k.shape[1], BM=tiles.rows, BN=tiles.keys, **compile_args(q.dtype, tiles),
+    with torch.cuda.device_of(q):
+        first = 0
+        for k, v in storages:
+            s2_decode_kernel_split[(batch * k.shape[1], -(-k.shape[2] // span))](
+                **shared, p_q=q, **strides("q", q, "bh"), p_k=k, **strides("k", k, "bht"),
+                p_v=v, **strides("v", v, "bht"), first_head=first, scale=softmax_scale * LOG2_E.value,
+                HKV=kv_heads, HEADS=k.shape[1], BM=tiles.rows, BN=tiles.keys, **compile_args(q.dtype, tiles),
+            )  # fmt: skip
+            first += k.shape[1]
+        s2_decode_kernel_merge[(batch * heads,)](
+            **shared, p_sink=None if sink_logits is None else sink_logits.contiguous(), p_out=out,
+            **strides("o", out, "bh"), H=heads, BS=_MERGED_SPLITS, HAS_SINK=sink_logits is not None,
+            enable_fp_fusion=True,
         )  # fmt: skip
-        first += k.shape[1]
-    s2_decode_kernel_merge[(batch * heads,)](
-        **shared, p_sink=None if sink_logits is None else sink_logits.contiguous(), p_out=out,
-        **strides("o", out, "bh"), H=heads, BS=_MERGED_SPLITS, HAS_SINK=sink_logits is not None,
-        enable_fp_fusion=True,
-    )  # fmt: skip
     return out

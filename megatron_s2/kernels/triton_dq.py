@@ -104,9 +104,9 @@ def _add_dq_boxes(
 @triton.jit
 def s2_bwd_kernel_dq(
     p_q, p_k, p_v, p_ks, p_vs, d_q, d_do, d_k, d_v, d_ks, d_vs, p_do, p_dq, p_prev, p_lse2, p_delta, p_heads,
-    p_starts, p_list, p_tiles, s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, s_ksb, s_kst, s_ksh, s_vsb,
-    s_vst, s_vsh, s_dob, s_dot, s_doh, s_dqb, s_dqt, s_dqh, s_lb, s_lh, seq_q, q_start, k_start, window, sinks,
-    scale, num_blocks,
+    p_starts, p_list, p_tiles, s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, s_ksb, s_kst, s_ksh,
+    s_vsb, s_vst, s_vsh, s_dob, s_dot, s_doh, s_dqb, s_dqt, s_dqh, s_lb, s_lh, seq_q, q_start, k_start,
+    window, sinks, scale, num_blocks,
     GROUP: tl.constexpr, PACK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BD: tl.constexpr, BDV: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     SHARD: tl.constexpr, WINDOW: tl.constexpr, RESUME: tl.constexpr, DESC: tl.constexpr,
@@ -145,9 +145,9 @@ def s2_bwd_kernel_dq(
     o_q = (o_h * s_qh + o_m64 * s_qt)[:, None] + o_d
     o_do = (o_h * s_doh + o_m64 * s_dot)[:, None] + o_dv
     if DESC:
-        t = tile - q_start + doc.to(tl.int32)
-        b_q = load_heads(d_q, i_b, i_h.to(tl.int32), t, BM, BD)  # [BM, BD]
-        b_do = load_heads(d_do, i_b, i_h.to(tl.int32), t, BM, BDV)  # [BM, BDV]
+        row = tile - q_start + doc.to(tl.int32)
+        b_q = load_heads(d_q, i_b, i_h.to(tl.int32), row, BM, BD)  # [BM, BD]
+        b_do = load_heads(d_do, i_b, i_h.to(tl.int32), row, BM, BDV)  # [BM, BDV]
     else:
         b_q = tl.load(p_q + o_q, mask=m_m[:, None] & m_d, other=0.0)  # [BM, BD]
         b_do = tl.load(p_do + o_do, mask=m_m[:, None] & m_dv, other=0.0)  # [BM, BDV]

@@ -165,8 +165,8 @@ def s2_fwd_kernel(
     o_o = (o_h * s_oh + o_m64 * s_ot)[:, None] + o_dv
     p_lse += o_h * s_lh + o_m64
     if DESC:
-        t = tile - q_start + doc.to(tl.int32)
-        b_q = load_heads(d_q, i_b, i_h.to(tl.int32), t, BM, BD)  # [BM, BD]
+        row = tile - q_start + doc.to(tl.int32)
+        b_q = load_heads(d_q, i_b, i_h.to(tl.int32), row, BM, BD)  # [BM, BD]
     else:
         o_q = (o_h * s_qh + o_m64 * s_qt)[:, None] + o_d
         b_q = tl.load(p_q + o_q, mask=m_m[:, None] & m_d, other=0.0)  # [BM, BD]

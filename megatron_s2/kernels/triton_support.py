@@ -42,3 +42,12 @@ def require_supported(q: Tensor, v: Tensor) -> None:
 def capability_of(device: torch.device) -> int:
     """Returns the major compute capability of a device."""
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else _INTERPRETER_CAPABILITY
+
+
+def takes_boxes(capability: int) -> bool:
+    """Returns whether tiles are copied by tensor descriptors on chips of a major compute capability.
+
+    The hardware does so from Hopper on. Products of later chips without `tcgen05` (12 on) take their operands
+    from registers, which tiles that arrive as a whole overflow.
+    """
+    return 9 <= capability < 12

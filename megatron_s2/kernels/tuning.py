@@ -176,7 +176,7 @@ def tuning_for(capability: int, head_dim: int, element_size: int, passes: bool =
     """Returns the shipped tuning.
 
     Args:
-        capability: major compute capability of the GPU; 10 (Blackwell) stands for later ones, too.
+        capability: major compute capability of the GPU.
         head_dim: the larger head_dim of K and V.
         element_size: bytes per element of q, k and v.
         passes: whether window and shard are read in two passes.
@@ -195,4 +195,5 @@ def candidates(kernel: str, capability: int, head_dim: int, element_size: int) -
 
 
 def _of_chip(capability: int, blackwell: dict, hopper: dict, ampere: dict) -> dict:
-    return blackwell if capability >= 10 else hopper if capability == 9 else ampere
+    # From 12 on (GeForce, RTX PRO) there are neither Blackwell's tensor cores nor its shared memory.
+    return blackwell if capability in (10, 11) else hopper if capability == 9 else ampere

@@ -170,6 +170,21 @@ def test_flex_attention_gets_the_identical_mask(bench, tokens):
     assert torch.equal(blocks & causal, expected)
 
 
+def test_flex_attention_measures_its_own_tiles_on_a_gpu(bench):
+    from benchmarks.cases import Case, Shape
+    from benchmarks.implementations import IMPLEMENTATIONS, flex_options
+
+    small, large = (
+        Case(Shape(S2Pattern(2, block, 2, 4), 1, 4, 64, "bfloat16"), 1024, "cuda") for block in (32, 64)
+    )
+    assert flex_options(replace(large, device="cpu")) == (None, {})
+    assert flex_options(large) == ("max-autotune-no-cudagraphs", {})
+    assert flex_options(large, "FLASH") == ("max-autotune-no-cudagraphs", {"BACKEND": "FLASH"})
+    assert set(flex_options(small)[1].values()) == {32}
+    missing = IMPLEMENTATIONS["flex-flash"].unavailable(large, "forward")
+    assert missing is None or "flash-attn-4 is not installed" in missing
+
+
 # Wrong results and failures.
 
 
@@ -466,7 +481,7 @@ def test_on_a_gpu_each_implementation_is_measured_or_named(bench, tmp_path):
     options = ["--cases", "grouped", "--seq-lengths", "2048", "--repeats", "3", "--out", str(tmp_path)]
     assert bench.main(["attention", "--device", "cuda", *options]) == 0
     rows = {(row["implementation"], row["pass"]): row for row in rows_in(tmp_path)}
-    names = {"s2-triton", "sdpa-flash", "sdpa-cudnn", "flex", "dkernel"}
+    names = {"s2-triton", "sdpa-flash", "sdpa-cudnn", "flex", "flex-flash", "dkernel"}
     assert {name for name, _ in rows} == names
     for (name, _), row in rows.items():
         assert bool(row["seconds"]) != bool(row["not_measured"]), name

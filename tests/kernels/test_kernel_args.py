@@ -1,26 +1,47 @@
-"""Launches of Triton kernels by keyword, and tables that the kernels read on the device."""
+"""Specification of what the host does for the Triton kernels: launches by keyword, on the device of the
+tensors, few of them; tables on the device, copied once.
+
+The kernels are replaced by what records their launches, so neither a GPU nor the interpreter is needed.
+"""
 
 import ast
 import weakref
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
+from attention_cases import random_mask, s2
 
 import megatron_s2
-from megatron_s2.kernels import triton_args
+from megatron_s2.kernels import triton_capture, triton_dkv, triton_dq, triton_forward, triton_programs
 from megatron_s2.kernels.triton_args import KernelArgs
-from megatron_s2.kernels.triton_pattern import KernelPattern
+from megatron_s2.kernels.triton_dkv import launch_dkv
+from megatron_s2.kernels.triton_dq import launch_delta, launch_dq
+from megatron_s2.kernels.triton_forward import launch_forward
+from megatron_s2.kernels.triton_pattern import KernelPattern, mask_tables
+from megatron_s2.kernels.triton_programs import Table
+from megatron_s2.kernels.triton_support import require_supported
+from megatron_s2.kernels.tuning import tuning_for
 from megatron_s2.pattern import S2Pattern
 
 CPU = torch.device("cpu")
 
 
-def test_every_kernel_is_launched_by_keyword():
-    """Of two arguments in the wrong order, such as strides, nothing else would notice."""
-    files = Path(megatron_s2.__file__).parent.rglob("*.py")
-    calls = [node for file in files for node in ast.walk(ast.parse(file.read_text())) if _is_launch(node)]
-    assert len({ast.unparse(call.func.value) for call in calls}) == 8
+def test_every_kernel_is_launched_by_keyword_on_the_device_of_its_tensors():
+    """Of two arguments in the wrong order, such as strides, nothing else would notice; nor, with one GPU, of
+    a launch on the current device."""
+    calls, guarded = [], []
+    for file in Path(megatron_s2.__file__).parent.rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+        calls += [node for node in nodes if _is_launch(node)]
+        guards = [node for node in nodes if isinstance(node, ast.With) and _is_guard(node)]
+        guarded += [node for guard in guards for node in ast.walk(guard) if _is_launch(node)]
+    kernels = {ast.unparse(call.func.value) for call in calls}
+    assert len(kernels) == 8
     assert [ast.unparse(call) for call in calls if call.args] == []
+    # The optimizer's kernel runs in a stream of its caller, whose device is the current one.
+    assert kernels - {ast.unparse(call.func.value) for call in guarded} == {"adamw_kernel"}
 
 
 def _is_launch(node: ast.AST) -> bool:
@@ -29,33 +50,130 @@ def _is_launch(node: ast.AST) -> bool:
     return isinstance(launched, ast.Subscript) and "_kernel" in ast.unparse(launched.value)
 
 
-def test_a_table_that_a_cuda_graph_reads_is_never_dropped(monkeypatch):
-    def table_made(first: int) -> weakref.ref:
-        return weakref.ref(triton_args._on_device(((first, 1, 0, 0),), CPU))
-
-    monkeypatch.setattr(triton_args, "_is_capturing", lambda device: True)
-    captured = table_made(10_001)
-    monkeypatch.setattr(triton_args, "_is_capturing", lambda device: False)
-    eager = table_made(10_002)
-    for first in range(1000):
-        table_made(first)
-    assert captured() is not None
-    assert eager() is None
+def _is_guard(node: ast.With) -> bool:
+    return ast.unparse(node.items[0]).startswith("torch.cuda.device_of(")
 
 
-def test_the_layers_of_a_packed_micro_batch_share_programs_and_tables():
+# Launches.
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Name, grid and arguments of each launch; the kernels are not run."""
+    found = []
+
+    class Recorder:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda **arguments: found.append((self.name, grid, arguments))
+
+    for module in (triton_forward, triton_dq, triton_dkv):
+        for name in vars(module):
+            if name.startswith("s2_"):
+                monkeypatch.setattr(module, name, Recorder(name))
+    return found
+
+
+def run(pattern, q_shape, kv_heads=2, **call) -> None:
+    """Forward and backward in bfloat16, with the tiles of Hopper."""
+    batch, tokens, heads, dim = q_shape
+    q, out, dout, dq = (torch.empty(q_shape, dtype=torch.bfloat16) for _ in range(4))
+    k, v, dk, dv = (torch.empty(batch, tokens, kv_heads, dim, dtype=torch.bfloat16) for _ in range(4))
+    lse, delta, lse2 = (torch.empty(batch, heads, tokens) for _ in range(3))
+    mask = None if isinstance(pattern, S2Pattern) else mask_tables(pattern, CPU)
+    tuning = tuning_for(9, dim, 2)
+    args = KernelArgs(q, k, v, KernelPattern.of(pattern), 0.1, tuning=tuning, mask=mask, **call)
+    launch_forward(args, out, lse)
+    launch_delta(dout, out, lse, None, delta, lse2)
+    launch_dq(args, dout, lse2, delta, dq)
+    launch_dkv(args, dout, lse2, delta, dk, dv)
+
+
+KINDS = {
+    "s2": (s2(2, block_size=64, sink_blocks=1), (1, 1000, 4, 64), {}),
+    "wide heads": (s2(2, block_size=64), (1, 1000, 4, 192), {}),
+    "packed, some short": (s2(2, block_size=64), (1, 1000, 4, 64), {"edges": (0, 900, 900, 1000)}),
+    "packed, short, wide heads": (s2(2, block_size=64), (1, 1000, 4, 192), {"edges": (0, 990, 990, 1000)}),
+    "mask": (random_mask(2, 16, 64), (1, 1000, 4, 64), {}),
+}
+
+
+@pytest.mark.parametrize(("pattern", "shape", "call"), KINDS.values(), ids=KINDS)
+def test_a_call_is_a_few_launches(launches, pattern, shape, call):
+    run(pattern, shape, **call)
+    forward = [grid for name, grid, _ in launches if name == "s2_fwd_kernel"]
+    assert 1 <= len(forward) <= 5 and 4 <= len(launches) - len(forward) <= 8
+    assert all(min(grid) >= 1 for _, grid, _ in launches)
+
+
+def test_short_documents_have_launches_of_their_own_and_the_others_descriptors(launches):
+    run(s2(2, block_size=64), (1, 1000, 4, 64), edges=(0, 900, 900, 930, 930, 1000))
+    rows = {True: [], False: []}
+    for _, _, arguments in (launch for launch in launches if launch[0] == "s2_fwd_kernel"):
+        rows[arguments["DESC"]] += arguments["p_tiles"].tolist()
+        assert (arguments["d_q"] is not None) == arguments["DESC"]
+    assert rows == {
+        True: [*([0, 900, tile] for tile in range(15)), *([930, 70, tile] for tile in range(2))],
+        False: [[900, 30, 0]],
+    }
+
+
+def test_no_axis_of_a_grid_but_the_first_grows_with_batch_times_heads(launches):
+    run(s2(2), (40_000, 2, 4, 16))
+    assert max(max(grid[1:]) for _, grid, _ in launches) < 1 << 16
+    many = torch.empty(1 << 16, 1, 1, 16)
+    with pytest.raises(
+        ValueError, match=r"must have at most 65535 sequences with backend triton; use backend torch"
+    ):
+        require_supported(many, many)
+
+
+def test_the_layers_of_a_packed_micro_batch_share_programs_and_copy_nothing(launches, monkeypatch):
     """Other layers have other tensors, and patterns with other phases."""
+    pattern = S2Pattern(num_kv_heads=2, block_size=64, local_blocks=2, vert_stride=4)
+    run(pattern, (1, 1000, 4, 64), edges=(0, 900, 900, 930, 930, 1000))
+    first = list(launches)
+    launches.clear()
+    run(pattern.for_layer(2), (1, 1000, 4, 64), edges=(0, 900, 900, 930, 930, 1000))
+    launches.clear()
+    monkeypatch.setattr(Table, "_copied_to", lambda self, device: pytest.fail("copied again"))
+    run(pattern.for_layer(2), (1, 1000, 4, 64), edges=(0, 900, 900, 930, 930, 1000))
+    tables = [[arguments.get("p_tiles") for _, _, arguments in run] for run in (first, launches)]
+    assert sum(table is not None for table in tables[0]) >= 5
+    assert all(one is other for one, other in zip(*tables))
 
-    def launched(layer: int) -> list[object]:
-        pattern = S2Pattern(num_kv_heads=2, block_size=16, local_blocks=2, vert_stride=4, layer=layer)
-        tensor = torch.empty(1, 300, 2, 16)
-        args = KernelArgs(
-            tensor, tensor, tensor, KernelPattern.of(pattern), 1.0, packed=((0, 7), (7, 190), (190, 300))
+
+# Tables.
+
+
+def table_made(first: int) -> weakref.ref:
+    return weakref.ref(Table(np.array([[first, 1, 0, 0]])).on(CPU))
+
+
+def capture(monkeypatch, capturing: bool) -> None:
+    for module in (triton_capture, triton_programs):
+        monkeypatch.setattr(module, "is_capturing", lambda device: capturing)
+
+
+def test_a_table_that_a_cuda_graph_reads_is_never_dropped(monkeypatch):
+    captured = Table(np.array([[1, 1, 0, 0]]))
+    captured.on(CPU)
+    capture(monkeypatch, True)
+    kept = weakref.ref(captured.on(CPU))
+    capture(monkeypatch, False)
+    del captured
+    assert kept() is not None
+    assert table_made(2)() is None
+
+
+def test_a_table_that_a_cuda_graph_would_have_to_copy_is_refused(monkeypatch):
+    capture(monkeypatch, True)
+    with pytest.raises(RuntimeError, match="run the same call once before the capture"):
+        table_made(1)
+    with pytest.raises(RuntimeError, match="run the same call once before the capture"):
+        monkeypatch.setattr(
+            "megatron_s2.kernels.triton_pattern.require_no_capture", triton_capture.require_no_capture
         )
-        programs = [args.query_programs(32), args.key_programs(32), args.shard_key_programs(32)[0]]
-        return [*programs, *(args.program_args(of_launch)["p_tiles"] for of_launch in programs)]
-
-    first, again = launched(0), launched(2)
-    assert [len(programs) for programs in first[:3]] == [11, 11, 3]
-    assert all(table.tolist() == [list(row) for row in rows] for rows, table in zip(first[:3], first[3:]))
-    assert all(one is other for one, other in zip(first, again))
+        mask_tables(random_mask(1, 3), CPU)
