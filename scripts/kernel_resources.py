@@ -35,7 +35,7 @@ from triton.compiler import ASTSource
 
 from megatron_s2.kernels import triton_common, triton_decode, triton_dkv, triton_dq, triton_forward
 from megatron_s2.kernels.triton_support import takes_boxes
-from megatron_s2.kernels.tuning import Tiles, candidates, packed_heads, separate_dkv, tuning_for
+from megatron_s2.kernels.tuning import Tiles, box_rows, candidates, packed_heads, separate_dkv, tuning_for
 from megatron_s2.pattern import S2Pattern
 
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "kernel-resources.md"
@@ -115,9 +115,7 @@ class Case:
         elif keys <= BLOCK:
             pack = packed_heads(GROUP, rows, BLOCK)
             boxes = dict.fromkeys(("d_ks", "d_vs") if self.source == "shard" else ("d_k", "d_v"), (1, keys))
-            boxes |= dict.fromkeys(
-                ("d_q",) if self.kernel == "forward" else ("d_q", "d_do"), (pack, rows // pack)
-            )
+            boxes |= dict.fromkeys(box_rows(self.kernel, self.padded), (pack, rows // pack))
         else:
             boxes = {}
         return {
@@ -166,9 +164,9 @@ class Resources:
 
     @property
     def whole(self) -> Loop | None:
-        """The loop over tiles of which every row sees every key: that of the fewest instructions for a
-        tile."""
-        return min(self.code.loops, key=self.instructions, default=None)
+        """The loop over tiles of which every row sees every key: that of the fewest instructions for a tile,
+        among those with tensor descriptors if there are any."""
+        return min(self.code.loops, key=lambda loop: (not loop.boxes, self.instructions(loop)), default=None)
 
     def instructions(self, loop: Loop) -> float:
         """Instructions of a warp for 64 keys, or for dK and dV for 64 rows."""

@@ -17,7 +17,7 @@ from megatron_s2.kernels.triton_common import INTERPRETED, LOG2_E
 from megatron_s2.kernels.triton_pattern import KernelPattern
 from megatron_s2.kernels.triton_programs import Documents, Part, Table, documents_of
 from megatron_s2.kernels.triton_support import capability_of, takes_boxes
-from megatron_s2.kernels.tuning import Tiles, Tuning, packed_heads, separate_dkv
+from megatron_s2.kernels.tuning import Tiles, Tuning, box_rows, packed_heads, separate_dkv
 
 
 @dataclass(frozen=True)
@@ -121,15 +121,15 @@ class KernelArgs:
         }
 
     def source_launches(
-        self, rows: dict[str, Tensor], tiles: Tiles, pack: int, source: str | None
+        self, rows: dict[str, Tensor], kernel: str, source: str | None
     ) -> list[tuple[Part, dict[str, object]]]:
-        """The launches over query rows: documents, and tensor descriptors of K and V of both sources, and of
-        `rows` (q and dout), of boxes of a tile.
+        """The launches over query rows of forward or dq: documents, and tensor descriptors of K and V of both
+        sources, and of `rows` (q and dout), of boxes of a tile.
 
         Descriptors are None where tiles are read through pointers: in documents shorter than a tile of keys,
         and in all if such a tile is longer than a block.
         """
-        compact = self.k_shard is not None
+        tiles, pack, compact = self.tiles(kernel), self.pack(kernel), self.k_shard is not None
         tensors = {"d_k": self.k, "d_v": self.v} if source != "shard" else {}
         if source != "window" and (compact or not tensors):
             tensors |= (
@@ -137,8 +137,9 @@ class KernelArgs:
             )
         descriptors = {}
         if tiles.keys <= self.pattern.block_size:
-            boxes = dict.fromkeys(tensors, (1, tiles.keys)) | dict.fromkeys(rows, (pack, tiles.rows // pack))
-            descriptors = _descriptors(tensors | rows, boxes)
+            names = box_rows(kernel, max(padded(x.shape[-1]) for x in (self.q, self.v)))
+            boxes = dict.fromkeys(tensors, (1, tiles.keys)) | dict.fromkeys(names, (pack, tiles.rows // pack))
+            descriptors = _descriptors(tensors | {name: rows[name] for name in names}, boxes)
         names = (*rows, "d_k", "d_v", "d_ks", "d_vs")
         return self._launches(names, descriptors, tiles.keys - self.q_start)
 

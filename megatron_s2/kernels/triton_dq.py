@@ -144,7 +144,7 @@ def s2_bwd_kernel_dq(
     o_dq = (o_h * s_dqh + o_m64 * s_dqt)[:, None] + o_d
     o_q = (o_h * s_qh + o_m64 * s_qt)[:, None] + o_d
     o_do = (o_h * s_doh + o_m64 * s_dot)[:, None] + o_dv
-    if DESC:
+    if d_q is not None:
         row = tile - q_start + doc.to(tl.int32)
         b_q = load_heads(d_q, i_b, i_h.to(tl.int32), row, BM, BD)  # [BM, BD]
         b_do = load_heads(d_do, i_b, i_h.to(tl.int32), row, BM, BDV)  # [BM, BDV]
@@ -262,7 +262,7 @@ def launch_dq(
     tiles, pack = args.tiles("dq"), args.pack("dq")
     batch, _, heads, _ = args.q.shape
     with torch.cuda.device_of(args.q):
-        for part, boxes in args.source_launches({"d_q": args.q, "d_do": dout}, tiles, pack, source):
+        for part, boxes in args.source_launches({"d_q": args.q, "d_do": dout}, "dq", source):
             programs = part.query_programs(args.q_start, tiles.rows // pack)
             s2_bwd_kernel_dq[(programs.count, heads // pack, batch)](
                 **args.query_args, **args.window_args, **args.shard_args, **args.list_args(),

@@ -288,7 +288,7 @@ def launch_forward(
     tiles, pack = args.tiles("forward"), args.pack("forward")
     batch, _, heads, _ = args.q.shape
     with torch.cuda.device_of(args.q):
-        for part, boxes in args.source_launches({"d_q": args.q}, tiles, pack, source):
+        for part, boxes in args.source_launches({"d_q": args.q}, "forward", source):
             programs = part.query_programs(args.q_start, tiles.rows // pack)
             s2_fwd_kernel[(programs.count, heads // pack, batch)](
                 **args.query_args, **args.window_args, **args.shard_args, **args.list_args(),

@@ -57,6 +57,12 @@ def packed_heads(group: int, rows: int, block_size: int) -> int:
     return math.gcd(group, max(1, rows // block_size))
 
 
+def box_rows(kernel: str, head_dim: int) -> tuple[str, ...]:
+    """Returns the tensor descriptors by which a kernel over query rows reads them: d_q, and d_do in dq. What
+    arrives so stays in registers, which hold neither in dq beyond 128 numbers a row."""
+    return ("d_q",) if kernel == "forward" else ("d_q", "d_do") if head_dim <= 128 else ()
+
+
 def separate_dkv(tiles: Tiles, head_dims: int) -> bool:
     """Returns whether dK and dV are computed one after the other: where their accumulators of `head_dims`
     numbers per key would take more than half of a thread's registers."""
