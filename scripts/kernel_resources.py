@@ -44,14 +44,16 @@ KERNELS = ("forward", "dq", "dkv shard", "dkv window")
 DECODE = "decode split"
 GROUP = 4
 BLOCK = 64
-MASK_HEAD_DIM = 128  # where the kernels are compiled for an arbitrary mask, and on Hopper in float16, too
+# Where the kernels are compiled for an arbitrary mask, and on Hopper in float16 and without descriptors, too.
+MASK_HEAD_DIM = 128
 OTHER_HEAD_DIMS = (80, 96, 192, 256)  # compiled for Hopper, whose machine code is checked
 PATTERN = S2Pattern(num_kv_heads=8, block_size=BLOCK, local_blocks=8, vert_stride=16)  # of the prediction
 
 # What the loops of a kernel may execute on Hopper, per warp: instructions for 64 keys (of dK and dV, 64
 # rows) that all rows see, at head_dim 128 or less. Of the 400 for dK and dV, products, exponentials and
 # conversions alone take 150.
-MOST_INSTRUCTIONS = {"forward": 312, "dq": 320, "dkv shard": 400, "dkv window": 415}
+MOST_INSTRUCTIONS = {"forward": 304, "dq": 310, "dkv shard": 400, "dkv window": 400}
+MOST_WITH_POINTERS = {"forward": 400, "dq": 350, "dkv shard": 530, "dkv window": 530}
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8):
     MOST_INSTRUCTIONS |= {"dkv shard": 480, "dkv window": 480}
 # Accesses of one iteration to local memory. A few scalars cost nothing to speak of, a tile that spills takes
@@ -93,6 +95,7 @@ class Case:
     shipped: bool = True  # or only tried by autotuning
     mask: bool = False  # for an arbitrary mask
     source: str = ""  # "window" or "shard": the pass over one source, as context parallelism has it
+    pointers: bool = False  # without tensor descriptors, as short documents and unaligned tensors have it
     dtype: str = "bf16"
     gradient: str = ""  # "dk" or "dv": the launch of dK and dV that computes that one
 
@@ -107,7 +110,7 @@ class Case:
     @property
     def boxes(self) -> dict[str, str]:
         """Types of the tensor descriptors by the name of their argument."""
-        if not takes_boxes(CHIPS[self.chip].capability // 10):
+        if self.pointers or not takes_boxes(CHIPS[self.chip].capability // 10):
             return {}
         rows, keys = self.tiles.rows, self.tiles.keys
         if "dkv" in self.kernel:
@@ -137,6 +140,8 @@ class Case:
             return f"{self.gradient} alone"
         if self.dtype != "bf16":
             return self.dtype
+        if self.pointers:
+            return "pointers"
         return "mask" if self.mask else "shipped" if self.shipped else "tried"
 
 
@@ -211,7 +216,8 @@ class Resources:
                 and not wide,
             }
             found += [problem for problem, exceeds in checks.items() if exceeds]
-        most, count = MOST_INSTRUCTIONS[case.kernel], self.instructions(self.whole)
+        limits = MOST_WITH_POINTERS if case.pointers else MOST_INSTRUCTIONS
+        most, count = limits[case.kernel], self.instructions(self.whole)
         if not wide and case.shipped and count > most:
             found.append(f"{case}: {count:.0f} instructions for 64 keys, at most {most}")
         if case.boxes and not self.whole.boxes:
@@ -334,7 +340,11 @@ def cases(chips: Sequence[str], head_dims: Sequence[int], shipped: bool = False)
         if head_dim == MASK_HEAD_DIM:
             if kernel != "dkv window":  # which is the same with a mask
                 found.append(Case(chip, kernel, head_dim, tiles[0], mask=True))
-            found += [Case(chip, kernel, head_dim, tiles[0], dtype="fp16")] if chip == HOPPER else []
+            if chip == HOPPER:
+                found += [
+                    Case(chip, kernel, head_dim, tiles[0], **x)
+                    for x in ({"dtype": "fp16"}, {"pointers": True})
+                ]
         passes = getattr(tuning_for(capability, head_dim, 2, passes=True), role)
         found += [
             Case(chip, kernel, head_dim, passes, source=source)

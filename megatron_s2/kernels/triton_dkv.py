@@ -343,9 +343,7 @@ def s2_bwd_kernel_dkv_window(
         o_t = offset + index
         p_dks += o_b * s_dksb + i_g * s_dksh
         p_dvs += o_b * s_dvsb + i_g * s_dvsh
-        if tl.max(m_s.to(tl.int32), 0) == 0:
-            splits = 0
-        for _ in range(splits):
+        for _ in range(tl.where(tl.max(m_s.to(tl.int32), 0) > 0, splits, 0)):
             if GRAD_K:
                 dk += load_tile(p_dks, o_t, s_dkst, o_d, m_s, m_d)
             if GRAD_V:

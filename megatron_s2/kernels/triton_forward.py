@@ -4,9 +4,8 @@ One program computes one tile: BM // PACK tokens of PACK query heads of one KV h
 runs:
 
     masked  the tiles on the diagonal, and those of the window where the tile's rows differ (of the blocks
-    that the
-            windows of later rows have left, those rows see only shard blocks). They come first, so that each
-            row has seen a key when the others come
+            that the windows of later rows have left, those rows see only shard blocks). They come first, so
+            that each row has seen a key when the others come
     shard   the blocks of the head's shard before the window of the tile's first row. Every row sees them, so
             they need no mask. With CSR these are the blocks in the list of the tile's row
     window  contiguous keys between these, without a mask. Through tensor descriptors, shard and window of one

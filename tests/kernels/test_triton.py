@@ -91,6 +91,7 @@ CASES = [
     case(s2(), "boxes packed, short", cut(32, 16), **packed(5, 40, 31)),
     case(s2(), "boxes q_start", cut(32, 16), q_start=77, queries=60, unused_keys=7),
     case(s2(), "boxes of wider v", cut(16, 16), queries=60, v_dim=24),
+    case(s2(), "scale 0", cut(32, 32), queries=60, softmax_scale=0.0),
     case(s2(), "boxes, negative scale", cut(16, 16), queries=60, softmax_scale=-0.7),
     case(random_mask(2, 8), "mask boxes", cut(16, 16, 64), queries=120),
     case(random_mask(2, 9), "mask boxes q_start", cut(16, 16), queries=70, q_start=32, unused_keys=9),
