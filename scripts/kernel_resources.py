@@ -204,7 +204,7 @@ class Resources:
             computed = exponentials * 32 * tiles.warps
             expected = products * 2 * scores * case.padded
             idle = loop.ahead is not None and loop.ahead < 1 and self.programs == 1
-            most_local = MOST_LOCAL_IN_LOOP * (3 if wide else 1)
+            most_local = MOST_LOCAL_IN_LOOP * (4 if wide else 1)
             checks = {
                 f"{where}: {computed} exponentials for {scores} scores": computed != scores,
                 f"{where}: {flops} FLOPs, its {products} products have {expected}": flops != expected,

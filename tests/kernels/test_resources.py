@@ -64,10 +64,9 @@ def test_a_kernel_fits_its_chip(resources, tmp_path, monkeypatch, chip, kernel):
     [
         ("dkv shard", (64, 64, 8, 2), "8192 exponentials for 4096 scores"),
         ("dkv shard", (128, 64, 4, 2), r"\d\d+ accesses to local memory, at most 2"),
-        ("forward", (128, 64, 8, 2), "waits for what it has just copied, with no other program to run"),
         ("dq", (128, 64, 8, 1), "waits for what it has just copied, with no other program to run"),
     ],
-    ids=["a tile computed twice", "a spill in the loop", "copies not ahead", "no pipeline"],
+    ids=["a tile computed twice", "a spill in the loop", "no pipeline"],
 )
 def test_what_wastes_time_on_hopper_is_a_problem(resources, tmp_path, monkeypatch, kernel, tiles, problem):
     monkeypatch.setattr(resources.triton.knobs.cache, "dir", str(tmp_path))
