@@ -54,8 +54,11 @@ PATTERN = S2Pattern(num_kv_heads=8, block_size=BLOCK, local_blocks=8, vert_strid
 # conversions alone take 150.
 MOST_INSTRUCTIONS = {"forward": 304, "dq": 310, "dkv shard": 400, "dkv window": 400}
 MOST_WITH_POINTERS = {"forward": 400, "dq": 350, "dkv shard": 530, "dkv window": 530}
-if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8):
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
+if TRITON < (3, 8):
     MOST_INSTRUCTIONS |= {"dkv shard": 480, "dkv window": 480}
+if TRITON >= (3, 9):
+    MOST_INSTRUCTIONS |= {"forward": 330}
 # Accesses of one iteration to local memory. A few scalars cost nothing to speak of, a tile that spills takes
 # dozens.
 MOST_LOCAL_IN_LOOP = 2
