@@ -159,9 +159,10 @@ def test_a_resumed_run_is_the_uninterrupted_one_on_two_ranks_in_bf16(two_ranks):
     assert_continues(two_ranks["resumed"], two_ranks["whole"], after=4)
 
 
-def test_the_user_sees_one_line_about_the_cpu_and_no_warnings(tmp_path):
-    """The user's command, on two ranks of torchrun."""
-    run = launch(tmp_path, "--train-iters 2", ranks=2, model=OLDER_MODEL)
+@pytest.mark.parametrize("ranks", [1, *exhaustive(2)])
+def test_the_user_sees_one_line_about_the_cpu_and_no_warnings(tmp_path, ranks):
+    """The user's command, alone and with torchrun."""
+    run = launch(tmp_path, "--train-iters 2", ranks=ranks, model=OLDER_MODEL, from_nothing=True)
     assert run.status == 0, run.output
     lines = run.output.splitlines()
     (line,) = (line for line in lines if line.startswith("megatron-s2:"))
