@@ -31,6 +31,7 @@ from importlib import import_module
 from multiprocessing.connection import wait
 from pathlib import Path
 from types import SimpleNamespace
+from typing import IO
 
 import forks
 from forks import Fork, hold, start, write_commands
@@ -137,14 +138,22 @@ def launch(
     return Run(done.returncode, done.stdout, log_dir)
 
 
-def start_command(words: Sequence[str], out, err) -> Fork:
-    """Starts `python WORDS` in the project's folder, as a fork that leads a session of its own."""
+def run_command(*words: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """Runs `python WORDS` in a fork; what it returns has text, as from `subprocess.run`."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        status = start_command(words, out, err, cwd).wait(PATIENCE)
+        texts = [file.seek(0) or file.read() for file in (out, err)]
+    return subprocess.CompletedProcess(words, status, *texts)
+
+
+def start_command(words: Sequence[object], out: IO, err: IO, cwd: Path = ROOT) -> Fork:
+    """Starts `python WORDS` as a fork that leads a session of its own."""
     files = (os.open(os.devnull, os.O_RDONLY), out.fileno(), err.fileno())
     env = environment_of_forks()
     try:
         words = [str(word) for word in words]
         return start(
-            _server(), "forks", "run_python", words, files=files, env=env, folder=ROOT, own_session=True
+            _server(), "forks", "run_python", words, files=files, env=env, folder=cwd, own_session=True
         )
     finally:
         os.close(files[0])
@@ -309,7 +318,7 @@ def _server() -> Path:
     """The address of the server of forks, which runs until all test processes of this pytest have ended;
     beside it lie the commands that run in its forks."""
     run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
-    folder = Path(tempfile.gettempdir()) / f"megatron-s2-tests-{run}"
+    folder = Path(tempfile.gettempdir()) / f"s2-tests-{run[:16]}"  # addresses have at most 107 characters
     folder.mkdir(exist_ok=True)
     address = folder / "server"
     with (folder / "lock").open("w") as lock:
