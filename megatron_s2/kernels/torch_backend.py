@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_s2.kernels.numerics import compute_dtype, merge_sink, sink_gradient
 from megatron_s2.kernels.torch_flash import expand_heads, flash_backward, flash_forward, sum_heads
+from megatron_s2.kernels.torch_native import operator, rows_of_task, table_of
 from megatron_s2.kernels.torch_plan import Band, Call, Causal, Gathered, Past, equal_heads, plan_head
 from megatron_s2.pattern import BlockPattern, S2Pattern
 
@@ -33,6 +34,7 @@ from megatron_s2.pattern import BlockPattern, S2Pattern
 # [batch, heads, queries, dim] (lse without dim), any strides; their dim may be smaller than that of K and
 # their precision lower.
 
+NATIVE = True
 _MAX_WINDOW_ELEMENTS = 1 << 18  # elements of K in one Band call: gradients of overlapping windows take memory
 _MIN_BACKWARD_HEADS = 4  # PyTorch's backward gives each thread whole heads
 
@@ -336,7 +338,19 @@ class _BlockedAttention(torch.autograd.Function):
         width = max(q.shape[-1], v.shape[-1])
         out = q.new_empty(*q.shape[:-1], v.shape[-1], dtype=dtype)
         lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=dtype)
-        for part in _parts(q, k, pattern, scale, documents, q_start):
+        parts = list(_parts(q, k, pattern, scale, documents, q_start))
+        if NATIVE and q.device.type == "cpu" and isinstance(pattern, S2Pattern):
+            keys = [part.sources(k, v, width, dtype) for part in parts]
+            operator().forward(
+                [fitted(part.query_side(q), width, dtype) for part in parts],
+                [x for s in keys for x in (s.k, s.v, s.k_shard, s.v_shard)],
+                [table_of(tuple(part.plan.calls), pattern.block_size) for part in parts],
+                [x for s, part in zip(keys, parts) for x in (part.plan.q_start, s.start)],
+                [part.query_side(out) for part in parts], [part.lse(lse) for part in parts],
+                pattern.block_size, pattern.local_blocks, rows_of_task(pattern.block_size, q.shape[1]), scale,
+            )
+            parts = []
+        for part in parts:
             sources = part.sources(k, v, width, dtype)
             forward_calls(part.plan, part.query_side(q), sources, part.query_side(out), part.lse(lse))
         if sink_logits is not None:
@@ -362,7 +376,25 @@ class _BlockedAttention(torch.autograd.Function):
             out = torch.cat([_padded(out.to(dtype), width), -dlse.transpose(1, 2)[..., None]], -1)
             width += 1
         dq, dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (q, k, v))
-        for part in _parts(q, k, pattern, scale, documents, q_start):
+        parts = list(_parts(q, k, pattern, scale, documents, q_start))
+        if NATIVE and q.device.type == "cpu" and isinstance(pattern, S2Pattern):
+            keys = [part.sources(k, v, width, dtype) for part in parts]
+            grads = [part.gradients(dk, dv) for part in parts]
+            operator().backward(
+                [fitted(part.query_side(dout), width, dtype) for part in parts],
+                [fitted(part.query_side(q), width, dtype) for part in parts],
+                [x for s in keys for x in (s.k, s.v, s.k_shard, s.v_shard)],
+                [table_of(tuple(part.plan.calls), pattern.block_size) for part in parts],
+                [x for s, part in zip(keys, parts) for x in (part.plan.q_start, s.start)],
+                [fitted(part.query_side(out), width, dtype) for part in parts], [part.lse(lse) for part in parts],
+                [part.query_side(dq) for part in parts],
+                [x for s in grads for x in (s.k, s.v, s.k_shard, s.v_shard)],
+                pattern.block_size, pattern.local_blocks, rows_of_task(pattern.block_size, q.shape[1]), scale,
+            )
+            for part, g in zip(parts, grads):
+                part.add_shard(g)
+            parts = []
+        for part in parts:
             sources, grads = part.sources(k, v, width, dtype), part.gradients(dk, dv)
             query_side = [part.query_side(x) for x in (dout, q, out, dq)]
             backward_calls(
