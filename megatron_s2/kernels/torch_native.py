@@ -1,34 +1,172 @@
-"""The calls of the torch backend's plans in one C++ operator on the CPU (`torch_tasks.cpp`)."""
+"""Runs the calls of plans: on the CPU in one C++ operator (`torch_tasks.cpp`), elsewhere from Python.
+
+From Python each call is a parallel region or several, and each region waits for its slowest thread: beside
+other programs that takes several times as long. The operator has one region for all heads and documents. It
+is compiled at the first call, for some twenty seconds, and kept in the user's cache folder; without a
+compiler the calls run from Python, and a warning says so.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Iterable, Sequence
 from functools import cache, lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from megatron_s2.cache_file import cache_folder
+from megatron_s2.kernels.torch_calls import (
+    BackwardTensors,
+    ForwardTensors,
+    Plan,
+    Sources,
+    backward_calls,
+    fitted,
+    forward_calls,
+)
 from megatron_s2.kernels.torch_plan import Band, Call, Causal, Gathered
+
+_SOURCE = Path(__file__).with_name("torch_tasks.cpp")
+_FLAGS = ("-O2", "-std=c++20", "-shared", "-fPIC", "-fopenmp", "-DAT_PARALLEL_OPENMP=1")
+_COMPILERS = ("c++", "g++", "clang++")
+_CAUSAL, _BAND, _PAST = range(3)  # kinds of calls in torch_tasks.cpp
+_MOST_ROWS = 1024  # of a task
+_TASKS_PER_THREAD = 4  # with equal tasks, a thread then waits for a fifth of the time at most
+
+
+def run_forward(parts: Iterable[ForwardTensors]) -> None:
+    """Runs `forward_calls` of all parts, which write to different tensors."""
+    parts = list(parts)
+    operators = _operators(parts)
+    if operators is None:
+        for part in parts:
+            forward_calls(part)
+    else:
+        operators.forward(
+            [_queries(part.q, part) for part in parts],
+            *_keys_and_calls(parts),
+            [part.out for part in parts],
+            [part.lse for part in parts],
+            *_shape(parts),
+        )
+
+
+def run_backward(parts: Iterable[BackwardTensors]) -> None:
+    """Runs `backward_calls` of all parts, which add to different tensors."""
+    parts = list(parts)
+    operators = _operators(parts)
+    if operators is None:
+        for part in parts:
+            backward_calls(part)
+    else:
+        operators.backward(
+            [_queries(part.dout, part) for part in parts],
+            [_queries(part.q, part) for part in parts],
+            *_keys_and_calls(parts),
+            [_queries(part.out, part) for part in parts],
+            [part.lse for part in parts],
+            [part.dq for part in parts],
+            [x for part in parts for x in _tensors(part.grads)],
+            *_shape(parts),
+        )
+
+
+Parts = Sequence[ForwardTensors] | Sequence[BackwardTensors]
+
+
+def _operators(parts: Parts):
+    """Returns the C++ operators if they can run these parts, else None."""
+    if not parts or parts[0].q.device.type != "cpu":
+        return None
+    if any(isinstance(call, Gathered) for part in parts for call in part.plan.calls):
+        return None
+    return load()
+
+
+def _keys_and_calls(parts: Parts) -> tuple[list[Tensor], list[Tensor], list[int]]:
+    sources = [x for part in parts for x in _tensors(part.sources)]
+    tables = [_table(tuple(part.plan.calls), part.plan.pattern.block_size) for part in parts]
+    return sources, tables, [start for part in parts for start in (part.plan.q_start, part.sources.start)]
+
+
+def _tensors(sources: Sources) -> tuple[Tensor, ...]:
+    return sources.k, sources.v, sources.k_shard, sources.v_shard
+
+
+def _queries(x: Tensor, part: ForwardTensors | BackwardTensors) -> Tensor:
+    return fitted(x, part.sources.k.shape[-1], part.sources.k.dtype)
+
+
+def _shape(parts: Parts) -> tuple[int, int, int, float]:
+    """Tokens of a block, blocks of a window, rows of a task, softmax scale."""
+    plan: Plan = parts[0].plan
+    block = plan.pattern.block_size
+    rows = sum(part.q.shape[0] * part.sources.k.shape[1] * part.q.shape[2] for part in parts)
+    share = max(rows // (_TASKS_PER_THREAD * torch.get_num_threads()), 1)
+    return (
+        block,
+        plan.pattern.local_blocks,
+        min(-(-share // block) * block, _MOST_ROWS // block * block or block),
+        plan.scale,
+    )
+
+
+@lru_cache(maxsize=4096)
+def _table(calls: tuple[Call, ...], block: int) -> Tensor:
+    """Calls as `torch_tasks.cpp` reads them: int64 `[calls, 6]`, kind, queries, source and keys."""
+
+    def row(call: Call) -> tuple[int, ...]:
+        if isinstance(call, Causal):
+            return _CAUSAL, call.start, call.stop, 0, call.start, call.stop
+        if isinstance(call, Band):
+            return _BAND, call.first * block, call.last * block, 0, 0, 0
+        return _PAST, call.start, call.stop, int(call.source == "shard"), call.keys_start, call.keys_stop
+
+    return torch.tensor([row(call) for call in calls], dtype=torch.int64).view(-1, 6)
 
 
 @cache
-def operator():
-    torch.ops.load_library("/tmp/tools/torch_tasks.so")
+def load():
+    """Returns the operators, which are compiled if they have not been; None if that fails."""
+    try:
+        torch.ops.load_library(_library())
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", None) or str(error)
+        warnings.warn(
+            f"the CPU operators of megatron_s2 cannot be compiled; attention on the CPU is slower: {reason}",
+            stacklevel=2,
+        )
+        return None
     return torch.ops.megatron_s2_cpu
 
 
-@lru_cache(maxsize=1024)
-def table_of(calls: tuple[Call, ...], block: int) -> Tensor:
-    rows = []
-    for call in calls:
-        if isinstance(call, Causal):
-            rows.append((0, call.start, call.stop, 0, call.start, call.stop))
-        elif isinstance(call, Band):
-            rows.append((1, call.first * block, call.last * block, 0, 0, 0))
-        else:
-            rows.append((2, call.start, call.stop, int(call.source == "shard"), call.keys_start, call.keys_stop))
-    return torch.tensor(rows, dtype=torch.int64).reshape(-1, 6)
-
-
-def rows_of_task(block: int, tokens: int) -> int:
-    rows = 1024 if tokens >= 8192 else 512 if tokens >= 2048 else 256
-    return max(block, rows)
+def _library() -> Path:
+    """Returns the path of the compiled operators. Of several processes one compiles, and the others wait."""
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, _COMPILERS), None)
+    if compiler is None:
+        raise OSError(f"there is no compiler: none of {', '.join(_COMPILERS)} is on PATH")
+    root = Path(torch.__file__).parent
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    key = "\n".join(
+        [_SOURCE.read_text(encoding="utf-8"), torch.__version__, str(root), compiler, abi, *_FLAGS]
+    )
+    path = cache_folder() / f"torch_tasks-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                built = Path(folder) / path.name
+                command = [compiler, *_FLAGS, abi, f"-I{root / 'include'}", str(_SOURCE), f"-L{root / 'lib'}"]
+                command += ["-ltorch_cpu", "-lc10", "-o", str(built)]
+                subprocess.run(command, check=True, capture_output=True, text=True)
+                built.rename(path)
+    return path

@@ -7,14 +7,22 @@
 // In backward a task adds up the gradients of its keys in tensors of its own. They are summed in the order of the
 // tasks afterwards: results do not depend on the threads.
 
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/_scaled_dot_product_flash_attention_for_cpu.h>
+#include <ATen/ops/_scaled_dot_product_flash_attention_for_cpu_backward.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/logaddexp.h>
+#include <ATen/ops/sigmoid.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <atomic>
 #include <exception>
 #include <functional>
+#include <limits>
 #include <mutex>
 #include <tuple>
 #include <vector>
@@ -98,7 +106,10 @@ void for_each_task(int64_t n, const std::function<void(int64_t)>& run) {
   std::mutex mutex;
   const int64_t threads = std::min<int64_t>(n, at::get_num_threads());
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    // Below autograd, and below modes of the caller: they see one operator, on whatever thread its parts run.
     at::AutoDispatchBelowADInplaceOrView below_autograd;
+    c10::impl::ExcludeDispatchKeyGuard below_modes(
+        c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::PythonTLSSnapshot}));
     for (int64_t i = next++; i < n; i = next++) {
       try {
         run(i);
@@ -256,11 +267,7 @@ KeyGradients backward_task(const Task& task, const Part& part, const Shape& shap
         band ? std::optional<Tensor>(mask) : std::nullopt, shape.scale);
     Tensor target = rows_of(dq, task, part, flash.start, flash.stop);
     dq_rows = (band ? unfold(dq_rows, shape) : dq_rows).narrow(-1, 0, target.size(-1));
-    if (flash.kind == kPast) {
-      target.add_(dq_rows);
-    } else {
-      target.copy_(dq_rows);
-    }
+    target.add_(dq_rows);
     const int64_t offset = flash.keys_start - grads.start[flash.source], n = flash.keys_stop - flash.keys_start;
     Tensor grad_k = grads.k[flash.source].narrow(2, offset, n), grad_v = grads.v[flash.source].narrow(2, offset, n);
     if (band) {
@@ -326,6 +333,6 @@ static void backward(at::TensorList dout, at::TensorList q, at::TensorList sourc
 TORCH_LIBRARY(megatron_s2_cpu, m) {
   m.def("forward(Tensor[] q, Tensor[] sources, Tensor[] tables, int[] starts, Tensor(a!)[] out, Tensor(b!)[] lse, int block, int local, int rows, float scale) -> ()");
   m.def("backward(Tensor[] dout, Tensor[] q, Tensor[] sources, Tensor[] tables, int[] starts, Tensor[] out, Tensor[] lse, Tensor(a!)[] dq, Tensor(b!)[] grads, int block, int local, int rows, float scale) -> ()");
-  m.impl("forward", c10::DispatchKey::CompositeExplicitAutograd, forward);
-  m.impl("backward", c10::DispatchKey::CompositeExplicitAutograd, backward);
+  m.impl("forward", c10::DispatchKey::CPU, forward);
+  m.impl("backward", c10::DispatchKey::CPU, backward);
 }
