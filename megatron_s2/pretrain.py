@@ -31,6 +31,7 @@ from megatron_s2.training.patches import (
     EmptySplitError,
     TokenIdError,
     apply_patches,
+    hide_transformer_engine,
     quiet_known_warnings,
 )
 
@@ -100,6 +101,8 @@ def train(argv: Sequence[str]) -> None:
     if rank() == 0 and (line := describe(environment, added)):
         print(line, flush=True)
 
+    if not environment.transformer_engine:
+        hide_transformer_engine()
     if not environment.gpu:
         from megatron_s2.training.cpu_runtime import enable_cpu_runtime
 
@@ -122,7 +125,7 @@ def train(argv: Sequence[str]) -> None:
 
     offload = None
     if args.s2_offload:
-        offload = OffloadManager(offload_settings(args), rank(), _local_world_size())
+        offload = OffloadManager(offload_settings(args), rank())
     use_offload(offload)
     try:
         pretrain(
@@ -150,17 +153,6 @@ def train(argv: Sequence[str]) -> None:
 def _end(offload: OffloadManager | None) -> None:
     if offload is not None:
         offload.close()
-
-
-def _local_world_size() -> int:
-    """Number of ranks on this node, as set by the launcher."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        return 1
-    values = [os.environ.get(name, "") for name in ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE")]
-    numbers = [int(value) for value in values if value.isdigit()]
-    if not numbers:
-        _refuse("LOCAL_WORLD_SIZE: must be set by the launcher, or SLURM_NTASKS_PER_NODE, with --s2-offload")
-    return numbers[0]
 
 
 def _refuse(message: str, only_here: bool = False) -> NoReturn:

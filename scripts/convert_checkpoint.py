@@ -17,9 +17,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     # Imports torch, which bad flags need not wait for.
-    from megatron_s2.training.patches import quiet_known_warnings
+    from megatron_s2.training.patches import hide_transformer_engine, quiet_known_warnings
 
     quiet_known_warnings()
+    hide_transformer_engine()  # nothing here computes with it
     from megatron_s2.checkpoint.convert import RESUME, left_out, to_hugging_face, to_megatron
 
     if args.direction == "hf-to-megatron":

@@ -17,9 +17,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = arguments().parse_args(argv)
 
     # Imports torch, which bad flags need not wait for.
-    from megatron_s2.training.patches import quiet_known_warnings
+    from megatron_s2.training.environment import Environment
+    from megatron_s2.training.patches import hide_transformer_engine, quiet_known_warnings
 
     quiet_known_warnings()
+    if not Environment.detect().transformer_engine:
+        hide_transformer_engine()
     from megatron_s2.errors import InputError
     from megatron_s2.generation.generate_text import generate_text
 

@@ -36,9 +36,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     # Imports torch, which bad flags need not wait for.
-    from megatron_s2.training.patches import quiet_known_warnings
+    from megatron_s2.training.patches import hide_transformer_engine, quiet_known_warnings
 
     quiet_known_warnings()
+    hide_transformer_engine()  # nothing here computes with it
     dataset = preprocess_data(
         corpus_from(args),
         args.output_prefix,

@@ -1,9 +1,11 @@
 """What all tests share: one thread, the scripts as modules, and Ctrl-C in what they start, however they were
-started themselves; tests marked `gpu` are left out where there is no CUDA device; long files go first."""
+started themselves; tests marked `gpu` are left out where there is no CUDA device, those marked `te` where
+Transformer Engine is not installed; long files go first."""
 
 import os
 import signal
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from hypothesis import HealthCheck, settings
@@ -41,6 +43,13 @@ LONG = (
     "test_attention_bench",
 )
 
+# Without a GPU Megatron must not use it in the tests' own processes, where nothing stands in for its kernels.
+HAS_TRANSFORMER_ENGINE = find_spec("transformer_engine") is not None
+if HAS_TRANSFORMER_ENGINE:
+    from megatron_run import hide_transformer_engine_without_gpu
+
+    hide_transformer_engine_without_gpu()
+
 # No limit on the time of an example: the first one imports torch, and other programs use the machine too.
 settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("unhurried")
@@ -60,11 +69,14 @@ def pytest_configure():
 def pytest_collection_modifyitems(config, items):
     places = {name: place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(Path(item.path).stem, len(LONG)))
-    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if not on_gpu:
-        return
+    for marker, is_available in (("gpu", _has_gpu), ("te", lambda: HAS_TRANSFORMER_ENGINE)):
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        if marked and not is_available():
+            config.hook.pytest_deselected(items=marked)
+            items[:] = [item for item in items if item not in marked]
+
+
+def _has_gpu() -> bool:
     import torch
 
-    if not torch.cuda.is_available():
-        config.hook.pytest_deselected(items=on_gpu)
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    return torch.cuda.is_available()

@@ -303,6 +303,7 @@ def _serve() -> None:
     """
     from megatron_s2.training.patches import quiet_known_warnings
 
+    hide_transformer_engine_without_gpu()
     for category in (DeprecationWarning, FutureWarning):
         warnings.filterwarnings("error", category=category, module="megatron_s2")
     quiet_known_warnings()
@@ -319,6 +320,16 @@ def _serve() -> None:
         _end_together(group)
         Path(file).with_name("ended.txt").write_text(str(group[0].exitcode))
         print("done", flush=True)
+
+
+def hide_transformer_engine_without_gpu() -> None:
+    """Lets Megatron in this process not find it, as the training command does."""
+    import torch
+
+    from megatron_s2.training.patches import hide_transformer_engine
+
+    if not torch.cuda.is_available():
+        hide_transformer_engine()
 
 
 def _save_without_another_process() -> None:

@@ -4,17 +4,18 @@ Of the others, the command line is taken from the script, by stand-ins for the l
 the parser, our checks and Megatron's own validation, as on the machine that the recipe is for.
 """
 
-import os
 import re
 import shlex
 import subprocess
 import sys
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import pytest
 from megatron_arguments import parse, validate_on_gpus
 from megatron_run import ROOT, train_all
+from recipes import EXAMPLES, RANKS, RECIPES, environment, launch, split
 from waiting import PATIENCE
 
 from megatron_s2.layers.arguments import settings_from_args
@@ -22,57 +23,14 @@ from megatron_s2.training.arguments import validate_s2_args
 from megatron_s2.training.checks import check_paths
 from megatron_s2.training.environment import Environment, runnable_arguments
 
-EXAMPLES = ROOT / "examples"
-RECIPES = {
-    "tiny-cpu": EXAMPLES / "tiny-cpu" / "train.sh",
-    "one-gpu": EXAMPLES / "one-gpu" / "train.sh",
-    "slurm": EXAMPLES / "slurm" / "train.sbatch",
-}
-RANKS = {"one-gpu": 1, "slurm": 32}
 NVIDIA_CONTAINER = Environment(gpu=True, transformer_engine=True, apex=True)
 PLAIN_GPU = Environment(gpu=True, transformer_engine=False, apex=False)
-SLURM = {
-    "SLURM_SUBMIT_DIR": str(ROOT),
-    "SLURM_NNODES": "4",
-    "SLURM_GPUS_ON_NODE": "8",
-    "SLURM_JOB_ID": "4711",
-    "SLURM_JOB_NODELIST": "node[3-6]",
-}
-LAUNCHER = '#!/bin/bash\nprintf "%s\\n" "${0##*/}" "$@"\n'
-SCONTROL = "#!/bin/bash\nprintf 'node3\\nnode4\\nnode5\\nnode6\\n'\n"
-
-
-def environment(first_on_path: Path | None = None) -> dict[str, str]:
-    places = [first_on_path, Path(sys.executable).parent, os.environ["PATH"]]
-    return {**os.environ, **SLURM, "PATH": ":".join(str(place) for place in places if place)}
 
 
 @pytest.fixture
 def launched(tmp_path):
     """Runs a recipe with stand-ins for the launchers, and gives the words it would have launched."""
-    for name, script in {"torchrun": LAUNCHER, "srun": LAUNCHER, "scontrol": SCONTROL}.items():
-        (tmp_path / name).write_text(script)
-        (tmp_path / name).chmod(0o755)
-
-    def launch(recipe: str, *words: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            ["bash", str(RECIPES[recipe]), *words],
-            cwd=tmp_path,
-            env=environment(first_on_path=tmp_path),
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-        )
-
-    return launch
-
-
-def split(done: subprocess.CompletedProcess) -> tuple[list[str], list[str]]:
-    """The launcher's words and the training's."""
-    assert done.returncode == 0, done.stderr
-    words = done.stdout.splitlines()
-    script = words.index("scripts/pretrain_gpt.py")
-    return words[:script], words[script + 1 :]
+    return partial(launch, tmp_path)
 
 
 def accepted(argv: list[str], ranks: int, target: Environment = NVIDIA_CONTAINER) -> Namespace:

@@ -12,8 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from megatron_s2.hf import CACHE_ARGUMENT, NAME, PaddingMask, S2Cache, settings_of
+from megatron_s2.kernels.host_integers import copy_to_device
 from megatron_s2.kv_cache.cache import KVCache
-from megatron_s2.kv_cache.decode_step import copy_to_device, plan_step
+from megatron_s2.kv_cache.decode_step import plan_step
 
 
 def load_pretrained(directory: str | Path, dtype: str = "auto", *, needs_s2: bool = False) -> PreTrainedModel:

@@ -147,10 +147,12 @@ def _command_line(
 
 def _build(argv: list[str], stop: frozenset[int]) -> LoadedGPT:
     from megatron_s2.training.environment import Environment, runnable_arguments
-    from megatron_s2.training.patches import apply_patches
+    from megatron_s2.training.patches import apply_patches, hide_transformer_engine
 
     environment = Environment.detect()
     argv, _ = runnable_arguments(argv, environment)
+    if not environment.transformer_engine:
+        hide_transformer_engine()
     if not environment.gpu:
         from megatron_s2.training.cpu_runtime import enable_cpu_runtime
 

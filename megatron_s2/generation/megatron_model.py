@@ -10,8 +10,9 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_s2.errors import flag_name
+from megatron_s2.kernels.host_integers import copy_to_device
 from megatron_s2.kv_cache.cache import KVCache
-from megatron_s2.kv_cache.decode_step import copy_to_device, plan_step
+from megatron_s2.kv_cache.decode_step import plan_step
 from megatron_s2.layers.core_attention import S2CoreAttention
 
 _POSITION_TYPES = ("learned_absolute", "rope", "yarn", "none")

@@ -14,7 +14,15 @@ from megatron_s2.kernels.triton_common import LOG2_E
 from megatron_s2.kernels.triton_pattern import KernelPattern
 from megatron_s2.kernels.tuning import Tiles, Tuning
 
-Program = tuple[int, ...]  # a row of p_tiles: see `query_program` and `key_program`
+
+class Programs(tuple):
+    """The programs of a launch, each a row of p_tiles: see `query_program` and `key_program`.
+
+    All layers share those of a micro-batch, and compare them by identity: there may be thousands.
+    """
+
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,7 @@ class KernelArgs:
     @property
     def documents(self) -> list[tuple[int, int]]:
         """Start and length of each document."""
-        return [(a, b - a) for a, b in self.packed or ((0, self.q.shape[1]),)]
+        return _documents(self.packed, self.q.shape[1])
 
     @cached_property
     def shard_tokens(self) -> list[int]:
@@ -67,7 +75,7 @@ class KernelArgs:
 
     def shard_tokens_of(self, length: int) -> list[int]:
         """`shard_tokens` of a document of `length` queries."""
-        return self.pattern.shard_tokens((self.q_start + length - 1) // self.pattern.block_size + 1)
+        return _shard_tokens(self.pattern, self.q_start, length)
 
     def tiles(self, kernel: str) -> Tiles:
         """Tiles of a kernel. With a mask, a tile lies in the one block whose list it reads: the rows of a
@@ -80,14 +88,18 @@ class KernelArgs:
             return replace(tiles, keys=min(tiles.keys, block))
         return replace(tiles, rows=min(tiles.rows, block))
 
-    def query_programs(self, rows: int) -> list[Program]:
+    def query_programs(self, rows: int) -> Programs:
         """One program per tile of `rows` queries. Tiles are aligned to absolute positions."""
-        first = self.q_start // rows
-        return [
-            (start, length, i)
-            for start, length in self.documents
-            for i in range(-(-(self.q_start + length) // rows) - first)
-        ]
+        return _query_programs(self.packed, self.q.shape[1], self.q_start, rows)
+
+    def shard_key_programs(self, keys: int) -> tuple[Programs, int]:
+        """One program per tile of `keys` shard tokens, and the shard tokens of a KV head in all documents."""
+        return _shard_key_programs(self.packed, self.q.shape[1], self.q_start, self.pattern, keys)
+
+    def key_programs(self, keys: int) -> Programs:
+        """One program per tile of `keys` tokens of the window source."""
+        seq_k = self.k.shape[1]
+        return _key_programs(self.packed, self.q.shape[1], seq_k, self.q_start, self.pattern, keys)
 
     # Keyword arguments. What depends on the call alone is computed once.
 
@@ -128,9 +140,9 @@ class KernelArgs:
             "scale": self.scale * LOG2_E.value,
         }
 
-    def program_args(self, programs: list[Program]) -> dict[str, object]:
+    def program_args(self, programs: Programs) -> dict[str, object]:
         """The table `p_tiles` of a packed batch."""
-        table = _on_device(tuple(programs), self.q.device) if self.packed else None
+        table = _on_device(programs, self.q.device) if self.packed else None
         return {"p_tiles": table, "PACKED": bool(self.packed)}
 
     def tile_args(self, tiles: Tiles) -> dict[str, object]:
@@ -140,6 +152,53 @@ class KernelArgs:
             "D": D, "DV": DV, "BD": padded(D), "BDV": padded(DV), "BLOCK": self.pattern.block_size,
             "BM": tiles.rows, "BN": tiles.keys, **compile_args(self.q.dtype, tiles),
         }  # fmt: skip
+
+
+def _documents(packed: tuple[tuple[int, int], ...], tokens: int) -> list[tuple[int, int]]:
+    return [(a, b - a) for a, b in packed or ((0, tokens),)]
+
+
+def _shard_tokens(pattern: KernelPattern, q_start: int, length: int) -> list[int]:
+    return pattern.shard_tokens((q_start + length - 1) // pattern.block_size + 1)
+
+
+@lru_cache(maxsize=64)
+def _query_programs(packed: tuple[tuple[int, int], ...], tokens: int, q_start: int, rows: int) -> Programs:
+    first = q_start // rows
+    return Programs(
+        (start, length, i)
+        for start, length in _documents(packed, tokens)
+        for i in range(-(-(q_start + length) // rows) - first)
+    )
+
+
+@lru_cache(maxsize=64)
+def _shard_key_programs(
+    packed: tuple[tuple[int, int], ...], tokens: int, q_start: int, pattern: KernelPattern, keys: int
+) -> tuple[Programs, int]:
+    programs, offset = [], 0
+    for start, length in _documents(packed, tokens):
+        count = max(_shard_tokens(pattern, q_start, length))
+        programs += [(start, length, i, offset) for i in range(-(-count // keys))]
+        offset += count
+    return Programs(programs), offset
+
+
+@lru_cache(maxsize=64)
+def _key_programs(
+    packed: tuple[tuple[int, int], ...],
+    tokens: int,
+    seq_k: int,
+    q_start: int,
+    pattern: KernelPattern,
+    keys: int,
+) -> Programs:
+    programs, offset = [], 0
+    for start, length in _documents(packed, tokens):
+        count = length if packed else seq_k
+        programs += [(start, length, i, offset) for i in range(-(-count // keys))]
+        offset += max(_shard_tokens(pattern, q_start, length))
+    return Programs(programs)
 
 
 def strides(name: str, x: Tensor | None, dims: str = "bth") -> dict[str, int]:
@@ -171,15 +230,26 @@ _CAPTURED: dict[int, Tensor] = {}  # tables that a CUDA graph reads, by address;
 
 
 def _on_device(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    table = _cached_table(rows, device)
+    table, copied = _cached_table(rows, device)
     if _is_capturing(device):
         _CAPTURED[table.data_ptr()] = table
+    elif copied is not None and not copied.query():
+        torch.cuda.current_stream(device).wait_event(copied)  # another stream may have started the copy
     return table
 
 
 @lru_cache(maxsize=256)
-def _cached_table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    return torch.tensor(rows, dtype=torch.int32, device=device)
+def _cached_table(
+    rows: tuple[tuple[int, ...], ...], device: torch.device
+) -> tuple[Tensor, torch.cuda.Event | None]:
+    """A table on the device, and an event after its copy, for which the host does not wait."""
+    if device.type != "cuda" or _is_capturing(device):  # a graph would copy again from memory that is free
+        return torch.tensor(rows, dtype=torch.int32, device=device), None
+    with torch.cuda.device(device):
+        table = torch.tensor(rows, dtype=torch.int32, pin_memory=True).to(device, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+    return table, copied
 
 
 def _is_capturing(device: torch.device) -> bool:

@@ -254,14 +254,10 @@ def launch_dkv_shard(args: KernelArgs, dout: Tensor, lse: Tensor, delta: Tensor)
     """
     batch, _, kv_heads, _ = args.k.shape
     tiles = args.tiles("dkv")
-    programs, offset = [], 0
-    for start, length in args.documents:
-        tokens = max(args.shard_tokens_of(length))
-        programs += [(start, length, i, offset) for i in range(-(-tokens // tiles.keys))]
-        offset += tokens
+    programs, tokens = args.shard_key_programs(tiles.keys)
     longest = max(length for _, length in args.documents)
     splits = args.tuning.splits(len(programs) * batch * kv_heads, longest) if programs else 0
-    shape = [offset, kv_heads] if args.k_shard is None else [sum(args.shard_tokens), 1]
+    shape = [tokens, kv_heads] if args.k_shard is None else [sum(args.shard_tokens), 1]
     dks, dvs = (
         args.q.new_empty(splits, batch, *shape, x.shape[-1], dtype=torch.float32) for x in (args.k, args.v)
     )
@@ -292,11 +288,7 @@ def launch_dkv_window(
     """
     batch, seq_k, kv_heads, _ = args.k.shape
     tiles = args.tiles("dkv")
-    programs, offset = [], 0
-    for start, length in args.documents:
-        keys = length if args.packed else seq_k
-        programs += [(start, length, i, offset) for i in range(-(-keys // tiles.keys))]
-        offset += max(args.shard_tokens_of(length))
+    programs = args.key_programs(tiles.keys)
     dks, dvs = parts or (None, None)
     s2_bwd_kernel_dkv_window[(len(programs), batch * kv_heads)](
         **args.query_args, **args.window_args, **args.pattern_args, seq_k=seq_k,

@@ -59,7 +59,8 @@ class TritonSlice(SequenceSlice):
         else:
             for grad, parts in zip((dk, dv), launch_dkv_shard(args, dout, lse, delta)):
                 for (start, _), part in zip(self.shards, parts[:, :, :, 0].split(args.shard_tokens, 2)):
-                    grad[:, start : start + part.shape[2]] += part.sum(0)
+                    for split in part:  # one by one: their sum would take memory
+                        grad[:, start : start + split.shape[1]] += split
 
     def _delta(self, dout: Tensor, out: Tensor, lse: Tensor) -> Tensor:
         """delta of both sources, computed once: it depends on the merged results."""

@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron_s2.kernels.host_integers import copy_to_device
+
 
 @dataclass(frozen=True)
 class DecodeStep:
@@ -81,16 +83,3 @@ def _plan(
             list(rows), list(cache.lengths), kept[n], row_index, slot_tables[n], kept_tables[n]
         )
     return copies
-
-
-def copy_to_device(device: torch.device, *tables: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Returns tables of whole numbers as int64 tensors on a device, in one copy that the host does not wait
-    for."""
-    flat = torch.tensor(
-        [number for table in tables for row in table for number in row],
-        dtype=torch.int64,
-        pin_memory=device.type == "cuda",
-    ).to(device, non_blocking=True)
-    shapes = [(len(table), len(table[0])) for table in tables]
-    parts = flat.split([rows * columns for rows, columns in shapes])
-    return [part.view(shape) for part, shape in zip(parts, shapes)]

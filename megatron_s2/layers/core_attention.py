@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +19,7 @@ from torch import Tensor
 from megatron_s2.kernels import s2_attention
 from megatron_s2.kv_cache.cache import KVCache
 from megatron_s2.kv_cache.cached_attention import cached_attention
+from megatron_s2.layers.packed_row import packed_row
 from megatron_s2.parallel.collectives import ContextParallelGroup, Traffic
 from megatron_s2.parallel.context_parallel_attention import context_parallel_attention
 from megatron_s2.parallel.cost import AttentionCall
@@ -177,19 +177,16 @@ class S2CoreAttention(MegatronModule):
     def _packed(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedSeqParams) -> Tensor:
         if packed.qkv_format != "thd":
             raise ValueError(f"qkv_format {packed.qkv_format}: must be thd")
-        if not hasattr(packed, "s2_boundaries"):
-            # All layers of a micro-batch share this object, so the boundaries are copied to the host once.
-            padded = packed.cu_seqlens_q_padded
-            packed.s2_boundaries = (packed.cu_seqlens_q if padded is None else padded).tolist()
+        padded = packed.cu_seqlens_q_padded
+        row = packed_row(packed.cu_seqlens_q if padded is None else padded)
         if self.context_parallel is None:
-            return self._attend(q, k, v, cu_seqlens=packed.s2_boundaries).flatten(1)
+            return self._attend(q, k, v, cu_seqlens=row.edges).flatten(1)
         if not getattr(packed, "s2_zigzag_over_row", False):
             raise ValueError(
                 "packed_seq_params: must come from megatron_s2's entry point with context parallelism, which "
                 "splits the row of packed documents as one sequence"
             )
-        documents = tuple((a, b) for a, b in pairwise(packed.s2_boundaries) if a < b)
-        return self._attend_over_ranks(q[None], k[None], v[None], documents)[0].flatten(1)
+        return self._attend_over_ranks(q[None], k[None], v[None], row.documents)[0].flatten(1)
 
     def _attend_over_ranks(
         self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None

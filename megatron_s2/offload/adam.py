@@ -27,12 +27,18 @@ from typing import NamedTuple
 import torch
 
 from megatron_s2.offload.plan import ALIGNMENT
+from megatron_s2.optional_package import IMPORT_ERRORS
 
 # 16 MiB of float32 state and gradient: the weights are written while the masters are still in the last-level
 # cache, and a call costs little against it.
 CHUNK = 2**20
 BLOCK = 1024
-_EXTENSIONS = {"transformer_engine": "transformer_engine_torch", "apex": "amp_C"}
+# Modules to import, in order; the last has the kernel. Transformer Engine's package loads its extension from
+# where a plain import does not find it.
+_EXTENSIONS = {
+    "transformer_engine": ("transformer_engine.pytorch", "transformer_engine_torch"),
+    "apex": ("amp_C",),
+}
 _ELEMENTS_PER_BLOCK = 2**16  # that one block of those packages' kernels updates
 
 
@@ -205,10 +211,10 @@ def fused_update(package: str) -> Callable[..., None]:
     Raises:
         ValueError: the package or its CUDA extension is not installed.
     """
-    module = _EXTENSIONS[package]
     try:
-        multi_tensor_adam = import_module(module).multi_tensor_adam
-    except (ImportError, AttributeError, OSError) as error:
+        *_, extension = map(import_module, _EXTENSIONS[package])
+        multi_tensor_adam = extension.multi_tensor_adam
+    except (*IMPORT_ERRORS, AttributeError) as error:
         raise ValueError(f"--s2-offload-gpu-adam {package}: cannot be used here: {error}") from None
 
     def update(

@@ -124,6 +124,10 @@ class Executor:
         """Whether parameter `index` was flushed in the current step."""
         return index in self._gradients
 
+    def mark(self) -> Awaitable | None:
+        """Returns a mark of what the caller has begun on the device so far, for `flush`."""
+        return self._backend.mark()
+
     def flush(self, index: int, source: torch.Tensor, after: Awaitable | None = None) -> None:
         """Takes the final gradient of parameter `index`, once per step. What the CPU updates of it is copied
         to the host while the caller goes on; `step` or `skip` raises errors of the copy.
@@ -132,7 +136,7 @@ class Executor:
             source: as many elements as the weights, on the backend's device, of any float dtype; finished on
                 the current stream or at the end of `after`, and not changed before `step` or `skip` has
                 returned.
-            after: what finishes the source.
+            after: what finishes the source: a collective, or a mark that several gradients share.
 
         Raises:
             ValueError: the parameter was flushed before, or the source has other elements, another device, or
@@ -150,7 +154,8 @@ class Executor:
                 )
             if after is not None and not source.is_contiguous():
                 raise ValueError(f"flush of parameter {index}: must be contiguous with `after`")
-            gradient = _Gradient(source.detach().reshape(-1), self._backend.mark(after))
+            mark = self.mark() if after is None else after
+            gradient = _Gradient(source.detach().reshape(-1), mark)
             if not self._gradients:
                 self._queues.restart_clock()
             self._gradients[index] = gradient
@@ -184,7 +189,7 @@ class Executor:
                     f"step: gradients of {len(missing)} of {len(self._parameters)} parameters were not "
                     f"flushed, first {missing[0]}"
                 )
-            step = _Step(tuple(settings), gradient_scale, self._backend.mark(), self._store.version)
+            step = _Step(tuple(settings), gradient_scale, self.mark(), self._store.version)
             try:
                 self._store.save_changes()
                 self._submit(step)
@@ -357,7 +362,7 @@ class Executor:
 
     # Functions of tasks
 
-    def _run_after(self, mark: object, run: Callable[[], object]) -> None:
+    def _run_after(self, mark: Awaitable | None, run: Callable[[], object]) -> None:
         self._backend.wait(mark)
         run()
 
@@ -404,10 +409,10 @@ class Executor:
 
 
 class _Gradient(NamedTuple):
-    """A parameter's gradient `[n]`, finished at a mark of the backend."""
+    """A parameter's gradient `[n]`, finished at a mark of the backend or the end of a collective."""
 
     source: torch.Tensor
-    mark: object
+    mark: Awaitable | None
 
 
 @dataclass(frozen=True)
@@ -416,7 +421,7 @@ class _Step:
 
     settings: tuple[AdamWSettings, ...]
     gradient_scale: float
-    mark: object
+    mark: Awaitable | None
     version: int  # number of steps before this one
     updated: set[int] = field(default_factory=set)  # subgroups whose update has begun
 

@@ -5,12 +5,18 @@ The memory is mapped from the system and registered with CUDA (`cudaHostRegister
 that fork later, such as workers of a data loader, do not inherit it: the next update would copy each page
 that they share, which takes the memory twice, and a running transfer could end in the wrong copy (open(2)
 about O_DIRECT).
+
+Pages are huge where the system has such. They are on the NUMA node of the threads that write them first: for
+pinned memory, threads on any cores that this process may use. As in PyTorch's allocator, several threads
+fault the pages in and one call registers them: clearing takes the time, and copies cross any border.
 """
 
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +24,8 @@ import torch
 
 from megatron_s2.offload.adam import State
 from megatron_s2.offload.plan import GB
+
+FAULTING_THREADS = 16  # of a rank: more do not clear memory faster
 
 
 class HostSlice(NamedTuple):
@@ -44,9 +52,13 @@ class HostMemory:
         except OSError as error:
             raise RuntimeError(f"host memory: {size / GB:.3f} GB cannot be mapped: {error}") from error
         self._memory.madvise(mmap.MADV_DONTFORK)
+        with suppress(OSError):  # a kernel without huge pages
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
         self.size = size
         self.bytes = torch.frombuffer(self._memory, dtype=torch.uint8)  # [size]
         self._pinned = pinned
+        if pinned:
+            fault_in(self.bytes)
         if pinned and (code := int(torch.cuda.cudart().cudaHostRegister(self.address, size, 0))):
             raise RuntimeError(
                 f"host memory: {size / GB:.3f} GB cannot be pinned, CUDA error {code}; raise the limit of "
@@ -68,6 +80,16 @@ class HostMemory:
             torch.cuda.cudart().cudaHostUnregister(self.address)
             self._pinned = False
         self.bytes, self._memory = self.bytes.new_empty(0), None
+
+
+def fault_in(memory: torch.Tensor) -> None:
+    """Lets the system back zeroed memory, uint8 `[n]`, with pages now, by several threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(len(os.sched_getaffinity(0)), FAULTING_THREADS))
+    try:
+        memory[:: mmap.PAGESIZE].zero_()
+    finally:
+        torch.set_num_threads(before)
 
 
 def check_available(size: int, local_world_size: int, available: int) -> None:

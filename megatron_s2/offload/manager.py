@@ -10,22 +10,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from megatron_s2.offload.host_memory import available_bytes
+from megatron_s2.offload.model import Rates
+from megatron_s2.offload.node import Node
+from megatron_s2.offload.nvme import measure_bandwidth
 from megatron_s2.offload.optimizer import OffloadedAdamW
 from megatron_s2.offload.queues import AwaitedOnce
-from megatron_s2.offload.session import Session
+from megatron_s2.offload.rates import Hardware, cached_rates
+from megatron_s2.offload.session import OffloadError, Session
 from megatron_s2.offload.settings import OffloadSettings
 
 if TYPE_CHECKING:
     from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+STEPS_BETWEEN_CHECKS = 100  # a measurement of half a second costs little against so many steps
 # Attributes of parameters whose gradients Megatron sums again after their data-parallel reduction.
 _SUMMED_AGAIN = (
     "sequence_parallel",
@@ -67,19 +71,23 @@ class OffloadManager:
     Args:
         settings: the user's choices.
         rank: global rank of this process.
-        local_world_size: number of ranks on this node.
         log: function called with each status line.
+        detect_node: function that returns the node; called with the first optimizer, on all ranks.
     """
 
     def __init__(
         self,
         settings: OffloadSettings,
         rank: int,
-        local_world_size: int,
         log: Callable[[str], object] = print,
+        detect_node: Callable[[], Node] = Node.detect,
     ) -> None:
-        self._new_session = partial(Session, settings, rank, local_world_size, log)
-        self._rank, self._local_world_size = rank, local_world_size
+        self._settings, self._rank, self._log, self._detect_node = settings, rank, log, detect_node
+        self._node: Node | None = None
+        self._threads = 1
+        self._rates: Rates | None = None
+        self._shares: list[float] | None = None
+        self._constructed = self._begun = 0  # optimizers of Megatron, and calls of `begin_step`
         self._optimizers: list[OffloadedAdamW] = []
         self._early: dict[
             torch.nn.Parameter, _Shard
@@ -92,8 +100,21 @@ class OffloadManager:
     # Called by Megatron's hooks
 
     def register(self, optimizer: DistributedOptimizer) -> None:
-        """Registers a complete distributed optimizer, whose gradients are flushed once they are reduced."""
+        """Registers a complete distributed optimizer, whose gradients are flushed once they are reduced. With
+        the first one the ranks of each node measure its rates together: every rank of Megatron has one, if
+        only without parameters.
+
+        Raises:
+            OffloadError: a directory for state on NVMe cannot be used.
+        """
+        self._constructed += 1
+        if self._node is None:
+            self._node = self._detect_node()
+            self._threads = self._settings.cpu_threads or self._node.own_cores
+            self._measure()
         inner = optimizer.optimizer
+        if inner is None:
+            return
         self._optimizers.append(inner)
         for parameter, (group, order) in optimizer.model_param_group_index_map.items():
             self._master_of[parameter] = inner, inner.param_groups[group]["params"][order]
@@ -122,17 +143,23 @@ class OffloadManager:
             optimizer.forget_gradients()
             optimizer.build()
         self._scale = _GradientScale()
+        self._begun += 1
+        if self._constructed and self._begun % (STEPS_BETWEEN_CHECKS * self._constructed) == 0:
+            self._check_drift()
 
     def gradients_reduced(self, buckets: _ParamAndGradBucketGroup) -> None:
         """Flushes the gradients of a group of buckets whose reduction has begun, or ended where nothing
         overlaps."""
         if buckets.grad_reduce_handle is not None and not torch.cuda.is_available():
             buckets.grad_reduce_handle = AwaitedOnce(buckets.grad_reduce_handle)
-        for bucket in buckets.buckets:
-            for parameter in bucket.params_list:
-                if shard := self._early.get(parameter):
-                    gradient = parameter.main_grad.detach().view(-1)[shard.start : shard.stop]
-                    shard.optimizer.flush(shard.index, gradient, buckets.grad_reduce_handle)
+        parameters = [p for bucket in buckets.buckets for p in bucket.params_list if p in self._early]
+        if not parameters:
+            return
+        reduced = buckets.grad_reduce_handle or self._early[parameters[0]].optimizer.executor.mark()
+        for parameter in parameters:
+            shard = self._early[parameter]
+            gradient = parameter.main_grad.detach().view(-1)[shard.start : shard.stop]
+            shard.optimizer.flush(shard.index, gradient, reduced)
 
     def set_loss_scale(self, scale: float) -> None:
         """Sets the loss scale that the update divides gradients by. Only the first call of a step counts:
@@ -168,15 +195,22 @@ class OffloadManager:
         Raises:
             OffloadError, TierError: as `Session`.
         """
-        session = self._new_session(
+        session = Session(
+            self._settings,
+            self._rank,
+            self._node,
+            self._threads,
+            self._log,
             optimizer.parameters,
             optimizer.elements,
             share=optimizer.elements / sum(one.elements for one in self._optimizers),
             available=self._available,
+            rates=self._rates,
+            shares=self._shares,
             late_reason=self._late_reason,
             traced=self._rank == 0 and optimizer is self._optimizers[0],
         )
-        self._available -= session.executor.plan.host_bytes * self._local_world_size
+        self._available -= session.executor.plan.host_bytes * self._node.ranks
         return session
 
     def close(self) -> None:
@@ -185,6 +219,35 @@ class OffloadManager:
             optimizer.close()
         self._optimizers.clear()
         self._early.clear()
+
+    # Rates, together with the other ranks of this node
+
+    def _measure(self, remeasure: bool = False) -> None:
+        """Measures what an automatic fraction, predictions and the placement on NVMe need."""
+        settings, node = self._settings, self._node
+        predicts = settings.gpu_fraction is None or settings.trace is not None
+        directories = settings.nvme_dirs if predicts or len(settings.nvme_dirs) > 1 else ()
+        try:
+            bandwidths = [measure_bandwidth(directory, node) for directory in directories]
+        except ValueError as error:
+            raise OffloadError(str(error)) from error
+        self._shares = [min(bandwidth) for bandwidth in bandwidths] or None
+        if predicts:
+            self._rates = cached_rates(Hardware.detect(self._threads, node.ranks), node, remeasure)
+        if predicts and bandwidths:
+            read, write = map(sum, zip(*bandwidths))
+            self._rates = replace(self._rates, nvme_read=read, nvme_write=write)
+
+    def _check_drift(self) -> None:
+        """Measures and plans again where steps of a rank no longer take as long as they used to."""
+        if self._settings.gpu_fraction is not None:
+            return
+        sessions = [session for one in self._optimizers if (session := one.build())]
+        drifted = [session.drifted() for session in sessions]
+        if any(self._node.exchange(any(drifted))):
+            self._measure(remeasure=True)
+            for session in sessions:
+                session.replan(self._rates)
 
 
 def _flag_of_unknown_end(optimizer: DistributedOptimizer) -> str | None:

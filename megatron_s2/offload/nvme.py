@@ -28,6 +28,7 @@ import torch
 
 from megatron_s2.offload.adam import State
 from megatron_s2.offload.host_memory import HostMemory, HostSlice
+from megatron_s2.offload.node import Node
 from megatron_s2.offload.plan import GB, GRADIENT_BYTES, STATE_BYTES
 
 MAGIC = b"megatron-s2 state"
@@ -285,9 +286,9 @@ def distribute(sizes: Sequence[int], shares: Sequence[float]) -> list[int]:
     return placement
 
 
-def measure_bandwidth(directory: str | Path, size: int = 2**28) -> Bandwidth:
-    """Measures the bandwidth of a directory with a file of `size` bytes, a multiple of 4096, which is gone
-    afterwards.
+def measure_bandwidth(directory: str | Path, node: Node, size: int = 2**28) -> Bandwidth:
+    """Measures the bandwidth that the slowest rank of the node has of a directory while all of them write, or
+    read, a file of `size` bytes, a multiple of 4096, which is gone afterwards. They call it together.
 
     Raises:
         ValueError: there is no such directory.
@@ -301,12 +302,14 @@ def measure_bandwidth(directory: str | Path, size: int = 2**28) -> Bandwidth:
         memory.bytes.fill_(1)
         with ThreadPoolExecutor(THREADS) as threads:
             for move in (file.write, file.read):
+                node.wait()
                 begin = time.perf_counter()
                 list(threads.map(lambda a, move=move: move(memory.view()[: size - a], a), offsets))
                 seconds.append(time.perf_counter() - begin)
     finally:
         file.close()
-    return Bandwidth(read=size / seconds[1], write=size / seconds[0])
+    write, read = (size / max(of_ranks) for of_ranks in zip(*node.exchange(seconds)))
+    return Bandwidth(read, write)
 
 
 def _record_bytes(size: int) -> int:

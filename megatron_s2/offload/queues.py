@@ -27,6 +27,7 @@ import torch
 from megatron_s2.offload.trace import Event
 
 ON_DEVICE = ("h2d", "d2h", "gpu")  # queues with a CUDA stream
+POLL_SECONDS = 5e-4  # short against the reduction and the copy of a bucket, milliseconds each
 
 
 class HazardError(RuntimeError):
@@ -71,7 +72,10 @@ class Task:
 
 
 class Awaitable(Protocol):
-    """An operation in progress, such as an asynchronous collective of `torch.distributed`."""
+    """An operation in progress, such as an asynchronous collective of `torch.distributed`, or a mark.
+
+    On a GPU a collective must have `is_completed`, or `works` that have it.
+    """
 
     def wait(self) -> object:
         """Makes the current stream, or this thread, wait for the end. Several threads may call it."""
@@ -107,25 +111,29 @@ class ThreadBackend:
         """Context in which a task's function runs; at its end everything that the function began is done."""
         yield
 
-    def mark(self, after: Awaitable | None = None) -> Awaitable | None:
-        """Returns a mark of what the caller has begun on the device so far, or of the end of `after`."""
-        return after
+    def mark(self) -> Awaitable | None:
+        """Returns a mark of what the caller has begun on the device so far."""
+        return None
 
     def wait(self, mark: Awaitable | None) -> None:
-        """Makes what a task begins from here on wait for a mark."""
+        """Waits for a mark, or for the end of an operation, before the task begins anything else."""
         if mark is not None:
             mark.wait()
 
 
 class CudaBackend(ThreadBackend):
-    """Runs the tasks of h2d, d2h and gpu on a CUDA stream each. The worker waits for the end of what it
-    launched: 10 or 20 us against the milliseconds of a transfer, and order and hazards are those of the
-    threads."""
+    """Runs the tasks of h2d, d2h and gpu on a CUDA stream each.
+
+    Workers wait, streams never do: a worker launches nothing before what it needs is done, and then waits for
+    the end of what it launched. That costs 10 or 20 us against the milliseconds of a transfer, and order and
+    hazards are those of the threads. A wait launched on a stream could also hold up backward: with
+    CUDA_DEVICE_MAX_CONNECTIONS=1 all streams share one hardware queue, where a wait for a reduction that has
+    not ended blocks every later launch.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._streams = {queue: torch.cuda.Stream(device) for queue in ON_DEVICE}
-        self._waiting = torch.cuda.Stream(device)
 
     @contextmanager
     def context(self, task: Task) -> Iterator[None]:
@@ -138,22 +146,21 @@ class CudaBackend(ThreadBackend):
             try:
                 yield
             finally:
-                done = torch.cuda.Event(blocking=True)
-                done.record(stream)
-                done.synchronize()
+                self.mark().synchronize()
 
-    def mark(self, after: Awaitable | None = None) -> torch.cuda.Event:
-        point = torch.cuda.Event()
-        if after is None:
-            point.record(torch.cuda.current_stream(self.device))
-            return point
-        with torch.cuda.device(self.device), torch.cuda.stream(self._waiting):
-            after.wait()  # makes the stream wait, not this thread
-            point.record(self._waiting)
+    def mark(self) -> torch.cuda.Event:
+        point = torch.cuda.Event(blocking=True)
+        point.record(torch.cuda.current_stream(self.device))
         return point
 
-    def wait(self, mark: torch.cuda.Event) -> None:
-        torch.cuda.current_stream(self.device).wait_event(mark)
+    def wait(self, mark: torch.cuda.Event | Awaitable) -> None:
+        if isinstance(mark, torch.cuda.Event):
+            mark.synchronize()
+            return
+        # The `wait` of a collective is one on the stream. Where it failed, Megatron's own gets the error.
+        works = getattr(mark, "works", [mark])
+        while not all(work.is_completed() for work in works):
+            time.sleep(POLL_SECONDS)
 
 
 def default_backend() -> ThreadBackend:

@@ -1,8 +1,9 @@
-"""The rates of this machine: measured with all queues at work, and kept in a cache file.
+"""The rates of this machine: measured with all queues of all its ranks at work, and kept in a cache file.
 
 Copies and CPU updates share host memory, so rates measured one by one could not be reached together. Each
-queue works in a thread of its own for the same short time. Without a GPU its queues are threads too, which
-copy and update in host memory, as the executor does there. NVMe directories are measured in `nvme.py`.
+queue works in a thread of its own for the same short time, on all ranks of the node at once; the slowest rank
+counts, since all wait for it in each step. Without a GPU its queues are threads too, which copy and update in
+host memory, as the executor does there. NVMe directories are measured in `nvme.py`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import torch
 from megatron_s2.cache_file import cache_file_name, cache_folder, read_cache_file, write_cache_file
 from megatron_s2.offload.adam import AdamWSettings, State, update_on_cpu, update_on_gpu
 from megatron_s2.offload.model import Rates
+from megatron_s2.offload.node import Node
+from megatron_s2.offload.queues import Task, ThreadBackend, default_backend
 
 MEASURED_SECONDS = 0.5
 MEASURED_ELEMENTS = 2**22  # 64 MiB of state and gradient for each queue: far more than caches hold
@@ -54,20 +57,30 @@ class Hardware:
         return cache_file_name(_WHAT, asdict(self))
 
 
-def cached_rates(hardware: Hardware, remeasure: bool = False) -> Rates:
-    """Returns the rates kept in the cache file of this hardware, or measures and keeps them.
+def cached_rates(hardware: Hardware, node: Node, remeasure: bool = False) -> Rates:
+    """Returns the rates in the cache file of this hardware, or measures and keeps them. All ranks of the node
+    call it together; the first one reads and writes the file.
 
     Args:
         hardware: `Hardware.detect(…)`.
         remeasure: whether to measure whatever the file says, as after a drift.
     """
-    path = cache_folder() / hardware.file_name
-    cached = None if remeasure else read_cache_file(path, lambda content: Rates(**content["rates"]), _WHAT)
-    if cached is not None:
+    path, first = cache_folder() / hardware.file_name, node.index == 0
+    cached = None
+    if first and not remeasure:
+        cached = read_cache_file(path, lambda content: Rates(**content["rates"]), _WHAT)
+    if (cached := node.exchange(cached)[0]) is not None:
         return cached
-    rates = measure_rates(hardware.threads)
-    write_cache_file(path, {"hardware": asdict(hardware), "rates": asdict(rates)}, _WHAT)
+    rates = slowest(node.exchange(measure_rates(hardware.threads, ready=node.wait)))
+    if first:
+        write_cache_file(path, {"hardware": asdict(hardware), "rates": asdict(rates)}, _WHAT)
     return rates
+
+
+def slowest(of_ranks: Sequence[Rates]) -> Rates:
+    """Returns the lowest of each rate that the ranks have."""
+    columns = {name: [getattr(rates, name) for rates in of_ranks] for name in asdict(of_ranks[0])}
+    return Rates(**{name: None if None in column else min(column) for name, column in columns.items()})
 
 
 def drifted(usual_seconds: float, measured_seconds: Sequence[float]) -> bool:
@@ -81,7 +94,10 @@ def usual_step(measured_seconds: Sequence[float]) -> float:
 
 
 def measure_rates(
-    threads: int, seconds: float = MEASURED_SECONDS, elements: int = MEASURED_ELEMENTS
+    threads: int,
+    seconds: float = MEASURED_SECONDS,
+    elements: int = MEASURED_ELEMENTS,
+    ready: Callable[[], object] = lambda: None,
 ) -> Rates:
     """Measures what each queue gets done while all of them work.
 
@@ -89,44 +105,58 @@ def measure_rates(
         threads: number of PyTorch's threads for CPU updates (and copies, where there is no GPU).
         seconds: duration of the measurement.
         elements: parameters of one update, a multiple of `ALIGNMENT`; a copy has as many float32 values.
+        ready: called when all is allocated and warm, and returns when the measurement may begin.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        backend = default_backend()
         work = {
             "cpu": (_updates(torch.device("cpu"), elements), elements),
-            "gpu": (_updates(device, elements), elements),
-            "h2d": (_copies(device, elements, up=True), 4 * elements),
-            "d2h": (_copies(device, elements, up=False), 4 * elements),
+            "gpu": (_updates(backend.device, elements), elements),
+            "h2d": (_copies(backend.device, elements, up=True), 4 * elements),
+            "d2h": (_copies(backend.device, elements, up=False), 4 * elements),
         }
-        return Rates(**_measure_together(work, seconds))
+        backend.wait(backend.mark())  # for the tensors' first values
+        return Rates(**_measure_together(work, backend, seconds, ready))
     finally:
         torch.set_num_threads(before)
 
 
-def _measure_together(work: dict[str, tuple[Callable[[], object], int]], seconds: float) -> dict[str, float]:
+def _measure_together(
+    work: dict[str, tuple[Callable[[], object], int]],
+    backend: ThreadBackend,
+    seconds: float,
+    ready: Callable[[], object],
+) -> dict[str, float]:
     """Returns amounts per second of functions that are called repeatedly, each in a thread of its own.
 
     Args:
-        work: each function with the amount of one call.
+        work: by queue, its function with the amount of one call.
+        backend, ready: where the functions run, and as for `measure_rates`.
     """
-    for once, _ in work.values():
-        once()  # warm-up
+
+    def run(queue: str, once: Callable[[], object]) -> None:
+        with backend.context(Task(queue, "measurement", once, (), (False, 0))):
+            once()
+
+    for queue, (once, _) in work.items():
+        run(queue, once)  # warm-up
+    ready()
     start = threading.Barrier(len(work))
 
-    def rate(once: Callable[[], object], amount: int) -> float:
+    def rate(queue: str, once: Callable[[], object], amount: int) -> float:
         start.wait()
         began, calls = time.perf_counter(), 0
         while (passed := time.perf_counter() - began) < seconds:
-            once()
+            run(queue, once)
             calls += 1
         return calls * amount / max(passed, seconds)
 
     with ThreadPoolExecutor(len(work)) as threads:
         try:
-            running = {name: threads.submit(rate, *what) for name, what in work.items()}
-            return {name: future.result() for name, future in running.items()}
+            running = {queue: threads.submit(rate, queue, *what) for queue, what in work.items()}
+            return {queue: future.result() for queue, future in running.items()}
         except BaseException:
             start.abort()  # else threads that have begun would wait forever for those that were not started
             raise
@@ -137,7 +167,7 @@ def _updates(device: torch.device, elements: int) -> Callable[[], object]:
     *state, gradient = (torch.full((elements,), 1e-3, device=device) for _ in range(4))
     weights = torch.empty(elements, dtype=torch.bfloat16, device=device)
     update = update_on_cpu if device.type == "cpu" else update_on_gpu
-    return _on_stream(lambda: update(State(*state), gradient, weights, AdamWSettings(lr=1e-5)), device)
+    return lambda: update(State(*state), gradient, weights, AdamWSettings(lr=1e-5))
 
 
 def _copies(device: torch.device, elements: int, up: bool) -> Callable[[], object]:
@@ -145,23 +175,7 @@ def _copies(device: torch.device, elements: int, up: bool) -> Callable[[], objec
     on_host = torch.zeros(elements, pin_memory=device.type == "cuda")
     on_device = torch.zeros(elements, device=device)
     source, target = (on_host, on_device) if up else (on_device, on_host)
-    return _on_stream(lambda: target.copy_(source, non_blocking=True), device)
-
-
-def _on_stream(once: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """Returns `once` on a stream of its own, with a wait for its end."""
-    if device.type != "cuda":
-        return once
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-
-    def on_stream() -> None:
-        # A new thread is on GPU 0, and going back there from a stream would create a context on it.
-        with torch.cuda.device(stream.device), torch.cuda.stream(stream):
-            once()
-        stream.synchronize()
-
-    return on_stream
+    return lambda: target.copy_(source, non_blocking=True)
 
 
 def _cpu_name() -> str:

@@ -6,7 +6,6 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 
@@ -14,17 +13,15 @@ from megatron_s2.offload.adam import AdamWSettings, fused_update, update_on_gpu
 from megatron_s2.offload.executor import Executor
 from megatron_s2.offload.host_memory import check_available
 from megatron_s2.offload.model import Rates
-from megatron_s2.offload.nvme import Bandwidth, measure_bandwidth
+from megatron_s2.offload.node import Node
 from megatron_s2.offload.plan import OffloadPlan, make_plan
 from megatron_s2.offload.queues import default_backend
-from megatron_s2.offload.rates import Hardware, cached_rates, drifted, usual_step
+from megatron_s2.offload.rates import DRIFT_STEPS, drifted, usual_step
 from megatron_s2.offload.rounding import rounding_note
 from megatron_s2.offload.settings import OffloadSettings
 from megatron_s2.offload.simulator import Simulation, auto_plan, simulate
 from megatron_s2.offload.state import Parameter
 from megatron_s2.offload.trace import of_update, shifted, write_trace
-
-STEPS_BETWEEN_CHECKS = 100  # a measurement of half a second costs little against so many steps
 
 
 class OffloadError(ValueError):
@@ -37,12 +34,15 @@ class Session:
     Args:
         settings: the user's choices.
         rank: global rank of this process.
-        local_world_size: number of ranks on this node.
+        node: the ranks of this node.
+        threads: number of threads of CPU updates.
         log: function called with each status line.
         parameters: the parameters in the flat state.
         elements: elements of the flat state, padding included.
         share: share of this rank's parameters, and so of its budgets.
         available: bytes of host memory that this node can give to all its ranks.
+        rates: rates of this rank, for an automatic fraction and for predictions; None without either.
+        shares: sizes of the directories' files relative to one another; None for equal ones.
         late_reason: why gradients leave after backward; None where they leave during backward.
         traced: whether this session writes the user's trace.
 
@@ -55,23 +55,30 @@ class Session:
         self,
         settings: OffloadSettings,
         rank: int,
-        local_world_size: int,
+        node: Node,
+        threads: int,
         log: Callable[[str], object],
         parameters: Sequence[Parameter],
         elements: int,
         share: float,
         available: int,
+        rates: Rates | None,
+        shares: Sequence[float] | None,
         late_reason: str | None,
         traced: bool,
     ) -> None:
-        self._settings, self._rank, self._local_world_size, self._log = settings, rank, local_world_size, log
-        self._threads = settings.threads(local_world_size)
+        self._settings, self._rank, self._log, self._rates = settings, rank, log, rates
         self._late_reason = late_reason
         self._trace = settings.trace if traced else None
         self._seconds: list[float] = []  # of the latest steps
         self._usual: float | None = None
         try:
-            self.executor = self._build(parameters, elements, share, available)
+            plan = self._plan(elements, share)
+            check_available(plan.host_bytes, node.ranks, available)
+            update = update_on_gpu if settings.gpu_adam == "triton" else fused_update(settings.gpu_adam)
+            self.executor = Executor(
+                plan, parameters, default_backend(), settings.nvme_dirs, shares, threads, update
+            )
         except ValueError as error:
             of_share = f" (for {share:.0%} of this rank's parameters)" if share < 1 else ""
             raise OffloadError(f"{error}{of_share}") from error
@@ -81,16 +88,32 @@ class Session:
         self.executor.set_masters()
 
     def step(self, settings: Sequence[AdamWSettings], gradient_scale: float) -> None:
-        """Runs a step of the executor; every `STEPS_BETWEEN_CHECKS` steps, checks their durations."""
+        """Runs a step of the executor, and takes its time."""
         begin = time.perf_counter()
         self.executor.step(settings, gradient_scale)
         self._seconds.append(time.perf_counter() - begin)
         step = settings[0].step
         if self._trace and step & (step - 1) == 0:  # a power of two
             self._write_trace(self._trace)
-        if len(self._seconds) == STEPS_BETWEEN_CHECKS:
-            self._check_drift()
-            self._seconds.clear()
+
+    def drifted(self) -> bool:
+        """Returns whether the steps since the last call take longer or less long than they used to."""
+        seconds, self._seconds = self._seconds, []
+        if len(seconds) < DRIFT_STEPS:
+            return False
+        if self._usual is None:
+            self._usual = usual_step(seconds)
+        return drifted(self._usual, seconds)
+
+    def replan(self, rates: Rates) -> None:
+        """Lets the GPU update the best fraction at new rates."""
+        self._rates, self._usual = rates, None
+        self.executor.plan = auto_plan(self.executor.plan, rates)
+        self._predicted = self._predict()
+        self._log(
+            f"megatron-s2: rank {self._rank}: optimizer steps drifted; rates measured again, the GPU "
+            f"now updates {self.executor.plan.fraction:.1%}"
+        )
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Returns a copy of state, see `Executor.read`. With an NVMe tier it is in a nameless file there,
@@ -113,9 +136,7 @@ class Session:
         """Ends the executor's threads, and frees all memory and the files on NVMe."""
         self.executor.close()
 
-    def _build(
-        self, parameters: Sequence[Parameter], elements: int, share: float, available: int
-    ) -> Executor:
+    def _plan(self, elements: int, share: float) -> OffloadPlan:
         settings = self._settings
         plan = make_plan(
             elements,
@@ -125,30 +146,7 @@ class Session:
             host_budget=None if settings.host_budget is None else int(settings.host_budget * share),
             nvme=bool(settings.nvme_dirs),
         )
-        predicts = settings.gpu_fraction is None or settings.trace is not None
-        bandwidths = (
-            self._bandwidths() if plan.tiers.nvme and (len(settings.nvme_dirs) > 1 or predicts) else []
-        )
-        self._rates = self._measure(bandwidths) if predicts else None
-        if settings.gpu_fraction is None:
-            plan = auto_plan(plan, self._rates)
-        check_available(plan.host_bytes, self._local_world_size, available)
-        shares = [min(bandwidth) for bandwidth in bandwidths] or None
-        update = update_on_gpu if settings.gpu_adam == "triton" else fused_update(settings.gpu_adam)
-        return Executor(
-            plan, parameters, default_backend(), settings.nvme_dirs, shares, self._threads, update
-        )
-
-    def _bandwidths(self) -> list[Bandwidth]:
-        return [measure_bandwidth(directory) for directory in self._settings.nvme_dirs]
-
-    def _measure(self, bandwidths: Sequence[Bandwidth], remeasure: bool = False) -> Rates:
-        hardware = Hardware.detect(self._threads, self._local_world_size)
-        rates = cached_rates(hardware, remeasure=remeasure)
-        if bandwidths:
-            read, write = sum(b.read for b in bandwidths), sum(b.write for b in bandwidths)
-            rates = replace(rates, nvme_read=read, nvme_write=write)
-        return rates
+        return auto_plan(plan, self._rates) if settings.gpu_fraction is None else plan
 
     def _predict(self) -> Simulation | None:
         if self._rates is None:
@@ -176,20 +174,3 @@ class Session:
             write_trace(path, {"predicted": predicted, "measured": measured})
         except OSError as error:
             self._log(f"megatron-s2: --s2-offload-trace {path}: not written: {error}")
-
-    def _check_drift(self) -> None:
-        """Measures and plans again where steps no longer take as long as they used to."""
-        if self._usual is None:
-            self._usual = usual_step(self._seconds)
-            return
-        if self._settings.gpu_fraction is not None or not drifted(self._usual, self._seconds):
-            return
-        plan: OffloadPlan = self.executor.plan
-        self._rates = self._measure(self._bandwidths() if plan.tiers.nvme else [], remeasure=True)
-        self.executor.plan = auto_plan(plan, self._rates)
-        self._predicted = self._predict()
-        self._usual = None
-        self._log(
-            f"megatron-s2: rank {self._rank}: optimizer steps drifted; rates measured again, the GPU "
-            f"now updates {self.executor.plan.fraction:.1%}"
-        )

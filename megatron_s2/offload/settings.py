@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 from megatron_s2.offload.plan import SUBGROUP_SIZE
@@ -17,10 +16,6 @@ class OffloadSettings:
     gpu_budget: int = 0  # bytes of one rank
     host_budget: int | None = None  # bytes of one rank; None: no limit
     nvme_dirs: tuple[str, ...] = ()  # one file of state in each; none without an NVMe tier
-    cpu_threads: int | None = None  # of one rank's CPU updates; None: its share of the cores
+    cpu_threads: int | None = None  # of one rank's CPU updates; None: its share of the node's cores
     gpu_adam: str = "triton"  # kernel of the GPU's updates, or transformer_engine, or apex
     trace: str | None = None  # file for the timeline of a step
-
-    def threads(self, local_world_size: int) -> int:
-        """Number of threads of one of `local_world_size` ranks on this node."""
-        return self.cpu_threads or max(len(os.sched_getaffinity(0)) // local_world_size, 1)

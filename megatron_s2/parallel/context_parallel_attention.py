@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from itertools import groupby
 
 import torch
@@ -22,7 +21,14 @@ from megatron_s2.kernels.numerics import compute_dtype, merge_sink, sink_gradien
 from megatron_s2.kernels.slice import SequenceSlice
 from megatron_s2.parallel.collectives import ContextParallelGroup
 from megatron_s2.parallel.cost import AttentionCall, ExchangeBytes, exchange_bytes, plan_heads
-from megatron_s2.parallel.gather_plan import Documents, GatherPlan, Range, plan_gather
+from megatron_s2.parallel.gather_plan import (
+    GROUP_TOKENS,
+    Documents,
+    GatherPlan,
+    HeadGroup,
+    QuerySlice,
+    plan_gather,
+)
 from megatron_s2.parallel.head_exchange import FromHeads, ToHeads
 from megatron_s2.parallel.head_plan import HeadPlan
 from megatron_s2.parallel.layout import Zigzag
@@ -41,6 +47,7 @@ def context_parallel_attention(
     sink_logits: Tensor | None = None,
     documents: Documents | None = None,
     backend: str = "auto",
+    group_tokens: int = GROUP_TOKENS,
 ) -> Tensor:
     """Causal S2 attention over a sequence whose tokens are spread over the ranks of a group (zigzag).
 
@@ -53,6 +60,8 @@ def context_parallel_attention(
         schedule: `gather` or `a2a`.
         softmax_scale, sink_logits, backend: as in `s2_attention`.
         documents: (start, stop) of each packed document in the whole sequence, at which the pattern restarts.
+        group_tokens: shard tokens, summed over KV heads, that `gather` moves at a time (`head_groups`); the
+            same on all ranks.
 
     Returns:
         `[batch, local_tokens, heads, v_head_dim]` in the dtype of `q`, differentiable.
@@ -71,13 +80,16 @@ def context_parallel_attention(
         head_dim=q.shape[3],
         v_head_dim=v.shape[3],
         element_size=q.element_size(),
+        group_tokens=group_tokens,
     )
     zigzag = call.zigzag
     documents = documents or ((0, zigzag.tokens),)
     if documents[-1][1] != zigzag.tokens:
         raise ValueError(f"documents {documents[-1:]}: must end at the sequence's {zigzag.tokens} tokens")
     scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
-    plan = plan_gather(pattern, zigzag, group.rank, documents) if schedule == "gather" else None
+    plan = None
+    if schedule == "gather":
+        plan = plan_gather(pattern, zigzag, group.rank, documents, group_tokens)
     if plan is None or len(documents) == 1:
         predicted = exchange_bytes(schedule, pattern, call, group.rank)
     else:
@@ -86,7 +98,11 @@ def context_parallel_attention(
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         group.traffic.predict(group.layer, predicted.backward_received)
     if plan is not None:
-        make_slice = partial(slice_class(choose_backend(backend, q, v)), pattern, scale)
+        backend_slice = slice_class(choose_backend(backend, q, v))
+
+        def make_slice(of_heads: S2Pattern, *positions) -> SequenceSlice:
+            return backend_slice(of_heads, scale, *positions)
+
         return _GatherAttention.apply(q, k, v, sink_logits, plan, make_slice, group)
     heads = plan_heads(pattern, call)
     return _attend_by_head(q, k, v, pattern, scale, sink_logits, documents, backend, heads, zigzag, group)
@@ -108,58 +124,56 @@ def _packed_bytes(plan: GatherPlan, kv_heads: int, call: AttentionCall) -> Excha
 
 
 class _GatherAttention(torch.autograd.Function):
+    """Gathers the shards of one group of heads after another, and returns their gradients in the same way, so
+    that the memory of the messages and gradients is that of one group."""
+
     @staticmethod
     def forward(ctx, q, k, v, sink_logits, plan, make_slice, group):
         shards = ShardExchange(group, plan, q.device)
         halo = shards.start_halo(k, v)
-        gathered = shards.start_gather(k, v)
-        compute = compute_dtype(q.dtype)
+        gathering = shards.start_gather(0, k, v)
+        compute, dims = compute_dtype(q.dtype), [k.shape[-1], v.shape[-1]]
         out = q.new_empty(*q.shape[:-1], v.shape[-1], dtype=compute)
         lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=compute)
 
         halo = shards.unpack_halo(halo.wait())
-        windows = shards.windows(k, v, halo)
-        for part, (a, b), kv in _slices(plan, make_slice, windows):
-            part.forward("window", q[:, a:b], *kv, out[:, a:b], lse[:, :, a:b])
-        shard = shards.unpack_shard(gathered.wait())
-        shard_kv = shard.split([k.shape[-1], v.shape[-1]], -1)
-        for part, (a, b), _ in _slices(plan, make_slice, windows):
-            part.forward("shard", q[:, a:b], *shard_kv, out[:, a:b], lse[:, :, a:b])
+        windows, gathered = shards.windows(k, v, halo), []
+        for n, heads in enumerate(_by_group(plan, make_slice, q.shape[2] // k.shape[2])):
+            heads.forward("window", q, windows, out, lse)
+            gathered.append(shards.unpack_shard(n, gathering.wait()))
+            # The next group arrives while attention over this one is computed.
+            gathering = shards.start_gather(n + 1, k, v) if n + 1 < len(plan.groups) else None
+            heads.forward("shard", q, gathered[n].split(dims, -1), out, lse)
 
         if sink_logits is not None:
             lse = merge_sink(out, lse, sink_logits)
         out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, sink_logits, out, lse, halo, shard)
+        ctx.save_for_backward(q, k, v, sink_logits, out, lse, halo, *gathered)
         ctx.make_slice, ctx.shards = make_slice, shards
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        q, k, v, sink_logits, out, lse, halo, shard = ctx.saved_tensors
-        make_slice, shards = ctx.make_slice, ctx.shards
-        plan = shards.plan
-        compute, dims = lse.dtype, [k.shape[-1], v.shape[-1]]
+        q, k, v, sink_logits, out, lse, halo, *gathered = ctx.saved_tensors
+        shards, compute = ctx.shards, lse.dtype
         dq = torch.zeros_like(q, dtype=compute)
-
+        query_side = dout, q, out, lse, dq
         windows = shards.windows(k, v, halo)
-        dshard = torch.zeros_like(shard, dtype=compute)
-        shard_kv, dshard_kv = shard.split(dims, -1), dshard.split(dims, -1)
-        slices = list(_slices(plan, make_slice, windows))
-        for part, (a, b), _ in slices:
-            inputs = dout[:, a:b], q[:, a:b], *shard_kv, out[:, a:b], lse[:, :, a:b]
-            part.backward("shard", *inputs, dq[:, a:b], *dshard_kv)
-        shard_grads = shards.start_shard_return(dshard.to(k.dtype))
-
         dwindows = [[torch.zeros_like(x, dtype=compute) for x in kv] for kv in windows]
-        for (part, (a, b), kv), (_, _, dkv) in zip(slices, _slices(plan, make_slice, dwindows)):
-            inputs = dout[:, a:b], q[:, a:b], *kv, out[:, a:b], lse[:, :, a:b]
-            part.backward("window", *inputs, dq[:, a:b], *dkv)
+        totals = []
+        for n, heads in enumerate(_by_group(shards.plan, ctx.make_slice, q.shape[2] // k.shape[2])):
+            packed = _shard_gradients(heads, shards, n, query_side, gathered[n], k.shape[-1])
+            returning = shards.start_shard_return(n, packed)
+            heads.backward("window", *query_side, windows, dwindows)
+            totals.append(shards.summed(n, returning.wait(), compute))
+            del packed, returning  # before the next group's
         halo_grads = shards.start_halo_return(dwindows, k.dtype)
 
         dk, dv = (torch.cat(chunks, 1) for chunks in zip(*shards.without_halos(dwindows)))
         shards.add_halo(halo_grads.wait(), dk, dv)
-        shards.add_shard(shard_grads.wait(), dk, dv)
+        for n, total in enumerate(totals):
+            shards.add_shard(n, total, dk, dv)
         dsinks = None
         if sink_logits is not None:
             delta = (dout.to(compute) * out).sum(-1).transpose(1, 2)
@@ -167,16 +181,74 @@ class _GatherAttention(torch.autograd.Function):
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks, None, None, None
 
 
-def _slices(
-    plan: GatherPlan, make_slice: Callable, windows: Sequence[KeysValues]
-) -> Iterator[tuple[SequenceSlice, Range, KeysValues]]:
-    """Yields each slice of the plan in the backend's form, the range of its queries, and its window."""
-    for s in plan.slices:
-        yield (
-            make_slice(s.q_start, s.q_stop, s.keys_start, plan.shards[s.document]),
-            (s.start, s.stop),
-            [x[:, slice(*s.keys)] for x in windows[s.chunk]],
-        )
+def _shard_gradients(
+    heads: _GroupSlices,
+    shards: ShardExchange,
+    group: int,
+    query_side: Sequence[Tensor],
+    gathered: Tensor,
+    head_dim: int,
+) -> Tensor:
+    """Returns the gradients of the gathered shards of a group as they are sent; adds to dq.
+
+    The float32 gradients are freed before they are sent.
+    """
+    dims = [head_dim, gathered.shape[-1] - head_dim]
+    dshard = torch.zeros_like(gathered, dtype=query_side[-1].dtype)
+    heads.backward("shard", *query_side, gathered.split(dims, -1), dshard.split(dims, -1))
+    return shards.pack_shard_gradients(group, dshard, gathered.dtype)
+
+
+class _GroupSlices:
+    """Attention of one group of heads: the slices of the plan in the backend's form.
+
+    Query-side tensors are those of all heads. Keys and values, and their gradients, are the windows of both
+    chunks with all heads, or the gathered shards of the group.
+    """
+
+    def __init__(self, plan: GatherPlan, group: HeadGroup, make_slice: Callable, query_heads: int) -> None:
+        self._heads = slice(*(g * query_heads for g in group.heads))
+        self._kv_heads = slice(*group.heads)
+        self._slices = [
+            (s, make_slice(group.pattern, s.q_start, s.q_stop, s.keys_start, group.shards(s.document)))
+            for s in plan.slices
+        ]
+
+    def forward(self, source: str, q: Tensor, kv: Sequence, out: Tensor, lse: Tensor) -> None:
+        h = self._heads
+        for s, attend in self._slices:
+            t = slice(s.start, s.stop)
+            attend.forward(source, q[:, t, h], *self._keys(source, s, kv), out[:, t, h], lse[:, h, t])
+
+    def backward(
+        self,
+        source: str,
+        dout: Tensor,
+        q: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dq: Tensor,
+        kv: Sequence,
+        dkv: Sequence,
+    ) -> None:
+        h = self._heads
+        for s, attend in self._slices:
+            t = slice(s.start, s.stop)
+            k, v = self._keys(source, s, kv)
+            dk, dv = self._keys(source, s, dkv)
+            attend.backward(
+                source, dout[:, t, h], q[:, t, h], k, v, out[:, t, h], lse[:, h, t], dq[:, t, h], dk, dv
+            )
+
+    def _keys(self, source: str, s: QuerySlice, kv: Sequence) -> KeysValues:
+        if source == "shard":
+            return kv
+        return [x[:, slice(*s.keys), self._kv_heads] for x in kv[s.chunk]]
+
+
+def _by_group(plan: GatherPlan, make_slice: Callable, query_heads: int) -> Iterator[_GroupSlices]:
+    """Yields the slices of each group of heads; `query_heads` is the number of them for a KV head."""
+    return (_GroupSlices(plan, group, make_slice, query_heads) for group in plan.groups)
 
 
 # ---------------------------------------------------------------------------------------------------------

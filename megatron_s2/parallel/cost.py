@@ -11,9 +11,11 @@ from functools import lru_cache
 
 import numpy as np
 
+from megatron_s2.parallel.gather_plan import GROUP_TOKENS, head_groups
 from megatron_s2.parallel.head_plan import HeadPlan, assign_heads
 from megatron_s2.parallel.layout import Zigzag
 from megatron_s2.pattern import S2Pattern
+from megatron_s2.pattern.pair_counts import shard_sizes, visible_pairs
 
 SCHEDULES = ("gather", "a2a", "ring", "all_gather")
 
@@ -30,6 +32,7 @@ class AttentionCall:
         head_dim: elements per head of a query or key.
         v_head_dim: elements per head of a value.
         element_size: bytes per element.
+        group_tokens: shard tokens that `gather` moves at a time (`head_groups`).
 
     Raises:
         ValueError: a field is not positive, or `tokens` is not a multiple of 2 * ranks.
@@ -42,6 +45,7 @@ class AttentionCall:
     head_dim: int
     v_head_dim: int
     element_size: int
+    group_tokens: int = GROUP_TOKENS
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -130,7 +134,8 @@ def transfers(schedule: str, pattern: S2Pattern, call: AttentionCall, node_ranks
     token_bytes = call.key_value_bytes
     if schedule == "gather":
         halo = token_bytes * pattern.num_kv_heads * _halo_tokens(pattern, call.zigzag, node_ranks)
-        return Transfers(token_bytes * int(_shard_tokens(pattern, call.zigzag).max()), *halo)
+        width = sum(int(tokens.max()) for tokens in _group_shard_tokens(pattern, call))
+        return Transfers(token_bytes * width, *halo)
     nothing = np.zeros((2, call.ranks), dtype=np.int64)
     return Transfers(token_bytes * pattern.num_kv_heads * call.zigzag.local_tokens, nothing, nothing)
 
@@ -176,8 +181,10 @@ def key_value_tokens(schedule: str, pattern: S2Pattern, call: AttentionCall) -> 
     """
     zigzag, heads = call.zigzag, pattern.num_kv_heads
     if schedule == "gather":
-        halos = _per_rank(_edges(zigzag)[:-1] - _window_starts(pattern, zigzag))
-        return heads * (zigzag.local_tokens + halos) + _shard_tokens(pattern, zigzag).sum()
+        halos = _halo_of_rank(pattern, zigzag)
+        return heads * (zigzag.local_tokens + halos) + sum(
+            tokens.sum() for tokens in _group_shard_tokens(pattern, call)
+        )
     if schedule == "a2a":
         plan = plan_heads(pattern, call)
         return call.tokens * np.array([len(plan.kv_heads(rank)) for rank in range(call.ranks)])
@@ -193,6 +200,28 @@ def query_tokens(schedule: str, pattern: S2Pattern, call: AttentionCall) -> np.n
     return np.full(call.ranks, call.zigzag.local_tokens * call.query_heads)
 
 
+def gather_backward_bytes(pattern: S2Pattern, call: AttentionCall) -> np.ndarray:
+    """`[ranks]`, bytes that the backward of `gather` stores at its peak, beside what the forward kept.
+
+    The gradients of queries and windows are complete at the end and are summed in float32 (float64 for
+    float64 tensors), as is what other ranks return for the shards. The gradients of the shards of a group
+    of heads count twice: what a kernel returns is added to them, and the messages sent and received take no
+    more. The copies that a kernel makes of queries are not counted.
+    """
+    zigzag, size, accumulator = call.zigzag, call.element_size, max(call.element_size, 4)
+    token = call.batch * (call.head_dim + call.v_head_dim)
+    own = pattern.num_kv_heads * zigzag.local_tokens * token
+    windows = own + pattern.num_kv_heads * _halo_of_rank(pattern, zigzag) * token
+    queries = call.batch * call.head_dim * call.query_heads * zigzag.local_tokens
+    groups = _group_shard_tokens(pattern, call)
+    returned = sum(groups) * token
+    largest = max(int(tokens.sum()) for tokens in groups) * token
+
+    held = accumulator * (queries + windows + returned) + size * windows
+    results = accumulator * own + (size * (queries + own) if size < accumulator else 0)
+    return held + np.maximum(2 * accumulator * largest, results)
+
+
 @lru_cache(maxsize=256)
 def plan_heads(pattern: S2Pattern, call: AttentionCall) -> HeadPlan:
     """Returns the heads that each rank computes in the a2a schedule.
@@ -204,9 +233,11 @@ def plan_heads(pattern: S2Pattern, call: AttentionCall) -> HeadPlan:
     return assign_heads(pairs, call.query_heads, call.ranks)
 
 
-def _shard_tokens(pattern: S2Pattern, zigzag: Zigzag) -> np.ndarray:
-    """`[ranks]`, tokens of the shards of all KV heads that each rank owns."""
-    return _per_rank(sum(_chunk_shard_tokens(head, zigzag) for head in _single_heads(pattern)))
+def _group_shard_tokens(pattern: S2Pattern, call: AttentionCall) -> list[np.ndarray]:
+    """For each group of heads `[ranks]`, tokens of their shards that each rank owns."""
+    by_head = [_per_rank(_chunk_shard_tokens(head, call.zigzag)) for head in _single_heads(pattern)]
+    groups = head_groups(pattern, call.tokens, call.group_tokens)
+    return [sum(by_head[slice(*heads)]) for heads in groups]
 
 
 def _single_heads(pattern: S2Pattern) -> list[S2Pattern]:
@@ -232,34 +263,10 @@ def _edges(zigzag: Zigzag) -> np.ndarray:
     return np.arange(2 * zigzag.ranks + 1) * zigzag.chunk
 
 
-def _shard_sizes(head: S2Pattern, blocks: np.ndarray) -> np.ndarray:
-    """`head.shard_size(0, n)` for each n of `blocks`."""
-    strided = -(-(blocks - head.first_strided(0)) // head.strides[0])
-    return np.clip(blocks, 0, head.sink_blocks) + np.maximum(strided, 0)
-
-
 @lru_cache(maxsize=1024)
 def _chunk_pairs(head: S2Pattern, zigzag: Zigzag) -> np.ndarray:
-    """`[chunks]`, visible pairs of the queries of each chunk, for one query head.
-
-    The pairs of all queries before a position are those of the whole rows before it and of the row that it
-    cuts. All rows from j + L on see shard block j beyond their windows.
-    """
-    B, L, sinks = head.block_size, head.local_blocks, head.sink_blocks
-    first_strided, stride = head.first_strided(0), head.strides[0]
-    rows, cut = np.divmod(_edges(zigzag), B)
-
-    seen = _shard_sizes(head, rows - L)  # shard blocks that the last whole row sees beyond its window
-    seen_sinks = np.minimum(seen, sinks)
-    strided = seen - seen_sinks
-    positions = seen_sinks * (seen_sinks - 1) // 2 + strided * first_strided
-    positions += stride * (strided * (strided - 1) // 2)
-    ramp = np.minimum(rows, L)
-    window = ramp * (ramp - 1) // 2 + (rows - ramp) * (L - 1)
-    past = window + seen * (rows - L) - positions
-    past_of_cut = _shard_sizes(head, rows - L + 1) + np.minimum(rows, L - 1)
-    triangles = rows * (B * (B + 1) // 2) + cut * (cut + 1) // 2
-    return np.diff(B * B * past + B * cut * past_of_cut + triangles)
+    """`[chunks]`, visible pairs of the queries of each chunk, for one query head."""
+    return np.diff(visible_pairs(head, _edges(zigzag))[0])
 
 
 @lru_cache(maxsize=1024)
@@ -268,13 +275,18 @@ def _chunk_shard_tokens(head: S2Pattern, zigzag: Zigzag) -> np.ndarray:
     B = head.block_size
     whole = head.shard_prefix(0, head.num_blocks(zigzag.tokens) - 1)
     blocks, cut = np.divmod(_edges(zigzag), B)
-    size, with_cut = (np.minimum(_shard_sizes(head, blocks + more), whole) for more in (0, 1))
+    size, with_cut = (np.minimum(shard_sizes(head, blocks + more)[0], whole) for more in (0, 1))
     return np.diff(size * B + (with_cut - size) * cut)
 
 
 def _window_starts(pattern: S2Pattern, zigzag: Zigzag) -> np.ndarray:
     """`[chunks]`, the first position in the window of each chunk's first query."""
     return np.array([pattern.window_start(edge) for edge in _edges(zigzag)[:-1].tolist()])
+
+
+def _halo_of_rank(pattern: S2Pattern, zigzag: Zigzag) -> np.ndarray:
+    """`[ranks]`, tokens in the two halos of each rank, those from itself included."""
+    return _per_rank(_edges(zigzag)[:-1] - _window_starts(pattern, zigzag))
 
 
 def _halo_tokens(pattern: S2Pattern, zigzag: Zigzag, node_ranks: int) -> np.ndarray:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from megatron_s2.kernels.host_integers import copy_to_device
 from megatron_s2.parallel.collectives import ContextParallelGroup, Pending
 from megatron_s2.parallel.gather_plan import GatherPlan
 
@@ -17,20 +18,42 @@ KeysValues = Sequence[Tensor]  # keys and values of a chunk, or their gradients
 
 @dataclass(frozen=True)
 class _Indices:
-    """The index arrays of a `GatherPlan` as tensors on the device."""
+    """The indices of a `GatherPlan`, one by one, on the device; those of shards for each group of heads.
 
-    pack_units: Tensor
-    pack_heads: Tensor
-    unpack: Tensor
+    `pack_heads` has the KV head of each of `pack_units`, counted from the first head of all groups.
+    """
+
     send_units: Tensor
     halo_unpack: Tensor
+    pack_units: Sequence[Tensor]
+    unpack: Sequence[Tensor]
+    pack_heads: Sequence[Tensor]
 
 
 @lru_cache(maxsize=64)
 def _indices(plan: GatherPlan, device: torch.device) -> _Indices:
     # As many as `plan_gather` caches: plans of packed documents do not recur, and a backward keeps its own.
-    names = [field.name for field in fields(_Indices)]
-    return _Indices(*(torch.as_tensor(getattr(plan, name), device=device) for name in names))
+    groups = plan.groups
+    packs, unpacks = [group.pack for group in groups], [group.unpack for group in groups]
+    all_runs = [plan.send, plan.halo_unpack, *packs, *unpacks]
+    copies = copy_to_device(
+        device,
+        *(array for runs in all_runs for array in runs),
+        *(group.heads[0] + group.pack_heads for group in groups),
+    )
+    starts, lengths, heads = (
+        *(copies[i : 2 * len(all_runs) : 2] for i in (0, 1)),
+        copies[2 * len(all_runs) :],
+    )
+    send, halo, *shards = (_expand(*runs) for runs in zip(starts, lengths, [r.size for r in all_runs]))
+    heads = [x.repeat_interleave(n, output_size=runs.size) for x, n, runs in zip(heads, lengths[2:], packs)]
+    return _Indices(send, halo, shards[: len(groups)], shards[len(groups) :], heads)
+
+
+def _expand(starts: Tensor, lengths: Tensor, size: int) -> Tensor:
+    """`Runs.indices` on the device. `size` is known to the host, which therefore does not wait."""
+    offsets = starts - (lengths.cumsum(0) - lengths)
+    return offsets.repeat_interleave(lengths, output_size=size) + torch.arange(size, device=starts.device)
 
 
 class ShardExchange:
@@ -93,34 +116,42 @@ class ShardExchange:
             for grad, part in zip((dk, dv), rows.split(dims, -1)):
                 self._by_unit(grad)[:, units] += part.transpose(0, 1)
 
-    # Shards: one KV head of some tokens.
+    # Shards: one KV head of some tokens. `group` is the index of a group of heads.
 
-    def start_gather(self, k: Tensor, v: Tensor) -> Pending:
-        """Starts to gather the shards of all heads from `k` and `v` `[batch, local_tokens, kv_heads, …]`."""
-        units, heads = self._indices.pack_units, self._indices.pack_heads
+    def start_gather(self, group: int, k: Tensor, v: Tensor) -> Pending:
+        """Starts to gather the shards of a group from `k` and `v` `[batch, local_tokens, kv_heads, …]`."""
+        units, heads = self._indices.pack_units[group], self._indices.pack_heads[group]
         rows = torch.cat([self._by_unit(x)[:, units, :, heads] for x in (k, v)], -1)
-        padding = self.plan.width - len(rows)
+        padding = self.plan.groups[group].width - len(rows)
         return self._group.all_gather(torch.nn.functional.pad(rows, (0, 0) * 3 + (0, padding)))
 
-    def unpack_shard(self, gathered: Tensor) -> Tensor:
-        """Returns the shards of all heads, one after another, `[batch, tokens, head_dim + v_head_dim]`."""
-        return gathered[self._indices.unpack].transpose(0, 1).flatten(1, 2)
+    def unpack_shard(self, group: int, gathered: Tensor) -> Tensor:
+        """Returns the shards of a group, one after another, `[batch, tokens, head_dim + v_head_dim]`."""
+        return gathered[self._indices.unpack[group]].transpose(0, 1).flatten(1, 2)
 
-    def start_shard_return(self, dshard: Tensor) -> Pending:
-        """Starts to send the gradients of the shards to the ranks that own them.
+    def pack_shard_gradients(self, group: int, dshard: Tensor, dtype: torch.dtype) -> Tensor:
+        """Returns the gradients of `unpack_shard` ordered by the ranks that own them, in `dtype`."""
+        rows = self._by_unit(dshard).transpose(0, 1).to(dtype)
+        packed = rows.new_zeros(self._group.ranks * self.plan.groups[group].width, *rows.shape[1:])
+        packed[self._indices.unpack[group]] = rows
+        return packed
 
-        With the sum in `add_shard` this is a reduce-scatter that rounds once and adds in a fixed order.
+    def start_shard_return(self, group: int, packed: Tensor) -> Pending:
+        """Starts to send the gradients of the shards of a group to the ranks that own them.
+
+        With `summed` this is a reduce-scatter that rounds once and adds in a fixed order.
         """
-        rows = self._by_unit(dshard).transpose(0, 1)
-        width, ranks = self.plan.width, self._group.ranks
-        padded = rows.new_zeros(ranks * width, *rows.shape[1:])
-        padded[self._indices.unpack] = rows
-        return self._group.all_to_all(padded, [width] * ranks, [width] * ranks)
+        widths = [self.plan.groups[group].width] * self._group.ranks
+        return self._group.all_to_all(packed, widths, widths)
 
-    def add_shard(self, returned: Tensor, dk: Tensor, dv: Tensor) -> None:
-        """Adds the shard gradients that all ranks returned to `dk` and `dv`."""
-        units, heads = self._indices.pack_units, self._indices.pack_heads
-        total = returned.unflatten(0, (self._group.ranks, -1))[:, : len(units)].sum(0, dtype=dk.dtype)
+    def summed(self, group: int, returned: Tensor, dtype: torch.dtype) -> Tensor:
+        """Adds up the shard gradients that all ranks returned: `[owned units, batch, …]` in `dtype`."""
+        owned = len(self._indices.pack_units[group])
+        return returned.unflatten(0, (self._group.ranks, -1))[:, :owned].sum(0, dtype=dtype)
+
+    def add_shard(self, group: int, total: Tensor, dk: Tensor, dv: Tensor) -> None:
+        """Adds the result of `summed` to `dk` and `dv`."""
+        units, heads = self._indices.pack_units[group], self._indices.pack_heads[group]
         for grad, part in zip((dk, dv), total.split([dk.shape[-1], dv.shape[-1]], -1)):
             self._by_unit(grad)[:, units, :, heads] += part
 

@@ -27,6 +27,7 @@ import numpy as np
 from megatron_s2.parallel.cost import (
     AttentionCall,
     Transfers,
+    gather_backward_bytes,
     key_value_tokens,
     pair_counts,
     query_tokens,
@@ -106,6 +107,7 @@ class SchedulePlan:
             `gather` and `a2a` keep them for the backward.
         activation_bytes: largest size of the queries, outputs and log-sum-exps that a rank keeps for the
             backward.
+        backward_bytes: most that a rank stores during the backward beside both; known for `gather`.
         forward_seconds, backward_seconds: predicted time of the slowest rank.
     """
 
@@ -116,6 +118,7 @@ class SchedulePlan:
     imbalance: float
     key_value_bytes: int
     activation_bytes: int
+    backward_bytes: int | None
     forward_seconds: float
     backward_seconds: float
 
@@ -160,6 +163,7 @@ def plan_schedule(
         imbalance=counts.imbalance,
         key_value_bytes=int(keys.max()) * call.key_value_bytes,
         activation_bytes=int(queries.max()) * call.batch * per_query,
+        backward_bytes=int(gather_backward_bytes(pattern, call).max()) if schedule == "gather" else None,
         forward_seconds=forward,
         backward_seconds=backward,
     )

@@ -11,9 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from megatron_s2.pattern.s2_pattern import S2Pattern
 from megatron_s2.pattern.settings import S2Settings
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import ArrayLike
 
 
 @lru_cache(maxsize=1024)
@@ -63,9 +68,9 @@ class Annealing:
         """Returns the item of the current stage; a dense layer has a single stage."""
         return by_stage[min(self._stage, len(by_stage) - 1)]
 
-    def mean_pairs(self, seq_len: int) -> float:
+    def mean_pairs(self, lengths: ArrayLike) -> np.ndarray:
         """`S2Settings.mean_pairs` of the current stage."""
-        return _mean_pairs(self.settings, self._stage, seq_len)
+        return self.settings.mean_pairs_of(_narrowed(self.settings, self._stage), lengths)
 
     def progress(self) -> str | None:
         """Describes how far the current stage is from the target; None once the target is reached."""
@@ -99,7 +104,7 @@ class Annealing:
         return min(self.iteration() * self._last // self.steps, self._last)
 
 
-@lru_cache(maxsize=4096)
-def _mean_pairs(settings: S2Settings, stage: int, seq_len: int) -> float:
-    narrowed = [(stages(pattern)[stage], layers) for pattern, layers in settings.distinct_patterns]
-    return settings.mean_pairs_of(narrowed, seq_len)
+@lru_cache(maxsize=64)
+def _narrowed(settings: S2Settings, stage: int) -> list[tuple[S2Pattern, int]]:
+    """The distinct patterns of the S2 layers in a stage, each with the number of layers that have it."""
+    return [(stages(pattern)[stage], layers) for pattern, layers in settings.distinct_patterns]

@@ -7,10 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 from megatron_s2.pattern.block_pattern import dense_pairs
 from megatron_s2.pattern.s2_pattern import Coverage, S2Pattern
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import ArrayLike
 
 
 @dataclass(frozen=True)
@@ -96,14 +101,21 @@ class S2Settings:
         phases = [pattern.head_phases for pattern in patterns]
         return [(first_with[p], phases.count(p)) for p in dict.fromkeys(phases)]
 
-    def mean_pairs(self, seq_len: int) -> float:
-        """Mean number of query-key pairs of core attention per layer and head, on `seq_len` tokens."""
-        return _mean_pairs(self, seq_len)
+    def mean_pairs(self, lengths: ArrayLike) -> np.ndarray:
+        """Mean number of query-key pairs of core attention per layer and head, for each length in tokens."""
+        return self.mean_pairs_of(self.distinct_patterns, lengths)
 
-    def mean_pairs_of(self, patterns: Iterable[tuple[S2Pattern, int]], seq_len: int) -> float:
+    def mean_pairs_of(self, patterns: Iterable[tuple[S2Pattern, int]], lengths: ArrayLike) -> np.ndarray:
         """`mean_pairs` if the S2 layers had these patterns, each with the number of layers that have it."""
-        sparse = sum(layers * sum(pattern.visible_pairs(seq_len)) for pattern, layers in patterns)
-        dense = (self.num_layers - len(self.sparse_layers)) * dense_pairs(seq_len)
+        import numpy as np
+
+        from megatron_s2.pattern.pair_counts import visible_pairs
+
+        lengths = np.asarray(lengths, dtype=np.int64)
+        dense = (self.num_layers - len(self.sparse_layers)) * dense_pairs(lengths)
+        sparse = np.zeros_like(lengths)
+        for pattern, layers in patterns:
+            sparse += layers * visible_pairs(pattern, lengths.ravel()).sum(0).reshape(lengths.shape)
         return (sparse / self.num_kv_heads + dense) / self.num_layers
 
 
@@ -111,8 +123,3 @@ class S2Settings:
 PATTERN_FIELDS = tuple(
     name for name in S2Settings.__dataclass_fields__ if name not in ("num_layers", "num_kv_heads")
 )
-
-
-@lru_cache(maxsize=4096)
-def _mean_pairs(settings: S2Settings, seq_len: int) -> float:
-    return settings.mean_pairs_of(settings.distinct_patterns, seq_len)

@@ -18,6 +18,7 @@ _HEADINGS = (
     ("work", "max/mean"),
     ("keys, values", "held, MiB"),
     ("queries, out", "kept, MiB"),
+    ("backward", "peak, MiB"),
     ("predicted", "forward"),
     ("time", "backward"),
 )
@@ -69,6 +70,7 @@ def _row(name: str, plan: SchedulePlan | None, chosen: bool) -> list[str]:
         f"{plan.imbalance:.3f}",
         f"{plan.key_value_bytes / 2**20:.1f}",
         f"{plan.activation_bytes / 2**20:.1f}",
+        "-" if plan.backward_bytes is None else f"{plan.backward_bytes / 2**20:.1f}",
         time_text(plan.forward_seconds),
         time_text(plan.backward_seconds),
     ]

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from itertools import takewhile
 
+from megatron_s2.optional_package import IMPORT_ERRORS
+
 
 @dataclass(frozen=True)
 class Environment:
@@ -35,10 +37,9 @@ class Environment:
 
 
 def _imports(name: str) -> bool:
-    """Whether a package can be imported; one built for another CUDA or torch raises other errors."""
     try:
         import_module(name)
-    except (ImportError, OSError, RuntimeError):
+    except IMPORT_ERRORS:
         return False
     return True
 
@@ -68,7 +69,9 @@ _WITHOUT_TRANSFORMER_ENGINE = (
     _Flag("--transformer-impl", "local"),
     _Flag("--no-rope-fusion"),  # Transformer Engine's kernel
 )
-_WITHOUT_APEX = (
+# Transformer Engine's layers need none of these, and accumulate weight gradients by kernels of their own. For
+# the LM head, which is Megatron's in both, see `accumulate_weight_gradients_without_apex` of `patches.py`.
+_LOCAL_WITHOUT_APEX = (
     _Flag("--no-persist-layer-norm"),  # not supported by torch's norms
     _Flag("--no-gradient-accumulation-fusion"),  # Apex's CUDA extension
     _Flag("--no-masked-softmax-fusion"),  # kernels that only Apex builds
@@ -142,14 +145,15 @@ def runnable_arguments(argv: Sequence[str], environment: Environment) -> tuple[l
     if not environment.transformer_engine:
         required += _WITHOUT_TRANSFORMER_ENGINE
         _refuse_recompute_modules(argv)
-        if not environment.apex:
-            required += _WITHOUT_APEX
-            _refuse_sequence_parallel(argv)
-            if given(argv, "--apply-layernorm-1p"):
-                raise ValueError(
-                    "--apply-layernorm-1p: needs the norms of Transformer Engine or Apex, "
-                    "and neither is here; remove it"
-                )
+    if not environment.apex:
+        if given(argv, "--defer-embedding-wgrad-compute"):
+            raise ValueError(
+                "--defer-embedding-wgrad-compute: needs Apex's extension for weight gradients, "
+                "and it is not here; remove it"
+            )
+        if not environment.transformer_engine or given(argv, "--transformer-impl") == "local":
+            required += _LOCAL_WITHOUT_APEX
+            _refuse_torch_norms(argv, environment)
 
     added: list[str] = []
     for flag in dict.fromkeys(required):
@@ -178,19 +182,23 @@ def _refuse_recompute_modules(argv: Sequence[str]) -> None:
                 )
 
 
-def _refuse_sequence_parallel(argv: Sequence[str]) -> None:
-    """Torch's norms do not support sequence parallelism, which Megatron checks only when it builds them."""
+def _refuse_torch_norms(argv: Sequence[str], environment: Environment) -> None:
+    """Refuses what torch's norms do not support, which Megatron checks only when it builds them."""
     tensor_parallel = given(argv, "--tensor-model-parallel-size") not in (None, "1")
-    if tensor_parallel and given(argv, "--sequence-parallel"):
-        raise ValueError(
-            "--sequence-parallel: needs the norms of Transformer Engine or Apex, "
-            "and neither is here; remove it"
-        )
+    for flag in ("--sequence-parallel", "--apply-layernorm-1p"):
+        if given(argv, flag) and (tensor_parallel or flag != "--sequence-parallel"):
+            reason = "and neither is here; remove it"
+            if environment.transformer_engine:
+                reason = "and --transformer-impl local has neither; remove one of the two flags"
+            raise ValueError(f"{flag}: needs the norms of Transformer Engine or Apex, {reason}")
 
 
 def describe(environment: Environment, added: Sequence[str]) -> str | None:
     """Returns a message about the flags that were added; None where the defaults of Megatron apply."""
     if not added:
         return None if environment.gpu else "megatron-s2: no GPU found, training on CPU (gloo)"
-    reason = "no Transformer Engine or Apex" if environment.gpu else "no GPU found, training on CPU (gloo)"
+    packages = {"Transformer Engine": environment.transformer_engine, "Apex": environment.apex}
+    reason = "no " + " or ".join(name for name, there in packages.items() if not there)
+    if not environment.gpu:
+        reason = "no GPU found, training on CPU (gloo)"
     return f"megatron-s2: {reason}; set: {' '.join(added)}"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -18,7 +19,6 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import (
     StragglerDetector,
-    flatten_batch_for_packed_sequences,
     get_attr_wrapped_model,
     get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
@@ -26,9 +26,12 @@ from megatron.core.utils import (
 from megatron.training import get_args, get_timers, get_tokenizer, training
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
+from megatron_s2.layers.packed_row import row_on_device
+
 # A loss of more than this many times the largest one so far is a spike (`--check-for-spiky-loss`).
 _SPIKE_FACTOR = 10
-_TENSORS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
+_OF_TOKENS = ("tokens", "labels", "loss_mask", "position_ids")
+_TENSORS = (*_OF_TOKENS, "attention_mask")
 _PACKING = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen")
 _straggler_timer = StragglerDetector()
 
@@ -63,7 +66,7 @@ def get_batch(data_iterator, vp_stage: int | None) -> Batch:
         return Batch()
 
     tp_rank = mpu.get_tensor_model_parallel_rank()
-    batch = None
+    batch, sample = None, {}
     if tp_rank == 0:
         sample = next(data_iterator)
         batch = {name: sample.get(name) for name in (*_TENSORS, *_PACKING)}
@@ -84,8 +87,12 @@ def get_batch(data_iterator, vp_stage: int | None) -> Batch:
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
     )
-    batch = flatten_batch_for_packed_sequences(batch)
-    packed = _packed_sequences(batch, args) if args.dataloader_inter_document_masking else None
+    packed = None
+    if args.dataloader_inter_document_masking:
+        # The loader's own tensor is on the host; other tensor-parallel ranks receive theirs on the device.
+        offsets = sample["cu_seqlens"] if tp_rank == 0 else batch["cu_seqlens"].cpu()
+        packed = packed_sequences(offsets.numpy(), args.seq_length)
+        batch |= {name: batch[name].view(1, -1) for name in _OF_TOKENS if batch[name] is not None}
     if not has_ends:
         return Batch(packed=packed)
     batch = get_batch_on_this_cp_rank(
@@ -97,23 +104,27 @@ def get_batch(data_iterator, vp_stage: int | None) -> Batch:
     return Batch(**{name: batch[name] for name in _TENSORS}, packed=packed)
 
 
-def _packed_sequences(batch: dict[str, torch.Tensor], args: Namespace) -> PackedSeqParams:
-    """Returns the document boundaries for attention, and counts the unpadded ones for the throughput."""
-    boundaries = batch["cu_seqlens"].squeeze(0)
-    padded = batch["cu_seqlens_padded"]
+def packed_sequences(offsets: np.ndarray, seq_length: int) -> PackedSeqParams:
+    """Returns the document boundaries of a micro-batch for attention, and counts them for the throughput.
+
+    The host keeps them beside the device's (`PackedRow`), so that no layer waits for the device.
+
+    Args:
+        offsets: `[batch, offsets]`, of the documents of each sample, from 0 to `seq_length`, which may recur.
+        seq_length: tokens per sample.
+    """
+    edges = (offsets + seq_length * np.arange(len(offsets))[:, None]).ravel()
+    edges = edges[np.diff(edges, prepend=-1) > 0]
+    boundaries = row_on_device(edges.tolist(), torch.device(torch.cuda.current_device()))
     training.update_seqlen_stats_from_cu_seqlens(boundaries)
-    if padded is not None:
-        boundaries = padded = padded.squeeze(0)
-    longest = int(batch["max_seqlen"].item())
+    longest = int(np.diff(edges).max())
     packed = PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=boundaries,
         cu_seqlens_kv=boundaries,
-        cu_seqlens_q_padded=padded,
-        cu_seqlens_kv_padded=padded,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
-        tokens_per_sample=args.seq_length,
+        tokens_per_sample=seq_length,
     )
     # Context parallelism splits the row as one sequence (`use_per_sequence_balancing` in `get_batch`).
     packed.s2_zigzag_over_row = True

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 
+from megatron_s2.layers.packed_row import packed_row
 from megatron_s2.offload.manager import OffloadManager
 from megatron_s2.offload.optimizer import OffloadedAdamW
 from megatron_s2.parallel.collectives import Traffic
@@ -55,9 +57,7 @@ def use_offload(offload: OffloadManager | None) -> None:
 
     def construct(original, self, inner, *args, **kwargs):
         original(self, inner, *args, **kwargs)
-        if inner is None:
-            return
-        for chunk in self.model_chunks:
+        for chunk in self.model_chunks if inner is not None else ():
             for parameter in chunk.parameters():
                 if getattr(parameter, "main_param", parameter) is None:
                     del parameter.main_param, parameter.main_param_sharded
@@ -157,8 +157,9 @@ def count_s2_flops(settings: S2Settings | Annealing) -> None:
     def update_visible(original, cu_seqlens):
         original(cu_seqlens)
         if cu_seqlens is not None and cu_seqlens.numel() > 1:
-            lengths = cu_seqlens.diff().tolist()
-            training._seqlen_stats_in_iteration[1] += sum(2 * settings.mean_pairs(n) - n * n for n in lengths)
+            lengths = np.diff(packed_row(cu_seqlens).edges)
+            more = 2 * settings.mean_pairs(lengths) - lengths * lengths
+            training._seqlen_stats_in_iteration[1] += float(more.sum())
 
     wrap_once(training, "num_floating_point_operations", count_visible)
     wrap_once(training, "update_seqlen_stats_from_cu_seqlens", update_visible)

@@ -86,7 +86,8 @@ def add_offload_args(parser: ArgumentParser) -> None:
     add(
         "--s2-offload-cpu-threads",
         type=int,
-        help="Threads of the CPU updates of each rank. Default: cores of the node divided by its ranks.",
+        help="Threads of the CPU updates of each rank. Default: the cores that it may use; ranks of the node "
+        "that may use the same ones divide them.",
     )
     add(
         "--s2-offload-gpu-adam",

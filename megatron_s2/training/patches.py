@@ -6,6 +6,7 @@ touches. Each function may be called twice. Entry points call `apply_patches` be
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
 import warnings
@@ -46,6 +47,7 @@ def apply_patches(cpu: bool) -> None:
     pass_rope_scaling_factor_on()
     log_the_loss_of_each_interval()
     end_without_saving_nowhere()
+    accumulate_weight_gradients_without_apex()
     if cpu:
         let_pretrain_start_without_cuda()
         skip_jit_warmup()
@@ -85,6 +87,19 @@ def quiet_known_warnings() -> None:
     logging.getLogger("torch.utils.cpp_extension").addFilter(
         lambda record: "No CUDA runtime is found" not in record.getMessage()
     )
+
+
+def hide_transformer_engine() -> None:
+    """Megatron uses Transformer Engine wherever it finds its package, even one that fails (seen in 0.19.2).
+
+    The final norm of `--transformer-impl local` is Transformer Engine's, too, and raises where there is no
+    GPU. And only an ImportError counts as "not installed": where a part of the installation is missing or has
+    another version, Transformer Engine's loader raises AssertionError, FileNotFoundError or RuntimeError,
+    which ends every import of Megatron. Here each import raises ImportError. Touches
+    `sys.modules["transformer_engine"]`. Call it before importing Megatron, where the environment has no
+    Transformer Engine that works.
+    """
+    sys.modules["transformer_engine"] = None
 
 
 def skip_compiling_dataset_helpers() -> None:
@@ -249,27 +264,36 @@ def skip_jit_warmup() -> None:
 
 
 def rotate_packed_tokens_of_a_row() -> None:
-    """Rotary embedding misplaces packed documents under context parallelism (seen in 0.19.2).
+    """Rotary embedding misplaces packed documents under context parallelism, and waits for the device and
+    rotates one document after another in every layer (seen in 0.19.2).
 
     It assumes that each document is split over the ranks on its own, but the batches of
     `--dataloader-inter-document-masking` split the row of all documents as one sequence
     (`use_per_sequence_balancing`), because documents have any length. Here each token gets the angle of its
-    position in its document. Touches `_apply_rotary_pos_emb_thd` of
-    `megatron.core.models.common.embeddings.rope_utils`, for more than one context-parallel rank.
+    position in its document, from one table for all layers, by the formula of Megatron's
+    `_apply_rotary_pos_emb_bshd`. Touches `_apply_rotary_pos_emb_thd` of
+    `megatron.core.models.common.embeddings.rope_utils`.
     """
     from megatron.core.models.common.embeddings import rope_utils
 
-    from megatron_s2.parallel.layout import Zigzag
+    from megatron_s2.layers.packed_row import packed_row
 
-    def rotate(original, t, cu_seqlens, freqs, *args, cp_group=None, **kwargs):
-        if cp_group is None or cp_group.size() == 1:
-            return original(t, cu_seqlens, freqs, *args, cp_group=cp_group, **kwargs)
-        zigzag = Zigzag(cp_group.size(), t.shape[0] * cp_group.size())
-        rows = [torch.arange(a, b, device=t.device) for a, b in zigzag.chunks(cp_group.rank())]
-        rows = torch.cat(rows)
-        starts = cu_seqlens[torch.searchsorted(cu_seqlens, rows, right=True) - 1]
-        rotated = rope_utils._apply_rotary_pos_emb_bshd(t[:, None], freqs[rows - starts], *args, **kwargs)
-        return rotated[:, 0]
+    def rotate(
+        original,
+        t,
+        cu_seqlens,
+        freqs,
+        rotary_interleaved=False,
+        mla_rotary_interleaved=False,
+        mscale=1.0,
+        cp_group=None,
+    ):
+        cos, sin = packed_row(cu_seqlens).rotary_table(cu_seqlens, freqs, t.dtype, mscale, cp_group)
+        x, rest = t[:, None].split([cos.shape[-1], t.shape[-1] - cos.shape[-1]], -1)
+        if mla_rotary_interleaved:
+            x = torch.cat([x[..., ::2], x[..., 1::2]], -1)
+        x = x * cos + rope_utils._rotate_half(x, rotary_interleaved) * sin
+        return torch.cat([x, rest], -1)[:, 0]
 
     wrap_once(rope_utils, "_apply_rotary_pos_emb_thd", rotate)
 
@@ -323,6 +347,32 @@ def end_without_saving_nowhere() -> None:
         original(iteration, *args, **kwargs)
 
     wrap_once(training, "save_checkpoint_and_time", save)
+
+
+def accumulate_weight_gradients_without_apex() -> None:
+    """A model of Transformer Engine's layers cannot be built without Apex (seen in 0.19.2).
+
+    Gradient accumulation fusion, which is on by default, stands for two things: kernels of Transformer Engine
+    in its own layers, and Apex's extension in Megatron's `ColumnParallelLinear`, which raises RuntimeError
+    without it. The LM head is one in every model, and the flag that turns the extension off turns those
+    kernels off, too. Here Megatron's own linear layers are built with the fusion off where the extension is
+    not installed; the configuration, which they keep, and all other layers are as they were. Touches
+    `__init__` of `ColumnParallelLinear`, and of `RowParallelLinear`, whose backward pass would raise, in
+    `megatron.core.tensor_parallel.layers`.
+    """
+    from megatron.core.tensor_parallel import layers
+
+    if layers._grad_accum_fusion_available:
+        return
+
+    def construct(original, self, *args, config, **kwargs):
+        unfused = copy.copy(config)
+        unfused.gradient_accumulation_fusion = False
+        original(self, *args, config=unfused, **kwargs)
+        self.config = config
+
+    wrap_once(layers.ColumnParallelLinear, "__init__", construct)
+    wrap_once(layers.RowParallelLinear, "__init__", construct)
 
 
 def let_resumes_change_the_learning_rate() -> None:

@@ -8,6 +8,7 @@
 #   tested   constraints.txt, in .venv (the default)
 #   oldest   constraints-oldest.txt, in .venv-oldest
 #   newest   the newest releases that setup.py allows, looked up once a day, in .venv-newest
+#   te       the tested ones and Transformer Engine, constraints-te.txt, in .venv-te
 #
 # PYTHON             the Python to make the environment with, instead of searching for one
 # MEGATRON_S2_VENV   absolute path of the environment; for .ci/run, which makes one from nothing
@@ -112,6 +113,10 @@ install_package() {
         tested) also=$(<"$ROOT/constraints.txt") versions=(--constraint "$ROOT/constraints.txt") ;;
         oldest) also=$(<"$ROOT/constraints-oldest.txt") versions=(--constraint "$ROOT/constraints-oldest.txt") ;;
         newest) also=$(date +%F) versions=(--upgrade --upgrade-strategy eager) ;;
+        te)
+            also=$(<"$ROOT/constraints.txt")$(<"$ROOT/constraints-te.txt")
+            versions=(--constraint "$ROOT/constraints.txt")
+            ;;
     esac
     checksum=$(printf '%s\n' "$(<"$ROOT/setup.py")" "$also" | cksum)
     if [[ -e $stamp && $(<"$stamp") == "$checksum" ]]; then return; fi
@@ -119,13 +124,47 @@ install_package() {
     touch "$VENV/.installing"
     trap 'exit 130' INT TERM # pip failing leaves a sound environment; pip interrupted does not
     if ! "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "${versions[@]}" \
-        --editable "$ROOT[$1]"; then
+        --editable "$ROOT[$1]" || { [[ $2 == te ]] && ! install_transformer_engine; }; then
         rm "$VENV/.installing"
         die "installing into $VENV failed, see above; run this again when that is fixed"
     fi
     trap - INT TERM
     printf '%s\n' "$checksum" >"$stamp"
     rm "$VENV/.installing"
+}
+
+# Installs Transformer Engine. Its extension for torch is compiled, because PyPI has no wheel of it, against the
+# headers that torch's packages and constraints-te.txt bring: that needs neither a GPU nor CUDA's compiler.
+install_transformer_engine() {
+    local extension packages sources status=0 pip=("$VENV/bin/python" -m pip --quiet --disable-pip-version-check)
+    type -P g++ >/dev/null || {
+        say "no g++, which compiles Transformer Engine; on Debian and Ubuntu: sudo apt install g++"
+        return 1
+    }
+    mapfile -t packages < <(grep '^[^#]' "$ROOT/constraints-te.txt" | grep -v '^transformer_engine_torch==')
+    extension=$(grep '^transformer_engine_torch==' "$ROOT/constraints-te.txt")
+    say "installing and compiling $extension (the first time: 3 minutes of one core, 4 GB of memory)"
+    "${pip[@]}" install --no-deps "${packages[@]}" || return 1
+    sources=$(mktemp -d)
+    compile_extension "$extension" "$sources" || status=1
+    rm -rf "$sources"
+    return $status
+}
+
+# Compiles $1 in the empty directory $2 and installs it. Its 33 source files, each of which would read all of
+# torch's headers, become one: that takes 3 minutes instead of 25.
+compile_extension() {
+    local file
+    "${pip[@]}" download --no-deps --no-binary :all: --no-build-isolation --dest "$2" "$1" &&
+        tar -xf "$2"/*.tar.gz --strip-components 1 -C "$2" || return 1
+    while IFS= read -r file; do
+        mv "$file" "$file.in"
+        printf '#include "%s"\n' "$file.in"
+    done < <(find "$2/csrc" -name '*.cpp' | sort) >"$2/all"
+    mv "$2/all" "$2/csrc/all.cpp"
+    # Without pip's cache, which would hand out an extension that was compiled for another torch.
+    NVTE_FRAMEWORK=pytorch NVTE_PYTORCH_FORCE_BUILD=TRUE NVTE_BUILD_USE_NVIDIA_WHEELS=1 NVTE_WITH_NCCL_EP=0 \
+        "${pip[@]}" install --no-deps --no-build-isolation --no-cache-dir "$2"
 }
 
 enter_environment() {

@@ -2,6 +2,7 @@
 
 import shlex
 from pathlib import Path
+from unittest import mock
 
 import torch
 from megatron_run import call_in_fork
@@ -9,7 +10,7 @@ from megatron_run import call_in_fork
 from megatron_s2 import pretrain
 from megatron_s2.training import forward_step as training_step
 
-_ONE_STEP = """
+ONE_STEP = """
     --micro-batch-size 1 --global-batch-size 1 --train-iters 1 --eval-iters 1 --eval-interval 1 --skip-train
     --lr 1e-3 --num-workers 0 --mock-data --tokenizer-type NullTokenizer --exit-on-missing-checkpoint
 """
@@ -38,7 +39,7 @@ class _ComputedError(Exception):
 
 @torch.no_grad()
 def run_all(flags: dict[str, list[str]], tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Returns the logits of each list of flags, and replaces the forward step of this process."""
+    """Returns the logits of each list of flags."""
     from megatron.training import training
 
     length = tokens.shape[1]
@@ -48,11 +49,11 @@ def run_all(flags: dict[str, list[str]], tokens: torch.Tensor) -> dict[str, torc
         later = torch.ones(1, 1, length, length).triu(1).bool()
         raise _ComputedError(model(tokens, positions, later).float())
 
-    training_step.forward_step = forward_step
     computed = {}
     for name, words in flags.items():
         try:
-            pretrain.train([*shlex.split(_ONE_STEP), "--seq-length", str(length), *words])
+            with mock.patch.object(training_step, "forward_step", forward_step):
+                pretrain.train([*shlex.split(ONE_STEP), "--seq-length", str(length), *words])
         except _ComputedError as end:
             computed[name] = end.logits
         training.destroy_global_state()

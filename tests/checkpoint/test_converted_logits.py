@@ -1,9 +1,13 @@
 """A converted model computes the same logits in Megatron, run by the user's command, as in transformers."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hf_models import CONFIGS, TINY, convert, edit_config, make_model
-from megatron_logits import logits
+from megatron_logits import ONE_STEP, logits, run_all
+from te_process import build, in_te_process
+from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
 S2 = ("--s2-attention", "--s2-block-size", "16", "--s2-local-blocks", "2", "--s2-vert-stride")
@@ -32,7 +36,7 @@ def sources(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def logits_in_megatron(sources, tokens, tmp_path_factory):
+def checkpoints(sources, tmp_path_factory):
     directory = tmp_path_factory.mktemp("megatron")
     outputs = {family: directory / str(number) for number, family in enumerate(sources)}
     for family, source in sources.items():
@@ -40,7 +44,12 @@ def logits_in_megatron(sources, tokens, tmp_path_factory):
     for family, strides in STRIDES.items():
         outputs[f"sparse {family}"] = directory / f"sparse-{len(outputs)}"
         convert("hf-to-megatron", sources[family], outputs[f"sparse {family}"], *S2, *strides)
-    return logits(outputs, tokens)
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def logits_in_megatron(checkpoints, tokens):
+    return logits(checkpoints, tokens)
 
 
 def logits_in_transformers(source, tokens, **options) -> torch.Tensor:
@@ -68,6 +77,33 @@ def test_logits_equal_those_of_transformers_sparse(sources, logits_in_megatron, 
     expected = logits_in_megatron[f"sparse {family}"][..., : TINY["vocab_size"]]
     torch.testing.assert_close(sparse, expected, rtol=1e-5, atol=1e-5)
     assert (sparse - logits_in_megatron[family][..., : TINY["vocab_size"]]).abs().max() > 1e-3
+
+
+def with_transformer_engine(checkpoint: Path) -> list[str]:
+    flags = (checkpoint / "resume.args").read_text().split()
+    return [*flags, "--load", str(checkpoint), "--no-rope-fusion"]  # nothing stands in for that kernel
+
+
+@pytest.mark.te
+def test_layers_of_transformer_engine_find_every_key(checkpoints):
+    for name, checkpoint in checkpoints.items():
+        words = [*ONE_STEP.split(), "--seq-length", str(LENGTH), *with_transformer_engine(checkpoint)]
+        built = in_te_process(build, words)
+        assert "TELayerNormColumnParallelLinear" in built.modules.values()
+        written = FileSystemReader(checkpoint / "release").read_metadata().state_dict_metadata
+        assert built.keys <= set(written), name
+        left = {key for key in written if not key.startswith("common_state")} - built.keys
+        assert all("core_attention._extra_state" in key for key in left), name
+
+
+@pytest.mark.te
+def test_layers_of_transformer_engine_compute_the_same(checkpoints, logits_in_megatron, tokens):
+    """Of the sparse models: nothing stands in for Transformer Engine's dense attention."""
+    sparse = {name: path for name, path in checkpoints.items() if name.startswith("sparse")}
+    flags = {name: with_transformer_engine(path) for name, path in sparse.items()}
+    computed = in_te_process(run_all, flags, tokens)
+    for name, logits_of_model in computed.items():
+        torch.testing.assert_close(logits_of_model, logits_in_megatron[name], rtol=1e-5, atol=1e-5)
 
 
 def test_padded_tokens_have_zero_logits(logits_in_megatron):

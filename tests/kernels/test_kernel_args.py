@@ -8,6 +8,9 @@ import torch
 
 import megatron_s2
 from megatron_s2.kernels import triton_args
+from megatron_s2.kernels.triton_args import KernelArgs
+from megatron_s2.kernels.triton_pattern import KernelPattern
+from megatron_s2.pattern import S2Pattern
 
 CPU = torch.device("cpu")
 
@@ -38,3 +41,21 @@ def test_a_table_that_a_cuda_graph_reads_is_never_dropped(monkeypatch):
         table_made(first)
     assert captured() is not None
     assert eager() is None
+
+
+def test_the_layers_of_a_packed_micro_batch_share_programs_and_tables():
+    """Other layers have other tensors, and patterns with other phases."""
+
+    def launched(layer: int) -> list[object]:
+        pattern = S2Pattern(num_kv_heads=2, block_size=16, local_blocks=2, vert_stride=4, layer=layer)
+        tensor = torch.empty(1, 300, 2, 16)
+        args = KernelArgs(
+            tensor, tensor, tensor, KernelPattern.of(pattern), 1.0, packed=((0, 7), (7, 190), (190, 300))
+        )
+        programs = [args.query_programs(32), args.key_programs(32), args.shard_key_programs(32)[0]]
+        return [*programs, *(args.program_args(of_launch)["p_tiles"] for of_launch in programs)]
+
+    first, again = launched(0), launched(2)
+    assert [len(programs) for programs in first[:3]] == [11, 11, 3]
+    assert all(table.tolist() == [list(row) for row in rows] for rows, table in zip(first[:3], first[3:]))
+    assert all(one is other for one, other in zip(first, again))

@@ -94,9 +94,9 @@ def plain_solution(steps: int = STEPS) -> dict[str, torch.Tensor]:
     return state
 
 
-def executor(tmp_path=None, *, delay=None, directories=1, gpu=False, **plan) -> Executor:
+def executor(tmp_path=None, *, delay=None, directories=1, gpu=False, backend=None, **plan) -> Executor:
     """Over the problem, with its masters set; closed by its caller."""
-    backend = CudaBackend(torch.device("cuda", 0)) if gpu else DelayedBackend(delay)
+    backend = backend or (CudaBackend(torch.device("cuda", 0)) if gpu else DelayedBackend(delay))
     weights = [x.to(backend.device) for x in weights_at_start()]
     parameters, elements = lay_out(weights, GROUPS)
     plan = make_plan(elements, **{"subgroup_size": 256} | plan)

@@ -352,13 +352,22 @@ def multi_tensor_adam(
         master.sub_(lr * (exp_avg / (1 - beta1**step) / denominator + weight_decay * master))
 
 
-@pytest.mark.parametrize(
-    "package, extension", [("transformer_engine", "transformer_engine_torch"), ("apex", "amp_C")]
-)
+@pytest.mark.parametrize("package", ["transformer_engine", "apex"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_other_packages_kernels_take_the_same_step(monkeypatch, package, extension, dtype):
-    """With a stand-in for the extension."""
-    monkeypatch.setitem(sys.modules, extension, SimpleNamespace(multi_tensor_adam=multi_tensor_adam))
+def test_other_packages_kernels_take_the_same_step(monkeypatch, package, dtype):
+    """With a stand-in for the extension, which Transformer Engine puts where only its own import finds it."""
+    stand_in = SimpleNamespace(multi_tensor_adam=multi_tensor_adam)
+    found = {"amp_C": stand_in}
+
+    def import_module(name):
+        if name == "transformer_engine.pytorch":
+            found["transformer_engine_torch"] = stand_in
+            return None
+        if name not in found:
+            raise ModuleNotFoundError(f"No module named {name!r}")
+        return found[name]
+
+    monkeypatch.setattr(adam, "import_module", import_module)
     generator = torch.Generator().manual_seed(0)
     state = State(*(torch.rand(640, generator=generator) for _ in range(3)))
     gradient = torch.randn(640, generator=generator).to(dtype)
@@ -373,3 +382,16 @@ def test_other_packages_kernels_take_the_same_step(monkeypatch, package, extensi
 def test_a_package_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="--s2-offload-gpu-adam apex: cannot be used here: No module named"):
         fused_update("apex")
+
+
+@pytest.mark.parametrize("error", [AssertionError, FileNotFoundError, RuntimeError])
+def test_a_package_that_is_installed_in_part_is_refused(monkeypatch, error):
+    """As the loader of Transformer Engine says it."""
+
+    def import_module(name):
+        raise error("version mismatch")
+
+    monkeypatch.setattr(adam, "import_module", import_module)
+    message = "^--s2-offload-gpu-adam transformer_engine: cannot be used here: version mismatch$"
+    with pytest.raises(ValueError, match=message):
+        fused_update("transformer_engine")

@@ -6,11 +6,13 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from itertools import product
 from types import SimpleNamespace
 
 import pytest
 import torch
+from one_channel import Channel, Collective
 from selection import exhaustive, thinned
 from steps import (
     ELEMENTS,
@@ -28,6 +30,7 @@ from steps import (
     state_of,
     take_steps,
 )
+from torch.distributed.distributed_c10d import _CoalescingManager
 from waiting import PATIENCE, wait_until
 
 from megatron_s2.offload.executor import Executor
@@ -163,6 +166,57 @@ def test_every_use_of_a_gradient_waits_for_what_finishes_it(build, truth, tiers,
             source = torch.full_like(gradient, torch.nan)
             one.flush(index, source, after=Late(source, gradient))
         one.step(settings_of(step), scale_of(step))
+    require_same(state_of(one), truth)
+
+
+@pytest.fixture
+def channel(monkeypatch):
+    one = Channel()
+    one.install(monkeypatch)
+    yield one
+    one.close()
+
+
+def coalesced(work: Collective) -> _CoalescingManager:
+    """The handle that Megatron has of the reductions of a bucket."""
+    handle = _CoalescingManager()
+    handle.append(work)
+    return handle
+
+
+def test_in_one_hardware_queue_a_wait_of_any_stream_holds_up_all_others(channel):
+    """What the next test's model is made for."""
+    reduction, kernels = Collective(channel, lambda: None), []
+    channel.launch(lambda: kernels.append("before"))
+    reduction.wait()
+    channel.launch(lambda: kernels.append("behind"))
+    channel.settle()
+    assert kernels == ["before"]
+    reduction.end()
+    channel.settle()
+    assert kernels == ["before", "behind"]
+
+
+@pytest.mark.parametrize("tiers", TIERS.values(), ids=TIERS)
+def test_backward_goes_on_while_gradients_wait_for_their_reductions(channel, build, truth, tiers):
+    """In one hardware queue: nothing is launched that waits, so no kernel of backward is held up."""
+    backend = CudaBackend(torch.device("cuda", 0))
+    backend.device = torch.device("cpu")
+    one = build(backend=backend, **tiers, fraction=0.5)
+    for step in (1, 2, 3):
+        reductions, kernels, marks = [], [], channel.marks
+        for index, gradient in enumerate(gradients_of(step)):
+            source = torch.full_like(gradient, torch.nan)
+            reductions.append(Collective(channel, lambda to=source, result=gradient: to.copy_(result)))
+            one.flush(index, source, after=coalesced(reductions[-1]) if index % 2 else reductions[-1])
+            channel.launch(partial(kernels.append, index))
+        channel.settle()
+        launched = len(kernels), channel.waits, channel.marks - marks
+        for reduction in reductions:
+            reduction.end()
+        assert launched == (6, 0, 0)
+        one.step(settings_of(step), scale_of(step))
+        assert channel.waits == 0
     require_same(state_of(one), truth)
 
 
@@ -422,6 +476,7 @@ def test_a_worker_is_on_the_device_of_its_stream_before_it_takes_it(monkeypatch)
     done = SimpleNamespace(record=lambda stream: None, synchronize=lambda: seen.append("synchronized"))
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: "stream")
     monkeypatch.setattr(torch.cuda, "Event", lambda blocking: done)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream")
     monkeypatch.setattr(torch.cuda, "device", told)
     monkeypatch.setattr(torch.cuda, "stream", told)
     with CudaBackend(device).context(SimpleNamespace(queue="h2d")):

@@ -1,12 +1,22 @@
 """Specification of host memory: exact size, aligned, zero, and refused with the numbers."""
 
+import ctypes
+import resource
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from megatron_s2.offload.host_memory import HostMemory, _left_in_groups, available_bytes, check_available
+from megatron_s2.offload.host_memory import (
+    HostMemory,
+    _left_in_groups,
+    available_bytes,
+    check_available,
+    fault_in,
+)
 from megatron_s2.offload.plan import make_plan
 from megatron_s2.offload.state import aligned_starts, allocate_on_host
 
@@ -120,6 +130,48 @@ assert memory.bytes.sum() == 2**24
 def resident_bytes() -> int:
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4096
+
+
+def page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+@pytest.mark.skipif(
+    "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(), reason="no huge pages here"
+)
+def test_pages_are_huge():
+    memory = HostMemory(2**26)
+    before = page_faults()
+    memory.bytes.fill_(1)
+    assert page_faults() - before < 2**26 // 2**21 * 4 + 1000  # small pages would be 16384
+    memory.close()
+
+
+def test_faulting_in_leaves_zeros_and_the_threads_of_others_alone():
+    before, threads = resident_bytes(), torch.get_num_threads()
+    memory = HostMemory(2**26)
+    fault_in(memory.bytes)
+    assert resident_bytes() > before + 2**25 and torch.get_num_threads() == threads
+    faults = page_faults()
+    assert not memory.bytes.any()
+    assert page_faults() - faults < 1000
+    memory.close()
+
+
+def test_memory_is_there_before_cuda_registers_it_at_once(monkeypatch):
+    """Clearing pages takes the time, and several threads do it; a copy may cross any border."""
+    calls = []
+
+    def register(address, size, flags):
+        before = page_faults()
+        ctypes.memset(address, 0, size)
+        calls.append((size, page_faults() - before < 1000))
+        return 0
+
+    cudart = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=lambda address: 0)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    HostMemory(2**26, pinned=True).close()
+    assert calls == [(2**26, True)]
 
 
 def test_stretches_begin_aligned():

@@ -19,6 +19,7 @@ from steps import ELEMENTS, MIXED, ON_NVME, executor, plain_solution, require_sa
 from waiting import PATIENCE
 
 from megatron_s2.offload import nvme
+from megatron_s2.offload.node import Node
 from megatron_s2.offload.nvme import PAGE, NvmeTier, TierError, distribute, measure_bandwidth
 
 SIZES = [128] * 5 + [64]
@@ -130,7 +131,7 @@ def test_neighbours_lie_on_different_directories():
 
 
 def test_bandwidth_is_measured_and_nothing_stays(tmp_path):
-    bandwidth = measure_bandwidth(tmp_path, 2**22)
+    bandwidth = measure_bandwidth(tmp_path, Node.detect(), 2**22)
     assert bandwidth.read > 0 and bandwidth.write > 0 and not list(tmp_path.iterdir())
 
 

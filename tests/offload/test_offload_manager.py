@@ -2,16 +2,22 @@
 gradients leave, and when rates are measured again."""
 
 import math
+import threading
+from multiprocessing.queues import Queue
+from queue import SimpleQueue
 from types import SimpleNamespace
 
 import pytest
 import torch
+from waiting import PATIENCE
 
 from megatron_s2.offload import manager, session
 from megatron_s2.offload.adam import AdamWSettings
 from megatron_s2.offload.manager import OffloadManager, leaves_late
 from megatron_s2.offload.model import Rates
+from megatron_s2.offload.node import Node
 from megatron_s2.offload.optimizer import OffloadedAdamW
+from megatron_s2.offload.queues import AwaitedOnce, ThreadBackend
 from megatron_s2.offload.session import OffloadError
 from megatron_s2.offload.settings import OffloadSettings
 from megatron_s2.offload.trace import read_trace
@@ -26,14 +32,11 @@ def offload(monkeypatch):
     made = []
 
     def one(logged=None, **settings) -> OffloadManager:
-        made.append(
-            OffloadManager(
-                OffloadSettings(**settings), 0, 1, log=[].append if logged is None else logged.append
-            )
-        )
+        log = [].append if logged is None else logged.append
+        made.append(OffloadManager(OffloadSettings(**settings), 0, log))
         return made[-1]
 
-    monkeypatch.setattr(session, "cached_rates", lambda hardware, remeasure=False: RATES)
+    monkeypatch.setattr(manager, "cached_rates", lambda hardware, node, remeasure: RATES)
     yield one
     for run in made:
         run.close()
@@ -56,6 +59,11 @@ def distributed(
         model_param_group_index_map={p: (0, n) for n, p in enumerate(model)},
         _get_model_param_range_map=lambda p: {"param": SimpleNamespace(start=0, end=p.numel())},
     )
+
+
+def node_of(ranks: int, exchange=None) -> Node:
+    """Of so many ranks, of which this one is the first."""
+    return Node(0, (frozenset({0}),) * ranks, exchange or (lambda value: [value] * ranks))
 
 
 def bucket_group(model, handle=None) -> SimpleNamespace:
@@ -83,7 +91,7 @@ def test_a_budget_that_cannot_hold_the_state_is_refused_when_the_first_step_begi
 
 def test_all_ranks_count_what_there_was_before_any_took_its_part(offload, monkeypatch):
     monkeypatch.setattr(manager, "available_bytes", lambda: 2 * 16 * 640 * 3 + 10)
-    run = OffloadManager(OffloadSettings(gpu_fraction=0.0), 0, 3)
+    run = OffloadManager(OffloadSettings(gpu_fraction=0.0), 0, detect_node=lambda: node_of(3))
     first, second, third = (distributed(run, 640) for _ in range(3))
     for one in (first, second, third):
         run.register(one)
@@ -161,6 +169,20 @@ def test_a_reduction_that_writes_its_result_with_each_wait_does_so_once(offload,
     assert torch.equal(matrix.main_grad, torch.full((1, 640), 7.0))
 
 
+def test_the_gradients_of_a_bucket_share_one_mark(offload, monkeypatch):
+    run = offload(gpu_fraction=0.0)
+    one = distributed(run, 640, 100, 64, 200)
+    run.register(one)
+    run.begin_step()
+    marks = []
+    mark = AwaitedOnce(None)
+    monkeypatch.setattr(ThreadBackend, "mark", lambda self, after=None: marks.append(mark) or mark)
+    run.gradients_reduced(bucket_group(one.model_chunks[0]))
+    assert len(marks) == 1
+    one.optimizer.step()
+    assert one.optimizer.step_count == 1
+
+
 def test_gradients_of_a_step_that_does_not_happen_are_dropped(offload):
     run = offload(gpu_fraction=0.0)
     one = distributed(run, 640)
@@ -228,19 +250,57 @@ def test_drifting_steps_are_measured_and_planned_again(offload, monkeypatch):
     run.begin_step()
     executor = one.optimizer.executor
     before = executor.plan.fraction
+    slow_cpu = Rates(cpu=1e6, gpu=1e10, h2d=1e10, d2h=1e10)
     monkeypatch.setattr(executor, "step", lambda settings, scale: None)
-    monkeypatch.setattr(
-        session, "cached_rates", lambda hardware, remeasure: Rates(cpu=1e6, gpu=1e10, h2d=1e10, d2h=1e10)
-    )
+    monkeypatch.setattr(manager, "cached_rates", lambda hardware, node, remeasure: remeasure and slow_cpu)
     monkeypatch.setattr(session.time, "perf_counter", lambda: next(seconds))
-    settings = [AdamWSettings(1e-3)]
     for took, drifts in ((1.0, False), (1.1, False), (2.0, True)):
         seconds = iter([0.0, took] * 100)
         for _ in range(100):
-            one.optimizer.build().step(settings, 1.0)
+            one.optimizer.build().step([AdamWSettings(1e-3)], 1.0)
+            run.begin_step()
         assert (executor.plan.fraction != before) == drifts
     assert executor.plan.fraction > 0.9
     assert "optimizer steps drifted; rates measured again, the GPU now updates" in logged[-1]
+
+
+@pytest.mark.parametrize("peer_drifts", [False, True])
+def test_all_ranks_of_a_node_measure_again_when_one_has_drifted(monkeypatch, peer_drifts):
+    """Even with optimizers that do not step: one without parameters, and one that is a stub."""
+    asked, measured = [], []
+
+    def exchange(value):
+        asked.append(value)
+        return [value, peer_drifts]
+
+    monkeypatch.setattr(manager, "cached_rates", lambda hardware, node, remeasure: measured.append(remeasure))
+    run = OffloadManager(OffloadSettings(), 0, detect_node=lambda: node_of(2, exchange))
+    run.register(distributed(run))
+    run.register(SimpleNamespace(optimizer=None))
+    for _ in range(100):
+        assert not asked and measured == [False]
+        for _ in range(2):
+            run.begin_step()
+    assert asked == [False] and measured == [False] + [True] * peer_drifts
+    run.close()
+
+
+def test_ranks_use_the_cores_that_their_launcher_bound_them_to(monkeypatch):
+    threads, build = [], session.Executor
+
+    def note(*args):
+        threads.append(args[5])
+        return build(*args)
+
+    monkeypatch.setattr(session, "Executor", note)
+    cores = tuple(frozenset(range(14 * n, 14 * n + 14)) for n in range(8))
+    for given in (None, 3):
+        settings = OffloadSettings(gpu_fraction=0.0, cpu_threads=given)
+        run = OffloadManager(settings, 0, detect_node=lambda: Node(0, cores, lambda value: [value] * 8))
+        run.register(distributed(run, 640))
+        run.begin_step()
+        run.close()
+    assert threads == [14, 3]
 
 
 def test_the_trace_holds_what_was_predicted_and_measured(offload, tmp_path):
@@ -271,6 +331,51 @@ def test_state_is_read_and_written_under_megatrons_names(offload):
         state["exp_avg"] = torch.zeros(3)
     with pytest.raises(TypeError, match="cannot be removed"):
         del state["exp_avg"]
+
+
+@pytest.fixture
+def save_queue(monkeypatch):
+    """A queue as that of Megatron's persistent worker for asynchronous saves, and its feeder's errors."""
+    errors = SimpleQueue()
+    monkeypatch.setattr(Queue, "_on_queue_feeder_error", lambda self, error, item: errors.put(error))
+    queue = torch.multiprocessing.get_context("spawn").JoinableQueue()
+    yield queue, errors
+    queue.close()
+
+
+def copies_of_state(run: OffloadManager) -> dict[str, torch.Tensor]:
+    """What a checkpoint takes of a parameter whose state differs between elements."""
+    one = distributed(run, 640)
+    run.register(one)
+    state = one.optimizer.state[one.optimizer.param_groups[0]["params"][0]]
+    for n, name in enumerate(("exp_avg", "exp_avg_sq", "master_param")):
+        state[name] = torch.arange(640.0) + 1000 * n
+    return dict(state)
+
+
+def test_a_checkpoints_copies_reach_a_process_that_already_runs(offload, save_queue):
+    queue, errors = save_queue
+    copies = copies_of_state(offload(gpu_fraction=0.5, subgroup_size=64, gpu_budget=12 * 64 * 2))
+    queue.put(copies)
+    arrived = queue.get(timeout=PATIENCE)
+    assert arrived.keys() == copies.keys() and errors.empty()
+    assert all(torch.equal(arrived[name], x) for name, x in copies.items())
+
+
+def test_copies_of_state_on_nvme_do_not_and_the_save_would_never_end(offload, save_queue, tmp_path):
+    """Why `--use-persistent-ckpt-worker` is refused with `--s2-offload-nvme-dir`: the copies are in files
+    without a name, the queue drops them, and Megatron's `join` of it at the end would not return."""
+    queue, errors = save_queue
+    on_nvme = {"subgroup_size": 64, "host_budget": 16 * 64 * 5, "nvme_dirs": (str(tmp_path),)}
+    queue.put(copies_of_state(offload(gpu_fraction=0.5, **on_nvme)))
+    assert isinstance(errors.get(timeout=PATIENCE), OSError) and queue.empty()
+    joining = threading.Thread(target=queue.join)
+    joining.start()
+    joining.join(0.5)
+    assert joining.is_alive()
+    queue.task_done()
+    joining.join(PATIENCE)
+    assert not joining.is_alive()
 
 
 def test_nothing_is_allocated_before_it_is_needed(offload):

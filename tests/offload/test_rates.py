@@ -6,14 +6,18 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 
 import pytest
+from waiting import PATIENCE
 
 from megatron_s2.offload import rates
 from megatron_s2.offload.model import Rates
-from megatron_s2.offload.rates import Hardware, _on_stream, cached_rates, drifted, measure_rates
+from megatron_s2.offload.node import Node
+from megatron_s2.offload.rates import Hardware, cached_rates, drifted, measure_rates, slowest
 
 HARDWARE = Hardware(cpu="a CPU", cores=8, gpu=None, torch="2.15", threads=4, local_world_size=1)
+ALONE = Node.detect()
 RATES = Rates(cpu=1e9, gpu=2e9, h2d=3e9, d2h=4e9)
 
 
@@ -29,7 +33,8 @@ def calls(monkeypatch):
     """The numbers of threads that a stand-in for the measurement was called with."""
     calls = []
 
-    def measure(threads):
+    def measure(threads, ready):
+        ready()
         calls.append(threads)
         return replace(RATES, cpu=len(calls) * 1e9)
 
@@ -84,31 +89,6 @@ def test_on_a_gpu_its_updates_are_the_faster_ones():
     assert min(measured.h2d, measured.d2h) > 1e9
 
 
-def test_a_thread_is_on_the_device_of_its_stream_before_it_takes_it(monkeypatch):
-    """Or leaving the stream sends it back to GPU 0, where each rank of a machine would begin a context."""
-    from contextlib import contextmanager
-    from types import SimpleNamespace
-
-    import torch
-
-    device = torch.device("cuda", 3)
-    stream = SimpleNamespace(device=device, wait_stream=lambda other: None, synchronize=lambda: None)
-    seen = []
-
-    @contextmanager
-    def told(what):
-        seen.append(what)
-        yield
-        seen.append(("left", what))
-
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "device", told)
-    monkeypatch.setattr(torch.cuda, "stream", lambda one: told("stream"))
-    _on_stream(lambda: seen.append("once"), device)()
-    assert seen == [device, "stream", "once", ("left", "stream"), ("left", device)]
-
-
 def test_a_failing_queue_is_not_swallowed(monkeypatch):
     import torch
 
@@ -131,8 +111,8 @@ def test_this_machine_has_a_name():
 
 
 def test_rates_are_measured_once_and_remembered(folder, calls):
-    assert cached_rates(HARDWARE) == RATES
-    assert cached_rates(HARDWARE) == RATES
+    assert cached_rates(HARDWARE, ALONE) == RATES
+    assert cached_rates(HARDWARE, ALONE) == RATES
     assert calls == [4]
     assert [file.name for file in folder.iterdir()] == [HARDWARE.file_name]
     stored = json.loads((folder / HARDWARE.file_name).read_text())
@@ -140,19 +120,74 @@ def test_rates_are_measured_once_and_remembered(folder, calls):
 
 
 def test_again_measures_and_remembers_the_new(folder, calls):
-    cached_rates(HARDWARE)
-    assert cached_rates(HARDWARE, remeasure=True).cpu == 2e9
-    assert cached_rates(HARDWARE).cpu == 2e9
+    cached_rates(HARDWARE, ALONE)
+    assert cached_rates(HARDWARE, ALONE, remeasure=True).cpu == 2e9
+    assert cached_rates(HARDWARE, ALONE).cpu == 2e9
     assert calls == [4, 4]
 
 
 @pytest.mark.parametrize("field", ["cpu", "cores", "gpu", "torch", "threads", "local_world_size"])
 def test_another_machine_is_measured_itself(folder, calls, field):
     other = replace(HARDWARE, **{field: 2 if isinstance(getattr(HARDWARE, field), int) else "another"})
-    cached_rates(HARDWARE)
-    cached_rates(other)
+    cached_rates(HARDWARE, ALONE)
+    cached_rates(other, ALONE)
     assert len(calls) == 2
     assert len(list(folder.iterdir())) == 2
+
+
+def test_the_ranks_of_a_node_measure_together_keep_the_slowest_and_write_once(folder, monkeypatch):
+    """Whoever comes first waits, and the others find what one has measured."""
+    together, given, lock = threading.Barrier(3), {}, threading.Lock()
+    begun, ended, written = [], [], []
+
+    def exchange(index, value):
+        given[index] = value
+        together.wait(PATIENCE)
+        values = [given[n] for n in range(3)]
+        together.wait(PATIENCE)
+        return values
+
+    def measure(threads, ready):
+        index = int(threading.current_thread().name)
+        time.sleep(0.05 * index)  # to allocate and to warm up
+        ready()
+        with lock:
+            begun.append(time.perf_counter())
+        time.sleep(0.2)
+        with lock:
+            ended.append(time.perf_counter())
+        return replace(RATES, cpu=(3 - index) * 1e9, gpu=(1 + index) * 1e9)
+
+    write = rates.write_cache_file
+    monkeypatch.setattr(rates, "measure_rates", measure)
+    monkeypatch.setattr(rates, "write_cache_file", lambda *args: (written.append(args[0]), write(*args)))
+
+    def all_ranks(**how):
+        nodes = [Node(n, (frozenset({0}),) * 3, partial(exchange, n)) for n in range(3)]
+        found = [None] * 3
+
+        def one(n):
+            found[n] = cached_rates(HARDWARE, nodes[n], **how)
+
+        ranks = [threading.Thread(target=one, args=(n,), name=str(n)) for n in range(3)]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join(PATIENCE)
+        return found
+
+    expected = replace(RATES, cpu=1e9, gpu=1e9)
+    assert all_ranks() == [expected] * 3
+    assert len(begun) == 3 and max(begun) < min(ended)
+    assert [path.name for path in written] == [HARDWARE.file_name]
+    assert all_ranks() == [expected] * 3 and len(begun) == 3
+    assert all_ranks(remeasure=True) == [expected] * 3 and len(begun) == 6 and len(written) == 2
+
+
+def test_the_slowest_rank_counts_in_each_rate():
+    other = Rates(cpu=2e9, gpu=1e9, h2d=4e9, d2h=3e9)
+    assert slowest([RATES, other]) == Rates(cpu=1e9, gpu=1e9, h2d=3e9, d2h=3e9)
+    assert slowest([replace(RATES, dram=5e9), replace(other, dram=4e9)]).dram == 4e9
 
 
 @pytest.mark.parametrize(
@@ -163,25 +198,25 @@ def test_a_broken_file_is_a_warning_and_replaced(folder, calls, text):
     folder.mkdir(parents=True)
     (folder / HARDWARE.file_name).write_text(text)
     with pytest.warns(UserWarning, match=rf"offload: .*{HARDWARE.file_name} is not used"):
-        assert cached_rates(HARDWARE) == RATES
-    assert cached_rates(HARDWARE) == RATES
+        assert cached_rates(HARDWARE, ALONE) == RATES
+    assert cached_rates(HARDWARE, ALONE) == RATES
     assert calls == [4]
 
 
 def test_a_folder_that_cannot_be_written_is_a_warning(folder, calls):
     folder.parent.write_text("")
     with pytest.warns(UserWarning, match="cannot be written, the result is not kept"):
-        assert cached_rates(HARDWARE) == RATES
+        assert cached_rates(HARDWARE, ALONE) == RATES
     assert calls == [4]
 
 
 def test_the_folder_is_that_of_the_user(tmp_path, monkeypatch, calls):
     monkeypatch.delenv("MEGATRON_S2_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    cached_rates(HARDWARE)
+    cached_rates(HARDWARE, ALONE)
     assert (tmp_path / "xdg" / "megatron_s2" / HARDWARE.file_name).exists()
     monkeypatch.setenv("MEGATRON_S2_CACHE", str(tmp_path / "own"))
-    cached_rates(HARDWARE)
+    cached_rates(HARDWARE, ALONE)
     assert (tmp_path / "own" / HARDWARE.file_name).exists()
 
 

@@ -14,16 +14,18 @@ from interpreter import quicken_interpreter
 from largest_tensor import LargestTensor
 from ranks import run_on_ranks
 from selection import exhaustive
+from transfers import Transfers
 
 from megatron_s2 import S2Pattern
 from megatron_s2.kernels.compare import attention_results, require_as_exact_as_plain, require_equal
 from megatron_s2.parallel.collectives import ContextParallelGroup
 from megatron_s2.parallel.context_parallel_attention import context_parallel_attention
-from megatron_s2.parallel.gather_plan import plan_gather
+from megatron_s2.parallel.gather_plan import GROUP_TOKENS, plan_gather
 from megatron_s2.parallel.layout import Zigzag
 
 RANKS = (4, *exhaustive(2, 3))
 SCHEDULES = ("gather", "a2a")
+PACKED_OVER = Case(s2(), "packed over the chunks", sink_logits=True, **packed(70, 33, 130, 151))
 # 24 tokens are two chunks for each of 2, 3 and 4 ranks; blocks have 16 and shards every fourth block.
 CASES = [
     *(Case(s2(), "gqa", group=group, queries=384) for group in (2, 4)),
@@ -43,7 +45,7 @@ CASES = [
     Case(s2(sink_blocks=30), "sinks beyond the length", queries=384),
     Case(s2(3, sink_blocks=3, num_dense_heads=1), "sinks of both kinds", queries=360, sink_logits=True),
     Case(s2(), "packed many short", **packed(*range(1, 20), 2)),
-    Case(s2(), "packed over the chunks", sink_logits=True, **packed(70, 33, 130, 151)),
+    PACKED_OVER,
     Case(s2(4, num_dense_heads=1, sink_blocks=3), "packed dense heads", **packed(205, 100, 7)),
     Case(s2(), "wider v", v_dim=24, queries=240),
     Case(s2(), "narrower v", v_dim=8, sink_logits=True, queries=240),
@@ -66,13 +68,21 @@ ALL_HELD = Case(s2(4, local_blocks=1, vert_stride=8), "memory", batch=1, queries
 INTERPRETER = {"TRITON_INTERPRET": "1"}
 
 
-def compute(rank: int, ranks: int, cases: list[tuple[Case, torch.dtype]], backend: str = "auto") -> dict:
+def compute(
+    rank: int,
+    ranks: int,
+    cases: list[tuple[Case, torch.dtype]],
+    backend: str = "auto",
+    group_tokens: int = GROUP_TOKENS,
+) -> dict:
     """Results and traffic of this rank, by (case id, schedule, dtype)."""
     group = torch.distributed.group.WORLD
     if backend == "triton":
         quicken_interpreter()
     return {
-        (str(case), schedule, dtype): one_case(case, ContextParallelGroup(group), schedule, dtype, backend)
+        (str(case), schedule, dtype): one_case(
+            case, ContextParallelGroup(group), schedule, dtype, backend, group_tokens
+        )
         for case, dtype in cases
         for schedule in SCHEDULES
         if schedule == "gather" or case.pattern.num_kv_heads * case.group >= ranks
@@ -80,7 +90,12 @@ def compute(rank: int, ranks: int, cases: list[tuple[Case, torch.dtype]], backen
 
 
 def one_case(
-    case: Case, group: ContextParallelGroup, schedule: str, dtype: torch.dtype, backend: str
+    case: Case,
+    group: ContextParallelGroup,
+    schedule: str,
+    dtype: torch.dtype,
+    backend: str,
+    group_tokens: int,
 ) -> dict:
     positions = torch.as_tensor(Zigzag(group.ranks, case.queries).positions(group.rank))
     inputs = case.inputs(dtype)
@@ -100,6 +115,7 @@ def one_case(
         softmax_scale=case.softmax_scale,
         documents=case.documents and tuple(zip(case.documents, case.documents[1:])),
         backend=backend,
+        group_tokens=group_tokens,
     )
     grads = torch.autograd.grad(out, list(leaves.values()), dout)
     results = {"out": out.detach(), **{f"d{name}": grad for name, grad in zip(leaves, grads)}}
@@ -123,10 +139,20 @@ def joined(parts: list[dict[str, torch.Tensor]], case: Case) -> dict[str, torch.
 
 
 def compute_and_watch(rank: int, ranks: int) -> dict:
-    """The rank's part of all cases, and the largest tensors of `ALL_HELD`."""
+    """The rank's part of all cases, the largest tensors of `ALL_HELD`, and what reads the device."""
     cases = [(case, torch.float64) for case in CASES]
     cases += [(case, dtype) for case in LOW_PRECISION for dtype in (torch.float32, torch.bfloat16)]
-    return compute(rank, ranks, cases) | {"largest": largest_tensors(rank, ALL_HELD, "torch")}
+    more = {"largest": largest_tensors(rank, ALL_HELD, "torch"), "reads": reads_of_the_device(PACKED_OVER)}
+    return compute(rank, ranks, cases) | more
+
+
+def reads_of_the_device(case: Case) -> list[str]:
+    """What waits for the device in forward and backward of both schedules, if tensors were on one."""
+    with Transfers() as copies:
+        for schedule in SCHEDULES:
+            group = ContextParallelGroup(torch.distributed.group.WORLD)
+            one_case(case, group, schedule, torch.float32, "torch", GROUP_TOKENS)
+    return copies.to_host
 
 
 @pytest.fixture(scope="module")
@@ -175,10 +201,11 @@ def test_several_ranks_compute_what_one_rank_computes(on_ranks, case, schedule):
         require_equal(joined(parts, case), reference(case))
 
 
+@pytest.mark.parametrize("group_tokens", [1, *exhaustive(GROUP_TOKENS)], ids=["by head", "at once"])
 @pytest.mark.parametrize("cases", [IN_TRITON[:1], *exhaustive(IN_TRITON[1:])], ids=len)
-def test_several_ranks_compute_what_one_rank_computes_in_triton(tmp_path, cases):
+def test_several_ranks_compute_what_one_rank_computes_in_triton(tmp_path, cases, group_tokens):
     todo = [(case, torch.float32) for case in cases]
-    on_ranks = run_on_ranks(2, compute, tmp_path, 2, todo, "triton", env=INTERPRETER)
+    on_ranks = run_on_ranks(2, compute, tmp_path, 2, todo, "triton", group_tokens, env=INTERPRETER)
     for case, schedule in product(cases, SCHEDULES):
         inputs = {name: x if x is None else x.double() for name, x in case.inputs(torch.float32).items()}
         exact = attention_results(case.attention("reference"), **inputs | {"dlse": None})
@@ -220,6 +247,10 @@ def largest_tensor(rank: int, case: Case, schedule: str, backend: str) -> int:
         out = context_parallel_attention(q, k, v, case.pattern, group, schedule, backend=backend)
         out.backward(dout)
     return largest.most
+
+
+def test_no_schedule_waits_for_the_device(four_ranks):
+    assert [part["reads"] for part in four_ranks] == [[]] * 4
 
 
 ALL_KEYS = ALL_HELD.queries * ALL_HELD.pattern.num_kv_heads * ALL_HELD.dim * torch.float32.itemsize

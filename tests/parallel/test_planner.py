@@ -21,7 +21,7 @@ from megatron_s2.parallel.cost import (
     query_tokens,
     transfers,
 )
-from megatron_s2.parallel.gather_plan import plan_gather
+from megatron_s2.parallel.gather_plan import GROUP_TOKENS, plan_gather
 from megatron_s2.parallel.planner import choose, plan_layer, plan_model, time_text
 from megatron_s2.parallel.time_model import Cluster
 from megatron_s2.pattern import S2Pattern, S2Settings
@@ -40,12 +40,14 @@ def calls(draw) -> tuple[S2Pattern, AttentionCall]:
     pattern, zigzag = draw(patterns()), draw(zigzags())
     sizes = {name: draw(st.integers(1, 3)) for name in ("batch", "head_dim", "v_head_dim", "element_size")}
     heads = pattern.num_kv_heads * draw(st.integers(1, 4))
+    sizes["group_tokens"] = draw(st.sampled_from([1, zigzag.tokens, GROUP_TOKENS]))
     return pattern, AttentionCall(zigzag.ranks, zigzag.tokens, query_heads=heads, **sizes)
 
 
 def gather_plans(pattern: S2Pattern, call: AttentionCall) -> list:
     zigzag = call.zigzag
-    return [plan_gather(pattern, zigzag, rank, ((0, zigzag.tokens),)) for rank in range(zigzag.ranks)]
+    documents = ((0, zigzag.tokens),)
+    return [plan_gather(pattern, zigzag, rank, documents, call.group_tokens) for rank in range(zigzag.ranks)]
 
 
 def without(values, rank: int) -> int:
@@ -174,7 +176,8 @@ def test_gather_holds_its_own_keys_the_shards_and_the_halos(case):
     held = key_value_tokens("gather", pattern, call)
     for rank, plan in enumerate(gather_plans(pattern, call)):
         own_and_halo = call.zigzag.local_tokens + sum(plan.halo) * plan.unit
-        assert held[rank] == pattern.num_kv_heads * own_and_halo + len(plan.unpack) * plan.unit
+        gathered = sum(group.unpack.size for group in plan.groups)
+        assert held[rank] == pattern.num_kv_heads * own_and_halo + gathered * plan.unit
 
 
 def test_a2a_holds_the_whole_sequence_of_its_heads():

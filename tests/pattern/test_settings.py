@@ -93,6 +93,7 @@ def test_mean_pairs_equal_those_of_the_masks(fields, seq_len):
         tokens = mask.repeat_interleave(16, 1).repeat_interleave(16, 2)[:, :seq_len, :seq_len]
         pairs += int(tokens.tril().sum())
     assert chosen.mean_pairs(seq_len) == pytest.approx(pairs / 8 / 2, rel=1e-12)
+    assert chosen.mean_pairs([[seq_len], [5]]).tolist() == [[chosen.mean_pairs(seq_len)], [15]]
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,33 @@ echo "$*" >> {root}/words
 """
 
 
+TE_PINS = """# pinned
+transformer_engine==2.0
+transformer_engine_torch==2.0
+einops==1.0
+"""
+# Stands for pip: it downloads sources, and keeps what of them would be compiled, and how.
+PIP_WITH_SOURCES = """
+for last; do :; done
+case "$*" in
+    *" download "*)
+        words=$*
+        folder=${{words#*--dest }}
+        folder=${{folder%% *}}
+        mkdir -p {root}/source/csrc/inner
+        echo one > {root}/source/csrc/one.cpp
+        echo two > {root}/source/csrc/inner/two.cpp
+        tar -czf "$folder/source.tar.gz" -C {root} source
+        ;;
+    *" install "*)
+        if [[ -d $last ]]; then
+            cat $(sed 's/#include//; s/"//g' "$last/csrc/all.cpp") > {root}/compiled
+        fi
+        ;;
+esac
+"""
+
+
 class Machine:
     """A directory with a repository of env.sh alone, a PATH and a pyenv, all of them fake."""
 
@@ -42,6 +69,7 @@ class Machine:
         (self.repository / "setup.py").write_text("first")
         for name in ("constraints.txt", "constraints-oldest.txt"):
             (self.repository / name).write_text(name)
+        (self.repository / "constraints-te.txt").write_text(TE_PINS)
         (root / "bin").mkdir()
         self.venv = self.repository / ".venv"
 
@@ -205,6 +233,45 @@ def test_each_set_of_versions_has_an_environment_of_its_own(machine, versions, f
     assert entered.out.strip() == str(machine.repository / folder / "bin" / "python")
     pip = (machine.root / "words").read_text().splitlines()[-1]
     assert pip.endswith(f" {flags.format(machine.repository)} --editable {machine.repository}[dev]")
+
+
+def enter_with_te(machine, prelude=""):
+    (machine.root / "pip-does").write_text(PIP_WITH_SOURCES.format(root=machine.root))
+    return machine.run(
+        f"{prelude} enter_environment dev te; type -P python",
+        TOOLS=":/usr/bin:/bin",
+        TMPDIR=str(machine.root),
+        PYTHON=machine.chosen(),
+    )
+
+
+def test_transformer_engine_is_compiled_once_from_one_file_into_an_environment_of_its_own(machine):
+    (machine.root / "bin" / "g++").touch(mode=0o755)
+    entered = enter_with_te(machine)
+    assert entered.out.strip() == str(machine.repository / ".venv-te" / "bin" / "python"), entered.err
+    assert (machine.root / "compiled").read_text() == "two\none\n"
+    editable, others, sources, compiled = (machine.root / "words").read_text().splitlines()[-4:]
+    assert editable.endswith(
+        f"--constraint {machine.repository}/constraints.txt --editable {machine.repository}[dev]"
+    )
+    assert others.endswith(" install --no-deps transformer_engine==2.0 einops==1.0")
+    assert " download --no-deps " in sources and sources.endswith(" transformer_engine_torch==2.0")
+    assert " install --no-deps --no-build-isolation --no-cache-dir " in compiled
+    assert list(machine.root.glob("tmp.*")) == []
+
+    machine.calls()
+    assert enter_with_te(machine).err == ""
+    assert machine.calls() == []
+    with (machine.repository / "constraints-te.txt").open("a") as pins:
+        pins.write("zipp==1.0\n")
+    assert enter_with_te(machine).returncode == 0
+    assert machine.calls() == ["-m pip 3.12"] * 4
+
+
+def test_without_a_compiler_there_is_no_transformer_engine_and_the_message_says_what_to_install(machine):
+    entered = enter_with_te(machine, 'type() { [[ $2 != g++ ]] && builtin type "$@"; };')
+    assert entered.returncode == 1
+    assert "sudo apt install g++" in entered.err
 
 
 def test_extras_are_installed_each_when_asked_for(machine):

@@ -10,11 +10,12 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 FILES = {"tested": "constraints.txt", "oldest": "constraints-oldest.txt"}
+TE_FILE = "constraints-te.txt"
 
 
-def pinned(versions: str) -> dict[str, str]:
+def pinned(file: str) -> dict[str, str]:
     """The one version of each package in a constraints file, those of other platforms left out."""
-    lines = (ROOT / FILES[versions]).read_text().splitlines()
+    lines = (ROOT / file).read_text().splitlines()
     requirements = [Requirement(line) for line in lines if line and not line.startswith("#")]
     here = [r for r in requirements if r.marker is None or r.marker.evaluate()]
     return {canonicalize_name(r.name): str(r.specifier).removeprefix("==") for r in here}
@@ -28,13 +29,13 @@ def direct_requirements() -> list[Requirement]:
 
 @pytest.mark.parametrize("versions", FILES)
 def test_every_package_has_one_version_that_setup_py_allows(versions):
-    versions_of = pinned(versions)
+    versions_of = pinned(FILES[versions])
     for requirement in direct_requirements():
         assert versions_of[canonicalize_name(requirement.name)] in requirement.specifier, requirement
 
 
 def test_the_oldest_set_is_the_lower_bounds():
-    versions_of = pinned("oldest")
+    versions_of = pinned(FILES["oldest"])
     for requirement in direct_requirements():
         lowest = min(s.version for s in requirement.specifier if s.operator in (">=", "=="))
         oldest = versions_of[canonicalize_name(requirement.name)]
@@ -46,17 +47,31 @@ def test_the_docs_name_these_versions(versions):
     rows = (ROOT / "docs" / "versions.md").read_text().splitlines()
     row = next(row for row in rows if row.startswith(f"| {versions} |"))
     for name in ("torch", "triton", "megatron-core", "transformers"):
-        assert f" {pinned(versions)[name]} |" in row, name
+        assert f" {pinned(FILES[versions])[name]} |" in row, name
 
 
-def test_another_set_is_refused():
+def test_transformer_engine_is_pinned_in_one_place_and_adds_to_the_tested_versions():
+    added = pinned(TE_FILE)
+    assert all(re.fullmatch(r"[\d.]+", version) for version in added.values())
+    assert not added.keys() & pinned(FILES["tested"]).keys()
+    engines = {added[f"transformer-engine{part}"] for part in ("", "-cu13", "-torch")}
+    assert len(engines) == 1  # its loader asserts that
+    rows = (ROOT / "docs" / "versions.md").read_text()
+    assert f"Transformer Engine {engines.pop()}" in rows
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--versions latest", "--versions latest: must be tested, oldest or newest"),
+        ("--with-te --versions oldest", "--with-te: only with the tested versions; remove --versions oldest"),
+    ],
+)
+def test_other_sets_are_refused(words, message):
     run = subprocess.run(
-        ["bash", ROOT / "scripts" / "test.sh", "--versions", "latest"],
+        ["bash", ROOT / "scripts" / "test.sh", *words.split()],
         capture_output=True,
         text=True,
         check=False,
     )
-    assert (run.returncode, run.stderr) == (
-        2,
-        "error: --versions latest: must be tested, oldest or newest\n",
-    )
+    assert (run.returncode, run.stderr) == (2, f"error: {message}\n")

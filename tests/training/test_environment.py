@@ -7,12 +7,47 @@ from megatron_s2.training.environment import Environment, describe, runnable_arg
 CPU = Environment(gpu=False, transformer_engine=False, apex=False)
 PLAIN_GPU = Environment(gpu=True, transformer_engine=False, apex=False)
 NVIDIA_CONTAINER = Environment(gpu=True, transformer_engine=True, apex=True)
+WITHOUT_APEX = Environment(gpu=True, transformer_engine=True, apex=False)
 
 
-def test_nothing_changes_where_everything_is_there():
+@pytest.mark.parametrize("environment", [NVIDIA_CONTAINER, WITHOUT_APEX], ids=["Apex", "no Apex"])
+def test_nothing_changes_where_everything_is_there(environment):
     argv = ["--bf16", "--sequence-parallel", "--tensor-model-parallel-size", "8"]
-    assert runnable_arguments(argv, NVIDIA_CONTAINER) == (argv, [])
-    assert describe(NVIDIA_CONTAINER, []) is None
+    assert runnable_arguments(argv, environment) == (argv, [])
+    assert describe(environment, []) is None
+
+
+def test_local_layers_get_what_they_need_without_apex_beside_transformer_engine():
+    given = ["--transformer-impl", "local"]
+    _, added = runnable_arguments(given, WITHOUT_APEX)
+    assert added == [
+        "--no-persist-layer-norm",
+        "--no-gradient-accumulation-fusion",
+        "--no-masked-softmax-fusion",
+    ]
+    assert describe(WITHOUT_APEX, added).startswith("megatron-s2: no Apex; set: --no-persist-layer-norm ")
+    for words in ("--sequence-parallel --tensor-model-parallel-size 2", "--apply-layernorm-1p"):
+        flag = words.partition(" ")[0]
+        with pytest.raises(ValueError, match=rf"^{flag}: needs the norms of .* --transformer-impl local has"):
+            runnable_arguments([*given, *words.split()], WITHOUT_APEX)
+
+
+@pytest.mark.parametrize("environment", [CPU, PLAIN_GPU, WITHOUT_APEX], ids=["cpu", "gpu", "no Apex"])
+def test_deferred_weight_gradients_are_refused_without_apex(environment):
+    words = ["--defer-embedding-wgrad-compute", "--pipeline-model-parallel-size", "2"]
+    assert runnable_arguments(words, NVIDIA_CONTAINER) == (words, [])
+    with pytest.raises(ValueError, match=r"^--defer-embedding-wgrad-compute: needs Apex's extension"):
+        runnable_arguments(words, environment)
+
+
+@pytest.mark.parametrize("error", [AssertionError, FileNotFoundError, ImportError, OSError, RuntimeError])
+def test_a_package_whose_import_fails_is_not_there(monkeypatch, error):
+    def fail(name):
+        raise error(name)
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("megatron_s2.training.environment.import_module", fail)
+    assert Environment.detect() == PLAIN_GPU
 
 
 def test_cpu_gets_every_flag_it_needs_and_keeps_the_users_own_first():

@@ -18,12 +18,17 @@ from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.utils import Split
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.tensor_parallel import layers
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import TransformerConfig
 from megatron.training import argument_utils, training
+from torch import distributed
 
 from megatron_s2.data.token_ids import Vocabulary
 from megatron_s2.training.patches import (
     EmptySplitError,
     TokenIdError,
+    accumulate_weight_gradients_without_apex,
     apply_patches,
     keep_padding_to_its_own_sample,
     let_distributed_optimizer_resume_with_torch_adam,
@@ -44,12 +49,14 @@ TOUCHED = [
     (argument_utils, "gpt_config_from_args"),
     (training, "initialize_megatron"),
     (training, "set_jit_fusion_options"),
+    (ColumnParallelLinear, "__init__"),
+    (RowParallelLinear, "__init__"),
 ]
-ONLY_ON_CPU = {"initialize_megatron", "set_jit_fusion_options"}
+ONLY_ON_CPU = {(training, "initialize_megatron"), (training, "set_jit_fusion_options")}
 
 
-def names() -> dict[str, object]:
-    return {name: getattr(owner, name) for owner, name in TOUCHED}
+def names() -> dict[tuple[object, str], object]:
+    return {place: getattr(*place) for place in TOUCHED}
 
 
 @pytest.fixture(autouse=True)
@@ -57,27 +64,23 @@ def unpatched():
     """Gives every name back what it was."""
     before = names()
     yield before
-    for owner, name in TOUCHED:
-        setattr(owner, name, before[name])
+    for place, value in before.items():
+        setattr(*place, value)
 
 
 @pytest.mark.parametrize("cpu", [True, False], ids=["cpu", "gpu"])
 def test_all_patches_together_touch_what_they_name(unpatched, cpu):
     apply_patches(cpu)
-    changed = {name for name, now in names().items() if now is not unpatched[name]}
+    changed = {place for place, now in names().items() if now is not unpatched[place]}
     assert changed == set(unpatched) - (set() if cpu else ONLY_ON_CPU)
 
 
 def test_a_second_time_wraps_nothing_again(unpatched):
     apply_patches(cpu=True)
     apply_patches(cpu=True)
-    for name in (
-        "state_dict",
-        "_set_main_param_and_optimizer_states",
-        "initialize_megatron",
-        "gpt_config_from_args",
-    ):
-        assert names()[name].__wrapped__ is unpatched[name]
+    replaced = {(utils, "compile_helpers"), (training, "set_jit_fusion_options")}
+    for place in set(TOUCHED) - replaced:
+        assert names()[place].__wrapped__ is unpatched[place]
 
 
 def test_the_dataset_helpers_of_the_wheel_are_not_compiled(monkeypatch):
@@ -89,7 +92,7 @@ def test_the_dataset_helpers_of_the_wheel_are_not_compiled(monkeypatch):
 def test_dataset_helpers_that_are_missing_are_left_to_megatron(unpatched, monkeypatch):
     monkeypatch.setattr("megatron_s2.training.patches.find_spec", lambda name: None)
     skip_compiling_dataset_helpers()
-    assert utils.compile_helpers is unpatched["compile_helpers"]
+    assert utils.compile_helpers is unpatched[utils, "compile_helpers"]
 
 
 def test_the_warm_up_draws_no_random_numbers():
@@ -102,7 +105,47 @@ def test_the_warm_up_draws_no_random_numbers():
 def test_the_optimizers_of_nvidia_are_left_alone(unpatched, monkeypatch):
     monkeypatch.setattr(distrib_optimizer, "HAVE_APEX_OR_TE", True)
     let_distributed_optimizer_resume_with_torch_adam()
-    assert DistributedOptimizer.state_dict is unpatched["state_dict"]
+    assert DistributedOptimizer.state_dict is unpatched[DistributedOptimizer, "state_dict"]
+
+
+@pytest.fixture
+def alone():
+    """A process group of one rank."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield distributed.group.WORLD
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "kind", [ColumnParallelLinear, partial(RowParallelLinear, input_is_parallel=True)], ids=["column", "row"]
+)
+def test_megatrons_linear_layers_need_no_apex_and_the_configuration_keeps_the_fusion(alone, kind):
+    """That Transformer Engine's layers then fuse is shown by tests/test_transformer_engine.py."""
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=16,
+        num_attention_heads=1,
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=True,
+    )
+    accumulate_weight_gradients_without_apex()
+    layer = kind(
+        *(16, 32),
+        config=config,
+        init_method=torch.nn.init.ones_,
+        bias=False,
+        skip_bias_add=False,
+        tp_group=alone,
+    )
+    layer(torch.ones(3, 1, 16))[0].sum().backward()
+    assert torch.equal(layer.weight.grad, torch.full((32, 16), 3.0))
+    assert layer.config is config and config.gradient_accumulation_fusion
+
+
+def test_the_extension_of_apex_is_used_where_it_is(unpatched, monkeypatch):
+    monkeypatch.setattr(layers, "_grad_accum_fusion_available", True)
+    accumulate_weight_gradients_without_apex()
+    assert names() == unpatched
 
 
 def test_only_known_warnings_are_silenced_and_only_where_they_come_from():
