@@ -24,7 +24,7 @@ from megatron_s2.kernels.torch_calls import (
     fitted,
     padded,
 )
-from megatron_s2.kernels.torch_native import run_backward, run_forward
+from megatron_s2.kernels.torch_native import product_dtype, run_backward, run_forward
 from megatron_s2.kernels.torch_plan import equal_heads, plan_head
 from megatron_s2.pattern import BlockPattern, S2Pattern
 
@@ -99,14 +99,14 @@ class _BlockedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, sink_logits, pattern, scale, documents, q_start):
         dtype = compute_dtype(q.dtype)
-        width = max(q.shape[-1], v.shape[-1])
+        width, keys_dtype = max(q.shape[-1], v.shape[-1]), product_dtype(k, pattern)
         out = q.new_empty(*q.shape[:-1], v.shape[-1], dtype=dtype)
         lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=dtype)
         run_forward(
             ForwardTensors(
                 part.plan,
                 part.query_side(q),
-                part.sources(k, v, width, dtype),
+                part.sources(k, v, width, keys_dtype),
                 part.query_side(out),
                 part.lse(lse),
             )
@@ -125,7 +125,7 @@ class _BlockedAttention(torch.autograd.Function):
     def backward(ctx, dout, dlse):
         q, k, v, sink_logits, out, lse = ctx.saved_tensors
         pattern, scale, documents, q_start = ctx.constants
-        dtype, width = lse.dtype, max(q.shape[-1], v.shape[-1])
+        dtype, keys_dtype, width = lse.dtype, product_dtype(k, pattern), max(q.shape[-1], v.shape[-1])
         if dout is None:
             dout = torch.zeros_like(out)
         if dlse is not None:
@@ -133,7 +133,7 @@ class _BlockedAttention(torch.autograd.Function):
             # delta - dlse: a further column, 1 in dout, -dlse in out and 0 in V, makes the kernel do that.
             dout = torch.cat([padded(dout, width), torch.ones_like(dout[..., :1])], -1)
             out = torch.cat([padded(out.to(dtype), width), -dlse.transpose(1, 2)[..., None]], -1)
-            width += 1
+            width, keys_dtype = width + 1, dtype
         dq, dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (q, k, v))
         parts = list(_parts(q, k, pattern, scale, documents, q_start))
         grads = [part.gradients(dk, dv) for part in parts]
@@ -142,7 +142,7 @@ class _BlockedAttention(torch.autograd.Function):
                 part.plan,
                 part.query_side(dout),
                 part.query_side(q),
-                part.sources(k, v, width, dtype),
+                part.sources(k, v, width, keys_dtype),
                 part.query_side(out),
                 part.lse(lse),
                 part.query_side(dq),

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from megatron_s2.cache_file import cache_folder
+from megatron_s2.kernels.numerics import compute_dtype
 from megatron_s2.kernels.torch_calls import (
     BackwardTensors,
     ForwardTensors,
@@ -33,6 +34,7 @@ from megatron_s2.kernels.torch_calls import (
     forward_calls,
 )
 from megatron_s2.kernels.torch_plan import Band, Call, Causal, Gathered
+from megatron_s2.pattern import BlockPattern, S2Pattern
 
 _SOURCE = Path(__file__).with_name("torch_tasks.cpp")
 _FLAGS = ("-O2", "-std=c++20", "-shared", "-fPIC", "-fopenmp", "-DAT_PARALLEL_OPENMP=1")
@@ -77,6 +79,20 @@ def run_backward(parts: Iterable[BackwardTensors]) -> None:
             [x for part in parts for x in _tensors(part.grads)],
             *_shape(parts),
         )
+
+
+def product_dtype(x: Tensor, pattern: BlockPattern) -> torch.dtype:
+    """Returns the dtype of queries, keys and values in products: bfloat16 for such an `x` where the CPU has
+    instructions for it, which sum in float32; else `compute_dtype`."""
+    is_fast = x.dtype == torch.bfloat16 and x.device.type == "cpu" and _multiplies_bfloat16()
+    if is_fast and isinstance(pattern, S2Pattern) and load() is not None:
+        return x.dtype
+    return compute_dtype(x.dtype)
+
+
+@cache
+def _multiplies_bfloat16() -> bool:
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 Parts = Sequence[ForwardTensors] | Sequence[BackwardTensors]
