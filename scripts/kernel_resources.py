@@ -241,7 +241,8 @@ def measure(cases: Sequence[Case], jobs: int) -> list[Resources]:
         return list(pool.map(compiled, cases))
 
 
-def _made_by(version: str) -> str:
+def made_by(version: str) -> str:
+    """Returns the sentence of the page that names its Triton."""
     return f"Compiled by Triton {version}."
 
 
@@ -251,7 +252,7 @@ def stale(text: str, rows: Sequence[Resources]) -> list[str]:
     found = []
     if fingerprint() not in text:
         found.append(f"{TABLE.name} is of other kernels or tiles: fingerprint {fingerprint()}")
-    if _made_by(triton.__version__) in text:
+    if made_by(triton.__version__) in text:
         table = text.splitlines()
         found += [f"{TABLE.name} is stale, now: {row.row()}" for row in rows if row.row() not in table]
     return found
@@ -263,15 +264,17 @@ def page(rows: Sequence[Resources]) -> str:
         "# What the Triton kernels take of each chip",
         "",
         "Written by `python scripts/kernel_resources.py`, which compiles them ahead of time (no GPU needed);",
-        "its `--check` is a test. bfloat16, 32 query heads over 8 KV heads, blocks of 64, the tiles of",
+        "its `--check` compiles again what ships. bfloat16, 32 query heads over 8 KV heads, blocks of 64,",
+        "the tiles of",
         "`megatron_s2/kernels/tuning.py`: those shipped, those that autotuning tries beside them, the",
         "shipped ones as an arbitrary mask (`BlockMaskPattern`) has them, and those of the passes over one",
         "source each that context parallelism makes; at the end, the kernel that reads the cache for a",
         f"decoded token (`{DECODE}`), with the tiles of `megatron_s2/kernels/triton_decode.py`.",
         "Registers and local memory (spills) are per thread, shared memory per program. Another Triton gives",
-        "other numbers; with any Triton, the test asserts that the kernels fit their chips.",
+        "other numbers: `bash scripts/test.sh --all` then compiles all that ships and asserts that it fits",
+        "its chip. With the Triton named here it compiles four kernels and compares the fingerprint.",
         "",
-        f"{_made_by(triton.__version__)} Fingerprint of kernels and tiles: `{fingerprint()}`.",
+        f"{made_by(triton.__version__)} Fingerprint of kernels and tiles: `{fingerprint()}`.",
         "",
         "| chip | kernel | head_dim | tiles | rows x keys | warps | stages | registers | local | shared "
         "| in PTX |",
@@ -297,9 +300,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     chosen = cases(args.chips, args.head_dims, args.shipped)
     if args.check:
-        chosen = [
-            case for case in chosen if case.what() != "tried"
-        ]  # which autotuning drops if it does not fit
+        # Autotuning drops tiles that do not fit.
+        chosen = [case for case in chosen if case.what() != "tried"]
     rows = measure(chosen, args.jobs)
     problems = [problem for row in rows for problem in row.problems()]
     if args.check:

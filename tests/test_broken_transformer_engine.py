@@ -27,6 +27,7 @@ def test_a_run_trains_without_it(broken, tmp_path):
     assert sorted(run.losses) == [1]
 
 
+@pytest.mark.exhaustive
 def test_a_data_set_is_written_without_it(broken, tmp_path):
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "one.txt").write_text("the cat sat on the mat and the dog sat on the cat\n" * 50)

@@ -45,28 +45,45 @@ RESUMED = {
     "same rate": f"{OVERRIDE}",
     "higher rate": f"--lr 2e-3 --min-lr 2e-4 {OVERRIDE}",
     "higher rate, sharded": f"--lr 2e-3 --min-lr 2e-4 {OVERRIDE} --use-distributed-optimizer",
+    "decoupled, higher rate": f"--lr 2e-3 --min-lr 2e-4 --decoupled-lr 2e-2 {OVERRIDE}",
+    "decoupled, higher rate, sharded": f"--lr 2e-3 --min-lr 2e-4 --decoupled-lr 2e-2 {OVERRIDE} "
+    "--use-distributed-optimizer",
     "rate of the checkpoint": "--lr 2e-3 --min-lr 2e-4 --use-checkpoint-opt-param-scheduler",
     "--lr 0.002: the checkpoint was trained with 0.001": "--lr 2e-3",
     "--min-lr 0.0002: the checkpoint was trained with 0.0001": "--min-lr 2e-4",
     "--train-iters 5: the checkpoint was trained with 3": "",
     "--decoupled-lr 0.0001: the checkpoint was trained with None": f"--decoupled-lr 1e-4 {OVERRIDE}",
+    "--num-layers 3: the checkpoint was trained with 2": f"--num-layers 3 {OVERRIDE}",
+    "--add-qkv-bias given: the checkpoint was trained without it": f"--add-qkv-bias {OVERRIDE}",
+    "--use-distributed-optimizer given: the checkpoint was trained without it": f"--s2-offload {OVERRIDE}",
+    "--optimizer sgd: the checkpoint was trained with adam": f"--optimizer sgd {OVERRIDE}",
+    "--bf16 or --fp16: the checkpoint was trained with neither": f"--bf16 {OVERRIDE}",
+    "--ckpt-step 7: there is no ": f"--ckpt-step 7 {OVERRIDE}",
+    "--ckpt-format torch: ": f"--ckpt-format torch {OVERRIDE}",
 }
 
 
 @pytest.fixture(scope="module")
 def other_schedules(tmp_path_factory) -> Runs:
     directory = tmp_path_factory.mktemp("schedules")
+    sharded, decoupled = "--use-distributed-optimizer", "--decoupled-lr 1e-2"
     saved = {
         "": directory / "checkpoint-plain",
-        "--use-distributed-optimizer": directory / "checkpoint-sharded",
+        sharded: directory / "checkpoint-sharded",
+        decoupled: directory / "checkpoint-decoupled",
+        f"{decoupled} {sharded}": directory / "checkpoint-decoupled-sharded",
     }
     first = {
         f"start {flag}": f"--train-iters 3 --save-interval 3 --save {path} {flag}"
         for flag, path in saved.items()
     }
-    sharded = "--use-distributed-optimizer"
+
+    def trained_with(name: str, flags: str) -> str:
+        words = [decoupled] if name.startswith("decoupled") else []
+        return " ".join([*words, *([sharded] if sharded in flags else [])])
+
     resumed = {
-        name: f"--train-iters 5 --load {saved[sharded if sharded in flags else '']} {flags}"
+        name: f"--train-iters 5 --load {saved[trained_with(name, flags)]} {flags}"
         for name, flags in RESUMED.items()
     }
     return Runs(directory, first | resumed)
@@ -176,6 +193,20 @@ REFUSED = {
     "--tensorboard-dir {here}/file: {here}/file is a file": "--tensorboard-dir {here}/file",
     "--data-cache-path {here}/file/cache: {here}/file is a file": "--data-cache-path {here}/file/cache",
     "--s2-offload-trace {here}: is a directory": "--s2-offload --s2-offload-trace {here}",
+    "--result-rejected-tracker-filename {here}/file/x: {here}/file is": "--rerun-mode validate_results "
+    "--result-rejected-tracker-filename {here}/file/x",
+    "--heterogeneous-layers-config-path /no/x: there is": "--heterogeneous-layers-config-path /no/x",
+    "--tokenizer-model {here}/file: cannot be loaded: ": "--tokenizer-type SentencePieceTokenizer "
+    "--tokenizer-model {here}/file",
+    "--num-layers 0: must be >= 1": "--num-layers 0",
+    "--log-interval 0: must be >= 1": "--log-interval 0",
+    "--adam-eps nan: must be >= 0": "--adam-eps nan",
+    "--adam-beta2 1.5: must be >= 0 and < 1": "--adam-beta2 1.5",
+    "--rotary-base 0: must be > 0": "--rotary-base 0",
+    "--kv-channels 15 (--hidden-size over": "--hidden-size 60",
+    "--lr-warmup-init 1.0: must be at most --lr 0.001": "--lr-warmup-init 1",
+    "--lr-wsd-decay-iters: must be given": "--lr-decay-style WSD",
+    "--decoupled-lr 0.001: must differ from --lr": "--decoupled-lr 1e-3",
 }
 
 
@@ -304,13 +335,20 @@ def test_a_resumed_run_trains_on_at_another_rate(other_schedules, sharded):
     assert other_schedules[f"higher rate{sharded}"].losses.keys() == {4, 5}
 
 
+@pytest.mark.parametrize("sharded", ["", ", sharded"])
+def test_a_resumed_run_trains_on_at_another_decoupled_rate(other_schedules, sharded):
+    run = other_schedules[f"decoupled, higher rate{sharded}"]
+    assert run.losses.keys() == {4, 5}
+    assert run.scalar("learning-rate")[5] == pytest.approx(2e-4)  # not that of the embedding
+
+
 def test_a_resumed_run_keeps_the_schedule_of_its_checkpoint(other_schedules):
     rates = other_schedules["rate of the checkpoint"].scalar("learning-rate")
     assert rates == pytest.approx({4: 1e-4, 5: 1e-4})  # of three steps, which have ended
 
 
 @pytest.mark.parametrize("what", [name for name in RESUMED if name.startswith("--")])
-def test_a_schedule_that_the_checkpoint_does_not_have_is_refused(other_schedules, what):
+def test_what_the_checkpoint_does_not_have_is_refused(other_schedules, what):
     assert other_schedules[what].status == 2
     assert_refused(other_schedules[what], what)
 

@@ -34,9 +34,13 @@ class Node:
             return cls(0, (cores,), lambda value: [value])
         machine = Path("/proc/sys/kernel/random/boot_id").read_text()  # the same in all its containers
         everywhere = _gather((machine, cores), dist.get_world_size())
-        ranks = [rank for rank, (of_rank, _) in enumerate(everywhere) if of_rank == machine]
-        # Gloo: NCCL would take memory of the GPU for a few values of the host.
-        group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        ranks_of: dict[str, list[int]] = {}
+        for rank, (of_rank, _) in enumerate(everywhere):
+            ranks_of.setdefault(of_rank, []).append(rank)
+        # All ranks make the groups of all nodes: with `use_local_synchronization` torch 2.11 hangs if ranks
+        # are in different numbers of groups. Gloo: NCCL would take memory of the GPU for a few values.
+        groups = {one: dist.new_group(ranks, backend="gloo") for one, ranks in ranks_of.items()}
+        ranks, group = ranks_of[machine], groups[machine]
         return cls(
             ranks.index(dist.get_rank()),
             tuple(everywhere[rank][1] for rank in ranks),

@@ -9,7 +9,7 @@ import os
 from argparse import Namespace
 from importlib.util import find_spec
 
-from megatron_s2.data.output import check_writable
+from megatron_s2.data.output import check_file_writable, check_writable
 from megatron_s2.data.token_ids import REMOTE_SCHEMES
 from megatron_s2.errors import flag_name
 from megatron_s2.training.data_checks import check_data, check_sequences_per_dataset, check_tokenizer
@@ -23,6 +23,17 @@ _OUTPUT_DIRECTORIES = (
     "non_persistent_global_ckpt_dir",
     "non_persistent_local_ckpt_dir",
 )
+# Smallest value of numbers for which Megatron, numpy or torch fails, some only after the model is built.
+_AT_LEAST = {
+    **dict.fromkeys(("num_layers", "hidden_size", "num_attention_heads", "kv_channels", "seq_length"), 1),
+    **dict.fromkeys(("make_vocab_size_divisible_by", "rotary_seq_len_interpolation_factor"), 1),
+    **dict.fromkeys(("seed", "train_iters", "train_samples", "log_interval", "hysteresis"), 1),
+    **dict.fromkeys(
+        ("num_workers", "adam_eps", "weight_decay", "clip_grad", "init_method_std", "lr_warmup_init"), 0
+    ),
+}
+_POSITIVE = ("rotary_base", "rope_scaling_factor", "initial_loss_scale", "min_loss_scale")
+_BELOW_ONE = ("adam_beta1", "adam_beta2", "hidden_dropout", "attention_dropout")
 
 
 def check_paths(args: Namespace) -> None:
@@ -39,6 +50,27 @@ def check_paths(args: Namespace) -> None:
     for name in _OUTPUT_DIRECTORIES:
         if (path := getattr(args, name, None)) and not path.startswith(REMOTE_SCHEMES):
             check_writable(flag_name(name), path)
+    if path := args.result_rejected_tracker_filename:
+        check_file_writable("--result-rejected-tracker-filename", path)
+    if (path := args.heterogeneous_layers_config_path) and not os.path.isfile(path):
+        raise ValueError(f"--heterogeneous-layers-config-path {path}: there is no such file")
+
+
+def check_numbers(args: Namespace) -> None:
+    """Checks that numbers are in the ranges in which Megatron can train.
+
+    Raises:
+        ValueError: one is not, or is not a number; the message names its flag.
+    """
+    for name, smallest in _AT_LEAST.items():
+        if (value := getattr(args, name)) is not None and not smallest <= value < math.inf:
+            raise ValueError(f"{flag_name(name)} {value}: must be >= {smallest}")
+    for name in _POSITIVE:
+        if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
+            raise ValueError(f"{flag_name(name)} {value}: must be > 0")
+    for name in _BELOW_ONE:
+        if not 0 <= (value := getattr(args, name)) < 1:
+            raise ValueError(f"{flag_name(name)} {value}: must be >= 0 and < 1")
 
 
 def check_model(args: Namespace) -> None:
@@ -50,9 +82,12 @@ def check_model(args: Namespace) -> None:
     heads, groups = args.num_attention_heads, args.num_query_groups
     if args.group_query_attention and heads and (groups < 1 or heads % groups):
         raise ValueError(f"--num-query-groups {groups}: must divide --num-attention-heads {heads}")
-    for name in ("hidden_dropout", "attention_dropout"):
-        if not 0 <= getattr(args, name) < 1:
-            raise ValueError(f"{flag_name(name)} {getattr(args, name)}: must be >= 0 and < 1")
+    channels = args.kv_channels or (args.hidden_size or 0) // (heads or 1)
+    if args.position_embedding_type == "rope" and channels % 2:
+        raise ValueError(
+            f"--kv-channels {channels} (--hidden-size over --num-attention-heads if not given): must be even "
+            "with --position-embedding-type rope, which rotates pairs of channels"
+        )
     if args.vocab_size is not None and args.vocab_size < 1:
         raise ValueError(f"--vocab-size {args.vocab_size}: must be >= 1")
     if args.num_experts and args.moe_router_topk > args.num_experts:
@@ -97,12 +132,25 @@ def check_parallel_sizes(args: Namespace) -> None:
         raise ValueError(f"{flags}: the product must divide the number of ranks, {args.world_size}")
 
 
-def check_warmup(args: Namespace) -> None:
-    """Checks that the learning rate's warmup ends before its decay does.
+def check_rates(args: Namespace) -> None:
+    """Checks that the learning rate's warmup ends before its decay does, and what Megatron finds out only
+    when the model is built or a checkpoint loaded.
 
     Raises:
-        ValueError: it does not; the message names the flag.
+        ValueError: the message names the flag.
     """
+    if args.lr is not None and args.lr_warmup_init > args.lr:
+        raise ValueError(f"--lr-warmup-init {args.lr_warmup_init}: must be at most --lr {args.lr}")
+    if args.lr_decay_style == "WSD" and args.lr_wsd_decay_iters is args.lr_wsd_decay_samples is None:
+        unit = "samples" if args.train_samples else "iters"
+        raise ValueError(f"--lr-wsd-decay-{unit}: must be given with --lr-decay-style WSD")
+    decoupled = args.decoupled_lr, args.min_lr if args.decoupled_min_lr is None else args.decoupled_min_lr
+    if decoupled == (args.lr, args.min_lr):
+        # Megatron tells groups of parameters in a checkpoint apart by their rates.
+        raise ValueError(
+            f"--decoupled-lr {args.decoupled_lr}: must differ from --lr, or checkpoints cannot be resumed; "
+            "remove it"
+        )
     fraction = args.lr_warmup_fraction
     if fraction is not None and not 0 <= fraction < 1:
         raise ValueError(f"--lr-warmup-fraction {fraction}: must be >= 0 and < 1")
@@ -112,58 +160,6 @@ def check_warmup(args: Namespace) -> None:
         if total and warmup >= decay:
             end = f"--lr-decay-{unit}" if getattr(args, f"lr_decay_{unit}") else f"--train-{unit}"
             raise ValueError(f"--lr-warmup-{unit} {warmup}: must be smaller than {end} {decay}")
-
-
-def check_schedule(args: Namespace, saved: Namespace) -> None:
-    """Checks that a resumed run has the learning-rate schedule of its checkpoint, or says which one counts.
-
-    Call it with validated arguments. With `--use-checkpoint-opt-param-scheduler` the rates of the checkpoint
-    replace those in `args`, since Megatron builds the parameter groups by them.
-
-    Args:
-        args: arguments of the run, changed in place.
-        saved: arguments in the checkpoint that it loads.
-
-    Raises:
-        ValueError: naming the flag that differs, both values and what to do.
-    """
-    resumes = not (args.finetune or args.no_load_optim) and getattr(saved, "lr", None) is not None
-    if not resumes:
-        return
-    if (args.decoupled_lr is None) != (saved.decoupled_lr is None):
-        raise ValueError(
-            f"--decoupled-lr {args.decoupled_lr}: the checkpoint was trained with {saved.decoupled_lr}, "
-            "so its optimizer has other parameter groups; give the same, or --no-load-optim to drop its state"
-        )
-    if args.override_opt_param_scheduler:
-        return
-    if args.use_checkpoint_opt_param_scheduler:
-        for name in _RATES:
-            setattr(args, name, getattr(saved, name, None))
-        return
-    mine, its = _schedule(args), _schedule(saved)
-    for flag, value in mine.items():
-        if value != its.get(flag, value):
-            raise ValueError(
-                f"{flag} {value}: the checkpoint was trained with {its[flag]}; give the same, or "
-                "--override-opt-param-scheduler to train on with the new schedule, or "
-                "--use-checkpoint-opt-param-scheduler to keep the checkpoint's"
-            )
-
-
-_RATES = ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "start_weight_decay", "end_weight_decay")
-
-
-def _schedule(args: Namespace) -> dict[str, object]:
-    """What Megatron compares on resume, as flags: the rates, and where the schedule ends."""
-    # Megatron sets train_iters of a run by samples, too. Only iterations are counted in batches.
-    unit = "samples" if args.train_samples else "iters"
-    names = [*_RATES, "lr_decay_style", "weight_decay_incr_style", "lr_warmup_fraction"]
-    names += [f"train_{unit}", f"lr_warmup_{unit}"]
-    names += ["global_batch_size"] if unit == "iters" and not args.step_batch_size_schedule else []
-    values = {name: getattr(args, name, None) for name in names}
-    values[f"lr_decay_{unit}"] = getattr(args, f"lr_decay_{unit}") or getattr(args, f"train_{unit}")
-    return {flag_name(name): value for name, value in values.items()}
 
 
 def _check_load(args: Namespace) -> None:

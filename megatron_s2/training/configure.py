@@ -27,15 +27,21 @@ from megatron_s2.training.arguments import (
     set_required_args,
     validate_s2_args,
 )
+from megatron_s2.training.checkpoint_checks import (
+    check_format,
+    check_optimizer,
+    check_schedule,
+    check_weights,
+)
 from megatron_s2.training.checks import (
     check_model,
+    check_numbers,
     check_parallel_sizes,
     check_paths,
-    check_schedule,
+    check_rates,
     check_wandb,
-    check_warmup,
 )
-from megatron_s2.training.data_checks import check_splits, check_vocabulary, vocabulary_of
+from megatron_s2.training.data_checks import check_splits, check_vocabulary, tokenizer_flag, vocabulary_of
 from megatron_s2.training.environment import rank
 from megatron_s2.training.hooks import count_s2_flops, log_context_parallel_traffic
 from megatron_s2.training.megatron_errors import errors_that_name_flags
@@ -139,9 +145,10 @@ def _check_arguments(
         Fields of `S2Settings` that `--spec` sets, None without S2 attention; and the flags that were set for
         S2 attention and for offload.
     """
+    check_numbers(args)
     check_model(args)
     check_splits(args)
-    check_warmup(args)
+    check_rates(args)
     check_wandb(args)
     let_eval_interval_be_unset(args)
     set_for_s2, set_for_offload = validate_s2_args(args, argv), validate_offload_args(args, argv)
@@ -165,19 +172,20 @@ def _build_configs(
     configuration."""
     from megatron.training import arguments
     from megatron.training.argument_utils import gpt_config_from_args
-    from megatron.training.global_vars import rebuild_tokenizer
 
     from megatron_s2.layers.config import S2TransformerConfig
 
     with errors_that_name_flags(args):
         arguments.validate_args(args)
         if checkpoint_args is not None:
+            check_weights(args, checkpoint_args)
+            check_optimizer(args, checkpoint_args)
             check_schedule(args, checkpoint_args)
         if args.override_opt_param_scheduler:
             let_resumes_change_the_learning_rate()
         config_class = S2TransformerConfig if args.s2_attention else None
         config = arguments.core_transformer_config_from_args(args, config_class=config_class)
-        _check_token_ids(args, rebuild_tokenizer(args))  # before a log writer is opened
+        _check_token_ids(args, _build_tokenizer(args))  # before a log writer is opened
         _set_global_variables(args)
         return config, gpt_config_from_args(args, config=config)
 
@@ -195,6 +203,16 @@ def _set_global_variables(args: Namespace) -> None:
             f"--wandb-project {args.wandb_project}: wandb does not start ({error}); run wandb login, or set "
             "WANDB_API_KEY, or WANDB_MODE=offline to log to files"
         ) from error
+
+
+def _build_tokenizer(args: Namespace):
+    """Sets Megatron's global tokenizer and returns it; the errors of its libraries name the flag here."""
+    from megatron.training.global_vars import rebuild_tokenizer
+
+    try:
+        return rebuild_tokenizer(args)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{tokenizer_flag(args)}: cannot be loaded: {error}") from error
 
 
 def _check_token_ids(args: Namespace, tokenizer) -> None:
@@ -288,7 +306,13 @@ def _checkpoint_args(args: Namespace) -> Namespace | None:
 
     if args.load is None or not Path(get_checkpoint_tracker_filename(args.load)).exists():
         return None
-    state, *_ = _load_base_checkpoint(args.load, args, rank0=True)
+    try:
+        state, directory, *_ = _load_base_checkpoint(args.load, args, rank0=True)
+    except FileNotFoundError as error:
+        flag = f"--ckpt-step {args.ckpt_step}" if args.ckpt_step else f"--load {args.load}"
+        raise ValueError(f"{flag}: there is no {error.filename}") from error
+    if state:
+        check_format(args, Path(directory))
     return state.get("args") if state else None
 
 

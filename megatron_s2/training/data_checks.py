@@ -124,7 +124,7 @@ def vocabulary_of(args: Namespace, tokenizer) -> Vocabulary:
     """
     data = Vocabulary.advice
     tokenizer_ids = _tokenizer_ids(args, tokenizer)
-    known = [Vocabulary(tokenizer_ids, _tokenizer_flag(args))]
+    known = [Vocabulary(tokenizer_ids, tokenizer_flag(args))]
     if args.vocab_size and args.tokenizer_type not in _TOKENIZERS_WITHOUT_TOKENS:
         is_new = not args.load and not args.pretrained_checkpoint
         more = "for all tokens of the tokenizer, remove --vocab-size" if is_new else GROW_MODEL
@@ -162,7 +162,7 @@ def check_vocabulary(args: Namespace, tokenizer) -> list[str]:
     has_tokens = args.tokenizer_type not in _TOKENIZERS_WITHOUT_TOKENS
     if has_tokens and (tokenizer_ids := _tokenizer_ids(args, tokenizer)) > vocabulary.size:
         lines.append(
-            f"{_tokenizer_flag(args)} has token ids up to {tokenizer_ids - 1}, the model has "
+            f"{tokenizer_flag(args)} has token ids up to {tokenizer_ids - 1}, the model has "
             f"{vocabulary.size} tokens ({vocabulary.source}); data with ids beyond are refused; "
             f"{vocabulary.advice}"
         )
@@ -181,7 +181,8 @@ def _tokenizer_ids(args: Namespace, tokenizer) -> int:
     return max(number_of_ids(tokenizer), 1 + (-1 if tokenizer.eod is None else tokenizer.eod))
 
 
-def _tokenizer_flag(args: Namespace) -> str:
+def tokenizer_flag(args: Namespace) -> str:
+    """Returns the flag and its value that name the tokenizer."""
     if args.tokenizer_model:
         return f"--tokenizer-model {args.tokenizer_model}"
     return f"--tokenizer-type {args.tokenizer_type}"

@@ -151,7 +151,7 @@ def count_s2_flops(settings: S2Settings | Annealing) -> None:
         original, args, batch_size, seqlen_squared_sum_in_batch=None, total_real_tokens_in_batch=None
     ):
         if seqlen_squared_sum_in_batch is None:
-            seqlen_squared_sum_in_batch = batch_size * 2 * settings.mean_pairs(args.seq_length)
+            seqlen_squared_sum_in_batch = batch_size * 2 * float(settings.mean_pairs(args.seq_length))
         return original(args, batch_size, seqlen_squared_sum_in_batch, total_real_tokens_in_batch)
 
     def update_visible(original, cu_seqlens):

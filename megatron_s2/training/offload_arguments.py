@@ -8,7 +8,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_s2.data.output import check_writable
+from megatron_s2.data.output import check_file_writable
 from megatron_s2.errors import flag_name
 from megatron_s2.layers.arguments import refuse_arguments
 from megatron_s2.offload.plan import ALIGNMENT, GB, SUBGROUP_SIZE, check_fraction
@@ -198,9 +198,7 @@ def offload_settings(args: Namespace) -> OffloadSettings:
     if trace is not None and not Path(trace).absolute().parent.is_dir():
         raise ValueError(f"--s2-offload-trace {trace}: there is no such directory")
     if trace is not None:
-        if Path(trace).is_dir():
-            raise ValueError(f"--s2-offload-trace {trace}: is a directory; give a file in it")
-        check_writable("--s2-offload-trace", str(Path(trace).absolute().parent))
+        check_file_writable("--s2-offload-trace", trace)
     return OffloadSettings(
         gpu_fraction=None if fraction == "auto" else fraction,
         subgroup_size=size,

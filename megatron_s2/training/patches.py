@@ -388,6 +388,7 @@ def let_resumes_change_the_learning_rate() -> None:
 
     rates = {"max_lr", "min_lr", "start_wd", "end_wd"}
     role_keys = [key for key in optimizer.param_group_identifier_keys if key not in rates]
+    role_keys.append("default_config")  # False for groups of --decoupled-lr, which no other key tells apart
 
     def role(group: dict) -> tuple:
         return tuple(group.get(key, group.get(f"pre_{key}")) for key in role_keys)

@@ -235,7 +235,6 @@ if INTERPRETED:
         "mask": random_mask(1, 12),
     }
 
-    TILES = [(16, 16), (64, 32), (32, 64)]
     SHORT_VISITS = {
         "s2": (16, 16),
         "sinks": (64, 32),
@@ -246,7 +245,10 @@ if INTERPRETED:
 
     @pytest.mark.parametrize(
         ("name", "tiles"),
-        thinned(product(VISITED, TILES), lambda visit: SHORT_VISITS[visit[0]] == visit[1]),
+        [
+            *SHORT_VISITS.items(),
+            *exhaustive(*product(("sinks", "window", "mask"), [(16, 16)]), ("s2", (32, 64))),
+        ],
         ids=str,
     )
     def test_every_visible_pair_is_visited_once_and_no_tile_is_empty(name, tiles, visits):

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from ranks import run_on_ranks
 
 from megatron_s2.offload.node import Node, share_of_cores
@@ -36,7 +37,8 @@ def test_one_that_is_alone_has_all_its_cores():
 
 
 def detect(rank: int) -> tuple:
-    """Ranks 0 and 2 are bound to the first core, rank 1 is not bound."""
+    """Ranks 0 and 2 are bound to the first core, rank 1 is not bound; rank 0 is in one more group."""
+    torch.distributed.new_group([0])
     usable = sorted(os.sched_getaffinity(0))
     if rank != 1:
         os.sched_setaffinity(0, usable[:1])

@@ -1,18 +1,23 @@
 """A run that would break or hang later is refused first, by the flag that names the cause."""
 
 import json
+import math
+import re
 from argparse import Namespace
 
 import pytest
 from parsed_arguments import arguments
 
 from megatron_s2.training.checks import (
+    _AT_LEAST,
+    _BELOW_ONE,
+    _POSITIVE,
     check_model,
+    check_numbers,
     check_parallel_sizes,
     check_paths,
-    check_schedule,
+    check_rates,
     check_wandb,
-    check_warmup,
 )
 
 
@@ -231,7 +236,7 @@ def model(**given):
     known = {"num_attention_heads": 4, "group_query_attention": True, "num_query_groups": 2}
     known |= dict.fromkeys(("tensor_model_parallel_size", "pipeline_model_parallel_size"), 1)
     known |= {"context_parallel_size": 1, "world_size": 1, "num_experts": None}
-    known |= {"vocab_size": None, "hidden_dropout": 0.1, "attention_dropout": 0.1}
+    known |= {"vocab_size": None, "hidden_size": 64, "kv_channels": None, "position_embedding_type": "rope"}
     return Namespace(**{**known, "config_logger_dir": "", **given})
 
 
@@ -247,9 +252,7 @@ def test_the_query_groups_divide_the_heads():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"hidden_dropout": 2}, "--hidden-dropout 2: must be >= 0 and < 1"),
         ({"vocab_size": 0}, "--vocab-size 0: must be >= 1"),
-        ({"attention_dropout": -0.1}, "--attention-dropout -0.1: must be >= 0 and < 1"),
         ({"num_experts": 2, "moe_router_topk": 3}, "--moe-router-topk 3: must be at most --num-experts 2"),
         (
             {"tensor_model_parallel_size": 2, "context_parallel_size": 3, "world_size": 4},
@@ -259,11 +262,36 @@ def test_the_query_groups_divide_the_heads():
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_numbers_that_megatron_breaks_on_are_refused(given, message):
+def test_sizes_that_megatron_breaks_on_are_refused(given, message):
     with pytest.raises(ValueError) as refusal:
         check_model(model(**given))
         check_parallel_sizes(model(**given))
     assert str(refusal.value) == message
+
+
+def numbers(**given):
+    known = dict.fromkeys([*_AT_LEAST, *_POSITIVE], None) | dict.fromkeys(_BELOW_ONE, 0.1)
+    return Namespace(**known | given)
+
+
+@pytest.mark.parametrize(
+    ("names", "wrong", "right", "rule"),
+    [
+        ([name for name, least in _AT_LEAST.items() if least == 1], (0, -1), (1, 2), ">= 1"),
+        ([name for name, least in _AT_LEAST.items() if least == 0], (-1, math.nan, math.inf), (0, 2), ">= 0"),
+        (_POSITIVE, (0, -1.0, math.nan, math.inf), (1e-9, 2), "> 0"),
+        (_BELOW_ONE, (1, 2, -0.1, math.nan), (0, 0.999), ">= 0 and < 1"),
+    ],
+    ids=["positive integers", "not negative", "positive", "below one"],
+)
+def test_numbers_that_megatron_breaks_on_are_refused(names, wrong, right, rule):
+    for name in names:
+        for value in right:
+            check_numbers(numbers(**{name: value}))
+        for value in wrong:
+            message = f"--{name.replace('_', '-')} {value}: must be {rule}"
+            with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+                check_numbers(numbers(**{name: value}))
 
 
 @pytest.mark.parametrize(
@@ -284,37 +312,13 @@ def test_numbers_that_megatron_breaks_on_are_refused(given, message):
 )
 def test_a_warmup_ends_before_the_schedule_does(given, message):
     none = dict.fromkeys(("train_samples", "lr_decay_iters", "lr_decay_samples", "lr_warmup_fraction"))
-    fine = Namespace(**none | {"train_iters": 10, "lr_warmup_iters": 0, "lr_warmup_samples": 0})
-    check_warmup(fine)
+    none |= dict.fromkeys(("lr", "lr_decay_style", "decoupled_lr", "decoupled_min_lr", "min_lr"))
+    warmup = {"lr_warmup_iters": 0, "lr_warmup_samples": 0, "lr_warmup_init": 0.0}
+    fine = Namespace(**none | warmup | {"train_iters": 10, "lr": 1e-3, "min_lr": 0.0})
+    check_rates(fine)
     with pytest.raises(ValueError) as refusal:
-        check_warmup(Namespace(**vars(fine) | given))
+        check_rates(Namespace(**vars(fine) | given))
     assert str(refusal.value) == message
-
-
-def schedule(**given):
-    names = (
-        "decoupled_lr decoupled_min_lr train_iters train_samples lr_warmup_fraction step_batch_size_schedule"
-    )
-    flags = "finetune no_load_optim override_opt_param_scheduler use_checkpoint_opt_param_scheduler"
-    known = dict.fromkeys(names.split()) | dict.fromkeys(flags.split(), False)
-    known |= {"lr": 1e-3, "min_lr": 0.0, "start_weight_decay": 0.1, "end_weight_decay": 0.1}
-    known |= {"lr_decay_iters": None, "lr_decay_samples": None, "lr_warmup_iters": 0, "lr_warmup_samples": 0}
-    return Namespace(**known | {"global_batch_size": 4} | given)
-
-
-def test_a_schedule_by_samples_is_compared_by_samples():
-    # Megatron has set the iterations of the run that saved the checkpoint, and the end of its decay.
-    saved = schedule(train_samples=80, train_iters=20, lr_decay_samples=80)
-    check_schedule(schedule(train_samples=80, global_batch_size=8), saved)
-    with pytest.raises(ValueError, match=r"^--train-samples 160: the checkpoint was trained with 80; give"):
-        check_schedule(schedule(train_samples=160), saved)
-
-
-def test_a_schedule_by_iterations_depends_on_the_batch():
-    saved = schedule(train_iters=20, lr_decay_iters=20)
-    check_schedule(schedule(train_iters=20), saved)
-    with pytest.raises(ValueError, match=r"^--global-batch-size 8: the checkpoint was trained with 4; give"):
-        check_schedule(schedule(train_iters=20, global_batch_size=8), saved)
 
 
 def test_the_config_logger_is_refused():
