@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
 import warnings
 from collections.abc import Iterable, Sequence
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -30,15 +32,15 @@ from megatron_s2.kernels.torch_calls import (
     Plan,
     Sources,
     backward_calls,
-    fitted,
     forward_calls,
 )
 from megatron_s2.kernels.torch_plan import Band, Call, Causal, Gathered
 from megatron_s2.pattern import BlockPattern, S2Pattern
 
+_log = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("torch_tasks.cpp")
-_FLAGS = ("-O2", "-std=c++20", "-shared", "-fPIC", "-fopenmp", "-DAT_PARALLEL_OPENMP=1")
-_COMPILERS = ("c++", "g++", "clang++")
+_FLAGS = ("-O1", "-std=c++20", "-shared", "-fPIC", "-fopenmp", "-DAT_PARALLEL_OPENMP=1")
+_COMPILER = "g++"  # its OpenMP is the one that PyTorch brings: two in a process have two pools of threads
 _CAUSAL, _BAND, _PAST = range(3)  # kinds of calls in torch_tasks.cpp
 _MOST_ROWS = 1024  # of a task
 _TASKS_PER_THREAD = 4  # with equal tasks, a thread then waits for a fifth of the time at most
@@ -53,7 +55,7 @@ def run_forward(parts: Iterable[ForwardTensors]) -> None:
             forward_calls(part)
     else:
         operators.forward(
-            [_queries(part.q, part) for part in parts],
+            [part.q for part in parts],
             *_keys_and_calls(parts),
             [part.out for part in parts],
             [part.lse for part in parts],
@@ -70,10 +72,10 @@ def run_backward(parts: Iterable[BackwardTensors]) -> None:
             backward_calls(part)
     else:
         operators.backward(
-            [_queries(part.dout, part) for part in parts],
-            [_queries(part.q, part) for part in parts],
+            [part.dout for part in parts],
+            [part.q for part in parts],
             *_keys_and_calls(parts),
-            [_queries(part.out, part) for part in parts],
+            [part.out for part in parts],
             [part.lse for part in parts],
             [part.dq for part in parts],
             [x for part in parts for x in _tensors(part.grads)],
@@ -109,16 +111,12 @@ def _operators(parts: Parts):
 
 def _keys_and_calls(parts: Parts) -> tuple[list[Tensor], list[Tensor], list[int]]:
     sources = [x for part in parts for x in _tensors(part.sources)]
-    tables = [_table(tuple(part.plan.calls), part.plan.pattern.block_size) for part in parts]
+    tables = [_table(part.plan.calls, part.plan.pattern.block_size) for part in parts]
     return sources, tables, [start for part in parts for start in (part.plan.q_start, part.sources.start)]
 
 
 def _tensors(sources: Sources) -> tuple[Tensor, ...]:
     return sources.k, sources.v, sources.k_shard, sources.v_shard
-
-
-def _queries(x: Tensor, part: ForwardTensors | BackwardTensors) -> Tensor:
-    return fitted(x, part.sources.k.shape[-1], part.sources.k.dtype)
 
 
 def _shape(parts: Parts) -> tuple[int, int, int, float]:
@@ -135,8 +133,7 @@ def _shape(parts: Parts) -> tuple[int, int, int, float]:
     )
 
 
-@lru_cache(maxsize=4096)
-def _table(calls: tuple[Call, ...], block: int) -> Tensor:
+def _table(calls: Sequence[Call], block: int) -> Tensor:
     """Calls as `torch_tasks.cpp` reads them: int64 `[calls, 6]`, kind, queries, source and keys."""
 
     def row(call: Call) -> tuple[int, ...]:
@@ -151,38 +148,53 @@ def _table(calls: tuple[Call, ...], block: int) -> Tensor:
 
 @cache
 def load():
-    """Returns the operators, which are compiled if they have not been; None if that fails."""
+    """Returns the operators, which are compiled if they have not been; None, with a warning, if that fails."""
     try:
-        torch.ops.load_library(_library())
-    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
-        reason = getattr(error, "stderr", None) or str(error)
-        warnings.warn(
-            f"the CPU operators of megatron_s2 cannot be compiled; attention on the CPU is slower: {reason}",
-            stacklevel=2,
-        )
+        torch.ops.load_library(library())
+    except (OSError, RuntimeError) as error:
+        warnings.warn(f"attention on the CPU runs without its C++ operators, slower: {error}", stacklevel=2)
         return None
-    return torch.ops.megatron_s2_cpu
+    operators = torch.ops.megatron_s2_cpu
+    for operator in (operators.forward, operators.backward):
+        torch.library.register_fake(operator.default.name())(lambda *_: None)  # they return nothing
+    return operators
 
 
-def _library() -> Path:
-    """Returns the path of the compiled operators. Of several processes one compiles, and the others wait."""
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, _COMPILERS), None)
-    if compiler is None:
-        raise OSError(f"there is no compiler: none of {', '.join(_COMPILERS)} is on PATH")
-    root = Path(torch.__file__).parent
-    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    key = "\n".join(
-        [_SOURCE.read_text(encoding="utf-8"), torch.__version__, str(root), compiler, abi, *_FLAGS]
-    )
+def library() -> Path:
+    """Returns the path of the compiled operators, which one process of the machine compiles once; others wait.
+
+    The file depends neither on the CPU, beyond its architecture, nor on the compiler, so that machines without
+    one can use what another with the same home folder has compiled.
+
+    Raises:
+        OSError: the cache folder is not writable.
+        RuntimeError: there is no compiler, or it fails.
+    """
+    key = "\n".join([_SOURCE.read_text(encoding="utf-8"), torch.__version__, platform.machine(), *_FLAGS])
     path = cache_folder() / f"torch_tasks-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                built = Path(folder) / path.name
-                command = [compiler, *_FLAGS, abi, f"-I{root / 'include'}", str(_SOURCE), f"-L{root / 'lib'}"]
-                command += ["-ltorch_cpu", "-lc10", "-o", str(built)]
-                subprocess.run(command, check=True, capture_output=True, text=True)
-                built.rename(path)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                _compile(path)
     return path
+
+
+def _compile(path: Path) -> None:
+    """Writes the file whole or not at all."""
+    compiler = os.environ.get("CXX") or _COMPILER
+    if shutil.which(compiler) is None:
+        raise RuntimeError(f"no C++ compiler, {compiler} is not on PATH")
+    _log.warning("compiling the CPU operators of megatron_s2, once on this machine: about 20 s")
+    root = Path(torch.__file__).parent
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        built = Path(folder) / path.name
+        command = [compiler, *_FLAGS, f"-I{root / 'include'}", str(_SOURCE), f"-L{root / 'lib'}"]
+        command += ["-ltorch_cpu", "-lc10", "-o", str(built)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            lines = done.stderr.splitlines() or [f"status {done.returncode}"]
+            reason = next((line for line in lines if "error" in line), lines[-1])
+            raise RuntimeError(f"{compiler} fails: {reason[:300]}")
+        built.rename(path)

@@ -4,14 +4,15 @@
 // attention of PyTorch after the other, and merges them by log-sum-exp. Tasks share nothing, so a thread that is
 // interrupted delays none but its own: threads take the next task as they become free.
 //
-// In backward a task adds up the gradients of its keys in tensors of its own. They are summed in the order of the
-// tasks afterwards: results do not depend on the threads.
+// In backward a task adds up the gradients of its keys in tensors of its own, which are added to those of its KV
+// head in the order of the tasks: results do not depend on the threads.
 
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/_scaled_dot_product_flash_attention_for_cpu.h>
 #include <ATen/ops/_scaled_dot_product_flash_attention_for_cpu_backward.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/logaddexp.h>
 #include <ATen/ops/sigmoid.h>
@@ -23,6 +24,7 @@
 #include <exception>
 #include <functional>
 #include <limits>
+#include <map>
 #include <mutex>
 #include <tuple>
 #include <vector>
@@ -53,6 +55,7 @@ struct Part {
 
 struct Task {
   int64_t part, batch, head, start, stop;
+  int64_t turn = 0;  // place in the order of the tasks of its head
 };
 
 struct Shape {
@@ -96,10 +99,12 @@ std::vector<Task> tasks_of(const std::vector<Part>& parts, const Shape& shape) {
     }
   }
   std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.start > b.start; });
+  std::map<std::tuple<int64_t, int64_t, int64_t>, int64_t> turns;
+  for (Task& task : tasks) task.turn = turns[{task.part, task.batch, task.head}]++;
   return tasks;
 }
 
-// Calls run(i) for i = 0 .. n-1, each on one thread.
+// Calls run(i) for i = 0 .. n-1, each on one thread, begun in this order.
 void for_each_task(int64_t n, const std::function<void(int64_t)>& run) {
   std::atomic<int64_t> next{0};
   std::exception_ptr error;
@@ -160,6 +165,13 @@ Tensor keys_of(const Tensor& x, const Task& task, const Part& part, const Flash&
       .narrow(2, flash.keys_start - first_key(part, flash.source), flash.keys_stop - flash.keys_start);
 }
 
+// Queries as a flash kernel needs them beside keys: of the same dim and dtype, with stride 1 in dim.
+Tensor fitted(const Tensor& x, const Tensor& keys) {
+  Tensor found = x.to(keys.scalar_type());
+  if (found.size(-1) < keys.size(-1)) found = at::constant_pad_nd(found, {0, keys.size(-1) - found.size(-1)});
+  return found.stride(-1) == 1 ? found : found.contiguous();
+}
+
 // Overlapping windows `[1, rows, local * block, dim]` of the keys of a Band.
 Tensor windows_of(const Tensor& keys, const Shape& shape) {
   return keys.unfold(2, shape.local * shape.block, shape.block).transpose(-1, -2).flatten(1, 2);
@@ -189,8 +201,8 @@ std::vector<Tensor> masks_of(const std::vector<Part>& parts, const Shape& shape)
 
 void forward_task(const Task& task, const Part& part, const Shape& shape, const Tensor& mask, Tensor out, Tensor lse) {
   for (const Flash& flash : flashes_of(task, part, shape)) {
-    Tensor q = rows_of(part.q, task, part, flash.start, flash.stop);
     Tensor k = keys_of(part.k[flash.source], task, part, flash);
+    Tensor q = fitted(rows_of(part.q, task, part, flash.start, flash.stop), k);
     Tensor v = keys_of(part.v[flash.source], task, part, flash);
     Tensor o, l;
     if (flash.kind == kBand) {
@@ -252,18 +264,18 @@ KeyGradients backward_task(const Task& task, const Part& part, const Shape& shap
   KeyGradients grads = key_gradients(flashes, task, part, dq);
   for (const Flash& flash : flashes) {
     const bool band = flash.kind == kBand;
-    auto rows = [&](const Tensor& x) {
-      Tensor found = rows_of(x, task, part, flash.start, flash.stop);
-      return band ? fold(found, shape) : found;
-    };
     Tensor k = keys_of(part.k[flash.source], task, part, flash);
     Tensor v = keys_of(part.v[flash.source], task, part, flash);
     if (band) {
       k = windows_of(k, shape);
       v = windows_of(v, shape);
     }
+    auto rows = [&](const Tensor& x) {
+      Tensor found = rows_of(x, task, part, flash.start, flash.stop);
+      return band ? fold(found, shape) : found;
+    };
     auto [dq_rows, dk, dv] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
-        rows(dout), rows(part.q), k, v, rows(out), rows(lse), 0.0, flash.kind == kCausal,
+        fitted(rows(dout), k), fitted(rows(part.q), k), k, v, fitted(rows(out), k), rows(lse), 0.0, flash.kind == kCausal,
         band ? std::optional<Tensor>(mask) : std::nullopt, shape.scale);
     Tensor target = rows_of(dq, task, part, flash.start, flash.stop);
     dq_rows = (band ? unfold(dq_rows, shape) : dq_rows).narrow(-1, 0, target.size(-1));
@@ -280,6 +292,53 @@ KeyGradients backward_task(const Task& task, const Part& part, const Shape& shap
   }
   return grads;
 }
+
+// Adds to the gradients of a part's k, v, k_shard and v_shard.
+void add_keys(const KeyGradients& found, const Task& task, const Part& part, const Tensor* grads) {
+  for (int64_t source : {kWindow, kShard}) {
+    const int64_t start = found.start[source] - first_key(part, source), n = found.k[source].size(2);
+    if (n == 0) continue;
+    auto add = [&](Tensor grad, const Tensor& x) {
+      grad = grad.narrow(0, task.batch, 1).narrow(1, task.head, 1).narrow(2, start, n);
+      grad.add_(x.narrow(-1, 0, grad.size(-1)));
+    };
+    add(grads[2 * source], found.k[source]);
+    add(grads[2 * source + 1], found.v[source]);
+  }
+}
+
+// Adds the gradients that the tasks of a KV head found to those of the head, one after the other in the order of
+// the tasks.
+class OrderedSum {
+ public:
+  // Blocks while `most` or more of the tasks before this one are not added: what waits for them takes memory.
+  void await(const Task& task, int64_t most) {
+    for (int64_t next = next_; task.turn >= next + most; next = next_) next_.wait(next);
+  }
+
+  // Calls `add` for the gradients of the task, if it is the next, and of those that have waited for it.
+  void add(const Task& task, KeyGradients found, const std::function<void(const KeyGradients&)>& add) {
+    std::lock_guard<std::mutex> guard(mutex_);
+    waiting_.emplace(task.turn, std::move(found));
+    for (auto it = waiting_.find(next_); it != waiting_.end(); it = waiting_.find(next_)) {
+      add(it->second);
+      waiting_.erase(it);
+      ++next_;
+    }
+    next_.notify_all();
+  }
+
+  // After an error there is no sum: no task waits for another.
+  void give_up() {
+    next_ = std::numeric_limits<int64_t>::max() / 2;
+    next_.notify_all();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<int64_t, KeyGradients> waiting_;
+  std::atomic<int64_t> next_{0};
+};
 
 }  // namespace
 
@@ -304,28 +363,21 @@ static void backward(at::TensorList dout, at::TensorList q, at::TensorList sourc
   const std::vector<Part> parts = parts_of(q, sources, tables, starts);
   const std::vector<Task> tasks = tasks_of(parts, shape);
   const std::vector<Tensor> masks = masks_of(parts, shape);
-  std::vector<KeyGradients> found(tasks.size());
+  std::map<std::tuple<int64_t, int64_t, int64_t>, OrderedSum> sums;
+  for (const Task& task : tasks) sums[{task.part, task.batch, task.head}];
+  const int64_t most_waiting = 2 * at::get_num_threads();
   for_each_task(tasks.size(), [&](int64_t i) {
-    const int64_t p = tasks[i].part;
-    found[i] = backward_task(tasks[i], parts[p], shape, masks[p], dout[p], out[p], lse[p], dq[p]);
-  });
-  std::vector<std::tuple<int64_t, int64_t, int64_t>> heads;  // part, batch, KV head
-  for (size_t p = 0; p < parts.size(); ++p)
-    for (int64_t b = 0; b < parts[p].batch(); ++b)
-      for (int64_t g = 0; g < parts[p].kv_heads(); ++g) heads.emplace_back(p, b, g);
-  for_each_task(heads.size(), [&](int64_t h) {
-    const auto [p, b, g] = heads[h];
-    for (size_t i = 0; i < tasks.size(); ++i) {
-      const Task& task = tasks[i];
-      if (task.part != p || task.batch != b || task.head != g) continue;
-      for (int64_t source : {kWindow, kShard}) {
-        for (int64_t which : {0, 1}) {
-          const Tensor& part = which ? found[i].v[source] : found[i].k[source];
-          Tensor grad = grads[4 * p + 2 * source + which].narrow(0, b, 1).narrow(1, g, 1);
-          const int64_t start = found[i].start[source] - first_key(parts[p], source);
-          if (part.size(2)) grad.narrow(2, start, part.size(2)).add_(part.narrow(-1, 0, grad.size(-1)));
-        }
-      }
+    const Task& task = tasks[i];
+    const Part& part = parts[task.part];
+    OrderedSum& sum = sums.at({task.part, task.batch, task.head});
+    sum.await(task, most_waiting);
+    try {
+      const int64_t p = task.part;
+      sum.add(task, backward_task(task, part, shape, masks[p], dout[p], out[p], lse[p], dq[p]),
+              [&](const KeyGradients& found) { add_keys(found, task, part, &grads[4 * p]); });
+    } catch (...) {
+      sum.give_up();
+      throw;
     }
   });
 }
