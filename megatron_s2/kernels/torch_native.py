@@ -148,11 +148,12 @@ def _table(calls: Sequence[Call], block: int) -> Tensor:
 
 @cache
 def load():
-    """Returns the operators, which are compiled if they have not been; None, with a warning, if that fails."""
+    """Returns the operators, compiled if they have not been; None, with a warning, if that fails."""
     try:
         torch.ops.load_library(library())
     except (OSError, RuntimeError) as error:
-        warnings.warn(f"attention on the CPU runs without its C++ operators, slower: {error}", stacklevel=2)
+        reason = error.__cause__ or error  # what the loader says
+        warnings.warn(f"attention on the CPU runs without its C++ operators, slower: {reason}", stacklevel=2)
         return None
     operators = torch.ops.megatron_s2_cpu
     for operator in (operators.forward, operators.backward):
@@ -161,10 +162,10 @@ def load():
 
 
 def library() -> Path:
-    """Returns the path of the compiled operators, which one process of the machine compiles once; others wait.
+    """Returns the path of the compiled operators. One process compiles them, and others wait for it.
 
-    The file depends neither on the CPU, beyond its architecture, nor on the compiler, so that machines without
-    one can use what another with the same home folder has compiled.
+    The file depends neither on the compiler nor on the CPU beyond its architecture: a machine without a
+    compiler uses what another with the same home folder has compiled.
 
     Raises:
         OSError: the cache folder is not writable.

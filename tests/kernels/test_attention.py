@@ -7,6 +7,7 @@ import pytest
 import torch
 from attention_cases import Case, packed, random_mask, s2
 from largest_tensor import LargestTensor
+from native_operators import require_native
 from torch.autograd.graph import saved_tensors_hooks
 
 from megatron_s2 import S2Pattern, s2_attention
@@ -73,16 +74,18 @@ LOW_PRECISION_CASES = [
 
 def native(patch):
     """The operators in C++."""
-    assert torch_native.load() is not None
+    require_native()
 
 
 def native_row_by_row(patch):
     """The smallest tasks."""
+    require_native()
     patch.setattr(torch_native, "_MOST_ROWS", 1)
 
 
 def native_bfloat16(patch):
     """Products in bfloat16, as on CPUs with instructions for it."""
+    require_native()
     patch.setattr(torch_native, "_multiplies_bfloat16", lambda: True)
 
 
