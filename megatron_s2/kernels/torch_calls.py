@@ -14,7 +14,6 @@ view of K and V.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_s2.kernels.torch_flash import expand_heads, flash_backward, flash_forward, sum_heads
+from megatron_s2.kernels.torch_flash import flash_backward, flash_forward
 from megatron_s2.kernels.torch_plan import Band, Call, Causal, Gathered, Past
 from megatron_s2.pattern import BlockPattern
 
@@ -31,7 +30,6 @@ from megatron_s2.pattern import BlockPattern
 # than that of K and their precision lower.
 
 _MAX_WINDOW_ELEMENTS = 1 << 18  # elements of K in one Band call: gradients of overlapping windows take memory
-_MIN_BACKWARD_HEADS = 4  # PyTorch's backward gives each thread whole heads
 
 
 @dataclass
@@ -137,12 +135,11 @@ def backward_calls(tensors: BackwardTensors) -> None:
                 _add_windows(part, plan, grads, dkv)
         else:
             t = plan.queries(call.start, call.stop)
-            split = _query_split(q, t)
-            dout_t, q_t, out_t = (split(_queries(x, t, sources)) for x in (dout, q, out))
-            k, v = (expand_heads(x, q_t.shape[1]) for x in _past_keys(call, plan, sources))
-            dq_t, *dkv = flash_backward(dout_t, q_t, k, v, out_t, split(lse[:, :, t]), plan.scale)
-            _add(dq[:, :, t], dq_t.reshape(*q.shape[:2], -1, dq_t.shape[-1]))
-            _add_past(call, plan, grads, [sum_heads(part, sources.k.shape[1]) for part in dkv])
+            dout_t, q_t, out_t = (_queries(x, t, sources) for x in (dout, q, out))
+            k, v = _past_keys(call, plan, sources)
+            dq_t, *dkv = flash_backward(dout_t, q_t, k, v, out_t, lse[:, :, t], plan.scale)
+            _add(dq[:, :, t], dq_t)
+            _add_past(call, plan, grads, dkv)
 
 
 def _queries(x: Tensor, t: slice, sources: Sources) -> Tensor:
@@ -249,14 +246,6 @@ def _add_past(call: Past | Gathered, plan: Plan, grads: Sources, parts: list[Ten
     else:
         for grad, part in zip(_past_keys(call, plan, grads), parts):
             _add(grad, part)
-
-
-def _query_split(q: Tensor, t: slice) -> Callable[[Tensor], Tensor]:
-    """Returns a function that reshapes `[batch, heads, rows, …]` to `[batch, heads * parts, rows / parts, …]`
-    with a head for each thread."""
-    batch, heads = q.shape[:2]
-    parts = max(1, math.gcd(t.stop - t.start, _MIN_BACKWARD_HEADS) // (batch * heads))
-    return lambda x: x.unflatten(2, (parts, -1)).flatten(1, 2)
 
 
 def blocks_of(x: Tensor, block_size: int) -> Tensor:

@@ -95,10 +95,9 @@ def from_python(patch):
 
 
 def row_by_row(patch):
-    """The smallest parts of Band calls, and every Past call split."""
+    """The smallest parts of Band calls."""
     from_python(patch)
     patch.setattr(torch_calls, "_MAX_WINDOW_ELEMENTS", 1)
-    patch.setattr(torch_calls, "_MIN_BACKWARD_HEADS", 64)
 
 
 def without_flash_kernel(patch):
