@@ -13,6 +13,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -40,7 +41,6 @@ from megatron_s2.pattern import BlockPattern, S2Pattern
 _log = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("torch_tasks.cpp")
 _FLAGS = ("-O1", "-std=c++20", "-shared", "-fPIC", "-fopenmp", "-DAT_PARALLEL_OPENMP=1")
-_COMPILER = "g++"  # its OpenMP is the one that PyTorch brings: two in a process have two pools of threads
 _CAUSAL, _BAND, _PAST = range(3)  # kinds of calls in torch_tasks.cpp
 _MOST_ROWS = 1024  # of a task
 _TASKS_PER_THREAD = 4  # with equal tasks, a thread then waits for a fifth of the time at most
@@ -182,20 +182,28 @@ def library() -> Path:
     return path
 
 
+def compiler() -> list[str]:
+    """Returns the words that start the C++ compiler: $CXX, by default g++.
+
+    Its OpenMP is the one that PyTorch brings. With another there would be two pools of threads.
+    """
+    return shlex.split(os.environ.get("CXX") or "g++")
+
+
 def _compile(path: Path) -> None:
     """Writes the file whole or not at all."""
-    compiler = os.environ.get("CXX") or _COMPILER
-    if shutil.which(compiler) is None:
-        raise RuntimeError(f"no C++ compiler, {compiler} is not on PATH")
+    name, *options = compiler()
+    if shutil.which(name) is None:
+        raise RuntimeError(f"no C++ compiler, {name} is not on PATH")
     _log.warning("compiling the CPU operators of megatron_s2, once on this machine: about 20 s")
     root = Path(torch.__file__).parent
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
-        command = [compiler, *_FLAGS, f"-I{root / 'include'}", str(_SOURCE), f"-L{root / 'lib'}"]
+        command = [name, *options, *_FLAGS, f"-I{root / 'include'}", str(_SOURCE), f"-L{root / 'lib'}"]
         command += ["-ltorch_cpu", "-lc10", "-o", str(built)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             lines = done.stderr.splitlines() or [f"status {done.returncode}"]
             reason = next((line for line in lines if "error" in line), lines[-1])
-            raise RuntimeError(f"{compiler} fails: {reason[:300]}")
+            raise RuntimeError(f"{name} fails: {reason[:300]}")
         built.rename(path)

@@ -53,9 +53,12 @@ struct Part {
   int64_t group() const { return q.size(1) / kv_heads(); }
 };
 
+using Head = std::tuple<int64_t, int64_t, int64_t>;  // part, batch, KV head
+
 struct Task {
   int64_t part, batch, head, start, stop;
   int64_t turn = 0;  // place in the order of the tasks of its head
+  Head kv_head() const { return {part, batch, head}; }
 };
 
 struct Shape {
@@ -99,8 +102,8 @@ std::vector<Task> tasks_of(const std::vector<Part>& parts, const Shape& shape) {
     }
   }
   std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.start > b.start; });
-  std::map<std::tuple<int64_t, int64_t, int64_t>, int64_t> turns;
-  for (Task& task : tasks) task.turn = turns[{task.part, task.batch, task.head}]++;
+  std::map<Head, int64_t> turns;
+  for (Task& task : tasks) task.turn = turns[task.kv_head()]++;
   return tasks;
 }
 
@@ -186,17 +189,12 @@ Tensor unfold(const Tensor& x, const Shape& shape) {
   return x.unflatten(2, {-1, shape.block}).transpose(1, 2).flatten(2, 3);
 }
 
+// Additive [1, 1, group * block, local * block]: minus infinity above the diagonal of the last block.
 Tensor band_mask(const Part& part, const Shape& shape) {
   const int64_t keys = shape.local * shape.block;
   Tensor mask = at::full({shape.block, keys}, -std::numeric_limits<double>::infinity(), part.k[0].options());
   mask = mask.triu(keys - shape.block + 1);
   return mask.repeat({part.group(), 1}).unsqueeze(0).unsqueeze(0);
-}
-
-std::vector<Tensor> masks_of(const std::vector<Part>& parts, const Shape& shape) {
-  std::vector<Tensor> masks;
-  for (const Part& part : parts) masks.push_back(band_mask(part, shape));
-  return masks;
 }
 
 void forward_task(const Task& task, const Part& part, const Shape& shape, const Tensor& mask, Tensor out, Tensor lse) {
@@ -227,7 +225,7 @@ void forward_task(const Task& task, const Part& part, const Shape& shape, const 
   }
 }
 
-// Gradients of the keys that a task reads: of the window from `window_start` on, and of the shard's prefix.
+// Gradients of the keys that a task reads, from position `start` of each source on.
 struct KeyGradients {
   int64_t start[2];
   Tensor k[2], v[2];  // by source: [1, 1, tokens, dim]
@@ -275,8 +273,8 @@ KeyGradients backward_task(const Task& task, const Part& part, const Shape& shap
       return band ? fold(found, shape) : found;
     };
     auto [dq_rows, dk, dv] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
-        fitted(rows(dout), k), fitted(rows(part.q), k), k, v, fitted(rows(out), k), rows(lse), 0.0, flash.kind == kCausal,
-        band ? std::optional<Tensor>(mask) : std::nullopt, shape.scale);
+        fitted(rows(dout), k), fitted(rows(part.q), k), k, v, fitted(rows(out), k), rows(lse), 0.0,
+        flash.kind == kCausal, band ? std::optional<Tensor>(mask) : std::nullopt, shape.scale);
     Tensor target = rows_of(dq, task, part, flash.start, flash.stop);
     dq_rows = (band ? unfold(dq_rows, shape) : dq_rows).narrow(-1, 0, target.size(-1));
     target.add_(dq_rows);
@@ -312,7 +310,7 @@ void add_keys(const KeyGradients& found, const Task& task, const Part& part, con
 class OrderedSum {
  public:
   // Blocks while `most` or more of the tasks before this one are not added: what waits for them takes memory.
-  void await(const Task& task, int64_t most) {
+  void wait(const Task& task, int64_t most) {
     for (int64_t next = next_; task.turn >= next + most; next = next_) next_.wait(next);
   }
 
@@ -348,10 +346,10 @@ static void forward(at::TensorList q, at::TensorList sources, at::TensorList tab
   const Shape shape{block, local, rows, scale};
   const std::vector<Part> parts = parts_of(q, sources, tables, starts);
   const std::vector<Task> tasks = tasks_of(parts, shape);
-  const std::vector<Tensor> masks = masks_of(parts, shape);
+  const Tensor mask = band_mask(parts.front(), shape);
   for_each_task(tasks.size(), [&](int64_t i) {
     const int64_t p = tasks[i].part;
-    forward_task(tasks[i], parts[p], shape, masks[p], out[p], lse[p]);
+    forward_task(tasks[i], parts[p], shape, mask, out[p], lse[p]);
   });
 }
 
@@ -362,18 +360,18 @@ static void backward(at::TensorList dout, at::TensorList q, at::TensorList sourc
   const Shape shape{block, local, rows, scale};
   const std::vector<Part> parts = parts_of(q, sources, tables, starts);
   const std::vector<Task> tasks = tasks_of(parts, shape);
-  const std::vector<Tensor> masks = masks_of(parts, shape);
-  std::map<std::tuple<int64_t, int64_t, int64_t>, OrderedSum> sums;
-  for (const Task& task : tasks) sums[{task.part, task.batch, task.head}];
+  const Tensor mask = band_mask(parts.front(), shape);
+  std::map<Head, OrderedSum> sums;
+  for (const Task& task : tasks) sums[task.kv_head()];
   const int64_t most_waiting = 2 * at::get_num_threads();
   for_each_task(tasks.size(), [&](int64_t i) {
     const Task& task = tasks[i];
     const Part& part = parts[task.part];
-    OrderedSum& sum = sums.at({task.part, task.batch, task.head});
-    sum.await(task, most_waiting);
+    OrderedSum& sum = sums.at(task.kv_head());
+    sum.wait(task, most_waiting);
     try {
       const int64_t p = task.part;
-      sum.add(task, backward_task(task, part, shape, masks[p], dout[p], out[p], lse[p], dq[p]),
+      sum.add(task, backward_task(task, part, shape, mask, dout[p], out[p], lse[p], dq[p]),
               [&](const KeyGradients& found) { add_keys(found, task, part, &grads[4 * p]); });
     } catch (...) {
       sum.give_up();
@@ -383,8 +381,12 @@ static void backward(at::TensorList dout, at::TensorList q, at::TensorList sourc
 }
 
 TORCH_LIBRARY(megatron_s2_cpu, m) {
-  m.def("forward(Tensor[] q, Tensor[] sources, Tensor[] tables, int[] starts, Tensor(a!)[] out, Tensor(b!)[] lse, int block, int local, int rows, float scale) -> ()");
-  m.def("backward(Tensor[] dout, Tensor[] q, Tensor[] sources, Tensor[] tables, int[] starts, Tensor[] out, Tensor[] lse, Tensor(a!)[] dq, Tensor(b!)[] grads, int block, int local, int rows, float scale) -> ()");
+  m.def(
+      "forward(Tensor[] q, Tensor[] sources, Tensor[] tables, int[] starts, Tensor(a!)[] out, Tensor(b!)[] lse, "
+      "int block, int local, int rows, float scale) -> ()");
+  m.def(
+      "backward(Tensor[] dout, Tensor[] q, Tensor[] sources, Tensor[] tables, int[] starts, Tensor[] out, "
+      "Tensor[] lse, Tensor(a!)[] dq, Tensor(b!)[] grads, int block, int local, int rows, float scale) -> ()");
   m.impl("forward", c10::DispatchKey::CPU, forward);
   m.impl("backward", c10::DispatchKey::CPU, backward);
 }
