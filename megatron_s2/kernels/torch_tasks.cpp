@@ -189,7 +189,8 @@ Tensor unfold(const Tensor& x, const Shape& shape) {
   return x.unflatten(2, {-1, shape.block}).transpose(1, 2).flatten(2, 3);
 }
 
-// Additive [1, 1, group * block, local * block]: minus infinity above the diagonal of the last block.
+// Additive [1, 1, group * block, local * block]: minus infinity above the diagonal of the last block. Each task makes
+// its own: on one thread that takes less than a parallel region.
 Tensor band_mask(const Part& part, const Shape& shape) {
   const int64_t keys = shape.local * shape.block;
   Tensor mask = at::full({shape.block, keys}, -std::numeric_limits<double>::infinity(), part.k[0].options());
@@ -197,7 +198,7 @@ Tensor band_mask(const Part& part, const Shape& shape) {
   return mask.repeat({part.group(), 1}).unsqueeze(0).unsqueeze(0);
 }
 
-void forward_task(const Task& task, const Part& part, const Shape& shape, const Tensor& mask, Tensor out, Tensor lse) {
+void forward_task(const Task& task, const Part& part, const Shape& shape, Tensor out, Tensor lse) {
   for (const Flash& flash : flashes_of(task, part, shape)) {
     Tensor k = keys_of(part.k[flash.source], task, part, flash);
     Tensor q = fitted(rows_of(part.q, task, part, flash.start, flash.stop), k);
@@ -205,7 +206,8 @@ void forward_task(const Task& task, const Part& part, const Shape& shape, const 
     Tensor o, l;
     if (flash.kind == kBand) {
       std::tie(o, l) = at::_scaled_dot_product_flash_attention_for_cpu(
-          fold(q, shape), windows_of(k, shape), windows_of(v, shape), 0.0, false, mask, shape.scale);
+          fold(q, shape), windows_of(k, shape), windows_of(v, shape), 0.0, false, band_mask(part, shape),
+          shape.scale);
       o = unfold(o, shape);
       l = unfold(l, shape);
     } else {
@@ -256,8 +258,8 @@ void add_windows(Tensor grad, const Tensor& windows, const Shape& shape) {
   }
 }
 
-KeyGradients backward_task(const Task& task, const Part& part, const Shape& shape, const Tensor& mask,
-                           const Tensor& dout, const Tensor& out, const Tensor& lse, Tensor dq) {
+KeyGradients backward_task(const Task& task, const Part& part, const Shape& shape, const Tensor& dout,
+                           const Tensor& out, const Tensor& lse, Tensor dq) {
   const std::vector<Flash> flashes = flashes_of(task, part, shape);
   KeyGradients grads = key_gradients(flashes, task, part, dq);
   for (const Flash& flash : flashes) {
@@ -274,7 +276,7 @@ KeyGradients backward_task(const Task& task, const Part& part, const Shape& shap
     };
     auto [dq_rows, dk, dv] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
         fitted(rows(dout), k), fitted(rows(part.q), k), k, v, fitted(rows(out), k), rows(lse), 0.0,
-        flash.kind == kCausal, band ? std::optional<Tensor>(mask) : std::nullopt, shape.scale);
+        flash.kind == kCausal, band ? std::optional<Tensor>(band_mask(part, shape)) : std::nullopt, shape.scale);
     Tensor target = rows_of(dq, task, part, flash.start, flash.stop);
     dq_rows = (band ? unfold(dq_rows, shape) : dq_rows).narrow(-1, 0, target.size(-1));
     target.add_(dq_rows);
@@ -346,10 +348,9 @@ static void forward(at::TensorList q, at::TensorList sources, at::TensorList tab
   const Shape shape{block, local, rows, scale};
   const std::vector<Part> parts = parts_of(q, sources, tables, starts);
   const std::vector<Task> tasks = tasks_of(parts, shape);
-  const Tensor mask = band_mask(parts.front(), shape);
   for_each_task(tasks.size(), [&](int64_t i) {
     const int64_t p = tasks[i].part;
-    forward_task(tasks[i], parts[p], shape, mask, out[p], lse[p]);
+    forward_task(tasks[i], parts[p], shape, out[p], lse[p]);
   });
 }
 
@@ -360,7 +361,6 @@ static void backward(at::TensorList dout, at::TensorList q, at::TensorList sourc
   const Shape shape{block, local, rows, scale};
   const std::vector<Part> parts = parts_of(q, sources, tables, starts);
   const std::vector<Task> tasks = tasks_of(parts, shape);
-  const Tensor mask = band_mask(parts.front(), shape);
   std::map<Head, OrderedSum> sums;
   for (const Task& task : tasks) sums[task.kv_head()];
   const int64_t most_waiting = 2 * at::get_num_threads();
@@ -371,7 +371,7 @@ static void backward(at::TensorList dout, at::TensorList q, at::TensorList sourc
     sum.wait(task, most_waiting);
     try {
       const int64_t p = task.part;
-      sum.add(task, backward_task(task, part, shape, mask, dout[p], out[p], lse[p], dq[p]),
+      sum.add(task, backward_task(task, part, shape, dout[p], out[p], lse[p], dq[p]),
               [&](const KeyGradients& found) { add_keys(found, task, part, &grads[4 * p]); });
     } catch (...) {
       sum.give_up();

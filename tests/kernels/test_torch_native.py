@@ -187,6 +187,7 @@ def _in_a_fork(tokens: int) -> float:
     return attend(*inputs(tokens)).sum().item()
 
 
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_fork_with_one_thread_computes_after_its_parent_used_more(threads):
     require_native()
     threads(2)
