@@ -54,10 +54,15 @@ class _EqualHeads:
         self._heads = slice(heads.start * group, heads.stop * group)
         self._queries, self._keys = slice(start, stop), slice(start, stop + q_start)
         self.plan = Plan(plan_head(pattern, heads.start, q_start, last), pattern, scale, q_start)
-        self._shard = []
+        shard = []
         if isinstance(pattern, S2Pattern) and not pattern.is_dense(heads.start):
             size = pattern.shard_prefix(heads.start, (last - 1) // pattern.block_size)
-            self._shard = [pattern.shard_block(heads.start, n) for n in range(size)]
+            shard = [pattern.shard_block(heads.start, n) for n in range(size)]
+        # With sinks the blocks may be unevenly spaced: they are copied.
+        spacing = shard[1] - shard[0] if len(shard) > 1 else 1
+        even = slice(shard[0], shard[-1] + 1, spacing) if shard else slice(0)
+        self._is_view = shard == list(range(*even.indices(last)))
+        self._index = even if self._is_view else shard
 
     def query_side(self, x: Tensor) -> Tensor:
         """Views `[batch, seq, heads, dim]` as `[batch, heads, queries, dim]`."""
@@ -71,22 +76,23 @@ class _EqualHeads:
 
     def sources(self, k: Tensor, v: Tensor, width: int, dtype: torch.dtype) -> Sources:
         k, v = (fitted(self._window(x), width, dtype) for x in (k, v))
-        B = self.plan.pattern.block_size
-        return Sources(k, v, *(blocks_of(x, B)[:, :, self._shard].flatten(2, 3) for x in (k, v)))
+        return Sources(k, v, *(self._blocks(x)[:, :, self._index] for x in (k, v)))
 
     def gradients(self, dk: Tensor, dv: Tensor) -> Sources:
-        """Returns the tensors to which the gradients of `sources` are added: views of dk and dv and, for the
-        shard, zeros that `add_shard` adds to dk and dv."""
+        """Returns the tensors to which the gradients of `sources` are added: views of dk and dv and, for a
+        shard that is no view, zeros that `add_shard` adds to dk and dv."""
         dk, dv = self._window(dk), self._window(dv)
-        size = len(self._shard) * self.plan.pattern.block_size
-        return Sources(dk, dv, *(x.new_zeros(*x.shape[:2], size, x.shape[3]) for x in (dk, dv)))
+        shards = (self._blocks(x)[:, :, self._index] for x in (dk, dv))
+        return Sources(dk, dv, *(x if self._is_view else torch.zeros_like(x) for x in shards))
 
     def add_shard(self, grads: Sources) -> None:
-        """Adds the gradients of the shard to the gradients of its tokens in dk and dv."""
-        if self._shard:
-            B = self.plan.pattern.block_size
-            add_blocks(grads.k, self._shard, grads.k_shard, B)
-            add_blocks(grads.v, self._shard, grads.v_shard, B)
+        """Adds the gradients of a shard that is no view to the gradients of its tokens in dk and dv."""
+        if not self._is_view:
+            for grad, shard in ((grads.k, grads.k_shard), (grads.v, grads.v_shard)):
+                add_blocks(grad, self._index, shard.flatten(2, 3), self.plan.pattern.block_size)
+
+    def _blocks(self, x: Tensor) -> Tensor:
+        return blocks_of(x, self.plan.pattern.block_size)
 
 
 def _parts(q, k, pattern, scale, documents, q_start) -> Iterator[_EqualHeads]:

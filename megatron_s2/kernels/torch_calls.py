@@ -38,7 +38,7 @@ class Sources:
 
     Args:
         k, v: window source `[batch, kv_heads, tokens, dim]`, any strides.
-        k_shard, v_shard: shard source `[batch, kv_heads, blocks * block_size, dim]`, any strides.
+        k_shard, v_shard: shard source `[batch, kv_heads, blocks, block_size, dim]`, any strides.
         start: position of the first token of the window source.
     """
 
@@ -47,10 +47,6 @@ class Sources:
     k_shard: Tensor
     v_shard: Tensor
     start: int = 0
-
-    def select(self, source: str) -> tuple[Tensor, Tensor, int]:
-        """Returns keys, values and the position of the first token of a source."""
-        return (self.k, self.v, self.start) if source == "window" else (self.k_shard, self.v_shard, 0)
 
 
 @dataclass(frozen=True)
@@ -234,15 +230,25 @@ def _past_keys(call: Past | Gathered, plan: Plan, sources: Sources) -> Iterable[
     if isinstance(call, Gathered):
         B = plan.pattern.block_size
         return (blocks_of(x, B)[:, :, list(call.blocks)].flatten(2, 3) for x in (sources.k, sources.v))
-    k, v, start = sources.select(call.source)
-    keys = slice(call.keys_start - start, call.keys_stop - start)
-    return k[:, :, keys], v[:, :, keys]
+    if call.source == "shard":
+        return (x.flatten(2, 3) for x in _shard_blocks(call, plan, sources))
+    keys = slice(call.keys_start - sources.start, call.keys_stop - sources.start)
+    return sources.k[:, :, keys], sources.v[:, :, keys]
+
+
+def _shard_blocks(call: Past, plan: Plan, sources: Sources) -> tuple[Tensor, Tensor]:
+    B = plan.pattern.block_size
+    blocks = slice(call.keys_start // B, call.keys_stop // B)
+    return sources.k_shard[:, :, blocks], sources.v_shard[:, :, blocks]
 
 
 def _add_past(call: Past | Gathered, plan: Plan, grads: Sources, parts: list[Tensor]) -> None:
     if isinstance(call, Gathered):
         for grad, part in zip((grads.k, grads.v), parts):
             add_blocks(grad, call.blocks, part, plan.pattern.block_size)
+    elif call.source == "shard":
+        for grad, part in zip(_shard_blocks(call, plan, grads), parts):
+            _add(grad, part.unflatten(2, grad.shape[2:4]))
     else:
         for grad, part in zip(_past_keys(call, plan, grads), parts):
             _add(grad, part)

@@ -44,7 +44,7 @@ struct Call {
 // KV heads of equal pattern, as views of the whole tensors.
 struct Part {
   Tensor q;             // [batch, heads, queries, dim]
-  Tensor k[2], v[2];    // by source: [batch, kv_heads, tokens, dim]
+  Tensor k[2], v[2];    // window [batch, kv_heads, tokens, dim], shard [batch, kv_heads, blocks, block, dim]
   std::vector<Call> calls;
   int64_t q_start;      // position of the first query
   int64_t k_start;      // position of the first token of the window source
@@ -163,9 +163,10 @@ Tensor rows_of(const Tensor& x, const Task& task, const Part& part, int64_t star
 }
 
 Tensor keys_of(const Tensor& x, const Task& task, const Part& part, const Flash& flash) {
-  return x.narrow(0, task.batch, 1)
-      .narrow(1, task.head, 1)
-      .narrow(2, flash.keys_start - first_key(part, flash.source), flash.keys_stop - flash.keys_start);
+  const Tensor keys = x.narrow(0, task.batch, 1).narrow(1, task.head, 1);
+  const int64_t start = flash.keys_start - first_key(part, flash.source), n = flash.keys_stop - flash.keys_start;
+  if (flash.source == kWindow) return keys.narrow(2, start, n);
+  return keys.narrow(2, start / keys.size(3), n / keys.size(3)).flatten(2, 3);
 }
 
 // Queries as a flash kernel needs them beside keys: of the same dim and dtype, with stride 1 in dim.
@@ -299,8 +300,14 @@ void add_keys(const KeyGradients& found, const Task& task, const Part& part, con
     const int64_t start = found.start[source] - first_key(part, source), n = found.k[source].size(2);
     if (n == 0) continue;
     auto add = [&](Tensor grad, const Tensor& x) {
-      grad = grad.narrow(0, task.batch, 1).narrow(1, task.head, 1).narrow(2, start, n);
-      grad.add_(x.narrow(-1, 0, grad.size(-1)));
+      grad = grad.narrow(0, task.batch, 1).narrow(1, task.head, 1);
+      const Tensor fitting = x.narrow(-1, 0, grad.size(-1));
+      const int64_t block = grad.size(3);  // of a shard
+      if (source == kWindow) {
+        grad.narrow(2, start, n).add_(fitting);
+      } else {
+        grad.narrow(2, start / block, n / block).add_(fitting.unflatten(2, {-1, block}));
+      }
     };
     add(grads[2 * source], found.k[source]);
     add(grads[2 * source + 1], found.v[source]);
