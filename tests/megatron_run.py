@@ -25,6 +25,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -307,9 +308,14 @@ def _environment() -> dict[str, str]:
 
 @cache
 def _cache() -> str:
-    """Rates of this machine are measured for these tests, and forgotten."""
+    """Rates of this machine are measured for these tests, and forgotten; the operators of the CPU stay."""
+    from megatron_s2.kernels.torch_native import library
+
     folder = tempfile.TemporaryDirectory(prefix="megatron-s2-rates-")
     atexit.register(folder.cleanup)
+    with suppress(OSError, RuntimeError):  # no compiler
+        compiled = library()
+        Path(folder.name, compiled.name).symlink_to(compiled)
     return folder.name
 
 
