@@ -18,6 +18,7 @@ setup(
     license="BSD-3-Clause",
     python_requires=">=3.12",
     packages=find_packages(include=["megatron_s2", "megatron_s2.*"]),
+    package_data={"megatron_s2.kernels": ["torch_tasks.cpp"]},  # compiled where it is used
     install_requires=[
         "torch>=2.11",
         "triton>=3.6",

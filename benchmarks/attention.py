@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 from benchmarks import display
@@ -39,6 +40,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_names(parser, "--implementations", IMPLEMENTATIONS, "default: all that run on the device")
     text = "do not measure dense attention beyond this length"
     parser.add_argument("--dense-up-to", type=int, metavar="TOKENS", help=text)
+    text = "numbers of other processes that compute meanwhile, such as 0,2; only on the cpu (default: 0)"
+    add_integers(parser, "--busy-loops", "numbers of processes, such as 0,2", text, default=[0])
     parser.add_argument("--repeats", type=int, default=7, help="timed runs, at least (default: %(default)s)")
     group = parser.add_argument_group("shape and pattern, in place of the case's")
     for name in (*_SHAPE, *_PATTERN):
@@ -51,8 +54,14 @@ def cases(args: Namespace) -> list[Case]:
     lengths = args.seq_lengths or DEFAULT_LENGTHS[args.device]
     counts = ("batch", "heads", "head_dim", "kv_heads", "repeats")
     require_positive(**_given(args, {name: name for name in counts}), seq_lengths=min(lengths))
+    if min(args.busy_loops) < 0 or (any(args.busy_loops) and args.device != "cpu"):
+        raise ValueError(f"--busy-loops {max(args.busy_loops, key=abs)}: must be >= 0, and 0 on cuda")
     shapes = [_shape(args, SHAPES[name]) for name in args.cases or DEFAULT_SHAPES[args.device]]
-    return [Case(shape, length, args.device) for shape in dict.fromkeys(shapes) for length in lengths]
+    return [
+        Case(shape, length, args.device, busy_loops)
+        for shape, busy_loops in product(dict.fromkeys(shapes), args.busy_loops)
+        for length in lengths
+    ]
 
 
 def _given(args: Namespace, names: dict[str, str]) -> dict:
@@ -109,15 +118,21 @@ def run(args: Namespace, stored: list[Row]) -> Iterator[Row]:
 
 # Tables and pictures.
 
-_SETTING = ("batch", "heads", "kv_heads", "head_dim", "dtype", "pattern")
+_SETTING = ("batch", "heads", "kv_heads", "head_dim", "dtype", "pattern", "busy_loops")
 _KEY = ("pass", "seq_length", "implementation")
 _COLUMNS = display.columns(
     ("pass", "tokens", "", "median", "p20", "p80", "GFLOP/s"), "<17 >8 <10 >12 >12 >12 >9"
 )
 
 
+def _settings(rows: list[Row]) -> list[display.Newest]:
+    """Groups rows by setting; those from before there were busy loops had none."""
+    return display.newest_rows([{"busy_loops": 0, **row} for row in rows], _SETTING, _KEY)
+
+
 def _describe(row: Row) -> str:
-    return f"batch {row['batch']}, {describe_shape(row)}, sinks {row['pattern']['sink_blocks']}"
+    text = f"batch {row['batch']}, {describe_shape(row)}, sinks {row['pattern']['sink_blocks']}"
+    return f"{text}; beside {row['busy_loops']} busy loops" if row["busy_loops"] else text
 
 
 def _names(newest: display.Newest) -> list[str]:
@@ -126,7 +141,7 @@ def _names(newest: display.Newest) -> list[str]:
 
 def table(rows: list[Row]) -> str:
     lines = []
-    for newest in display.newest_rows(rows, _SETTING, _KEY):
+    for newest in _settings(rows):
         row, names = display.any_row(newest), _names(newest)
         baselines = [name for name in names if name in DENSE]
         columns = [
@@ -140,7 +155,8 @@ def table(rows: list[Row]) -> str:
         name = shape_name(row)
         lines += [f"{name}: {_describe(row)}" if name else _describe(row)]
         lines += display.format_table(columns, cells)
-    lines += display.load_notes(rows, lambda row: f"{row['seq_length']} tokens, {row['date']}")
+    unasked = [row for row in rows if not row.get("busy_loops")]
+    lines += display.load_notes(unasked, lambda row: f"{row['seq_length']} tokens, {row['date']}")
     return "\n".join(lines)
 
 
@@ -165,13 +181,14 @@ def plot(rows: list[Row], directory: Path) -> list[Path]:
     Dotted lines show what the pattern's FLOPs allow: the ratio of FLOPs, and the dense time divided by it.
     """
     paths, unnamed = [], 0
-    for newest in display.newest_rows(rows, _SETTING, _KEY):
+    for newest in _settings(rows):
         if not any(map(display.median, newest.values())):
             continue
         row = display.any_row(newest)
         name = shape_name(row)
         unnamed += name is None
-        paths.append(directory / f"attention-{name or f'other-{unnamed}'}.png")
+        load = f"-busy-{row['busy_loops']}" if row["busy_loops"] else ""
+        paths.append(directory / f"attention-{name or f'other-{unnamed}'}{load}.png")
         title = f"{directory.name}: {_describe(row)}"
         with display.picture(paths[-1], (11, 8), (2, 2), title, fontsize=10) as axes:
             for pass_name, (time, ratio) in zip(PASSES, axes):

@@ -17,6 +17,7 @@ from benchmarks.cases import PASSES, Case, shape_name
 from benchmarks.exactness import check
 from benchmarks.implementations import IMPLEMENTATIONS, Attention, Implementation
 from benchmarks.measure import (
+    BusyLoops,
     OtherLoad,
     cuda_peak_memory,
     cuda_times,
@@ -76,7 +77,11 @@ class Trial:
 
     def stored(self, rows: Sequence[Row]) -> list[Row]:
         """Returns the newest row of each pass, of those that a new run would only repeat."""
-        setting = {"implementation": self.implementation.name, **self.case.row()}
+        setting = {
+            "implementation": self.implementation.name,
+            "busy_loops": self.case.busy_loops,
+            **self.case.row(),
+        }
         matching = [row for row in rows if setting.items() <= row.items() and self._is_final(row)]
         return list({row["pass"]: row for row in matching}.values())
 
@@ -125,6 +130,7 @@ class Trial:
                 "pass": name,
                 "case": shape_name(case.row()),
                 **case.row(),
+                "busy_loops": case.busy_loops,
                 "not_measured": self.reasons.get(name),
                 "checked_at": self.checked_at,
                 "other_cpus": self.other_cpus,
@@ -162,13 +168,13 @@ def measure_on_cpu(trials: Sequence[Trial], case: Case, repeats: int) -> Iterato
             yield
 
     runs = {trial.implementation.name: partial(stages, trial.prepare(), trial.passes) for trial in measured}
-    with OtherLoad() as load:
+    with BusyLoops(case.busy_loops), OtherLoad() as load:
         times = interleaved_times(runs, repeats)
     for trial in measured:
         name = trial.implementation.name
         trial.other_cpus = load.cpus()
         trial.seconds = dict(zip(trial.passes, map(summary, times[name].T)))
-        if PASSES[1] in trial.passes:
+        if PASSES[1] in trial.passes and not case.busy_loops:
             trial.peaks[PASSES[1]] = peak_memory(prepare_for_memory, (name, case, torch.get_num_threads()))
     for trial in trials:
         yield from trial.rows()

@@ -44,6 +44,7 @@ class Shape:
 
 SHAPES = {
     "cpu": Shape(S2Pattern(2, 64, 8, 16), batch=1, heads=8, head_dim=64, dtype="float32"),
+    "cpu-bfloat16": Shape(S2Pattern(2, 64, 8, 16), batch=1, heads=8, head_dim=64, dtype="bfloat16"),
     "grouped": Shape(S2Pattern(8, 64, 8, 16), batch=1, heads=32, head_dim=128, dtype="bfloat16"),
     # The default of DKernel's own benchmark; its phases are ours because heads = stride.
     "dkernel": Shape(S2Pattern(16, 64, 8, 16), batch=4, heads=16, head_dim=128, dtype="bfloat16"),
@@ -71,11 +72,13 @@ def describe_shape(row: Row) -> str:
 
 @dataclass(frozen=True)
 class Case:
-    """One attention call: a shape at a length on a device, `cpu` or `cuda`."""
+    """One attention call: a shape at a length on a device, `cpu` or `cuda`, beside some other processes that
+    never stop computing."""
 
     shape: Shape
     seq_length: int
     device: str
+    busy_loops: int = 0
 
     @property
     def pattern(self) -> S2Pattern:

@@ -25,6 +25,7 @@ ROOT = Path(__file__).parent.parent
 _MEASURED = (
     "megatron_s2/pattern/*.py",
     "megatron_s2/kernels/*.py",
+    "megatron_s2/kernels/*.cpp",
     "benchmarks/cases.py",
     "benchmarks/implementations.py",
     "benchmarks/exactness.py",
@@ -32,7 +33,10 @@ _MEASURED = (
     "benchmarks/attention_trial.py",
 )
 # All code that a stage of the record, or a test, may run.
-ALL_CODE = ("megatron_s2/**/*.py", "benchmarks/*.py", "scripts/*.*", "scripts/lib/*", "tests/**/*.py")
+ALL_CODE = (
+    *("megatron_s2/**/*.py", "megatron_s2/**/*.cpp", "benchmarks/*.py"),
+    *("scripts/*.*", "scripts/lib/*", "tests/**/*.py"),
+)
 
 
 def facts(device: str = "cpu") -> dict:

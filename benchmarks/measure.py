@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -44,6 +46,22 @@ def summary(seconds: np.ndarray) -> dict:
     """Returns median and spread of repeated measurements, as rows store them."""
     p20, median, p80 = np.percentile(seconds, (20, 50, 80)).tolist()
     return {"median": median, "p20": p20, "p80": p80, "repeats": len(seconds)}
+
+
+class BusyLoops:
+    """Context manager that runs other processes meanwhile, which never stop computing."""
+
+    def __init__(self, count: int):
+        self._count = count
+
+    def __enter__(self) -> None:
+        loop = [sys.executable, "-c", "while True: pass"]
+        self._processes = [subprocess.Popen(loop) for _ in range(self._count)]
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes:
+            process.kill()
+            process.wait()
 
 
 class OtherLoad:

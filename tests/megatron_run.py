@@ -1,20 +1,21 @@
 """Runs tiny Megatron trainings for tests: the real command, or several configurations in one process group.
 
-`launch` starts what a user starts and gives back its exit status and output. A start costs 8 s (imports), so
+`launch` starts what a user starts and gives back its exit status and output. A start costs 9 s (imports), so
 tests that only compare losses train with `Runs` or `train_all`, whose ranks are forks of one process that has
-imported everything; `call_in_fork` calls any function in such a fork. Losses come from the tensorboard files,
-as the float32 values Megatron computed.
-
-Run as a script, this file is that process.
+imported everything (`forks.py`); `call_in_fork` calls any function in such a fork. Losses come from the
+tensorboard files, as the float32 values Megatron computed.
 """
 
 import atexit
+import fcntl
 import json
+import logging
 import multiprocessing
 import os
 import pickle
 import queue
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,22 +25,28 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from multiprocessing.connection import wait
 from pathlib import Path
+from types import SimpleNamespace
+from typing import IO
 
+import forks
+from forks import Fork, hold, start, write_commands
 from waiting import PATIENCE, wait_until
 
 ROOT = Path(__file__).parent.parent
 PRETRAIN = ROOT / "scripts" / "pretrain_gpt.py"
 
-# Small enough that ten steps take a second; no dropout, so that runs which should agree can.
-TINY = """
+# Small enough that its steps take half a second; no dropout, so that runs which should agree can.
+STEPS = 6
+TINY = f"""
     --num-layers 2 --hidden-size 64 --num-attention-heads 4 --group-query-attention --num-query-groups 2
     --seq-length 128 --max-position-embeddings 128 --attention-dropout 0 --hidden-dropout 0 --seed 1234
-    --micro-batch-size 2 --global-batch-size 4 --train-iters 10 --lr 1e-3 --min-lr 1e-4
+    --micro-batch-size 2 --global-batch-size 4 --train-iters {STEPS} --lr 1e-3 --min-lr 1e-4
     --lr-decay-style cosine --eval-iters 1 --eval-interval 1000 --log-interval 1 --num-workers 0
     --tokenizer-type NullTokenizer --vocab-size 255
 """
@@ -87,7 +94,7 @@ class Run:
 
 
 class Launched:
-    """A training that runs now in processes of its own: the user's command on the tiny flags and `flags`."""
+    """A training that runs now, in forks: the user's command on the tiny flags and `flags`."""
 
     def __init__(
         self, log_dir: Path, flags: str = "", ranks: int = 1, model: str = MODERN, data: str = MOCK_DATA
@@ -96,14 +103,7 @@ class Launched:
         log_dir.mkdir(parents=True, exist_ok=True)
         self._output = log_dir / "output.txt"
         with self._output.open("w") as output:
-            self._process = subprocess.Popen(
-                [*_launcher(ranks), str(PRETRAIN), *_words(log_dir, TINY, model, data, flags)],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                cwd=ROOT,
-                env=_environment(),
-                start_new_session=True,
-            )
+            self._process = start_command(_command(log_dir, flags, ranks, model, data), output, output)
 
     def wait_for(self, text: str) -> None:
         """Waits until the output contains `text`; RuntimeError, with the output, if the run ends first."""
@@ -116,18 +116,54 @@ class Launched:
         os.killpg(self._process.pid, number)
 
     def wait(self) -> Run:
-        """Waits for the end; a run that takes longer is killed and raises subprocess.TimeoutExpired."""
-        try:
-            status = self._process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            self.send(signal.SIGKILL)
-            raise
-        return Run(status, self._output.read_text(), self._log_dir)
+        """Waits for the end; a run that takes longer is killed and raises TimeoutError."""
+        return Run(self._process.wait(PATIENCE), self._output.read_text(), self._log_dir)
 
 
-def launch(log_dir: Path, flags: str = "", ranks: int = 1, model: str = MODERN, data: str = MOCK_DATA) -> Run:
-    """Runs the user's command to its end. Of a flag that occurs twice, the later value counts."""
-    return Launched(log_dir, flags, ranks, model, data).wait()
+def launch(
+    log_dir: Path,
+    flags: str = "",
+    ranks: int = 1,
+    model: str = MODERN,
+    data: str = MOCK_DATA,
+    from_nothing: bool = False,
+) -> Run:
+    """Runs the user's command to its end, in forks or started from nothing. Of a flag that occurs twice, the
+    later value counts."""
+    if not from_nothing:
+        return Launched(log_dir, flags, ranks, model, data).wait()
+    command = [sys.executable, *_command(log_dir, flags, ranks, model, data)]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT, env=_environment(), text=True
+    )
+    return Run(done.returncode, done.stdout, log_dir)
+
+
+def run_command(*words: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """Runs `python WORDS` in a fork; what it returns has text, as from `subprocess.run`."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        status = start_command(words, out, err, cwd).wait(PATIENCE)
+        texts = [file.seek(0) or file.read() for file in (out, err)]
+    return subprocess.CompletedProcess(words, status, *texts)
+
+
+def start_command(words: Sequence[object], out: IO, err: IO, cwd: Path = ROOT) -> Fork:
+    """Starts `python WORDS` as a fork that leads a session of its own."""
+    files = (os.open(os.devnull, os.O_RDONLY), out.fileno(), err.fileno())
+    env = environment_of_forks()
+    try:
+        words = [str(word) for word in words]
+        return start(
+            _server(), "forks", "run_python", words, files=files, env=env, folder=cwd, own_session=True
+        )
+    finally:
+        os.close(files[0])
+
+
+def environment_of_forks() -> dict[str, str]:
+    """An environment in which the commands `python` and `torchrun` run in forks."""
+    environment = _environment()
+    return environment | {"PATH": f"{_server().parent}:{environment['PATH']}"}
 
 
 def train_all(
@@ -187,8 +223,8 @@ def _value_of(flag: str, flags: str) -> str | None:
 def train_until_killed(log_dir: Path, flags: str, killer: str, *given: float) -> bool:
     """Runs the tiny configuration on one rank after a function of `interventions.py` has been called with
     `given`; whether it killed the run. Any other bad end raises RuntimeError with the output."""
-    _train(log_dir.parent, {log_dir.name: flags}, 1, MODERN, MOCK_DATA, [killer, *given])
-    killed = log_dir.with_name("ended.txt").read_text() == str(-signal.SIGKILL)
+    status = _train(log_dir.parent, {log_dir.name: flags}, 1, MODERN, MOCK_DATA, [killer, *given])
+    killed = status == -signal.SIGKILL
     if not killed:
         _finished(log_dir)
     return killed
@@ -209,7 +245,7 @@ def call_in_fork(module: str, function: str, *arguments) -> Called:
     with tempfile.TemporaryDirectory() as directory:
         call = Path(directory) / "call.pickle"
         call.write_bytes(pickle.dumps((sys.path, module, function, arguments)))
-        _run_on_forks("call", call)
+        _in_fork("megatron_run", "_call", call)
         out, err = (call.with_name(name).read_text() for name in ("out.txt", "err.txt"))
         if not call.with_name("returned.pickle").exists():
             raise RuntimeError(
@@ -220,7 +256,8 @@ def call_in_fork(module: str, function: str, *arguments) -> Called:
 
 def _train(
     log_dir: Path, runs: Mapping[str, str], ranks: int, model: str, data: str, before: Sequence
-) -> None:
+) -> int:
+    """Returns how the first rank ended."""
     log_dir.mkdir(parents=True, exist_ok=True)
     jobs = [
         {"log_dir": str(log_dir / name), "flags": _words(log_dir / name, TINY, model, data, flags)}
@@ -228,7 +265,7 @@ def _train(
     ]
     job_file = log_dir / "jobs.json"
     job_file.write_text(json.dumps({"jobs": jobs, "before": before}))
-    _run_on_forks("train", job_file, ranks)
+    return _in_fork("megatron_run", "_run_group", job_file, ranks)
 
 
 def _finished(run_dir: Path) -> Run:
@@ -240,10 +277,10 @@ def _finished(run_dir: Path) -> Run:
 
 
 def assert_same_losses(run: Run, control: Run, relative: float) -> None:
-    """Ten iterations each, and every loss within `relative` of the control's."""
+    """All iterations, and every loss within `relative` of the control's."""
     import pytest
 
-    assert len(control.losses) == 10
+    assert len(control.losses) == STEPS
     assert run.losses == pytest.approx(control.losses, rel=relative)
 
 
@@ -255,10 +292,12 @@ def _words(log_dir: Path, *flags: str) -> list[str]:
     return ["--tensorboard-dir", str(log_dir), *shlex.split(" ".join(flags))]
 
 
-def _launcher(ranks: int) -> list[str]:
-    if ranks == 1:
-        return [sys.executable]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+def _command(log_dir: Path, flags: str, ranks: int, model: str, data: str) -> list[str]:
+    """What `python` is given."""
+    words = [str(PRETRAIN), *_words(log_dir, TINY, model, data, flags)]
+    if ranks > 1:
+        words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *words]
+    return words
 
 
 def _environment() -> dict[str, str]:
@@ -269,38 +308,57 @@ def _environment() -> dict[str, str]:
 
 @cache
 def _cache() -> str:
-    """Rates of this machine are measured for these tests, and forgotten."""
+    """Rates of this machine are measured for these tests, and forgotten; the operators of the CPU stay."""
+    from megatron_s2.kernels.torch_native import library
+
     folder = tempfile.TemporaryDirectory(prefix="megatron-s2-rates-")
     atexit.register(folder.cleanup)
+    with suppress(OSError, RuntimeError):  # no compiler
+        compiled = library()
+        Path(folder.name, compiled.name).symlink_to(compiled)
     return folder.name
 
 
 @cache
-def _forking_process() -> subprocess.Popen:
-    """Ends when its stdin does, with the process that tests run in."""
-    return subprocess.Popen(
-        [sys.executable, __file__],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        cwd=ROOT,
-        env=_environment(),
-        text=True,
-    )
+def _server() -> Path:
+    """The address of the server of forks, which runs until all test processes of this pytest have ended;
+    beside it lie the commands that run in its forks."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+    folder = Path(tempfile.gettempdir()) / f"s2-tests-{run[:16]}"  # addresses have at most 107 characters
+    folder.mkdir(exist_ok=True)
+    address = folder / "server"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            held, process = hold(address), None
+        except (FileNotFoundError, ConnectionRefusedError):
+            address.unlink(missing_ok=True)
+            write_commands(folder, address)
+            process = subprocess.Popen(
+                [sys.executable, forks.__file__, address], cwd=ROOT, env=_environment()
+            )
+            wait_until(lambda: address.exists() or process.poll() is not None)
+            held = hold(address)
+    atexit.register(_let_go, held, process, folder)
+    return address
 
 
-def _run_on_forks(what: str, file: Path, ranks: int = 1) -> None:
-    forking = _forking_process()
-    print(what, ranks, file, file=forking.stdin, flush=True)
-    if forking.stdout.readline() != "done\n":
-        raise RuntimeError(f"the process that forks ranks ended: {forking.wait()}")
+def _let_go(held: socket.socket, server: subprocess.Popen | None, folder: Path) -> None:
+    held.close()
+    if server:
+        server.wait()
+        shutil.rmtree(folder)
 
 
-def _serve() -> None:
-    """Forks the ranks of one group after the other, as the lines of stdin say: what they do, how many they
-    are, and the file that tells the rest.
+def _in_fork(module: str, function: str, *arguments) -> int:
+    """The exit status of a fork that calls a function."""
+    files, path = (0, 1, 2), [str(Path(__file__).parent), *sys.path]
+    fork = start(_server(), module, function, *arguments, files=files, env=_environment(), path=path)
+    return fork.wait(2 * PATIENCE)
 
-    What is imported here is what a training imports; a run before the fork would leave threads behind.
-    """
+
+def import_all() -> None:
+    """Imports what a training imports; a run before the fork would leave threads behind."""
     from megatron_s2.training.patches import quiet_known_warnings
 
     hide_transformer_engine_without_gpu()
@@ -309,17 +367,12 @@ def _serve() -> None:
     quiet_known_warnings()
     for module in IMPORTED_BY_A_TRAINING:
         import_module(module)
+    # Megatron's log goes to what was stdout when megatron.training was imported; now to what is when it logs.
+    for handler in logging.root.handlers:
+        handler.stream = SimpleNamespace(
+            write=lambda text: sys.stdout.write(text), flush=lambda: sys.stdout.flush()
+        )
     _save_without_another_process()
-    fork = multiprocessing.get_context("fork")
-    for line in sys.stdin:
-        what, ranks, file = line.rstrip("\n").split(" ", 2)
-        ranks, port, target = int(ranks), _free_port(), {"train": _run_jobs, "call": _call}[what]
-        group = [fork.Process(target=target, args=(Path(file), n, ranks, port)) for n in range(ranks)]
-        for process in group:
-            process.start()
-        _end_together(group)
-        Path(file).with_name("ended.txt").write_text(str(group[0].exitcode))
-        print("done", flush=True)
 
 
 def hide_transformer_engine_without_gpu() -> None:
@@ -358,6 +411,18 @@ def _end_together(group: list[multiprocessing.Process]) -> None:
         process.kill()
     for process in group:
         process.join()
+
+
+def _run_group(job_file: Path, ranks: int) -> None:
+    """All ranks of `train_all`; ends as the first of them."""
+    if ranks == 1:
+        return _run_jobs(job_file, 0, 1, 0)
+    fork, port = multiprocessing.get_context("fork"), _free_port()
+    group = [fork.Process(target=_run_jobs, args=(job_file, rank, ranks, port)) for rank in range(ranks)]
+    for process in group:
+        process.start()
+    _end_together(group)
+    sys.exit(group[0].exitcode)
 
 
 def _run_jobs(job_file: Path, rank: int, ranks: int, port: int) -> None:
@@ -416,7 +481,3 @@ def _forget_run() -> None:
     from megatron.training import training
 
     training.destroy_global_state()
-
-
-if __name__ == "__main__":
-    _serve()

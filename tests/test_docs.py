@@ -1,14 +1,11 @@
 """The documentation keeps its word: its Python prints what stands beside it, its links exist."""
 
 import argparse
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from waiting import PATIENCE
+from megatron_run import run_command
 
 from megatron_s2.training.arguments import add_s2_args
 
@@ -36,14 +33,8 @@ def test_each_python_block_prints_what_the_page_says(page, block, tmp_path):
     if "picture" in block:
         pytest.importorskip("matplotlib")
     (tmp_path / "docs" / "images").mkdir(parents=True)
-    done = subprocess.run(
-        [sys.executable, "-c", block],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(DOCS.parent)},  # the checkout, for the benchmarks
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
+    block = f"import sys; sys.path.append({str(DOCS.parent)!r})  # for the benchmarks\n{block}"
+    done = run_command("-c", block, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout in page.read_text(), f"{page.name} should say:\n{done.stdout}"
     drawn = {image.name for image in (tmp_path / "docs" / "images").iterdir()}

@@ -7,14 +7,13 @@ the parser, our checks and Megatron's own validation, as on the machine that the
 import re
 import shlex
 import subprocess
-import sys
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
 import pytest
 from megatron_arguments import parse, validate_on_gpus
-from megatron_run import ROOT, train_all
+from megatron_run import call_in_fork, environment_of_forks, train_all
 from recipes import EXAMPLES, RANKS, RECIPES, environment, launch, split
 from waiting import PATIENCE
 
@@ -157,7 +156,7 @@ def made_sparse(directory: Path, model: Path, prefix: Path, words: str) -> subpr
     return subprocess.run(
         ["bash", str(EXAMPLES / "continue-pretraining" / "train.sh"), *words.split()],
         cwd=directory,
-        env=environment() | {"PATTERN": pattern, "SAMPLES": "4", "OMP_NUM_THREADS": "1"},
+        env=environment_of_forks() | {"PATTERN": pattern, "SAMPLES": "4"},
         capture_output=True,
         text=True,
         timeout=PATIENCE,
@@ -208,6 +207,5 @@ def tiny_model(directory: Path) -> Path:
 def tiny_data(directory: Path) -> Path:
     words = f"--input {directory / 'text'} --output-prefix {directory / 'data'} --append-eod --workers 1 "
     words += f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {directory / 'model'}"
-    command = [sys.executable, str(ROOT / "scripts" / "preprocess_data.py"), *words.split()]
-    subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE)
+    call_in_fork("preprocess_data", "main", words.split())
     return directory / "data_text_document"

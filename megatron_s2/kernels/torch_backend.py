@@ -1,266 +1,32 @@
 """S2 attention in PyTorch with linear memory, forward and backward.
 
 The visible keys of the queries are split into calls that need hardly any mask (`torch_plan`): only Band calls
-have one, in the diagonal block. They read their keys through an overlapping view of K and V.
-
-Each call is one flash attention over its keys, and results merge by log-sum-exp. Given the *merged* output
-and log-sum-exp, the backward of a flash kernel computes exactly the gradients that its keys contribute.
-Backward therefore runs the same calls and adds up their gradients. It needs q, k, v, out and lse alone, and
-no tensor grows with the square of the sequence.
-
-Calls work on views of the inputs and copy at most a slice of them, so backward allocates little beside the
-gradients. K and V are never expanded to the query heads.
+have one, in the diagonal block. On the CPU all calls of all heads and documents run as one parallel region in
+C++ (`torch_native`) where there is a compiler; else one after the other from Python (`torch_calls`).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_s2.kernels.numerics import compute_dtype, merge_sink, sink_gradient
-from megatron_s2.kernels.torch_flash import expand_heads, flash_backward, flash_forward, sum_heads
-from megatron_s2.kernels.torch_plan import Band, Call, Causal, Gathered, Past, equal_heads, plan_head
+from megatron_s2.kernels.torch_calls import (
+    BackwardTensors,
+    ForwardTensors,
+    Plan,
+    Sources,
+    add_blocks,
+    blocks_of,
+    fitted,
+    padded,
+)
+from megatron_s2.kernels.torch_native import product_dtype, run_backward, run_forward
+from megatron_s2.kernels.torch_plan import equal_heads, plan_head
 from megatron_s2.pattern import BlockPattern, S2Pattern
-
-# ---------------------------------------------------------------------------------------------------------
-# The calls of one plan over the two sources, for KV heads of equal pattern. Query-side tensors are
-# [batch, heads, queries, dim] (lse without dim), any strides; their dim may be smaller than that of K and
-# their precision lower.
-
-_MAX_WINDOW_ELEMENTS = 1 << 18  # elements of K in one Band call: gradients of overlapping windows take memory
-_MIN_BACKWARD_HEADS = 4  # PyTorch's backward gives each thread whole heads
-
-
-@dataclass
-class Sources:
-    """Keys and values that equal heads read, or in backward their gradients.
-
-    Args:
-        k, v: window source `[batch, kv_heads, tokens, dim]`, any strides.
-        k_shard, v_shard: shard source `[batch, kv_heads, blocks * block_size, dim]`, any strides.
-        start: position of the first token of the window source.
-    """
-
-    k: Tensor
-    v: Tensor
-    k_shard: Tensor
-    v_shard: Tensor
-    start: int = 0
-
-    def select(self, source: str) -> tuple[Tensor, Tensor, int]:
-        """Returns keys, values and the position of the first token of a source."""
-        return (self.k, self.v, self.start) if source == "window" else (self.k_shard, self.v_shard, 0)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Calls of equal heads (`plan_head`), for queries that begin at position `q_start`."""
-
-    calls: list[Call]
-    pattern: BlockPattern
-    scale: float
-    q_start: int
-
-    def queries(self, start: int, stop: int) -> slice:
-        """Returns the indices of positions start .. stop-1 in the query-side tensors."""
-        return slice(start - self.q_start, stop - self.q_start)
-
-
-def forward_calls(plan: Plan, q: Tensor, sources: Sources, out: Tensor, lse: Tensor) -> None:
-    """Writes attention over the keys of all calls to `out` and `lse`, both in the dtype of K."""
-    for call in plan.calls:
-        if isinstance(call, Causal):
-            t = plan.queries(call.start, call.stop)
-            k, v = _causal_keys(call, sources)
-            o, logsum = flash_forward(_queries(q, t, sources), k, v, plan.scale, causal=True)
-            out[:, :, t], lse[:, :, t] = o[..., : out.shape[-1]], logsum
-        elif isinstance(call, Band):
-            mask, fold = _band_mask(plan, q, sources), _band_fold(plan, sources)
-            for part, t in _band_parts(call, plan, sources):
-                k, v = _windows(part, plan, sources)
-                o, logsum = flash_forward(fold(_queries(q, t, sources)), k, v, plan.scale, mask=mask)
-                out[:, :, t], lse[:, :, t] = fold(o)[..., : out.shape[-1]], fold(logsum)
-        else:
-            t = plan.queries(call.start, call.stop)
-            o, logsum = flash_forward(_queries(q, t, sources), *_past_keys(call, plan, sources), plan.scale)
-            _merge(out[:, :, t], lse[:, :, t], o[..., : out.shape[-1]], logsum)
-
-
-def backward_calls(
-    plan: Plan,
-    dout: Tensor,
-    q: Tensor,
-    sources: Sources,
-    out: Tensor,
-    lse: Tensor,
-    dq: Tensor,
-    grads: Sources,
-) -> None:
-    """Adds the gradients of `forward_calls`, given its merged `out` and `lse`, to `dq` and `grads`."""
-    for call in plan.calls:
-        if isinstance(call, Causal):
-            t = plan.queries(call.start, call.stop)
-            dout_t, q_t, out_t = (_queries(x, t, sources) for x in (dout, q, out))
-            k, v = _causal_keys(call, sources)
-            dq_t, *dkv = flash_backward(dout_t, q_t, k, v, out_t, lse[:, :, t], plan.scale, causal=True)
-            _add(dq[:, :, t], dq_t)
-            for grad, part in zip(_causal_keys(call, grads), dkv):
-                _add(grad, part)
-        elif isinstance(call, Band):
-            mask, fold = _band_mask(plan, q, sources), _band_fold(plan, sources)
-            for part, t in _band_parts(call, plan, sources):
-                dout_t, q_t, out_t = (fold(_queries(x, t, sources)) for x in (dout, q, out))
-                k, v = _windows(part, plan, sources)
-                dq_t, *dkv = flash_backward(
-                    dout_t, q_t, k, v, out_t, fold(lse[:, :, t]), plan.scale, mask=mask
-                )
-                _add(dq[:, :, t], fold(dq_t))
-                _add_windows(part, plan, grads, dkv)
-        else:
-            t = plan.queries(call.start, call.stop)
-            split = _query_split(q, t)
-            dout_t, q_t, out_t = (split(_queries(x, t, sources)) for x in (dout, q, out))
-            k, v = (expand_heads(x, q_t.shape[1]) for x in _past_keys(call, plan, sources))
-            dq_t, *dkv = flash_backward(dout_t, q_t, k, v, out_t, split(lse[:, :, t]), plan.scale)
-            _add(dq[:, :, t], dq_t.reshape(*q.shape[:2], -1, dq_t.shape[-1]))
-            _add_past(call, plan, grads, [sum_heads(part, sources.k.shape[1]) for part in dkv])
-
-
-def _queries(x: Tensor, t: slice, sources: Sources) -> Tensor:
-    return fitted(x[:, :, t], sources.k.shape[-1], sources.k.dtype)
-
-
-def fitted(x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """Returns x with dim `width` and this dtype, and stride 1 in dim, which PyTorch's CPU kernel assumes."""
-    x = _padded(x.to(dtype), width)
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _padded(x: Tensor, width: int) -> Tensor:
-    return F.pad(x, (0, width - x.shape[-1])) if width > x.shape[-1] else x
-
-
-def _add(total: Tensor, part: Tensor) -> None:
-    """Adds a part whose dim may be padded."""
-    total += part[..., : total.shape[-1]]
-
-
-def _merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
-    """Merges attention over further keys into `out` and `lse`, in place.
-
-    The weights exp(lse - total) and exp(more_lse - total) with total = logaddexp(lse, more_lse) are
-    sigmoids.
-    """
-    out.lerp_(more, torch.sigmoid(more_lse - lse)[..., None])
-    torch.logaddexp(lse, more_lse, out=lse)
-
-
-def _causal_keys(call: Causal, sources: Sources) -> tuple[Tensor, Tensor]:
-    keys = slice(call.start - sources.start, call.stop - sources.start)
-    return sources.k[:, :, keys], sources.v[:, :, keys]
-
-
-# Band: each row of a KV head becomes a KV head of its own. Its keys are the row's window, its rows the
-# queries of the row in all query heads of the group.
-
-
-def _band_parts(call: Band, plan: Plan, sources: Sources) -> Iterator[tuple[Band, slice]]:
-    """Splits a call into parts of bounded size; yields each with the indices of its queries."""
-    B = plan.pattern.block_size
-    batch, kv_heads, _, dim = sources.k.shape
-    most = max(1, _MAX_WINDOW_ELEMENTS // (batch * kv_heads * plan.pattern.local_blocks * B * dim))
-    for first in range(call.first, call.last, most):
-        last = min(first + most, call.last)
-        yield Band(first, last), plan.queries(first * B, last * B)
-
-
-def _band_fold(plan: Plan, sources: Sources) -> Callable[[Tensor], Tensor]:
-    """Returns a function that reshapes `[batch, kv_heads * group, rows * B, …]` to
-    `[batch, kv_heads * rows, group * B, …]`, and back."""
-
-    def fold(x: Tensor) -> Tensor:
-        x = x.unflatten(1, (sources.k.shape[1], -1)).unflatten(3, (-1, plan.pattern.block_size))
-        return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-
-    return fold
-
-
-def _windows(part: Band, plan: Plan, sources: Sources) -> Iterator[Tensor]:
-    """Yields K and V as overlapping windows `[batch, kv_heads * rows, local_blocks * B, dim]`."""
-    B, L = plan.pattern.block_size, plan.pattern.local_blocks
-    first, last = ((row - L + 1) * B - sources.start for row in (part.first, part.last))
-    for x in (sources.k, sources.v):
-        windows = x[:, :, first : last + (L - 1) * B].unfold(2, L * B, B)
-        yield windows.transpose(-1, -2).flatten(1, 2)
-
-
-def _add_windows(part: Band, plan: Plan, grads: Sources, parts: list[Tensor]) -> None:
-    B, L = plan.pattern.block_size, plan.pattern.local_blocks
-    rows = part.last - part.first
-    for grad, windows in zip((grads.k, grads.v), parts):
-        windows = windows.unflatten(1, (-1, rows)).unflatten(3, (L, B))
-        for w in range(L):
-            start = (part.first - L + 1 + w) * B - grads.start
-            _add(grad[:, :, start : start + rows * B], windows[:, :, :, w].flatten(2, 3))
-
-
-def _band_mask(plan: Plan, q: Tensor, sources: Sources) -> Tensor:
-    """Additive `[1, 1, group * B, local_blocks * B]`: minus infinity above the diagonal of the last block."""
-    B, L = plan.pattern.block_size, plan.pattern.local_blocks
-    mask = sources.k.new_full((B, L * B), float("-inf")).triu((L - 1) * B + 1)
-    return mask.repeat(q.shape[1] // sources.k.shape[1], 1)[None, None]
-
-
-# Past and Gathered.
-
-
-def _past_keys(call: Past | Gathered, plan: Plan, sources: Sources) -> Iterable[Tensor]:
-    if isinstance(call, Gathered):
-        B = plan.pattern.block_size
-        return (_blocks(x, B)[:, :, list(call.blocks)].flatten(2, 3) for x in (sources.k, sources.v))
-    k, v, start = sources.select(call.source)
-    keys = slice(call.keys_start - start, call.keys_stop - start)
-    return k[:, :, keys], v[:, :, keys]
-
-
-def _add_past(call: Past | Gathered, plan: Plan, grads: Sources, parts: list[Tensor]) -> None:
-    if isinstance(call, Gathered):
-        for grad, part in zip((grads.k, grads.v), parts):
-            _add_blocks(grad, call.blocks, part, plan.pattern.block_size)
-    else:
-        for grad, part in zip(_past_keys(call, plan, grads), parts):
-            _add(grad, part)
-
-
-def _query_split(q: Tensor, t: slice) -> Callable[[Tensor], Tensor]:
-    """Returns a function that reshapes `[batch, heads, rows, …]` to `[batch, heads * parts, rows / parts, …]`
-    with a head for each thread."""
-    batch, heads = q.shape[:2]
-    parts = max(1, math.gcd(t.stop - t.start, _MIN_BACKWARD_HEADS) // (batch * heads))
-    return lambda x: x.unflatten(2, (parts, -1)).flatten(1, 2)
-
-
-def _blocks(x: Tensor, block_size: int) -> Tensor:
-    """Views the full blocks of `[batch, kv_heads, tokens, dim]` as `[…, blocks, block_size, dim]`."""
-    blocks = x.shape[2] // block_size
-    return x[:, :, : blocks * block_size].unflatten(2, (blocks, block_size))
-
-
-def _add_blocks(x: Tensor, blocks: Sequence[int], values: Tensor, block_size: int) -> None:
-    """Adds `values` `[batch, kv_heads, len(blocks) * block_size, dim]` to blocks of x."""
-    index = torch.tensor(blocks, device=x.device)
-    values = values[..., : x.shape[-1]].unflatten(2, (len(blocks), block_size))
-    _blocks(x, block_size).index_add_(2, index, values)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# All documents and heads, with autograd.
 
 
 def blocked_attention(
@@ -288,10 +54,15 @@ class _EqualHeads:
         self._heads = slice(heads.start * group, heads.stop * group)
         self._queries, self._keys = slice(start, stop), slice(start, stop + q_start)
         self.plan = Plan(plan_head(pattern, heads.start, q_start, last), pattern, scale, q_start)
-        self._shard = []
+        shard = []
         if isinstance(pattern, S2Pattern) and not pattern.is_dense(heads.start):
             size = pattern.shard_prefix(heads.start, (last - 1) // pattern.block_size)
-            self._shard = [pattern.shard_block(heads.start, n) for n in range(size)]
+            shard = [pattern.shard_block(heads.start, n) for n in range(size)]
+        # With sinks the blocks may be unevenly spaced: they are copied.
+        spacing = shard[1] - shard[0] if len(shard) > 1 else 1
+        even = slice(shard[0], shard[-1] + 1, spacing) if shard else slice(0)
+        self._is_view = shard == list(range(*even.indices(last)))
+        self._index = even if self._is_view else shard
 
     def query_side(self, x: Tensor) -> Tensor:
         """Views `[batch, seq, heads, dim]` as `[batch, heads, queries, dim]`."""
@@ -305,22 +76,23 @@ class _EqualHeads:
 
     def sources(self, k: Tensor, v: Tensor, width: int, dtype: torch.dtype) -> Sources:
         k, v = (fitted(self._window(x), width, dtype) for x in (k, v))
-        B = self.plan.pattern.block_size
-        return Sources(k, v, *(_blocks(x, B)[:, :, self._shard].flatten(2, 3) for x in (k, v)))
+        return Sources(k, v, *(self._blocks(x)[:, :, self._index] for x in (k, v)))
 
     def gradients(self, dk: Tensor, dv: Tensor) -> Sources:
-        """Returns the tensors to which the gradients of `sources` are added: views of dk and dv and, for the
-        shard, zeros that `add_shard` adds to dk and dv."""
+        """Returns the tensors to which the gradients of `sources` are added: views of dk and dv and, for a
+        shard that is no view, zeros that `add_shard` adds to dk and dv."""
         dk, dv = self._window(dk), self._window(dv)
-        size = len(self._shard) * self.plan.pattern.block_size
-        return Sources(dk, dv, *(x.new_zeros(*x.shape[:2], size, x.shape[3]) for x in (dk, dv)))
+        shards = (self._blocks(x)[:, :, self._index] for x in (dk, dv))
+        return Sources(dk, dv, *(x if self._is_view else torch.zeros_like(x) for x in shards))
 
     def add_shard(self, grads: Sources) -> None:
-        """Adds the gradients of the shard to the gradients of its tokens in dk and dv."""
-        if self._shard:
-            B = self.plan.pattern.block_size
-            _add_blocks(grads.k, self._shard, grads.k_shard, B)
-            _add_blocks(grads.v, self._shard, grads.v_shard, B)
+        """Adds the gradients of a shard that is no view to the gradients of its tokens in dk and dv."""
+        if not self._is_view:
+            for grad, shard in ((grads.k, grads.k_shard), (grads.v, grads.v_shard)):
+                add_blocks(grad, self._index, shard.flatten(2, 3), self.plan.pattern.block_size)
+
+    def _blocks(self, x: Tensor) -> Tensor:
+        return blocks_of(x, self.plan.pattern.block_size)
 
 
 def _parts(q, k, pattern, scale, documents, q_start) -> Iterator[_EqualHeads]:
@@ -333,12 +105,19 @@ class _BlockedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, sink_logits, pattern, scale, documents, q_start):
         dtype = compute_dtype(q.dtype)
-        width = max(q.shape[-1], v.shape[-1])
+        width, keys_dtype = max(q.shape[-1], v.shape[-1]), product_dtype(k, pattern)
         out = q.new_empty(*q.shape[:-1], v.shape[-1], dtype=dtype)
         lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=dtype)
-        for part in _parts(q, k, pattern, scale, documents, q_start):
-            sources = part.sources(k, v, width, dtype)
-            forward_calls(part.plan, part.query_side(q), sources, part.query_side(out), part.lse(lse))
+        run_forward(
+            ForwardTensors(
+                part.plan,
+                part.query_side(q),
+                part.sources(k, v, width, keys_dtype),
+                part.query_side(out),
+                part.lse(lse),
+            )
+            for part in _parts(q, k, pattern, scale, documents, q_start)
+        )
         if sink_logits is not None:
             lse = merge_sink(out, lse, sink_logits)
         out = out.to(q.dtype)
@@ -352,23 +131,33 @@ class _BlockedAttention(torch.autograd.Function):
     def backward(ctx, dout, dlse):
         q, k, v, sink_logits, out, lse = ctx.saved_tensors
         pattern, scale, documents, q_start = ctx.constants
-        dtype, width = lse.dtype, max(q.shape[-1], v.shape[-1])
+        dtype, keys_dtype, width = lse.dtype, product_dtype(k, pattern), max(q.shape[-1], v.shape[-1])
         if dout is None:
             dout = torch.zeros_like(out)
         if dlse is not None:
             # Softmax backward subtracts delta = sum(dout * out) from dP. With a gradient of lse it subtracts
             # delta - dlse: a further column, 1 in dout, -dlse in out and 0 in V, makes the kernel do that.
-            dout = torch.cat([_padded(dout, width), torch.ones_like(dout[..., :1])], -1)
-            out = torch.cat([_padded(out.to(dtype), width), -dlse.transpose(1, 2)[..., None]], -1)
-            width += 1
+            dout = torch.cat([padded(dout, width), torch.ones_like(dout[..., :1])], -1)
+            out = torch.cat([padded(out.to(dtype), width), -dlse.transpose(1, 2)[..., None]], -1)
+            width, keys_dtype = width + 1, dtype
         dq, dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (q, k, v))
-        for part in _parts(q, k, pattern, scale, documents, q_start):
-            sources, grads = part.sources(k, v, width, dtype), part.gradients(dk, dv)
-            query_side = [part.query_side(x) for x in (dout, q, out, dq)]
-            backward_calls(
-                part.plan, *query_side[:2], sources, query_side[2], part.lse(lse), query_side[3], grads
+        parts = list(_parts(q, k, pattern, scale, documents, q_start))
+        grads = [part.gradients(dk, dv) for part in parts]
+        run_backward(
+            BackwardTensors(
+                part.plan,
+                part.query_side(dout),
+                part.query_side(q),
+                part.sources(k, v, width, keys_dtype),
+                part.query_side(out),
+                part.lse(lse),
+                part.query_side(dq),
+                of_keys,
             )
-            part.add_shard(grads)
+            for part, of_keys in zip(parts, grads)
+        )
+        for part, of_keys in zip(parts, grads):
+            part.add_shard(of_keys)
         dsinks = None
         if sink_logits is not None and ctx.needs_input_grad[3]:
             delta = (dout.to(dtype) * out).sum(-1).transpose(1, 2)  # [batch, heads, seq]

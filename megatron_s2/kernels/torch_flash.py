@@ -39,7 +39,7 @@ def _cpu_backward(dout, q, k, v, out, lse, scale, causal, mask):
 
 def _matmul_forward(q, k, v, scale, causal, mask):
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:-1])
-    k, v = (expand_heads(x, q.shape[1]) for x in (k, v))
+    k, v = (_expand_heads(x, q.shape[1]) for x in (k, v))
     for rows in _row_chunks(q, k):
         scores = _scores(q, k, scale, causal, mask, rows)
         lse[:, :, rows] = scores.logsumexp(-1)
@@ -49,7 +49,7 @@ def _matmul_forward(q, k, v, scale, causal, mask):
 
 def _matmul_backward(dout, q, k, v, out, lse, scale, causal, mask):
     kv_heads = k.shape[1]
-    k, v = (expand_heads(x, q.shape[1]) for x in (k, v))
+    k, v = (_expand_heads(x, q.shape[1]) for x in (k, v))
     dq, dk, dv = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     for rows in _row_chunks(q, k):
         do = dout[:, :, rows]
@@ -59,7 +59,7 @@ def _matmul_backward(dout, q, k, v, out, lse, scale, causal, mask):
         dq[:, :, rows] = ds @ k
         dk += ds.transpose(-1, -2) @ q[:, :, rows]
         dv += p.transpose(-1, -2) @ do
-    return dq, sum_heads(dk, kv_heads), sum_heads(dv, kv_heads)
+    return dq, _sum_heads(dk, kv_heads), _sum_heads(dv, kv_heads)
 
 
 def _row_chunks(q: Tensor, k: Tensor) -> Iterator[slice]:
@@ -78,11 +78,11 @@ def _scores(q: Tensor, k: Tensor, scale: float, causal: bool, mask: Tensor | Non
     return scores
 
 
-def expand_heads(x: Tensor, heads: int) -> Tensor:
+def _expand_heads(x: Tensor, heads: int) -> Tensor:
     """Repeats each KV head of K or V for its query heads; a view if x has one KV head."""
     return x[:, :, None].expand(-1, -1, heads // x.shape[1], -1, -1).flatten(1, 2)
 
 
-def sum_heads(grad: Tensor, kv_heads: int) -> Tensor:
-    """Gradient of x from the gradient of `expand_heads(x, heads)`."""
+def _sum_heads(grad: Tensor, kv_heads: int) -> Tensor:
+    """Gradient of x from the gradient of `_expand_heads(x, heads)`."""
     return grad.unflatten(1, (kv_heads, -1)).sum(2)

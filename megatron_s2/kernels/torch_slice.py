@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from megatron_s2.kernels.slice import SequenceSlice
-from megatron_s2.kernels.torch_backend import Plan, Sources, backward_calls, fitted, forward_calls
+from megatron_s2.kernels.torch_calls import BackwardTensors, ForwardTensors, Plan, Sources, blocks_of, fitted
+from megatron_s2.kernels.torch_native import run_backward, run_forward
 from megatron_s2.kernels.torch_plan import equal_heads, plan_shard, plan_window
 
 
@@ -18,10 +19,13 @@ class TorchSlice(SequenceSlice):
     """`SequenceSlice` in PyTorch, on any device and in any dtype."""
 
     def forward(self, source: str, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
+        parts = []
         for kv_heads, plan in self._plans(source):
             heads = self._query_heads(kv_heads, q)
             sources = self._sources(source, kv_heads, k, v, lse.dtype)
-            forward_calls(plan, _by_head(q, heads), sources, _by_head(out, heads), lse[:, heads])
+            q_h, out_h = (_by_head(x, heads) for x in (q, out))
+            parts.append(ForwardTensors(plan, q_h, sources, out_h, lse[:, heads]))
+        run_forward(parts)
 
     def backward(
         self,
@@ -36,12 +40,14 @@ class TorchSlice(SequenceSlice):
         dk: Tensor,
         dv: Tensor,
     ) -> None:
+        parts = []
         for kv_heads, plan in self._plans(source):
             heads = self._query_heads(kv_heads, q)
             sources = self._sources(source, kv_heads, k, v, lse.dtype)
-            grads = Sources(*self._keys(source, kv_heads, dk, dv) * 2, self._start(source))
+            grads = self._both(self._keys(source, kv_heads, dk, dv), source)
             dout_h, q_h, out_h, dq_h = (_by_head(x, heads) for x in (dout, q, out, dq))
-            backward_calls(plan, dout_h, q_h, sources, out_h, lse[:, heads], dq_h, grads)
+            parts.append(BackwardTensors(plan, dout_h, q_h, sources, out_h, lse[:, heads], dq_h, grads))
+        run_backward(parts)
 
     def _plans(self, source: str) -> Iterator[tuple[range, Plan]]:
         """Each range of equal KV heads that reads the source, and its plan."""
@@ -61,7 +67,12 @@ class TorchSlice(SequenceSlice):
     def _sources(self, source: str, kv_heads: range, k: Tensor, v: Tensor, dtype: torch.dtype) -> Sources:
         width = max(k.shape[-1], v.shape[-1])
         keys = tuple(fitted(x, width, dtype) for x in self._keys(source, kv_heads, k, v))
-        return Sources(*keys * 2, self._start(source))
+        return self._both(keys, source)
+
+    def _both(self, keys: tuple[Tensor, ...], source: str) -> Sources:
+        """Returns keys and values, or their gradients, as both sources; the plan's calls read one."""
+        blocks = (blocks_of(x, self.pattern.block_size) for x in keys)
+        return Sources(*keys, *blocks, self._start(source))
 
     def _keys(self, source: str, kv_heads: range, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The KV heads' part of each tensor, `[batch, kv_heads, tokens, head_dim]`."""

@@ -88,6 +88,9 @@ class _Event:
         return 0.0
 
 
+_DEVICES = {torch.device, str, int}  # what may name one
+
+
 def _is_cuda(device) -> bool:
     if isinstance(device, torch.device):
         return device.type == "cuda"
@@ -103,19 +106,21 @@ class _CpuInsteadOfCuda(TorchFunctionMode):
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
         if func is torch.Tensor.cuda or func is torch.Tensor.pin_memory:
             return args[0]
         if func is torch.Tensor.record_stream:
             return None
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             return func(*args).replace("torch.", "torch.cuda.", 1)
-
-        takes_positional_index = func is torch.Tensor.to
-        args = tuple(
-            torch.device("cpu") if _is_cuda(arg) or (takes_positional_index and type(arg) is int) else arg
-            for arg in args
-        )
+        if not _DEVICES.isdisjoint(map(type, args)):
+            takes_index = func is torch.Tensor.to
+            args = [
+                torch.device("cpu") if _is_cuda(arg) or (takes_index and type(arg) is int) else arg
+                for arg in args
+            ]
+        if not kwargs:
+            return func(*args)
+        kwargs = dict(kwargs)
         device = kwargs.get("device")
         if _is_cuda(device) or type(device) is int:
             kwargs["device"] = torch.device("cpu")

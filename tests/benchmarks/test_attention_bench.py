@@ -17,7 +17,7 @@ BOTH = ["--implementations", "s2-torch", "sdpa"]
 KEYS = {
     *("benchmark", "date", "machine", "versions", "commit"),
     *("implementation", "pass", "case", "device"),
-    *("seq_length", "batch", "heads", "kv_heads", "head_dim", "dtype", "pattern"),
+    *("seq_length", "batch", "heads", "kv_heads", "head_dim", "dtype", "pattern", "busy_loops"),
     *("not_measured", "checked_at", "other_cpus", "seconds", "setup_seconds"),
     *("flops", "dense_flops", "speedup_bound", "input_bytes", "peak_bytes_above_inputs"),
 }
@@ -78,7 +78,7 @@ def test_every_row_says_all_there_is_to_say(run):
         assert set(row["machine"]) == {"name", "cpu", "gpu", "cores", "threads", "load"}
         assert set(row["versions"]) == {"python", "torch", "triton", "cudnn", "dkernel", "megatron_s2"}
         assert set(row["commit"]) == {"hash", "dirty", "code"} and len(row["commit"]["code"]) == 16
-        assert row["case"] is None and row["device"] == "cpu"
+        assert row["case"] is None and row["device"] == "cpu" and row["busy_loops"] == 0
         assert row["speedup_bound"] == row["dense_flops"] / row["flops"] >= 1
         assert row["input_bytes"] == 4 * row["seq_length"] * 16 * (4 + 2 + 2 + 4)
         if row["implementation"] == "sdpa" and row["seq_length"] == 200:
@@ -115,6 +115,28 @@ def test_the_table_says_when_others_were_at_work(run, attention):
     assert attention.BENCHMARK.table(rows).endswith("other processes kept 0.75 cores busy")
 
 
+def test_beside_busy_loops_rows_and_tables_are_others(toy, tmp_path, monkeypatch, capsys, attention):
+    from benchmarks import measure
+
+    started, start = [], measure.subprocess.Popen
+
+    def popen(command, **options):
+        process = start(command, **options)
+        started.extend([process] if "while True" in command[-1] else [])
+        return process
+
+    monkeypatch.setattr(measure.subprocess, "Popen", popen)
+    both = [*BOTH, "--seq-lengths", "100", "--busy-loops", "0,2"]
+    assert toy(*both) == 0
+    assert [row["busy_loops"] for row in rows_in(tmp_path)] == [0] * 4 + [2] * 4
+    assert len(started) == 2 and all(process.poll() is not None for process in started)
+    table = capsys.readouterr().out
+    assert table.count("; beside 2 busy loops") == 1 and table.count(" 100 s2-torch") == 4
+    names = [path.name for path in attention.BENCHMARK.plot(rows_in(tmp_path), tmp_path)]
+    assert names == ["attention-other-1.png", "attention-other-2-busy-2.png"]
+    assert toy(*both) == 0 and len(rows_in(tmp_path)) == 8, "what is stored is not measured again"
+
+
 def test_pictures_come_from_the_stored_rows(run, bench, capsys):
     assert bench.main(["plot", "--out", str(run)]) == 0
     picture = Path(capsys.readouterr().out.strip())
@@ -123,7 +145,7 @@ def test_pictures_come_from_the_stored_rows(run, bench, capsys):
 
 
 def test_rows_from_before_a_field_was_added_are_still_shown(run, attention, tmp_path):
-    added = ("case", "device", "not_measured", "checked_at", "other_cpus")
+    added = ("case", "device", "not_measured", "checked_at", "other_cpus", "busy_loops")
     alone = [{**row, "other_cpus": 0.0} for row in rows_in(run)]
     rows = [row for row in alone if row["seconds"]]
     old = [{key: value for key, value in row.items() if key not in added} for row in rows]
@@ -438,6 +460,7 @@ def test_a_row_that_was_cut_off_is_no_row(bench, tmp_path):
         (["--repeats", "0"], "--repeats 0: must be >= 1"),
         (["--seq-lengths", "64,0"], "--seq-lengths 0: must be >= 1"),
         (["--threads", "0"], "--threads 0: must be >= 1"),
+        (["--busy-loops", "0,-1"], "--busy-loops -1: must be >= 0, and 0 on cuda"),
         (
             ["--implementations", "dkernel"],
             "--implementations dkernel: must be of s2-torch, sdpa, flex with --device cpu",

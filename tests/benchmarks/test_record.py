@@ -1,6 +1,7 @@
 """The record: stages run in order inside a budget, none twice, none stops the others, none outlives it."""
 
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import RUNNER, rows_in
+from megatron_run import environment_of_forks
 from waiting import PATIENCE, wait_until
 
 ROOT = RUNNER.parents[1]
@@ -365,7 +367,9 @@ def test_the_toy_record_goes_through_its_stages(tmp_path):
     """All but those of the optimizer, whose trainings test_offload_bench starts."""
     names = ["device", "tests", "attention", "profile", "step", "decode"]
     words = ["--toy", "--out", str(tmp_path), "--minutes", "60", "--stages", *names]
-    done = run(["bash", str(SCRIPT), "--python", sys.executable, *words])
+    env = environment_of_forks()
+    command = ["bash", str(SCRIPT), "--python", shutil.which("python", path=env["PATH"]), *words]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     stages = dict(results(tmp_path))
     assert list(stages) == names and stages.pop("tests") in ("done", "not measured")

@@ -9,6 +9,7 @@ import math
 import subprocess
 import sys
 
+import pytest
 import torch
 from megatron_run import ROOT
 from waiting import PATIENCE
@@ -78,6 +79,7 @@ def write_model(directory, **changes) -> int:
     return sum(sizes.values())
 
 
+@pytest.mark.exhaustive
 def test_at_most_one_file_of_weights_is_in_memory(tmp_path):
     write_model(tmp_path / "small/hf", num_hidden_layers=1)
     total = write_model(tmp_path / "large/hf")

@@ -205,6 +205,7 @@ def test_the_flags_of_the_model_are_printed(tmp_path):
         assert f"\n{line}\n" in printed
 
 
+@pytest.mark.exhaustive
 def test_transformers_refuses_a_sparse_model_where_s2_is_not_registered(tmp_path):
     """An explicit None is the one way around it, as docs/checkpoints.md says."""
     source = make_model(tmp_path / "hf", "qwen3")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from hf_models import convert, make_model, store, weights
-from megatron_run import Runs, assert_same_losses, call_in_fork, train_all
+from megatron_run import STEPS, Runs, assert_same_losses, call_in_fork, train_all
 from selection import exhaustive, thinned
 from transformers import AutoTokenizer
 
@@ -170,7 +170,7 @@ def test_losses_are_the_same_in_every_layout(one_rank, two_ranks, model, layout)
 @pytest.mark.parametrize("model", MODELS)
 def test_the_loss_falls(one_rank, model):
     losses = one_rank[model].losses
-    assert losses[10] < losses[1] - 0.4
+    assert losses[STEPS] < losses[1] - 0.4
 
 
 @pytest.mark.exhaustive

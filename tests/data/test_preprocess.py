@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +11,7 @@ from types import SimpleNamespace
 import numpy
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron_run import run_command as run_in_fork
 from preprocess_data import main
 from script_main import exit_status
 from waiting import PATIENCE, wait_until
@@ -353,14 +353,14 @@ def test_a_worker_killed_in_the_middle_of_an_answer_is_reported(start, tmp_path,
 
 def test_each_command_prints_one_line(scripts, corpus, tmp_path):
     def run(script, *words):
-        command = [sys.executable, scripts / script, "--input", corpus.path, *words]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        return run_in_fork(scripts / script, "--input", corpus.path, *words, cwd=tmp_path)
 
     trained = run("train_tokenizer.py", "--vocab-size", "300", "--output", "tok")
     made = run(
         *("preprocess_data.py", "--output-prefix", "data/py", "--append-eod", "--workers", "2"),
         *("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "tok"),
     )
+    assert trained.returncode == made.returncode == 0
     for result, label in ((trained, "training tokenizer"), (made, "tokenizing")):
         assert len(result.stdout.splitlines()) == 1
         assert "300 documents" in result.stdout

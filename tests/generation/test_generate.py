@@ -73,15 +73,6 @@ def converted(hugging_face, tmp_path_factory):
     return (directory / "first").rename(directory / "checkpoint")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def process_of_converted(converted):
-    """The command with that checkpoint, started before the other tests."""
-    given = prompt_flags(prompts(*LENGTHS), spelled)
-    with process(SCRIPT, "--load", converted, *given, "--max-new-tokens", "12", "--ignore-eos") as running:
-        yield running
-        running.kill()
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     directory = tmp_path_factory.mktemp("trained")
@@ -245,9 +236,11 @@ def test_a_seed_reproduces_the_text(capsys, hugging_face):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_a_megatron_checkpoint_generates_the_same_text(process_of_converted, model):
-    out, err = process_of_converted.communicate(timeout=PATIENCE)
-    assert process_of_converted.returncode == 0, err
+def test_a_megatron_checkpoint_generates_the_same_text(converted, model):
+    given = prompt_flags(prompts(*LENGTHS), spelled)
+    words = ["--load", str(converted), *given, "--max-new-tokens", "12", "--ignore-eos"]
+    done = call_in_fork("generate", "main", words)
+    out, err = done.out, done.err
     rows = [greedy(model, text, 12) for text in prompts(*LENGTHS)]
     assert out.splitlines() == [f"[{n + 1}] {spelled(row)}" for n, row in enumerate(rows)]
     assert [line.split(":")[0] for line in err.splitlines()] == ["prefill", "decode", "cache"]

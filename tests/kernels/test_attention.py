@@ -7,10 +7,11 @@ import pytest
 import torch
 from attention_cases import Case, packed, random_mask, s2
 from largest_tensor import LargestTensor
+from native_operators import require_native
 from torch.autograd.graph import saved_tensors_hooks
 
 from megatron_s2 import S2Pattern, s2_attention
-from megatron_s2.kernels import torch_backend, torch_flash
+from megatron_s2.kernels import torch_calls, torch_flash, torch_native
 from megatron_s2.kernels.compare import (
     attention_results,
     require_as_exact_as_plain,
@@ -71,24 +72,46 @@ LOW_PRECISION_CASES = [
 ]
 
 
-def cpu_kernel(patch):
-    """PyTorch's CPU kernel with the default limits."""
+def native(patch):
+    """The operators in C++."""
+    require_native()
+
+
+def native_row_by_row(patch):
+    """The smallest tasks."""
+    require_native()
+    patch.setattr(torch_native, "_MOST_ROWS", 1)
+
+
+def native_bfloat16(patch):
+    """Products in bfloat16, as on CPUs with instructions for it."""
+    require_native()
+    patch.setattr(torch_native, "_multiplies_bfloat16", lambda: True)
+
+
+def from_python(patch):
+    """Without a compiler: the calls one after another."""
+    patch.setattr(torch_native, "load", lambda: None)
 
 
 def row_by_row(patch):
-    """The smallest parts of Band calls, and every Past call split."""
-    patch.setattr(torch_backend, "_MAX_WINDOW_ELEMENTS", 1)
-    patch.setattr(torch_backend, "_MIN_BACKWARD_HEADS", 64)
+    """The smallest parts of Band calls."""
+    from_python(patch)
+    patch.setattr(torch_calls, "_MAX_WINDOW_ELEMENTS", 1)
 
 
 def without_flash_kernel(patch):
     """The path of devices without a flash kernel that returns log-sum-exp, with small score matrices."""
+    from_python(patch)
     patch.setattr(torch_flash, "_cpu_forward", torch_flash._matmul_forward)
     patch.setattr(torch_flash, "_cpu_backward", torch_flash._matmul_backward)
     patch.setattr(torch_flash, "_MAX_SCORES", 4000)
 
 
-@pytest.fixture(params=[cpu_kernel, row_by_row, without_flash_kernel], ids=lambda path: path.__name__)
+PATHS = [native, native_row_by_row, native_bfloat16, from_python, row_by_row, without_flash_kernel]
+
+
+@pytest.fixture(params=PATHS, ids=lambda path: path.__name__)
 def each_path(request, monkeypatch):
     request.param(monkeypatch)
 
@@ -205,7 +228,8 @@ def test_no_tensor_outgrows_the_queries(pattern):
 def test_without_a_flash_kernel_score_matrices_stay_bounded(monkeypatch):
     without_flash_kernel(monkeypatch)
     monkeypatch.setattr(torch_flash, "_MAX_SCORES", 1 << 18)
-    monkeypatch.setattr(torch_backend, "_MAX_WINDOW_ELEMENTS", 1 << 16)
+    monkeypatch.setattr(torch_calls, "_MAX_WINDOW_ELEMENTS", 1 << 16)
+    from_python(monkeypatch)
     case = Case(s2(num_dense_heads=1), batch=1, queries=2048, group=2, dim=32)
     inputs = case.inputs(torch.float32)
     with LargestTensor() as largest:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from interpreter import fma, round_fma_once
+from selection import exhaustive
 
 from megatron_s2.offload import adam
 from megatron_s2.offload.adam import (
@@ -218,7 +219,7 @@ if not INTERPRETED:
         with pytest.raises(ValueError, match="65 elements with 65 weights: must be a multiple of 64"):
             update_on_cpu(state, gradient, torch.empty(65), SETTINGS["first"])
 
-    @pytest.mark.parametrize("cpu", ["here", "default"])
+    @pytest.mark.parametrize("cpu", ["here", *exhaustive("default")])
     def test_the_kernel_in_the_interpreter(cpu):
         """Beside this CPU's update, and beside PyTorch's build without AVX, which rounds otherwise."""
         run = subprocess.run(

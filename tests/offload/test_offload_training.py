@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from megatron_run import MODERN, Run, train_all
+from megatron_run import MODERN, STEPS, Run, train_all
 from selection import thinned
 
 # A learning rate at which a last bit that Adam rounds otherwise does not move bfloat16 weights much: the
-# losses of 10 steps show what is wrong, not chaos.
-STEPS = "--train-iters 10 --lr 3e-5 --min-lr 3e-6 --clip-grad 0.1 --bf16 --eval-iters 0"
-STOCK = f"{STEPS} --use-distributed-optimizer"
-OFFLOAD = f"{STEPS} --s2-offload"
+# losses of a few steps show what is wrong, not chaos.
+BASE = "--lr 3e-5 --min-lr 3e-6 --clip-grad 0.1 --bf16 --eval-iters 0"
+STOCK = f"{BASE} --use-distributed-optimizer"
+OFFLOAD = f"{BASE} --s2-offload"
 IN_BACKWARD = "--overlap-grad-reduce"
 SMALL = "--s2-offload-subgroup-size 4096"
 
@@ -54,7 +54,7 @@ def state(run: Run) -> dict[str, torch.Tensor]:
 
 def saving(runs: dict[str, str], directory: Path) -> dict[str, str]:
     return {
-        name: f"{flags} --ckpt-format torch --save-interval 10 --save '{directory / name / 'checkpoint'}'"
+        name: f"{flags} --ckpt-format torch --save '{directory / name}/checkpoint' --save-interval {STEPS}"
         for name, flags in runs.items()
     }
 
@@ -72,8 +72,8 @@ def test_same_bits_at_every_placement_and_the_losses_of_megatrons_optimizer(tmp_
     runs |= {name: f"{OFFLOAD} {batch} {flags}" for name, flags in chosen.items()}
     runs = train_all(tmp_path, saving(runs, tmp_path), ranks)
     stock, first, *others = runs.values()
-    assert len(stock.losses) == 10
-    assert stock.losses[10] < stock.losses[1] - 0.01
+    assert len(stock.losses) == STEPS
+    assert stock.losses[STEPS] < stock.losses[1] - 0.01
     assert max(stock.scalar("grad-norm").values()) > 0.1, "nothing is clipped"
     assert first.losses == pytest.approx(stock.losses, rel=1e-5)
     assert first.scalar("grad-norm") == pytest.approx(stock.scalar("grad-norm"), rel=1e-3)

@@ -7,6 +7,7 @@ from itertools import accumulate
 import pytest
 import torch
 from ranks import run_on_ranks
+from selection import exhaustive
 
 from megatron_s2 import S2Pattern
 from megatron_s2.kernels.compare import require_equal
@@ -46,10 +47,10 @@ class Outcome:
     predicted: int
 
 
-def outcomes(rank: int) -> dict[tuple[str, str], Outcome]:
+def outcomes(rank: int, names: list[str]) -> dict[tuple[str, str], Outcome]:
     return {
-        (name, size): outcome(rank, pattern, group_tokens)
-        for name, pattern in PATTERNS.items()
+        (name, size): outcome(rank, PATTERNS[name], group_tokens)
+        for name in names
         for size, group_tokens in GROUP_SIZES.items()
     }
 
@@ -81,12 +82,16 @@ def peak_bytes(function: Callable) -> int:
     return max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
 
 
+@pytest.fixture(scope="module", params=["mixed", *exhaustive("dense", "sparse")])
+def name(request) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def on_ranks(tmp_path_factory) -> list[dict[tuple[str, str], Outcome]]:
-    return run_on_ranks(RANKS, outcomes, tmp_path_factory.mktemp("ranks"))
+def on_ranks(name, tmp_path_factory) -> list[dict[tuple[str, str], Outcome]]:
+    return run_on_ranks(RANKS, outcomes, tmp_path_factory.mktemp("ranks"), [name])
 
 
-@pytest.mark.parametrize("name", PATTERNS)
 @pytest.mark.parametrize("size", ["by head", "by four"])
 def test_groups_of_heads_compute_what_one_gather_computes(on_ranks, name, size):
     for of_rank in on_ranks:
@@ -96,7 +101,6 @@ def test_groups_of_heads_compute_what_one_gather_computes(on_ranks, name, size):
 
 
 @pytest.mark.parametrize("size", GROUP_SIZES)
-@pytest.mark.parametrize("name", PATTERNS)
 def test_the_backward_takes_the_memory_that_the_planner_counts(on_ranks, name, size):
     counted = gather_backward_bytes(PATTERNS[name], shapes(GROUP_SIZES[size]))
     for rank, of_rank in enumerate(on_ranks):
