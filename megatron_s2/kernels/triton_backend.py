@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 import megatron_s2.kernels.triton_ops  # noqa: F401  (registers torch.ops.megatron_s2)
-from megatron_s2.kernels.triton_pattern import KernelPattern, mask_pairs, mask_tables
+from megatron_s2.kernels.triton_pattern import KernelPattern, encode_edges, mask_pairs, mask_tables
 from megatron_s2.kernels.triton_support import capability_of, require_supported
 from megatron_s2.kernels.tuning import Tuning, tuning_for
 from megatron_s2.pattern import BlockPattern, S2Pattern
@@ -21,7 +22,7 @@ def triton_attention(
     pattern: BlockPattern,
     softmax_scale: float,
     sink_logits: Tensor | None,
-    documents: list[tuple[int, int]],
+    documents: Sequence[tuple[int, int]],
     q_start: int,
     tuning: Tuning | Literal["autotune"] | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -42,8 +43,8 @@ def triton_attention(
         head_dim = max(q.shape[-1], v.shape[-1])
         tuning = tuning or tuning_for(capability_of(q.device), head_dim, q.element_size())
         tuning_code = tuning.code
-    is_packed = documents != [(0, q.shape[1])]
-    edges = [edge for document in documents for edge in document] if is_packed else []
+    is_packed = len(documents) != 1 or documents[0] != (0, q.shape[1])
+    edges = encode_edges(tuple(documents)) if is_packed else ""
     tables, pairs = (None, None), 0
     if not isinstance(pattern, S2Pattern):
         tables, pairs = mask_tables(pattern, q.device), mask_pairs(pattern, documents, q_start)

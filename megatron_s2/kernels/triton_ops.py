@@ -3,8 +3,8 @@
 The operators take the pattern as integers, and an arbitrary mask as tables on the device, so that
 `torch.compile`, activation checkpointing and the FLOP counter see one opaque call of known shapes and cost.
 They are registered when this module is imported, because PyTorch's FLOP counter looks them up before the
-first call. Triton and the kernels are imported by the first call. `torch.library.custom_op` would do the same
-with twice the host time per call, and four times where a thousand integers describe packed documents.
+first call. Triton and the kernels are imported by the first call. `torch.library.custom_op` and
+`torch.library.register_autograd` would do the same with more than twice the host time per call.
 
 Arguments in the schema of both operators:
 
@@ -12,7 +12,8 @@ Arguments in the schema of both operators:
     pattern         `KernelPattern.encode()`
     pairs           visible query-key pairs of an arbitrary mask over all documents and KV heads; 0 for an S2
                     pattern, whose pairs follow from `pattern`
-    edges           start and stop of each packed document, one after another; empty where nothing is packed
+    edges           `encode_edges` of the packed documents; empty where nothing is packed. As text, because a
+                    thousand integers take 20 us each time that they enter or leave an operator
     tuning          `Tuning.code`; empty to measure. Measuring happens inside the operator, into which
                     `torch.compile` does not look
 """
@@ -26,7 +27,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from megatron_s2.kernels.numerics import sink_gradient
-from megatron_s2.kernels.triton_pattern import KernelPattern
+from megatron_s2.kernels.triton_pattern import KernelPattern, decode_edges
 from megatron_s2.kernels.tuning import Tuning
 from megatron_s2.pattern.block_pattern import AttentionFlops, attention_flops
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 _LIBRARY = torch.library.Library("megatron_s2", "FRAGMENT")
 _MASK_AND_PATTERN = (
-    "Tensor? starts, Tensor? blocks, int[] pattern, int pairs, float scale, int[] edges, int q_start, "
+    "Tensor? starts, Tensor? blocks, int[] pattern, int pairs, float scale, str edges, int q_start, "
     "int[] tuning"
 )
 _LIBRARY.define(
@@ -62,7 +63,7 @@ def attention_forward(
     pattern: list[int],
     pairs: int,
     scale: float,
-    edges: list[int],
+    edges: str,
     q_start: int,
     tuning: list[int],
 ) -> tuple[Tensor, Tensor]:
@@ -101,7 +102,7 @@ def attention_backward(
     pattern: list[int],
     pairs: int,
     scale: float,
-    edges: list[int],
+    edges: str,
     q_start: int,
     tuning: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -135,7 +136,7 @@ def _kernel_args(q, k, v, starts, blocks, pattern, scale, edges, q_start, tuning
     from megatron_s2.kernels.triton_args import KernelArgs
 
     return KernelArgs(
-        q, k, v, KernelPattern.decode(tuple(pattern)), scale, edges=tuple(edges), q_start=q_start,
+        q, k, v, KernelPattern.decode(tuple(pattern)), scale, edges=decode_edges(edges), q_start=q_start,
         tuning=Tuning.decode(tuple(tuning)) if tuning else None,
         mask=None if starts is None else (starts, blocks),
     )  # fmt: skip
@@ -145,40 +146,67 @@ def _kernel_args(q, k, v, starts, blocks, pattern, scale, edges, q_start, tuning
 # Autograd.
 
 
-def _save(ctx, inputs, output) -> None:
-    *tensors, pattern, pairs, scale, edges, q_start, tuning = inputs
-    ctx.constants = pattern, pairs, scale, edges, q_start, tuning
-    ctx.save_for_backward(*tensors, *output)
-    ctx.set_materialize_grads(False)
+def _forward_below(*arguments) -> tuple[Tensor, ...]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.megatron_s2.attention_forward.default(*arguments)
 
 
-def _backward(ctx, dout, dlse):
-    q, k, v, sink_logits, starts, blocks, out, lse = ctx.saved_tensors
-    dout = torch.zeros_like(out) if dout is None else dout
-    dq, dk, dv, delta = torch.ops.megatron_s2.attention_backward.default(
-        dout, dlse, q, k, v, out, lse, starts, blocks, *ctx.constants
-    )
-    dsinks = None if sink_logits is None else sink_gradient(sink_logits, lse, delta)
-    return dq, dk, dv, dsinks, *[None] * 8
+def _backward_below(*arguments) -> tuple[Tensor, ...]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.megatron_s2.attention_backward.default(*arguments)
 
 
-def _no_second_derivative(ctx, *grads):
-    raise NotImplementedError("backend triton: a gradient of S2 attention has none itself; use backend torch")
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *arguments):
+        *tensors, pattern, pairs, scale, edges, q_start, tuning = arguments
+        output = _forward_below(*arguments)
+        ctx.constants = pattern, pairs, scale, edges, q_start, tuning
+        ctx.save_for_backward(*tensors, *output)
+        ctx.set_materialize_grads(False)
+        return output
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        q, k, v, sink_logits, starts, blocks, out, lse = ctx.saved_tensors
+        dout = torch.zeros_like(out) if dout is None else dout
+        dq, dk, dv, delta = torch.ops.megatron_s2.attention_backward.default(
+            dout, dlse, q, k, v, out, lse, starts, blocks, *ctx.constants
+        )
+        dsinks = None if sink_logits is None else sink_gradient(sink_logits, lse, delta)
+        return dq, dk, dv, dsinks, *[None] * 8
 
 
-torch.library.register_autograd(
-    "megatron_s2::attention_forward", _backward, setup_context=_save, lib=_LIBRARY
-)
-torch.library.register_autograd("megatron_s2::attention_backward", _no_second_derivative, lib=_LIBRARY)
+class _Gradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *arguments):
+        return _backward_below(*arguments)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise NotImplementedError(
+            "backend triton: a gradient of S2 attention has none itself; use backend torch"
+        )
+
+
+@torch.library.impl(_LIBRARY, "attention_forward", "Autograd")
+def _(*arguments):
+    return _Attention.apply(*arguments) if torch.is_grad_enabled() else _forward_below(*arguments)
+
+
+@torch.library.impl(_LIBRARY, "attention_backward", "Autograd")
+def _(*arguments):
+    return _Gradients.apply(*arguments) if torch.is_grad_enabled() else _backward_below(*arguments)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # FLOPs of visible pairs. `torch.utils.flop_counter` passes tensors as their shapes.
 
 
-def _flops(q, k, v, pattern: list[int], pairs: int, edges: list[int], q_start: int) -> AttentionFlops:
+def _flops(q, k, v, pattern: list[int], pairs: int, edges: str, q_start: int) -> AttentionFlops:
     if not pairs:
-        s2, lengths = KernelPattern.decode(tuple(pattern)), [b - a for a, b in zip(edges[::2], edges[1::2])]
+        s2, edges = KernelPattern.decode(tuple(pattern)), decode_edges(edges)
+        lengths = [b - a for a, b in zip(edges[::2], edges[1::2])]
         unseen = s2.visible_pairs(q_start)
         pairs = sum(s2.visible_pairs(length) - unseen for length in lengths or [q_start + q[1]])
     return attention_flops(q[0] * (q[2] // k[2]) * pairs, q[-1], v[-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from weakref import WeakKeyDictionary
@@ -78,6 +79,18 @@ class KernelPattern:
         return sum(pattern.visible_pairs(tokens))
 
 
+@lru_cache(maxsize=64)
+def encode_edges(documents: tuple[tuple[int, int], ...]) -> str:
+    """Returns start and stop of each document, one after another, as text."""
+    return ",".join(str(edge) for document in documents for edge in document)
+
+
+@lru_cache(maxsize=64)
+def decode_edges(code: str) -> tuple[int, ...]:
+    """Returns the integers that `encode_edges` wrote, for equal ones the same object."""
+    return tuple(map(int, code.split(","))) if code else ()
+
+
 _MASK_TABLES: WeakKeyDictionary[BlockMaskPattern, dict[torch.device, tuple[Tensor, Tensor]]] = (
     WeakKeyDictionary()
 )
@@ -97,7 +110,7 @@ def mask_tables(pattern: BlockMaskPattern, device: torch.device) -> tuple[Tensor
     return on_devices[device]
 
 
-def mask_pairs(pattern: BlockMaskPattern, documents: list[tuple[int, int]], q_start: int) -> int:
+def mask_pairs(pattern: BlockMaskPattern, documents: Sequence[tuple[int, int]], q_start: int) -> int:
     """Visible query-key pairs of all documents and KV heads, for queries from `q_start` on."""
     before = sum(pattern.visible_pairs(q_start))
     return sum(sum(pattern.visible_pairs(q_start + b - a)) - before for a, b in documents)
