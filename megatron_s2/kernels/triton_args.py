@@ -1,10 +1,16 @@
-"""Keyword arguments that the launches of one attention call share: tensors, strides and constants."""
+"""Launches of one attention call: tensors, and all else, which is worked out once for equal layouts.
+
+A layer of a model calls the kernels again and again with other tensors of the same shapes and strides. What
+follows from these (`CallLayout`) is kept, as launches without tensors (`Launch`); a call fills in its own.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,9 +21,53 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from megatron_s2.kernels.triton_capture import keep_if_captured
 from megatron_s2.kernels.triton_common import INTERPRETED, LOG2_E
 from megatron_s2.kernels.triton_pattern import KernelPattern
-from megatron_s2.kernels.triton_programs import Documents, Part, Table, documents_of
+from megatron_s2.kernels.triton_programs import Documents, Part, Programs, Table, documents_of
 from megatron_s2.kernels.triton_support import capability_of, takes_boxes
 from megatron_s2.kernels.tuning import Tiles, Tuning, box_rows, packed_heads, separate_dkv
+
+
+class Layout(NamedTuple):
+    """What a launch depends on in a tensor, but for its address.
+
+    Args:
+        shape, strides: of its dimensions, in elements.
+        aligned: whether the address is a multiple of 16 bytes, as tensor descriptors need.
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    aligned: bool
+
+    @classmethod
+    def of(cls, x: Tensor | None) -> Layout | None:
+        return None if x is None else cls(x.shape, x.stride(), x.data_ptr() % 16 == 0)
+
+
+class Launch(NamedTuple):
+    """A launch of a kernel without tensors; the layers and steps of a model share it.
+
+    Args:
+        grid: number of programs along each axis.
+        constants: keyword arguments that are not tensors.
+        tables: tables by the argument that takes them.
+        boxes: tensor descriptors by their argument `d_…`; each is copied with the tensor `p_…` as its base.
+    """
+
+    grid: tuple[int, int, int]
+    constants: dict[str, object]
+    tables: dict[str, Table]
+    boxes: dict[str, TensorDescriptor]
+
+    def arguments(self, tensors: dict[str, Tensor | None], device: torch.device) -> dict[str, object]:
+        """Returns all keyword arguments."""
+        found = self.constants | tensors
+        for name, table in self.tables.items():
+            found[name] = table.on(device)
+        for name, box in self.boxes.items():
+            # Not by the constructor: its checks were made for this layout, and take longer than the rest.
+            found[name] = descriptor = object.__new__(TensorDescriptor)
+            descriptor.__dict__.update(box.__dict__, base=tensors["p_" + name.removeprefix("d_")])
+        return found
 
 
 @dataclass(frozen=True)
@@ -53,14 +103,106 @@ class KernelArgs:
     shard_starts: tuple[int, ...] = ()
     keys_start: int = 0
 
+    @cached_property
+    def layout(self) -> CallLayout:
+        """The call without its tensors, for equal ones the same object."""
+        return _call_layout(
+            *map(Layout.of, (self.q, self.k, self.v, self.k_shard, self.v_shard)), self.q.dtype,
+            self.q.device, self.pattern, self.scale, documents_of(self.edges, self.q.shape[1]), self.q_start,
+            self.tuning, 0 if self.mask is None else self.mask[0].shape[2] - 1, self.shard_starts,
+            self.keys_start,
+        )  # fmt: skip
+
+    @property
+    def window(self) -> dict[str, Tensor]:
+        return {"p_k": self.k, "p_v": self.v}
+
+    @property
+    def shard(self) -> dict[str, Tensor]:
+        if self.k_shard is None:
+            return {"p_ks": self.k, "p_vs": self.v}
+        return {"p_ks": self.k_shard, "p_vs": self.v_shard}
+
+    def lists(self, of_keys: bool = False) -> dict[str, Tensor | None]:
+        """The lists of an arbitrary mask: of the key blocks of each row, or of the rows of each key block."""
+        if self.mask is None:
+            return {"p_starts": None, "p_list": None}
+        starts, blocks = self.mask
+        keep_if_captured(starts, blocks)
+        return {"p_starts": starts[int(of_keys)], "p_list": blocks}
+
+    def launches(
+        self,
+        plan: Callable[..., list[Launch]],
+        tensors: dict[str, Tensor | None],
+        results: dict[str, Tensor | None],
+        *options: object,
+    ) -> Iterator[tuple[tuple[int, int, int], dict[str, object]]]:
+        """Yields grid and keyword arguments of each launch of a kernel.
+
+        Args:
+            plan: returns the launches of a `CallLayout`, the layouts of `results` and `options`; called once
+                for equal ones.
+            tensors: arguments of the kernel that the call holds.
+            results: its other tensors.
+        """
+        layouts = tuple([Layout.of(x) for x in results.values()])
+        for launch in _launches(plan, self.layout, layouts, options):
+            yield launch.grid, launch.arguments(tensors | results, self.q.device)
+
+
+@lru_cache(maxsize=512)
+def _launches(
+    plan: Callable[..., list[Launch]],
+    call: CallLayout,
+    layouts: tuple[Layout | None, ...],
+    options: tuple[object, ...],
+) -> list[Launch]:
+    return plan(call, *layouts, *options)
+
+
+@dataclass(frozen=True, eq=False)
+class CallLayout:
+    """One attention call without its tensors: all that launches depend on but addresses.
+
+    Args:
+        documents: documents of the packed batch, or its one sequence.
+        num_blocks: blocks of an arbitrary mask; 0 for an S2 pattern.
+        others: as in `KernelArgs`, with layouts of tensors.
+    """
+
+    q: Layout
+    k: Layout
+    v: Layout
+    k_shard: Layout | None
+    v_shard: Layout | None
+    dtype: torch.dtype
+    device: torch.device
+    pattern: KernelPattern
+    scale: float
+    documents: Documents
+    q_start: int
+    tuning: Tuning | None
+    num_blocks: int
+    shard_starts: tuple[int, ...]
+    keys_start: int
+
+    @property
+    def batch(self) -> int:
+        return self.q.shape[0]
+
+    @property
+    def heads(self) -> int:
+        return self.q.shape[2]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.k.shape[2]
+
     @property
     def group(self) -> int:
         """Query heads per KV head."""
-        return self.q.shape[2] // self.k.shape[2]
-
-    @cached_property
-    def documents(self) -> Documents:
-        return documents_of(self.edges, self.q.shape[1])
+        return self.heads // self.kv_heads
 
     @cached_property
     def shard_tokens(self) -> list[int]:
@@ -72,7 +214,7 @@ class KernelArgs:
         """Tiles of a kernel. With a mask, a tile lies in the one block whose list it reads: the rows of a
         tile in forward and dq, its keys in dkv."""
         tiles = getattr(self.tuning, kernel)
-        if self.mask is None:
+        if not self.num_blocks:
             return tiles
         block = self.pattern.block_size
         if kernel == "dkv":
@@ -83,124 +225,136 @@ class KernelArgs:
         """Query heads of a tile of forward or dq."""
         return packed_heads(self.group, getattr(self.tuning, kernel).rows, self.pattern.block_size)
 
-    # Keyword arguments. What depends on the call alone is computed once.
-
     @cached_property
+    def shard_parts(self) -> tuple[int, int, list[int]]:
+        """The parts of dK and dV that come through the shard: their number, the rows of each, and their shape
+        `[tokens, heads]`."""
+        tiles, documents = self.tiles("dkv"), self.documents
+        # All shards together decide about the splits: each launch fills its parts of the same gradients.
+        columns = documents.whole.shard_key_programs(self.pattern, self.q_start, tiles.keys).count
+        if not columns:
+            splits, span = 0, 0
+        else:
+            splits = self.tuning.splits(columns * self.batch * self.kv_heads, documents.longest)
+            span = -(-documents.longest // splits)
+        if self.tuning.span is None:  # whole tiles but for the last
+            span = -(-span // tiles.rows) * tiles.rows
+        if self.k_shard is not None:
+            return splits, span, [sum(self.shard_tokens), 1]
+        return splits, span, [int(documents.shards(self.pattern, self.q_start).sum()), self.kv_heads]
+
+    # Keyword arguments.
+
+    @property
     def query_args(self) -> dict[str, object]:
-        return {"p_q": self.q, **strides("q", self.q), "seq_q": self.q.shape[1], "q_start": self.q_start}
+        return {**strides("q", self.q), "seq_q": self.q.shape[1], "q_start": self.q_start}
 
-    @cached_property
+    @property
     def window_args(self) -> dict[str, object]:
-        k, v = self.k, self.v
-        return {"p_k": k, "p_v": v, **strides("k", k), **strides("v", v), "k_start": self.keys_start}
+        return {**strides("k", self.k), **strides("v", self.v), "k_start": self.keys_start}
 
-    @cached_property
+    @property
     def shard_args(self) -> dict[str, object]:
         compact = self.k_shard is not None
         k, v = (self.k_shard, self.v_shard) if compact else (self.k, self.v)
-        return {"p_ks": k, "p_vs": v, **strides("ks", k), **strides("vs", v), "COMPACT": compact}
+        return {**strides("ks", k), **strides("vs", v), "COMPACT": compact}
 
-    def list_args(self, of_keys: bool = False) -> dict[str, object]:
-        """The lists of an arbitrary mask: of the key blocks of each row, or of the rows of each key block."""
-        if self.mask is None:
-            return {"p_starts": None, "p_list": None, "num_blocks": 0, "CSR": False}
-        starts, blocks = self.mask
-        keep_if_captured(starts, blocks)
-        num_blocks = starts.shape[2] - 1
-        return {"p_starts": starts[int(of_keys)], "p_list": blocks, "num_blocks": num_blocks, "CSR": True}
+    @property
+    def list_args(self) -> dict[str, object]:
+        return {"num_blocks": self.num_blocks, "CSR": self.num_blocks > 0}
 
-    @cached_property
+    @property
     def pattern_args(self) -> dict[str, object]:
         """The pattern, and the softmax scale in base 2."""
-        tokens = self.shard_tokens if self.k_shard is not None else ()
-        return {
-            "p_heads": _head_table(self.pattern, self.shard_starts, tuple(tokens)).on(self.q.device),
-            "window": self.pattern.window,
-            "sinks": self.pattern.sinks,
-            "scale": self.scale * LOG2_E.value,
-        }
+        pattern = self.pattern
+        return {"window": pattern.window, "sinks": pattern.sinks, "scale": self.scale * LOG2_E.value}
+
+    def tables(self, programs: Programs) -> dict[str, Table]:
+        """The pattern of each KV head and, of a packed batch, the programs of a launch."""
+        tokens = tuple(self.shard_tokens) if self.k_shard is not None else ()
+        tables = {"p_heads": _head_table(self.pattern, self.shard_starts, tokens)}
+        return tables if programs.table is None else tables | {"p_tiles": programs.table}
 
     def source_launches(
-        self, rows: dict[str, Tensor], kernel: str, source: str | None
-    ) -> list[tuple[Part, dict[str, object]]]:
-        """The launches over query rows of forward or dq: documents, and tensor descriptors of K and V of both
-        sources, and of `rows` (q and dout), of boxes of a tile.
+        self, rows: dict[str, Layout], kernel: str, source: str | None
+    ) -> list[tuple[Part, dict[str, TensorDescriptor], dict[str, object]]]:
+        """The launches over query rows of forward or dq: documents, their tensor descriptors of K and V of
+        both sources, and of `rows` (q and dout), of boxes of a tile, and the arguments that say so.
 
-        Descriptors are None where tiles are read through pointers: in documents shorter than a tile of keys,
-        and in all if such a tile is longer than a block.
+        There are none where tiles are read through pointers: in documents shorter than a tile of keys, and in
+        all if such a tile is longer than a block.
         """
         tiles, pack, compact = self.tiles(kernel), self.pack(kernel), self.k_shard is not None
-        tensors = {"d_k": self.k, "d_v": self.v} if source != "shard" else {}
-        if source != "window" and (compact or not tensors):
-            tensors |= (
+        sources = {"d_k": self.k, "d_v": self.v} if source != "shard" else {}
+        if source != "window" and (compact or not sources):
+            sources |= (
                 {"d_ks": self.k_shard, "d_vs": self.v_shard} if compact else {"d_k": self.k, "d_v": self.v}
             )
-        descriptors = {}
+        boxes = {}
         if tiles.keys <= self.pattern.block_size:
             names = box_rows(kernel, max(padded(x.shape[-1]) for x in (self.q, self.v)))
-            boxes = dict.fromkeys(tensors, (1, tiles.keys)) | dict.fromkeys(names, (pack, tiles.rows // pack))
-            descriptors = _descriptors(tensors | {name: rows[name] for name in names}, boxes)
+            sizes = dict.fromkeys(sources, (1, tiles.keys)) | dict.fromkeys(names, (pack, tiles.rows // pack))
+            boxes = self._boxes(sources | {name: rows[name] for name in names}, sizes)
         names = (*rows, "d_k", "d_v", "d_ks", "d_vs")
-        return self._launches(names, descriptors, tiles.keys - self.q_start)
+        return self._parts(names, boxes, tiles.keys - self.q_start)
 
-    def row_launches(self, dout: Tensor, tiles: Tiles) -> list[tuple[Part, dict[str, object]]]:
+    def row_launches(
+        self, dout: Layout
+    ) -> list[tuple[Part, dict[str, TensorDescriptor], dict[str, object]]]:
         """The launches over keys, as `source_launches`, with descriptors of q and dout, of boxes of rows;
         none where a box of a mask's rows could lie in two blocks."""
-        tensors, rows, descriptors = {"d_q": self.q, "d_do": dout}, tiles.rows, {}
-        if self.mask is None or (rows <= self.pattern.block_size and self.q_start % rows == 0):
-            descriptors = _descriptors(tensors, dict.fromkeys(tensors, (1, rows)))
-        return self._launches(tuple(tensors), descriptors, rows, len(self.dkv_passes(tiles)) == 1)
+        layouts, rows, boxes = {"d_q": self.q, "d_do": dout}, self.tiles("dkv").rows, {}
+        if not self.num_blocks or (rows <= self.pattern.block_size and self.q_start % rows == 0):
+            boxes = self._boxes(layouts, dict.fromkeys(layouts, (1, rows)))
+        return self._parts(tuple(layouts), boxes, rows, len(self.dkv_passes) == 1)
 
-    def _launches(
-        self,
-        names: tuple[str, ...],
-        descriptors: dict[str, TensorDescriptor],
-        tokens: int,
-        divided: bool = True,
-    ) -> list[tuple[Part, dict[str, object]]]:
+    def _parts(
+        self, names: tuple[str, ...], boxes: dict[str, TensorDescriptor], tokens: int, divided: bool = True
+    ) -> list[tuple[Part, dict[str, TensorDescriptor], dict[str, object]]]:
         """Documents of at least `tokens` tokens with descriptors, and the others without."""
         absent = dict.fromkeys(names) | {"DESC": False}
-        if not descriptors:
-            return [(self.documents.whole, absent)]
+        if not boxes:
+            return [(self.documents.whole, {}, absent)]
         return [
-            (part, absent | descriptors | {"DESC": True} if part.fits else absent)
+            (part, boxes, absent | {"DESC": True}) if part.fits else (part, {}, absent)
             for part in self.documents.parts(tokens, divided)
         ]
 
-    def dkv_passes(self, tiles: Tiles) -> list[dict[str, bool]]:
+    @property
+    def dkv_passes(self) -> list[dict[str, bool]]:
         """What each launch of dK and dV computes. In wide heads each of the two has its launch, which
         computes the probabilities again: 5 products of tiles, not 4."""
-        if separate_dkv(tiles, padded(self.q.shape[-1]) + padded(self.v.shape[-1])):
+        if separate_dkv(self.tiles("dkv"), padded(self.q.shape[-1]) + padded(self.v.shape[-1])):
             return [{"GRAD_K": False, "GRAD_V": True}, {"GRAD_K": True, "GRAD_V": False}]
         return [{"GRAD_K": True, "GRAD_V": True}]
 
-    def tile_args(self, tiles: Tiles) -> dict[str, object]:
+    def tile_args(self, kernel: str) -> dict[str, object]:
         """Sizes, and the options of Triton's compiler."""
-        D, DV = self.q.shape[-1], self.v.shape[-1]
+        tiles, D, DV = self.tiles(kernel), self.q.shape[-1], self.v.shape[-1]
         return {
             "D": D, "DV": DV, "BD": padded(D), "BDV": padded(DV), "BLOCK": self.pattern.block_size,
-            "BM": tiles.rows, "BN": tiles.keys, **compile_args(self.q.dtype, tiles),
+            "BM": tiles.rows, "BN": tiles.keys, **compile_args(self.dtype, tiles),
         }  # fmt: skip
 
-
-def _descriptors(
-    tensors: dict[str, Tensor], boxes: dict[str, tuple[int, int]]
-) -> dict[str, TensorDescriptor]:
-    """Tensor descriptors of tensors by the heads and tokens of their boxes; none if a tensor cannot have one:
-    the kernels copy tiles of 16 bits an element."""
-    first = next(iter(tensors.values()))
-    if not takes_boxes(capability_of(first.device)) or (first.element_size() != 2 and not INTERPRETED):
-        return {}
-    found = {}
-    for name, x in tensors.items():
-        box = _box(x.shape, x.stride(), x.element_size(), *boxes[name])
-        if box is None or x.data_ptr() % 16:
+    def _boxes(
+        self, layouts: dict[str, Layout], sizes: dict[str, tuple[int, int]]
+    ) -> dict[str, TensorDescriptor]:
+        """Tensor descriptors, without tensors, by the heads and tokens of their boxes; none if a tensor
+        cannot have one: the kernels copy tiles of 16 bits an element."""
+        if not takes_boxes(capability_of(self.device)) or (self.dtype.itemsize != 2 and not INTERPRETED):
             return {}
-        found[name] = TensorDescriptor(x, *box)
-    return found
+        nothing, found = torch.empty(0, dtype=self.dtype), {}
+        for name, x in layouts.items():
+            box = _box(x.shape, x.strides, self.dtype.itemsize, *sizes[name])
+            if box is None or not x.aligned:
+                return {}
+            found[name] = TensorDescriptor(nothing, *box)
+        return found
 
 
-@lru_cache(maxsize=256)
+_call_layout = lru_cache(maxsize=256)(CallLayout)
+
+
 def _box(
     shape: tuple[int, ...], stride: tuple[int, ...], element_size: int, heads: int, tokens: int
 ) -> tuple[list[int], list[int], list[int]] | None:
@@ -224,12 +378,14 @@ def _head_table(pattern: KernelPattern, starts: tuple[int, ...], tokens: tuple[i
     return Table(np.array(list(zip(pattern.firsts, pattern.strides, starts, offsets))))
 
 
-def strides(name: str, x: Tensor | None, dims: str = "bth") -> dict[str, int]:
+def strides(name: str, x: Tensor | Layout | None, dims: str = "bth") -> dict[str, int]:
     """Returns the strides of the first dimensions of x as keywords; zeros where there is no tensor.
 
     For the name "q" and dims "bth" (batch, token, head) these are `s_qb`, `s_qt` and `s_qh`.
     """
-    return _strides(name, dims, (0,) * len(dims) if x is None else x.stride())
+    if x is None:
+        return _strides(name, dims, (0,) * len(dims))
+    return _strides(name, dims, x.strides if isinstance(x, Layout) else x.stride())
 
 
 @lru_cache(maxsize=1024)

@@ -57,7 +57,7 @@ def with_tuning(args: KernelArgs, kernel: str, launch: Callable[[KernelArgs], No
         head_dim=q.shape[-1],
         v_head_dim=args.v.shape[-1],
         block_size=args.pattern.block_size,
-        group=args.group,
+        group=args.layout.group,
         mask=args.mask is not None,
         triton=triton.__version__,
         candidates=candidates(kernel, *chip),

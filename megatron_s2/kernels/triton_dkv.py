@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_s2.kernels.triton_args import KernelArgs, strides
+from megatron_s2.kernels.triton_args import CallLayout, KernelArgs, Launch, Layout, strides
 from megatron_s2.kernels.triton_common import (
     LOG2_E,
     first_at_least,
@@ -370,31 +370,36 @@ def launch_dkv_shard(args: KernelArgs, dout: Tensor, lse2: Tensor, delta: Tensor
     Their shape is `[splits, batch, tokens, kv_heads, head_dim]`. For a compact shard source it is
     `[splits, batch, tokens, 1, head_dim]`, the `args.shard_tokens` of the KV heads one after another.
     """
-    batch, _, kv_heads, _ = args.k.shape
-    tiles, documents = args.tiles("dkv"), args.documents
-    # All shards together decide about the splits: each launch fills its parts of the same gradients.
-    columns = documents.whole.shard_key_programs(args.pattern, args.q_start, tiles.keys).count
-    splits = args.tuning.splits(columns * batch * kv_heads, documents.longest) if columns else 0
-    span = -(-documents.longest // splits) if columns else 0
-    if args.tuning.span is None:  # whole tiles but for the last
-        span = -(-span // tiles.rows) * tiles.rows
-    tokens = int(documents.shards(args.pattern, args.q_start).sum())
-    shape = [tokens, kv_heads] if args.k_shard is None else [sum(args.shard_tokens), 1]
+    splits, _, shape = args.layout.shard_parts
     dks, dvs = (
-        args.q.new_empty(splits, batch, *shape, x.shape[-1], dtype=torch.float32) for x in (args.k, args.v)
+        args.q.new_empty(splits, args.k.shape[0], *shape, x.shape[-1], dtype=torch.float32)
+        for x in (args.k, args.v)
     )
+    tensors = {"p_q": args.q, **args.shard, **args.lists(of_keys=True)}
+    results = {"p_do": dout, "p_lse2": lse2, "p_delta": delta, "p_dks": dks, "p_dvs": dvs}
     with torch.cuda.device_of(args.q):
-        for part, boxes in args.row_launches(dout, tiles):
-            programs = part.shard_key_programs(args.pattern, args.q_start, tiles.keys)
-            for gradients in args.dkv_passes(tiles) if programs.count else ():
-                s2_bwd_kernel_dkv_shard[(programs.count, splits * kv_heads, batch)](
-                    **args.query_args, **args.shard_args, **args.list_args(of_keys=True), **args.pattern_args,
-                    p_do=dout, **strides("do", dout), p_lse2=lse2, p_delta=delta, **strides("l", lse2, "bh"),
-                    p_dks=dks, p_dvs=dvs, **strides("dks", dks, "sbth"), **strides("dvs", dvs, "sbth"),
-                    **boxes, **gradients, span=span, group=args.group, HKV=kv_heads,
-                    **programs.arguments(args.q.device), **args.tile_args(tiles),
-                )  # fmt: skip
+        for grid, arguments in args.launches(_shard_launches, tensors, results):
+            s2_bwd_kernel_dkv_shard[grid](**arguments)
     return [dks, dvs]
+
+
+def _shard_launches(
+    call: CallLayout, dout: Layout, lse2: Layout, delta: Layout, dks: Layout, dvs: Layout
+) -> list[Launch]:
+    splits, span, _ = call.shard_parts
+    launches = []
+    for part, boxes, box_args in call.row_launches(dout):
+        programs = part.shard_key_programs(call.pattern, call.q_start, call.tiles("dkv").keys)
+        for gradients in call.dkv_passes if programs.count else ():
+            constants = {
+                **call.query_args, **call.shard_args, **call.list_args, **call.pattern_args, **box_args,
+                **gradients, **strides("do", dout), **strides("l", lse2, "bh"), **strides("dks", dks, "sbth"),
+                **strides("dvs", dvs, "sbth"), "span": span, "group": call.group, "HKV": call.kv_heads,
+                **programs.arguments(), **call.tile_args("dkv"),
+            }  # fmt: skip
+            grid = programs.count, splits * call.kv_heads, call.batch
+            launches.append(Launch(grid, constants, call.tables(programs), boxes))
+    return launches
 
 
 def launch_dkv_window(
@@ -411,19 +416,37 @@ def launch_dkv_window(
     Args:
         parts: what `launch_dkv_shard` returned, to be added where the shard is read from k and v.
     """
-    batch, seq_k, kv_heads, _ = args.k.shape
-    tiles = args.tiles("dkv")
     dks, dvs = parts or (None, None)
+    tensors = {"p_q": args.q, **args.window}
+    results = {"p_do": dout, "p_lse2": lse2, "p_delta": delta, "p_dk": dk, "p_dv": dv}
     with torch.cuda.device_of(args.q):
-        for part, boxes in args.row_launches(dout, tiles):
-            programs = part.key_programs(args.pattern, args.q_start, tiles.keys, seq_k)
-            for gradients in args.dkv_passes(tiles):
-                s2_bwd_kernel_dkv_window[(programs.count, kv_heads, batch)](
-                    **args.query_args, **args.window_args, **args.pattern_args, seq_k=seq_k,
-                    p_do=dout, **strides("do", dout), p_lse2=lse2, p_delta=delta, **strides("l", lse2, "bh"),
-                    p_dk=dk, p_dv=dv, **strides("dk", dk), **strides("dv", dv),
-                    p_dks=dks, p_dvs=dvs, **strides("dks", dks, "sbth"), **strides("dvs", dvs, "sbth"),
-                    splits=0 if dks is None else dks.shape[0], ADD_SHARD=dks is not None,
-                    **boxes, **gradients, group=args.group,
-                    **programs.arguments(args.q.device), **args.tile_args(tiles),
-                )  # fmt: skip
+        for grid, arguments in args.launches(
+            _window_launches, tensors, {**results, "p_dks": dks, "p_dvs": dvs}
+        ):
+            s2_bwd_kernel_dkv_window[grid](**arguments)
+
+
+def _window_launches(
+    call: CallLayout,
+    dout: Layout,
+    lse2: Layout,
+    delta: Layout,
+    dk: Layout,
+    dv: Layout,
+    dks: Layout | None,
+    dvs: Layout | None,
+) -> list[Launch]:
+    seq_k, launches = call.k.shape[1], []
+    for part, boxes, box_args in call.row_launches(dout):
+        programs = part.key_programs(call.pattern, call.q_start, call.tiles("dkv").keys, seq_k)
+        for gradients in call.dkv_passes:
+            constants = {
+                **call.query_args, **call.window_args, **call.pattern_args, **box_args, **gradients,
+                **strides("do", dout), **strides("l", lse2, "bh"), **strides("dk", dk), **strides("dv", dv),
+                **strides("dks", dks, "sbth"), **strides("dvs", dvs, "sbth"), "seq_k": seq_k,
+                "splits": 0 if dks is None else dks.shape[0], "ADD_SHARD": dks is not None,
+                "group": call.group, **programs.arguments(), **call.tile_args("dkv"),
+            }  # fmt: skip
+            grid = programs.count, call.kv_heads, call.batch
+            launches.append(Launch(grid, constants, call.tables(programs), boxes))
+    return launches

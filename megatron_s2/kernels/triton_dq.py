@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_s2.kernels.triton_args import KernelArgs, padded, strides
+from megatron_s2.kernels.triton_args import CallLayout, KernelArgs, Launch, Layout, padded, strides
 from megatron_s2.kernels.triton_common import (
     LOG2_E,
     list_entry,
@@ -259,15 +259,31 @@ def launch_dq(
         source: "window" or "shard" for what comes through that source alone; None for both.
         resume: add to what is in `dq`.
     """
-    tiles, pack = args.tiles("dq"), args.pack("dq")
-    batch, _, heads, _ = args.q.shape
+    tensors = {"p_q": args.q, **args.window, **args.shard, **args.lists()}
+    results = {"p_do": dout, "p_lse2": lse2, "p_delta": delta, "p_dq": dq, "p_prev": dq if resume else None}
     with torch.cuda.device_of(args.q):
-        for part, boxes in args.source_launches({"d_q": args.q, "d_do": dout}, "dq", source):
-            programs = part.query_programs(args.q_start, tiles.rows // pack)
-            s2_bwd_kernel_dq[(programs.count, heads // pack, batch)](
-                **args.query_args, **args.window_args, **args.shard_args, **args.list_args(),
-                **args.pattern_args, **boxes, p_do=dout, **strides("do", dout), p_dq=dq, **strides("dq", dq),
-                p_prev=dq if resume else None, p_lse2=lse2, p_delta=delta, **strides("l", lse2, "bh"),
-                GROUP=args.group, PACK=pack, SHARD=source != "window", WINDOW=source != "shard",
-                RESUME=resume, **programs.arguments(args.q.device), **args.tile_args(tiles),
-            )  # fmt: skip
+        for grid, arguments in args.launches(_launches, tensors, results, source):
+            s2_bwd_kernel_dq[grid](**arguments)
+
+
+def _launches(
+    call: CallLayout,
+    dout: Layout,
+    lse2: Layout,
+    delta: Layout,
+    dq: Layout,
+    prev: Layout | None,
+    source: str | None,
+) -> list[Launch]:
+    pack, launches = call.pack("dq"), []
+    for part, boxes, box_args in call.source_launches({"d_q": call.q, "d_do": dout}, "dq", source):
+        programs = part.query_programs(call.q_start, call.tiles("dq").rows // pack)
+        constants = {
+            **call.query_args, **call.window_args, **call.shard_args, **call.list_args, **call.pattern_args,
+            **box_args, **strides("do", dout), **strides("dq", dq), **strides("l", lse2, "bh"),
+            "GROUP": call.group, "PACK": pack, "SHARD": source != "window", "WINDOW": source != "shard",
+            "RESUME": prev is not None, **programs.arguments(), **call.tile_args("dq"),
+        }  # fmt: skip
+        grid = programs.count, call.heads // pack, call.batch
+        launches.append(Launch(grid, constants, call.tables(programs), boxes))
+    return launches

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_s2.kernels.triton_args import KernelArgs, strides
+from megatron_s2.kernels.triton_args import CallLayout, KernelArgs, Launch, Layout, strides
 from megatron_s2.kernels.triton_common import (
     LN_2,
     LOG2_E,
@@ -284,15 +284,30 @@ def launch_forward(
     """
     if args.scale <= 0:  # the kernel takes the largest score before it scales it
         args = replace(args, q=-args.q if args.scale else torch.zeros_like(args.q), scale=-args.scale or 1.0)
-    tiles, pack = args.tiles("forward"), args.pack("forward")
-    batch, _, heads, _ = args.q.shape
+    tensors = {"p_q": args.q, **args.window, **args.shard, **args.lists()}
+    results = {"p_o": out, "p_prev": out if resume else None, "p_lse": lse, "p_sink": sink_logits}
     with torch.cuda.device_of(args.q):
-        for part, boxes in args.source_launches({"d_q": args.q}, "forward", source):
-            programs = part.query_programs(args.q_start, tiles.rows // pack)
-            s2_fwd_kernel[(programs.count, heads // pack, batch)](
-                **args.query_args, **args.window_args, **args.shard_args, **args.list_args(),
-                **args.pattern_args, **boxes, p_o=out, **strides("o", out), p_prev=out if resume else None,
-                p_lse=lse, **strides("l", lse, "bh"), p_sink=sink_logits, HAS_SINK=sink_logits is not None,
-                GROUP=args.group, PACK=pack, SHARD=source != "window", WINDOW=source != "shard",
-                RESUME=resume, **programs.arguments(args.q.device), **args.tile_args(tiles),
-            )  # fmt: skip
+        for grid, arguments in args.launches(_launches, tensors, results, source):
+            s2_fwd_kernel[grid](**arguments)
+
+
+def _launches(
+    call: CallLayout,
+    out: Layout,
+    prev: Layout | None,
+    lse: Layout,
+    sink_logits: Layout | None,
+    source: str | None,
+) -> list[Launch]:
+    pack, launches = call.pack("forward"), []
+    for part, boxes, box_args in call.source_launches({"d_q": call.q}, "forward", source):
+        programs = part.query_programs(call.q_start, call.tiles("forward").rows // pack)
+        constants = {
+            **call.query_args, **call.window_args, **call.shard_args, **call.list_args, **call.pattern_args,
+            **box_args, **strides("o", out), **strides("l", lse, "bh"), "HAS_SINK": sink_logits is not None,
+            "GROUP": call.group, "PACK": pack, "SHARD": source != "window", "WINDOW": source != "shard",
+            "RESUME": prev is not None, **programs.arguments(), **call.tile_args("forward"),
+        }  # fmt: skip
+        grid = programs.count, call.heads // pack, call.batch
+        launches.append(Launch(grid, constants, call.tables(programs), boxes))
+    return launches

@@ -65,10 +65,9 @@ class Programs:
     def __init__(self, count: int, table: Table | None):
         self.count, self.table = count, table
 
-    def arguments(self, device: torch.device) -> dict[str, object]:
-        """Returns keyword arguments of a kernel."""
-        table = None if self.table is None else self.table.on(device)
-        return {"p_tiles": table, "PACKED": table is not None}
+    def arguments(self) -> dict[str, object]:
+        """Returns keyword arguments of a kernel, without the table."""
+        return {"p_tiles": None, "PACKED": self.table is not None}
 
 
 class Documents:

@@ -91,7 +91,7 @@ def test_a_window_and_a_compact_shard_equal_the_whole(q_start, tiles):
     for expected, grad, parts in zip(exact, window, launch_dkv_shard(sources, dout, lse2, delta)):
         got = torch.zeros_like(expected)
         got[:, k_start:] += grad
-        for head, part in enumerate(parts[:, :, :, 0].sum(0).split(sources.shard_tokens, 1)):
+        for head, part in enumerate(parts[:, :, :, 0].sum(0).split(sources.layout.shard_tokens, 1)):
             for n, block in enumerate(shards(rows)[head]):
                 got[:, block * B : block * B + B, head] += part[:, n * B : n * B + B]
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
