@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import Literal
 
@@ -96,20 +97,20 @@ def s2_attention(
                 f"q_start {q_start}: must be >= 0 and leave room for {q.shape[1]} queries "
                 f"in {k.shape[1]} keys"
             )
-        _check_size(pattern, q_start + q.shape[1])
+        _check_size(pattern, [(0, q_start + q.shape[1])])
         out, lse = attention(q, k, v, pattern, scale, sink_logits, [(0, q.shape[1])], q_start)
     else:
         documents = _documents(cu_seqlens, q.shape[0], q_start)
-        _check_size(pattern, max((stop - start for start, stop in documents), default=0))
+        _check_size(pattern, documents)
         out, lse = attention(q[None], k[None], v[None], pattern, scale, sink_logits, documents, 0)
         out, lse = out.squeeze(0), lse.squeeze(0)  # whose gradient is a view, unlike that of [0]
     return (out, lse) if return_lse else out
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, packed: bool) -> None:
-    layout = "[tokens, heads, head_dim] with cu_seqlens" if packed else "[batch, seq, heads, head_dim]"
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != (3 if packed else 4):
+            layout = "[tokens, heads, head_dim] with cu_seqlens" if packed else "[batch, seq, heads, head_dim]"
             raise ValueError(f"{name} {tuple(x.shape)}: must be {layout}")
         if x.dtype not in _DTYPES or x.dtype != q.dtype:
             raise ValueError(
@@ -144,8 +145,11 @@ def _check_tuning(tuning: Tuning | str | None, backend: str) -> None:
         raise ValueError(f"tuning {tuning}: must be None with backend {backend}, which has nothing to tune")
 
 
-def _check_size(pattern: BlockPattern, tokens: int) -> None:
-    if isinstance(pattern, BlockMaskPattern) and pattern.num_blocks(tokens) > pattern.max_blocks:
+def _check_size(pattern: BlockPattern, documents: Sequence[tuple[int, int]]) -> None:
+    if not isinstance(pattern, BlockMaskPattern):
+        return
+    tokens = max((stop - start for start, stop in documents), default=0)
+    if pattern.num_blocks(tokens) > pattern.max_blocks:
         raise ValueError(
             f"pattern of {pattern.max_blocks} blocks: must have the {pattern.num_blocks(tokens)} of {tokens} "
             "tokens"
@@ -161,7 +165,9 @@ def _check_sinks(sink_logits: Tensor, q: Tensor) -> None:
         raise ValueError(f"sink_logits on {sink_logits.device}: must be on the device of q, {q.device}")
 
 
-def _documents(cu_seqlens: Tensor | Sequence[int], tokens: int, q_start: int) -> list[tuple[int, int]]:
+def _documents(
+    cu_seqlens: Tensor | Sequence[int], tokens: int, q_start: int
+) -> tuple[tuple[int, int], ...]:
     """Returns start and stop of each document that has tokens."""
     if q_start:
         raise ValueError(f"q_start {q_start}: must be 0 with cu_seqlens")
@@ -171,9 +177,14 @@ def _documents(cu_seqlens: Tensor | Sequence[int], tokens: int, q_start: int) ->
                 f"cu_seqlens {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}: must be int [documents + 1]"
             )
         cu_seqlens = cu_seqlens.tolist()
-    offsets = list(cu_seqlens)
-    if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != tokens or offsets != sorted(offsets):
+    return _between(tuple(cu_seqlens), tokens)
+
+
+@lru_cache(maxsize=64)
+def _between(offsets: tuple[int, ...], tokens: int) -> tuple[tuple[int, int], ...]:
+    """The documents between the offsets, for equal ones the same object: all layers ask for them."""
+    if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != tokens or list(offsets) != sorted(offsets):
         raise ValueError(
-            f"cu_seqlens {offsets[:4]} … {offsets[-1:]}: must not decrease, from 0 to {tokens} tokens"
+            f"cu_seqlens {[*offsets[:4]]} … {[*offsets[-1:]]}: must not decrease, from 0 to {tokens} tokens"
         )
-    return [(start, stop) for start, stop in pairwise(offsets) if stop > start]
+    return tuple((start, stop) for start, stop in pairwise(offsets) if stop > start)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ def reference_attention(
     pattern: BlockPattern,
     softmax_scale: float,
     sink_logits: Tensor | None,
-    documents: list[tuple[int, int]],
+    documents: Sequence[tuple[int, int]],
     q_start: int,
 ) -> tuple[Tensor, Tensor]:
     """S2 attention through a full score matrix, in `compute_dtype`.
@@ -45,7 +47,7 @@ def reference_attention(
 
 
 def visible_tokens(
-    pattern: BlockPattern, seq_q: int, seq_k: int, documents: list[tuple[int, int]], q_start: int
+    pattern: BlockPattern, seq_q: int, seq_k: int, documents: Sequence[tuple[int, int]], q_start: int
 ) -> Tensor:
     """Returns bool `[kv_heads, seq_q, seq_k]`: which keys each query sees."""
     visible = torch.zeros(pattern.num_kv_heads, seq_q, seq_k, dtype=torch.bool)

@@ -7,7 +7,7 @@ C++ (`torch_native`) where there is a compiler; else one after the other from Py
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ def blocked_attention(
     pattern: BlockPattern,
     softmax_scale: float,
     sink_logits: Tensor | None,
-    documents: list[tuple[int, int]],
+    documents: Sequence[tuple[int, int]],
     q_start: int,
 ) -> tuple[Tensor, Tensor]:
     """S2 attention with linear memory, summed in `compute_dtype`; arguments and results as in

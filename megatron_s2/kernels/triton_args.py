@@ -6,7 +6,7 @@ follows from these (`CallLayout`) is kept, as launches without tensors (`Launch`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from itertools import accumulate
@@ -70,7 +70,7 @@ class Launch(NamedTuple):
         return found
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen: to set the fields of a frozen class takes 4 us
 class KernelArgs:
     """One attention call.
 
@@ -132,33 +132,23 @@ class KernelArgs:
         return {"p_starts": starts[int(of_keys)], "p_list": blocks}
 
     def launches(
-        self,
-        plan: Callable[..., list[Launch]],
-        tensors: dict[str, Tensor | None],
-        results: dict[str, Tensor | None],
-        *options: object,
+        self, plan: Callable[..., list[Launch]], tensors: dict[str, Tensor | None], *options: Hashable
     ) -> Iterator[tuple[tuple[int, int, int], dict[str, object]]]:
         """Yields grid and keyword arguments of each launch of a kernel.
 
         Args:
-            plan: returns the launches of a `CallLayout`, the layouts of `results` and `options`; called once
-                for equal ones.
-            tensors: arguments of the kernel that the call holds.
-            results: its other tensors.
+            plan: called with `layout` and `options`, returns the launches; once for equal ones.
+            tensors: tensors by the argument that takes them.
         """
-        layouts = tuple([Layout.of(x) for x in results.values()])
-        for launch in _launches(plan, self.layout, layouts, options):
-            yield launch.grid, launch.arguments(tensors | results, self.q.device)
+        for launch in _launches(plan, self.layout, options):
+            yield launch.grid, launch.arguments(tensors, self.q.device)
 
 
 @lru_cache(maxsize=512)
 def _launches(
-    plan: Callable[..., list[Launch]],
-    call: CallLayout,
-    layouts: tuple[Layout | None, ...],
-    options: tuple[object, ...],
+    plan: Callable[..., list[Launch]], call: CallLayout, options: tuple[Hashable, ...]
 ) -> list[Launch]:
-    return plan(call, *layouts, *options)
+    return plan(call, *options)
 
 
 @dataclass(frozen=True, eq=False)

@@ -375,17 +375,18 @@ def launch_dkv_shard(args: KernelArgs, dout: Tensor, lse2: Tensor, delta: Tensor
         args.q.new_empty(splits, args.k.shape[0], *shape, x.shape[-1], dtype=torch.float32)
         for x in (args.k, args.v)
     )
-    tensors = {"p_q": args.q, **args.shard, **args.lists(of_keys=True)}
-    results = {"p_do": dout, "p_lse2": lse2, "p_delta": delta, "p_dks": dks, "p_dvs": dvs}
+    tensors = {
+        "p_q": args.q, **args.shard, **args.lists(of_keys=True), "p_do": dout, "p_lse2": lse2,
+        "p_delta": delta, "p_dks": dks, "p_dvs": dvs,
+    }  # fmt: skip
+    options = (Layout.of(x) for x in (dout, lse2, dks, dvs))
     with torch.cuda.device_of(args.q):
-        for grid, arguments in args.launches(_shard_launches, tensors, results):
+        for grid, arguments in args.launches(_shard_launches, tensors, *options):
             s2_bwd_kernel_dkv_shard[grid](**arguments)
     return [dks, dvs]
 
 
-def _shard_launches(
-    call: CallLayout, dout: Layout, lse2: Layout, delta: Layout, dks: Layout, dvs: Layout
-) -> list[Launch]:
+def _shard_launches(call: CallLayout, dout: Layout, lse2: Layout, dks: Layout, dvs: Layout) -> list[Launch]:
     splits, span, _ = call.shard_parts
     launches = []
     for part, boxes, box_args in call.row_launches(dout):
@@ -417,12 +418,13 @@ def launch_dkv_window(
         parts: what `launch_dkv_shard` returned, to be added where the shard is read from k and v.
     """
     dks, dvs = parts or (None, None)
-    tensors = {"p_q": args.q, **args.window}
-    results = {"p_do": dout, "p_lse2": lse2, "p_delta": delta, "p_dk": dk, "p_dv": dv}
+    tensors = {
+        "p_q": args.q, **args.window, "p_do": dout, "p_lse2": lse2, "p_delta": delta, "p_dk": dk, "p_dv": dv,
+        "p_dks": dks, "p_dvs": dvs,
+    }  # fmt: skip
+    options = (Layout.of(x) for x in (dout, lse2, dk, dv, dks, dvs))
     with torch.cuda.device_of(args.q):
-        for grid, arguments in args.launches(
-            _window_launches, tensors, {**results, "p_dks": dks, "p_dvs": dvs}
-        ):
+        for grid, arguments in args.launches(_window_launches, tensors, *options):
             s2_bwd_kernel_dkv_window[grid](**arguments)
 
 
@@ -430,7 +432,6 @@ def _window_launches(
     call: CallLayout,
     dout: Layout,
     lse2: Layout,
-    delta: Layout,
     dk: Layout,
     dv: Layout,
     dks: Layout | None,

@@ -259,21 +259,18 @@ def launch_dq(
         source: "window" or "shard" for what comes through that source alone; None for both.
         resume: add to what is in `dq`.
     """
-    tensors = {"p_q": args.q, **args.window, **args.shard, **args.lists()}
-    results = {"p_do": dout, "p_lse2": lse2, "p_delta": delta, "p_dq": dq, "p_prev": dq if resume else None}
+    tensors = {
+        "p_q": args.q, **args.window, **args.shard, **args.lists(), "p_do": dout, "p_lse2": lse2,
+        "p_delta": delta, "p_dq": dq, "p_prev": dq if resume else None,
+    }  # fmt: skip
+    options = Layout.of(dout), Layout.of(lse2), Layout.of(dq), source, resume
     with torch.cuda.device_of(args.q):
-        for grid, arguments in args.launches(_launches, tensors, results, source):
+        for grid, arguments in args.launches(_launches, tensors, *options):
             s2_bwd_kernel_dq[grid](**arguments)
 
 
 def _launches(
-    call: CallLayout,
-    dout: Layout,
-    lse2: Layout,
-    delta: Layout,
-    dq: Layout,
-    prev: Layout | None,
-    source: str | None,
+    call: CallLayout, dout: Layout, lse2: Layout, dq: Layout, source: str | None, resume: bool
 ) -> list[Launch]:
     pack, launches = call.pack("dq"), []
     for part, boxes, box_args in call.source_launches({"d_q": call.q, "d_do": dout}, "dq", source):
@@ -282,7 +279,7 @@ def _launches(
             **call.query_args, **call.window_args, **call.shard_args, **call.list_args, **call.pattern_args,
             **box_args, **strides("do", dout), **strides("dq", dq), **strides("l", lse2, "bh"),
             "GROUP": call.group, "PACK": pack, "SHARD": source != "window", "WINDOW": source != "shard",
-            "RESUME": prev is not None, **programs.arguments(), **call.tile_args("dq"),
+            "RESUME": resume, **programs.arguments(), **call.tile_args("dq"),
         }  # fmt: skip
         grid = programs.count, call.heads // pack, call.batch
         launches.append(Launch(grid, constants, call.tables(programs), boxes))

@@ -284,29 +284,27 @@ def launch_forward(
     """
     if args.scale <= 0:  # the kernel takes the largest score before it scales it
         args = replace(args, q=-args.q if args.scale else torch.zeros_like(args.q), scale=-args.scale or 1.0)
-    tensors = {"p_q": args.q, **args.window, **args.shard, **args.lists()}
-    results = {"p_o": out, "p_prev": out if resume else None, "p_lse": lse, "p_sink": sink_logits}
+    tensors = {
+        "p_q": args.q, **args.window, **args.shard, **args.lists(), "p_o": out,
+        "p_prev": out if resume else None, "p_lse": lse, "p_sink": sink_logits,
+    }  # fmt: skip
+    options = Layout.of(out), Layout.of(lse), sink_logits is not None, source, resume
     with torch.cuda.device_of(args.q):
-        for grid, arguments in args.launches(_launches, tensors, results, source):
+        for grid, arguments in args.launches(_launches, tensors, *options):
             s2_fwd_kernel[grid](**arguments)
 
 
 def _launches(
-    call: CallLayout,
-    out: Layout,
-    prev: Layout | None,
-    lse: Layout,
-    sink_logits: Layout | None,
-    source: str | None,
+    call: CallLayout, out: Layout, lse: Layout, has_sink: bool, source: str | None, resume: bool
 ) -> list[Launch]:
     pack, launches = call.pack("forward"), []
     for part, boxes, box_args in call.source_launches({"d_q": call.q}, "forward", source):
         programs = part.query_programs(call.q_start, call.tiles("forward").rows // pack)
         constants = {
             **call.query_args, **call.window_args, **call.shard_args, **call.list_args, **call.pattern_args,
-            **box_args, **strides("o", out), **strides("l", lse, "bh"), "HAS_SINK": sink_logits is not None,
+            **box_args, **strides("o", out), **strides("l", lse, "bh"), "HAS_SINK": has_sink,
             "GROUP": call.group, "PACK": pack, "SHARD": source != "window", "WINDOW": source != "shard",
-            "RESUME": prev is not None, **programs.arguments(), **call.tile_args("forward"),
+            "RESUME": resume, **programs.arguments(), **call.tile_args("forward"),
         }  # fmt: skip
         grid = programs.count, call.heads // pack, call.batch
         launches.append(Launch(grid, constants, call.tables(programs), boxes))

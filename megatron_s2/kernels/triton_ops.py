@@ -1,6 +1,6 @@
 """The Triton kernels as torch custom operators: forward and backward, autograd and FLOP counts.
 
-The operators take the pattern as integers, and an arbitrary mask as tables on the device, so that
+The operators take the pattern as text, and an arbitrary mask as tables on the device, so that
 `torch.compile`, activation checkpointing and the FLOP counter see one opaque call of known shapes and cost.
 They are registered when this module is imported, because PyTorch's FLOP counter looks them up before the
 first call. Triton and the kernels are imported by the first call. `torch.library.custom_op` and
@@ -9,11 +9,10 @@ first call. Triton and the kernels are imported by the first call. `torch.librar
 Arguments in the schema of both operators:
 
     starts, blocks  `mask_tables` of an arbitrary mask, or None
-    pattern         `KernelPattern.encode()`
+    pattern         `KernelPattern.code`
     pairs           visible query-key pairs of an arbitrary mask over all documents and KV heads; 0 for an S2
                     pattern, whose pairs follow from `pattern`
-    edges           `encode_edges` of the packed documents; empty where nothing is packed. As text, because a
-                    thousand integers take 20 us each time that they enter or leave an operator
+    edges           `edges_code` of the packed documents; empty where nothing is packed
     tuning          `Tuning.code`; empty to measure. Measuring happens inside the operator, into which
                     `torch.compile` does not look
 """
@@ -37,8 +36,7 @@ if TYPE_CHECKING:
 
 _LIBRARY = torch.library.Library("megatron_s2", "FRAGMENT")
 _MASK_AND_PATTERN = (
-    "Tensor? starts, Tensor? blocks, int[] pattern, int pairs, float scale, str edges, int q_start, "
-    "int[] tuning"
+    "Tensor? starts, Tensor? blocks, str pattern, int pairs, float scale, str edges, int q_start, str tuning"
 )
 _LIBRARY.define(
     f"attention_forward(Tensor q, Tensor k, Tensor v, Tensor? sink_logits, {_MASK_AND_PATTERN}) "
@@ -60,12 +58,12 @@ def attention_forward(
     sink_logits: Tensor | None,
     starts: Tensor | None,
     blocks: Tensor | None,
-    pattern: list[int],
+    pattern: str,
     pairs: int,
     scale: float,
     edges: str,
     q_start: int,
-    tuning: list[int],
+    tuning: str,
 ) -> tuple[Tensor, Tensor]:
     """out `[batch, seq, heads, v_head_dim]` and float32 lse `[batch, heads, seq]`."""
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
@@ -99,12 +97,12 @@ def attention_backward(
     lse: Tensor,
     starts: Tensor | None,
     blocks: Tensor | None,
-    pattern: list[int],
+    pattern: str,
     pairs: int,
     scale: float,
     edges: str,
     q_start: int,
-    tuning: list[int],
+    tuning: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, and delta `[batch, heads, seq]` = rowsum(dout * out) - dlse."""
     dq, delta, lse2 = torch.empty_like(q), torch.empty_like(lse), torch.empty_like(lse)
@@ -136,8 +134,8 @@ def _kernel_args(q, k, v, starts, blocks, pattern, scale, edges, q_start, tuning
     from megatron_s2.kernels.triton_args import KernelArgs
 
     return KernelArgs(
-        q, k, v, KernelPattern.decode(tuple(pattern)), scale, edges=decode_edges(edges), q_start=q_start,
-        tuning=Tuning.decode(tuple(tuning)) if tuning else None,
+        q, k, v, KernelPattern.decode(pattern), scale, edges=decode_edges(edges), q_start=q_start,
+        tuning=Tuning.decode(tuning) if tuning else None,
         mask=None if starts is None else (starts, blocks),
     )  # fmt: skip
 
@@ -170,9 +168,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, dout, dlse):
         q, k, v, sink_logits, starts, blocks, out, lse = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout
-        dq, dk, dv, delta = torch.ops.megatron_s2.attention_backward.default(
-            dout, dlse, q, k, v, out, lse, starts, blocks, *ctx.constants
-        )
+        dq, dk, dv, delta = _gradients(dout, dlse, q, k, v, out, lse, starts, blocks, *ctx.constants)
         dsinks = None if sink_logits is None else sink_gradient(sink_logits, lse, delta)
         return dq, dk, dv, dsinks, *[None] * 8
 
@@ -189,23 +185,25 @@ class _Gradients(torch.autograd.Function):
         )
 
 
-@torch.library.impl(_LIBRARY, "attention_forward", "Autograd")
-def _(*arguments):
+def _attention(*arguments) -> tuple[Tensor, ...]:
     return _Attention.apply(*arguments) if torch.is_grad_enabled() else _forward_below(*arguments)
 
 
-@torch.library.impl(_LIBRARY, "attention_backward", "Autograd")
-def _(*arguments):
+def _gradients(*arguments) -> tuple[Tensor, ...]:
     return _Gradients.apply(*arguments) if torch.is_grad_enabled() else _backward_below(*arguments)
+
+
+_LIBRARY.impl("attention_forward", _attention, "Autograd")
+_LIBRARY.impl("attention_backward", _gradients, "Autograd")
 
 
 # ---------------------------------------------------------------------------------------------------------
 # FLOPs of visible pairs. `torch.utils.flop_counter` passes tensors as their shapes.
 
 
-def _flops(q, k, v, pattern: list[int], pairs: int, edges: str, q_start: int) -> AttentionFlops:
+def _flops(q, k, v, pattern: str, pairs: int, edges: str, q_start: int) -> AttentionFlops:
     if not pairs:
-        s2, edges = KernelPattern.decode(tuple(pattern)), decode_edges(edges)
+        s2, edges = KernelPattern.decode(pattern), decode_edges(edges)
         lengths = [b - a for a, b in zip(edges[::2], edges[1::2])]
         unseen = s2.visible_pairs(q_start)
         pairs = sum(s2.visible_pairs(length) - unseen for length in lengths or [q_start + q[1]])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from megatron_s2.kernels.triton_capture import require_no_capture
+from megatron_s2.kernels.tuning import decode, encode
 from megatron_s2.pattern import BlockMaskPattern, BlockPattern, S2Pattern
 
 
@@ -39,24 +40,32 @@ class KernelPattern:
 
     @classmethod
     def of(cls, pattern: BlockPattern) -> KernelPattern:
-        heads = range(pattern.num_kv_heads)
-        if not isinstance(pattern, S2Pattern):
-            return cls(pattern.block_size, 1, 0, (0,) * len(heads), (1,) * len(heads))
-        firsts = tuple(pattern.first_strided(g) for g in heads)
+        """Returns the integers of a pattern, for equal `S2Pattern`s the same object."""
+        if isinstance(pattern, S2Pattern):
+            return cls._of_s2(pattern)
+        heads = pattern.num_kv_heads
+        return cls(pattern.block_size, 1, 0, (0,) * heads, (1,) * heads)
+
+    @classmethod
+    @lru_cache(maxsize=1024)
+    def _of_s2(cls, pattern: S2Pattern) -> KernelPattern:
+        firsts = tuple(map(pattern.first_strided, range(pattern.num_kv_heads)))
         return cls(
             pattern.block_size, pattern.local_blocks, pattern.sink_blocks, firsts, tuple(pattern.strides)
         )
 
-    def encode(self) -> list[int]:
-        """Returns plain integers, which the custom operators take."""
-        heads = [x for head in zip(self.firsts, self.strides) for x in head]
-        return [self.block_size, self.window, self.sinks, *heads]
+    @cached_property
+    def code(self) -> str:
+        """The integers as text, which the custom operators take."""
+        heads = (x for head in zip(self.firsts, self.strides) for x in head)
+        return encode((self.block_size, self.window, self.sinks, *heads))
 
     @classmethod
     @lru_cache(maxsize=1024)
-    def decode(cls, code: tuple[int, ...]) -> KernelPattern:
-        """Returns the pattern that `encode` was called on, for equal ones the same object."""
-        return cls(*code[:3], code[3::2], code[4::2])
+    def decode(cls, code: str) -> KernelPattern:
+        """Returns the pattern that has this `code`, for equal ones the same object."""
+        numbers = decode(code)
+        return cls(*numbers[:3], numbers[3::2], numbers[4::2])
 
     def shard_tokens(self, query_blocks: ArrayLike) -> np.ndarray:
         """Per KV head, the shard tokens that lie beyond the window of the last of `query_blocks` blocks:
@@ -80,15 +89,15 @@ class KernelPattern:
 
 
 @lru_cache(maxsize=64)
-def encode_edges(documents: tuple[tuple[int, int], ...]) -> str:
-    """Returns start and stop of each document, one after another, as text."""
-    return ",".join(str(edge) for document in documents for edge in document)
+def edges_code(documents: tuple[tuple[int, int], ...]) -> str:
+    """Returns start and stop of each document, one after another, as text, which the custom operators take."""
+    return encode(edge for document in documents for edge in document)
 
 
 @lru_cache(maxsize=64)
 def decode_edges(code: str) -> tuple[int, ...]:
-    """Returns the integers that `encode_edges` wrote, for equal ones the same object."""
-    return tuple(map(int, code.split(","))) if code else ()
+    """Returns the integers of an `edges_code`, for equal ones the same object."""
+    return decode(code)
 
 
 _MASK_TABLES: WeakKeyDictionary[BlockMaskPattern, dict[torch.device, tuple[Tensor, Tensor]]] = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import astuple, dataclass, replace
 from functools import cache, cached_property
 
@@ -89,15 +90,16 @@ class Tuning:
             raise ValueError(f"span {self.span}: must be >= 1")
 
     @cached_property
-    def code(self) -> tuple[int, ...]:
-        """Plain integers, which the custom operators take."""
-        return (*astuple(self.forward), *astuple(self.dq), *astuple(self.dkv), self.span or 0)
+    def code(self) -> str:
+        """The integers as text, which the custom operators take."""
+        return encode((*astuple(self.forward), *astuple(self.dq), *astuple(self.dkv), self.span or 0))
 
     @classmethod
     @cache
-    def decode(cls, code: tuple[int, ...]) -> Tuning:
+    def decode(cls, code: str) -> Tuning:
         """Returns the tuning that has this `code`."""
-        return cls(*(Tiles(*code[i : i + 4]) for i in (0, 4, 8)), span=code[12] or None)
+        numbers = decode(code)
+        return cls(*(Tiles(*numbers[i : i + 4]) for i in (0, 4, 8)), span=numbers[12] or None)
 
     def splits(self, columns: int, rows: int) -> int:
         """Returns the number of programs per shard tile: `columns` tiles that up to `rows` query rows see."""
@@ -176,6 +178,16 @@ _AMPERE_CANDIDATES = {
         "dkv": (Tiles(32, 64, 8, 2),),
     },
 }
+
+
+def encode(numbers: Iterable[int]) -> str:
+    """Returns integers as text: operators of PyTorch take it in and out faster than a list of them."""
+    return ",".join(map(str, numbers))
+
+
+def decode(code: str) -> tuple[int, ...]:
+    """Returns the integers that `encode` wrote."""
+    return tuple(map(int, code.split(","))) if code else ()
 
 
 def tuning_for(capability: int, head_dim: int, element_size: int, passes: bool = False) -> Tuning:

@@ -41,7 +41,7 @@ def test_operators_pass_the_checks_of_torch_library(pattern, layout):
     q, k, v, sink_logits = (inputs[name].requires_grad_() for name in ("q", "k", "v", "sink_logits"))
     masked = isinstance(pattern, BlockMaskPattern)
     tables = mask_tables(pattern, q.device) if masked else (None, None)
-    rest = (*tables, KernelPattern.of(pattern).encode(), 0, 0.25, "", 0, one.tuning.code)
+    rest = (*tables, KernelPattern.of(pattern).code, 0, 0.25, "", 0, one.tuning.code)
     torch.library.opcheck(torch.ops.megatron_s2.attention_forward, (q, k, v, sink_logits, *rest))
     out, lse = (x.detach() for x in s2_attention(q, k, v, pattern, backend="triton"))
     detached = (x.detach() for x in (q, k, v))
