@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from itertools import accumulate
+from operator import mul
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from megatron_s2.kernels.triton_capture import keep_if_captured
+from megatron_s2.kernels.triton_capture import is_capturing, keep
 from megatron_s2.kernels.triton_common import INTERPRETED, LOG2_E
 from megatron_s2.kernels.triton_pattern import KernelPattern
 from megatron_s2.kernels.triton_programs import Documents, Part, Programs, Table, documents_of
@@ -41,6 +42,12 @@ class Layout(NamedTuple):
     @classmethod
     def of(cls, x: Tensor | None) -> Layout | None:
         return None if x is None else cls(x.shape, x.stride(), x.data_ptr() % 16 == 0)
+
+    @classmethod
+    def contiguous(cls, *shape: int) -> Layout:
+        """The layout of a new tensor."""
+        strides = [*accumulate(reversed(shape[1:]), mul, initial=1)]
+        return cls(shape, tuple(reversed(strides)), True)
 
 
 class Launch(NamedTuple):
@@ -128,7 +135,8 @@ class KernelArgs:
         if self.mask is None:
             return {"p_starts": None, "p_list": None}
         starts, blocks = self.mask
-        keep_if_captured(starts, blocks)
+        if is_capturing(blocks.device):
+            keep(starts, blocks)
         return {"p_starts": starts[int(of_keys)], "p_list": blocks}
 
     def launches(
@@ -216,22 +224,31 @@ class CallLayout:
         return packed_heads(self.group, getattr(self.tuning, kernel).rows, self.pattern.block_size)
 
     @cached_property
-    def shard_parts(self) -> tuple[int, int, list[int]]:
-        """The parts of dK and dV that come through the shard: their number, the rows of each, and their shape
-        `[tokens, heads]`."""
+    def shard_splits(self) -> tuple[int, int]:
+        """Number of parts of dK and dV that come through the shard, and the query rows of each."""
         tiles, documents = self.tiles("dkv"), self.documents
         # All shards together decide about the splits: each launch fills its parts of the same gradients.
         columns = documents.whole.shard_key_programs(self.pattern, self.q_start, tiles.keys).count
         if not columns:
-            splits, span = 0, 0
-        else:
-            splits = self.tuning.splits(columns * self.batch * self.kv_heads, documents.longest)
-            span = -(-documents.longest // splits)
+            return 0, 0
+        splits = self.tuning.splits(columns * self.batch * self.kv_heads, documents.longest)
+        span = -(-documents.longest // splits)
         if self.tuning.span is None:  # whole tiles but for the last
             span = -(-span // tiles.rows) * tiles.rows
-        if self.k_shard is not None:
-            return splits, span, [sum(self.shard_tokens), 1]
-        return splits, span, [int(documents.shards(self.pattern, self.q_start).sum()), self.kv_heads]
+        return splits, span
+
+    @cached_property
+    def shard_parts(self) -> tuple[Layout, Layout]:
+        """The parts of dK and dV that come through the shard."""
+        if self.k_shard is None:
+            shape = int(self.documents.shards(self.pattern, self.q_start).sum()), self.kv_heads
+        else:
+            shape = sum(self.shard_tokens), 1
+        splits, _ = self.shard_splits
+        dks, dvs = (
+            Layout.contiguous(splits, self.batch, *shape, x.shape[-1]) for x in (self.k, self.v)
+        )
+        return dks, dvs
 
     # Keyword arguments.
 

@@ -21,10 +21,9 @@ def require_no_capture(device: torch.device) -> None:
         )
 
 
-def keep_if_captured(*tables: Tensor) -> None:
-    """Keeps tables that a CUDA graph is going to read, if one is being captured."""
-    if is_capturing(tables[0].device):
-        _CAPTURED.update((table.data_ptr(), table) for table in tables)
+def keep(*tables: Tensor) -> None:
+    """Keeps tables that a CUDA graph, which is being captured, is going to read."""
+    _CAPTURED.update((table.data_ptr(), table) for table in tables)
 
 
 def is_capturing(device: torch.device) -> bool:

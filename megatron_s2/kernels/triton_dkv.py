@@ -370,25 +370,21 @@ def launch_dkv_shard(args: KernelArgs, dout: Tensor, lse2: Tensor, delta: Tensor
     Their shape is `[splits, batch, tokens, kv_heads, head_dim]`. For a compact shard source it is
     `[splits, batch, tokens, 1, head_dim]`, the `args.shard_tokens` of the KV heads one after another.
     """
-    splits, _, shape = args.layout.shard_parts
-    dks, dvs = (
-        args.q.new_empty(splits, args.k.shape[0], *shape, x.shape[-1], dtype=torch.float32)
-        for x in (args.k, args.v)
-    )
+    parts = [args.q.new_empty(x.shape, dtype=torch.float32) for x in args.layout.shard_parts]
+    dks, dvs = parts
     tensors = {
         "p_q": args.q, **args.shard, **args.lists(of_keys=True), "p_do": dout, "p_lse2": lse2,
         "p_delta": delta, "p_dks": dks, "p_dvs": dvs,
     }  # fmt: skip
-    options = (Layout.of(x) for x in (dout, lse2, dks, dvs))
+    options = Layout.of(dout), Layout.of(lse2)
     with torch.cuda.device_of(args.q):
         for grid, arguments in args.launches(_shard_launches, tensors, *options):
             s2_bwd_kernel_dkv_shard[grid](**arguments)
-    return [dks, dvs]
+    return parts
 
 
-def _shard_launches(call: CallLayout, dout: Layout, lse2: Layout, dks: Layout, dvs: Layout) -> list[Launch]:
-    splits, span, _ = call.shard_parts
-    launches = []
+def _shard_launches(call: CallLayout, dout: Layout, lse2: Layout) -> list[Launch]:
+    (splits, span), (dks, dvs), launches = call.shard_splits, call.shard_parts, []
     for part, boxes, box_args in call.row_launches(dout):
         programs = part.shard_key_programs(call.pattern, call.q_start, call.tiles("dkv").keys)
         for gradients in call.dkv_passes if programs.count else ():
@@ -422,7 +418,7 @@ def launch_dkv_window(
         "p_q": args.q, **args.window, "p_do": dout, "p_lse2": lse2, "p_delta": delta, "p_dk": dk, "p_dv": dv,
         "p_dks": dks, "p_dvs": dvs,
     }  # fmt: skip
-    options = (Layout.of(x) for x in (dout, lse2, dk, dv, dks, dvs))
+    options = Layout.of(dout), Layout.of(lse2), Layout.of(dk), Layout.of(dv), parts is not None
     with torch.cuda.device_of(args.q):
         for grid, arguments in args.launches(_window_launches, tensors, *options):
             s2_bwd_kernel_dkv_window[grid](**arguments)
@@ -434,10 +430,10 @@ def _window_launches(
     lse2: Layout,
     dk: Layout,
     dv: Layout,
-    dks: Layout | None,
-    dvs: Layout | None,
+    add_shard: bool,
 ) -> list[Launch]:
     seq_k, launches = call.k.shape[1], []
+    dks, dvs = call.shard_parts if add_shard else (None, None)
     for part, boxes, box_args in call.row_launches(dout):
         programs = part.key_programs(call.pattern, call.q_start, call.tiles("dkv").keys, seq_k)
         for gradients in call.dkv_passes:
@@ -445,7 +441,7 @@ def _window_launches(
                 **call.query_args, **call.window_args, **call.pattern_args, **box_args, **gradients,
                 **strides("do", dout), **strides("l", lse2, "bh"), **strides("dk", dk), **strides("dv", dv),
                 **strides("dks", dks, "sbth"), **strides("dvs", dvs, "sbth"), "seq_k": seq_k,
-                "splits": 0 if dks is None else dks.shape[0], "ADD_SHARD": dks is not None,
+                "splits": call.shard_splits[0] if add_shard else 0, "ADD_SHARD": add_shard,
                 "group": call.group, **programs.arguments(), **call.tile_args("dkv"),
             }  # fmt: skip
             grid = programs.count, call.kv_heads, call.batch

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_s2.kernels.triton_capture import is_capturing, keep_if_captured, require_no_capture
+from megatron_s2.kernels.triton_capture import is_capturing, keep, require_no_capture
 from megatron_s2.kernels.triton_pattern import KernelPattern
 
 
@@ -37,8 +37,9 @@ class Table:
             require_no_capture(device)
             self._copies[device] = self._copied_to(device)
         table, copied = self._copies[device]
-        keep_if_captured(table)
-        if copied is not None and not is_capturing(device) and not copied.query():
+        if is_capturing(device):
+            keep(table)
+        elif copied is not None and not copied.query():
             torch.cuda.current_stream(device).wait_event(copied)  # another stream may have started the copy
         return table
 
