@@ -108,27 +108,29 @@ def s2_attention(
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, packed: bool) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != (3 if packed else 4):
+    dims, dtype, device = 3 if packed else 4, q.dtype, q.device
+    shapes = q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    for name, x, shape in zip("qkv", (q, k, v), shapes):
+        if len(shape) != dims:
             layout = "[tokens, heads, head_dim] with cu_seqlens" if packed else "[batch, seq, heads, head_dim]"
-            raise ValueError(f"{name} {tuple(x.shape)}: must be {layout}")
-        if x.dtype not in _DTYPES or x.dtype != q.dtype:
+            raise ValueError(f"{name} {tuple(shape)}: must be {layout}")
+        if x.dtype != dtype or dtype not in _DTYPES:
             raise ValueError(
                 f"{name} {x.dtype}: must be float16, bfloat16, float32 or float64, the same for q, k and v"
             )
-        if x.device != q.device:
-            raise ValueError(f"{name} on {x.device}: must be on the device of q, {q.device}")
-    heads, kv_heads = q.shape[-2], k.shape[-2]
-    if k.shape[:-1] != v.shape[:-1]:
-        raise ValueError(f"v {tuple(v.shape)}: must match k {tuple(k.shape)} but for head_dim")
-    for name, x in (("q", q), ("v", v)):
-        if x.shape[-1] < 1:
-            raise ValueError(f"{name} {tuple(x.shape)}: must have a head_dim >= 1")
-    if q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"k {tuple(k.shape)}: must have the head_dim of q, {q.shape[-1]}")
-    if q.shape[0] != k.shape[0]:
+        if x.device != device:
+            raise ValueError(f"{name} on {x.device}: must be on the device of q, {device}")
+    heads, kv_heads = q_shape[-2], k_shape[-2]
+    if k_shape[:-1] != v_shape[:-1]:
+        raise ValueError(f"v {tuple(v_shape)}: must match k {tuple(k_shape)} but for head_dim")
+    for name, shape in (("q", q_shape), ("v", v_shape)):
+        if shape[-1] < 1:
+            raise ValueError(f"{name} {tuple(shape)}: must have a head_dim >= 1")
+    if q_shape[-1] != k_shape[-1]:
+        raise ValueError(f"k {tuple(k_shape)}: must have the head_dim of q, {q_shape[-1]}")
+    if q_shape[0] != k_shape[0]:
         raise ValueError(
-            f"k {tuple(k.shape)}: must have the {'tokens' if packed else 'batch'} of q, {q.shape[0]}"
+            f"k {tuple(k_shape)}: must have the {'tokens' if packed else 'batch'} of q, {q_shape[0]}"
         )
     if pattern.num_kv_heads != kv_heads:
         raise ValueError(

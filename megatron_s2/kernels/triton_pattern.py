@@ -60,6 +60,9 @@ class KernelPattern:
         heads = (x for head in zip(self.firsts, self.strides) for x in head)
         return encode((self.block_size, self.window, self.sinks, *heads))
 
+    def __hash__(self) -> int:
+        return hash(self.code)  # which keeps its hash
+
     @classmethod
     @lru_cache(maxsize=1024)
     def decode(cls, code: str) -> KernelPattern:

@@ -33,10 +33,11 @@ class Table:
         Raises:
             RuntimeError: it is not there yet, and a CUDA graph is being captured.
         """
-        if device not in self._copies:
+        found = self._copies.get(device)
+        if found is None:
             require_no_capture(device)
-            self._copies[device] = self._copied_to(device)
-        table, copied = self._copies[device]
+            found = self._copies[device] = self._copied_to(device)
+        table, copied = found
         if is_capturing(device):
             keep(table)
         elif copied is not None and not copied.query():

@@ -94,6 +94,9 @@ class Tuning:
         """The integers as text, which the custom operators take."""
         return encode((*astuple(self.forward), *astuple(self.dq), *astuple(self.dkv), self.span or 0))
 
+    def __hash__(self) -> int:
+        return hash(self.code)  # which keeps its hash
+
     @classmethod
     @cache
     def decode(cls, code: str) -> Tuning:
@@ -190,6 +193,7 @@ def decode(code: str) -> tuple[int, ...]:
     return tuple(map(int, code.split(","))) if code else ()
 
 
+@cache
 def tuning_for(capability: int, head_dim: int, element_size: int, passes: bool = False) -> Tuning:
     """Returns the shipped tuning.
 
