@@ -19,7 +19,9 @@ _LONG, _MOST_LONG_RUNS = 1.0, 3  # seconds from which a run on CUDA is long; how
 
 
 def interleaved_times[Name](
-    runs: dict[Name, Callable[[], Iterable[object]]], repeats: int
+    runs: dict[Name, Callable[[], Iterable[object]]],
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Name, np.ndarray]:
     """Measures several functions in turns, so that a drift of the machine affects all of them alike.
 
@@ -29,17 +31,17 @@ def interleaved_times[Name](
         Seconds from the start to the end of each stage, `[repeats, stages]`, by name.
     """
     for run in runs.values():
-        _stage_times(run)
+        _stage_times(run, clock)
     times = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
-            times[name].append(_stage_times(run))
+            times[name].append(_stage_times(run, clock))
     return {name: np.array(seconds) for name, seconds in times.items()}
 
 
-def _stage_times(run: Callable[[], Iterable[object]]) -> list[float]:
-    start = time.perf_counter()
-    return [time.perf_counter() - start for _ in run()]
+def _stage_times(run: Callable[[], Iterable[object]], clock: Callable[[], float]) -> list[float]:
+    start = clock()
+    return [clock() - start for _ in run()]
 
 
 def summary(seconds: np.ndarray) -> dict:
