@@ -14,7 +14,14 @@ import torch
 from attention_cases import random_mask, s2
 
 import megatron_s2
-from megatron_s2.kernels import triton_capture, triton_dkv, triton_dq, triton_forward, triton_programs
+from megatron_s2.kernels import (
+    triton_args,
+    triton_capture,
+    triton_dkv,
+    triton_dq,
+    triton_forward,
+    triton_programs,
+)
 from megatron_s2.kernels.triton_args import KernelArgs
 from megatron_s2.kernels.triton_dkv import launch_dkv
 from megatron_s2.kernels.triton_dq import launch_delta, launch_dq
@@ -145,6 +152,81 @@ def test_the_layers_of_a_packed_micro_batch_share_programs_and_copy_nothing(laun
     assert all(one is other for one, other in zip(*tables))
 
 
+# What is kept between calls.
+
+
+def forward(**inputs) -> KernelArgs:
+    """One launch of forward over an unpacked sequence, in bfloat16 unless `inputs` says otherwise."""
+    q, k, v = (inputs.pop(name, None) for name in "qkv")
+    q = torch.empty(1, 200, 4, 64, dtype=torch.bfloat16) if q is None else q
+    k, v = (torch.empty_like(q)[:, :, :2] if x is None else x for x in (k, v))
+    tuning = tuning_for(9, 64, q.element_size())
+    args = KernelArgs(q, k, v, KernelPattern.of(s2(2, block_size=64)), 0.1, tuning=tuning, **inputs)
+    launch_forward(args, torch.empty_like(q), torch.empty(1, 4, 200))
+    return args
+
+
+def test_a_launch_has_its_own_tensors_and_the_arguments_of_a_first_one(launches):
+    first, second = forward(), forward()
+    (_, _, one), (_, _, other) = launches
+    assert first.layout is second.layout
+    assert other["p_q"] is second.q and other["d_q"].base is second.q and other["d_v"].base is second.v
+    assert one["d_q"].base is first.q and one["d_q"] is not other["d_q"]
+    differ = {name for name in one if one[name] is not other[name]}
+    assert differ == {"p_q", "p_k", "p_v", "p_ks", "p_vs", "p_o", "p_lse", "d_q", "d_k", "d_v"}
+
+
+def test_no_tensor_of_a_call_outlives_it(launches):
+    args = forward()
+    kept = [weakref.ref(x) for x in (args.q, args.k, args.v, *launches[0][2].values()) if torch.is_tensor(x)]
+    table = launches[0][2]["p_heads"]
+    del args
+    launches.clear()
+    assert {ref() for ref in kept} == {None, table}
+
+
+def wide() -> torch.Tensor:
+    """Queries of more memory than they need."""
+    return torch.empty(1, 200, 4, 128, dtype=torch.bfloat16)
+
+
+CHANGES = {
+    "strides": (lambda: None, lambda: wide()[..., :64]),
+    "alignment of the address": (lambda: wide()[..., :64], lambda: wide()[..., 1:65]),
+    "alignment of the strides": (lambda: None, lambda: torch.empty(1, 200, 4, 68).bfloat16()[..., :64]),
+    "dtype": (lambda: None, lambda: torch.empty(1, 200, 4, 64)),
+}
+
+
+@pytest.mark.parametrize(("before", "after"), CHANGES.values(), ids=CHANGES)
+def test_a_change_of_layout_changes_the_launch(launches, before, after):
+    forward(q=before())
+    args = forward(q=after())
+    (_, _, first), (_, _, second) = launches
+    for name, x in (("q", args.q), ("k", args.k), ("v", args.v)):
+        assert [second[f"s_{name}{dim}"] for dim in "bth"] == [*x.stride()[:3]]
+    fits = args.q.data_ptr() % 16 == 0 and args.q.stride(2) % 8 == 0 and args.q.dtype == torch.bfloat16
+    assert first["DESC"] and second["DESC"] == fits
+    if fits:
+        assert second["d_q"].strides[1:] == [args.q.stride(2), args.q.stride(1), 1]
+
+
+def test_a_change_of_the_device_changes_the_launch():
+    one, other = (torch.empty(1, 200, 2, 64, device=device) for device in ("cpu", "meta"))
+    pattern = KernelPattern.of(s2(2, block_size=64))
+    layouts = [KernelArgs(x, x, x, pattern, 0.1).layout for x in (one, other)]
+    assert [layout.device.type for layout in layouts] == ["cpu", "meta"]
+
+
+def test_a_launch_in_a_captured_graph_keeps_its_tables(launches, monkeypatch):
+    forward()
+    capture(monkeypatch, True)
+    forward()
+    capture(monkeypatch, False)
+    table = launches[1][2]["p_heads"]
+    assert triton_capture._CAPTURED[table.data_ptr()] is table
+
+
 # Tables.
 
 
@@ -153,7 +235,7 @@ def table_made(first: int) -> weakref.ref:
 
 
 def capture(monkeypatch, capturing: bool) -> None:
-    for module in (triton_capture, triton_programs):
+    for module in (triton_args, triton_capture, triton_programs):
         monkeypatch.setattr(module, "is_capturing", lambda device: capturing)
 
 
