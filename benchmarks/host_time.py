@@ -1,12 +1,12 @@
 """Host time of a layer's attention by the Triton kernels: forward and backward around their launches.
 
 Launches are replaced by nothing, so no GPU is needed: what remains is the work of Python and PyTorch around
-them, on CPU tensors whose memory is never touched. What Triton does inside a launch is not counted; nor are the
-tables of packed documents, which all layers of a micro-batch share. A GPU waits for the host where a layer
-computes less than that.
+them, on CPU tensors whose memory is never touched. What Triton does inside a launch is not counted; nor are
+the tables of packed documents, which all layers of a micro-batch share. A GPU waits for the host where a
+layer computes less than that.
 
-Times are CPU time of the process. Beside them stands the same for an autograd function that allocates the same
-tensors and does nothing else.
+Times are CPU time of the process. Beside them stands the same for an autograd function that allocates the
+same tensors and does nothing else.
 """
 
 from __future__ import annotations

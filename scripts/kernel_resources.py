@@ -368,13 +368,14 @@ def cases(chips: Sequence[str], head_dims: Sequence[int], shipped: bool = False)
 
 
 def fingerprint() -> str:
-    """Returns a hash of the kernels' code without its comments and its launches, and of the cases."""
+    """Returns a hash of the kernels' code without its comments, imports and launches, and of the cases."""
     modules = triton_common, triton_forward, triton_dq, triton_dkv, triton_decode
     sources = [
         ast.unparse(node)
         for module in modules
         for node in ast.parse(Path(module.__file__).read_text(encoding="utf-8")).body
-        if not isinstance(node, ast.FunctionDef) or node.decorator_list
+        if not isinstance(node, ast.Import | ast.ImportFrom)
+        and (not isinstance(node, ast.FunctionDef) or node.decorator_list)
     ]
     text = "\n".join([*sources, *map(repr, cases(tuple(CHIPS), HEAD_DIMS))])
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import pairwise
 from typing import Literal
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_s2.kernels.backends import attention_function, choose_backend
+from megatron_s2.kernels.call_cache import cached_in_eager
 from megatron_s2.kernels.numerics import autocast_dtype, autocast_off
 from megatron_s2.kernels.tuning import Tuning
 from megatron_s2.pattern import BlockMaskPattern, BlockPattern
@@ -112,7 +112,9 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, packe
     shapes = q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
     for name, x, shape in zip("qkv", (q, k, v), shapes):
         if len(shape) != dims:
-            layout = "[tokens, heads, head_dim] with cu_seqlens" if packed else "[batch, seq, heads, head_dim]"
+            layout = (
+                "[tokens, heads, head_dim] with cu_seqlens" if packed else "[batch, seq, heads, head_dim]"
+            )
             raise ValueError(f"{name} {tuple(shape)}: must be {layout}")
         if x.dtype != dtype or dtype not in _DTYPES:
             raise ValueError(
@@ -167,9 +169,7 @@ def _check_sinks(sink_logits: Tensor, q: Tensor) -> None:
         raise ValueError(f"sink_logits on {sink_logits.device}: must be on the device of q, {q.device}")
 
 
-def _documents(
-    cu_seqlens: Tensor | Sequence[int], tokens: int, q_start: int
-) -> tuple[tuple[int, int], ...]:
+def _documents(cu_seqlens: Tensor | Sequence[int], tokens: int, q_start: int) -> tuple[tuple[int, int], ...]:
     """Returns start and stop of each document that has tokens."""
     if q_start:
         raise ValueError(f"q_start {q_start}: must be 0 with cu_seqlens")
@@ -182,7 +182,7 @@ def _documents(
     return _between(tuple(cu_seqlens), tokens)
 
 
-@lru_cache(maxsize=64)
+@cached_in_eager(maxsize=64)
 def _between(offsets: tuple[int, ...], tokens: int) -> tuple[tuple[int, int], ...]:
     """The documents between the offsets, for equal ones the same object: all layers ask for them."""
     if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != tokens or list(offsets) != sorted(offsets):

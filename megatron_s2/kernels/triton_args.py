@@ -250,9 +250,7 @@ class CallLayout:
         else:
             shape = sum(self.shard_tokens), 1
         splits, _ = self.shard_splits
-        dks, dvs = (
-            Layout.contiguous(splits, self.batch, *shape, x.shape[-1]) for x in (self.k, self.v)
-        )
+        dks, dvs = (Layout.contiguous(splits, self.batch, *shape, x.shape[-1]) for x in (self.k, self.v))
         return dks, dvs
 
     # Keyword arguments.
@@ -310,9 +308,7 @@ class CallLayout:
         names = (*rows, "d_k", "d_v", "d_ks", "d_vs")
         return self._parts(names, boxes, tiles.keys - self.q_start)
 
-    def row_launches(
-        self, dout: Layout
-    ) -> list[tuple[Part, dict[str, TensorDescriptor], dict[str, object]]]:
+    def row_launches(self, dout: Layout) -> list[tuple[Part, dict[str, TensorDescriptor], dict[str, object]]]:
         """The launches over keys, as `source_launches`, with descriptors of q and dout, of boxes of rows;
         none where a box of a mask's rows could lie in two blocks."""
         layouts, rows, boxes = {"d_q": self.q, "d_do": dout}, self.tiles("dkv").rows, {}

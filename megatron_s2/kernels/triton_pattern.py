@@ -12,6 +12,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from megatron_s2.kernels.call_cache import cached_in_eager
 from megatron_s2.kernels.triton_capture import require_no_capture
 from megatron_s2.kernels.tuning import decode, encode
 from megatron_s2.pattern import BlockMaskPattern, BlockPattern, S2Pattern
@@ -42,17 +43,9 @@ class KernelPattern:
     def of(cls, pattern: BlockPattern) -> KernelPattern:
         """Returns the integers of a pattern, for equal `S2Pattern`s the same object."""
         if isinstance(pattern, S2Pattern):
-            return cls._of_s2(pattern)
+            return _of_s2(pattern)
         heads = pattern.num_kv_heads
         return cls(pattern.block_size, 1, 0, (0,) * heads, (1,) * heads)
-
-    @classmethod
-    @lru_cache(maxsize=1024)
-    def _of_s2(cls, pattern: S2Pattern) -> KernelPattern:
-        firsts = tuple(map(pattern.first_strided, range(pattern.num_kv_heads)))
-        return cls(
-            pattern.block_size, pattern.local_blocks, pattern.sink_blocks, firsts, tuple(pattern.strides)
-        )
 
     @cached_property
     def code(self) -> str:
@@ -91,9 +84,18 @@ class KernelPattern:
         return sum(pattern.visible_pairs(tokens))
 
 
-@lru_cache(maxsize=64)
+@cached_in_eager(maxsize=1024)
+def _of_s2(pattern: S2Pattern) -> KernelPattern:
+    firsts = tuple(map(pattern.first_strided, range(pattern.num_kv_heads)))
+    return KernelPattern(
+        pattern.block_size, pattern.local_blocks, pattern.sink_blocks, firsts, tuple(pattern.strides)
+    )
+
+
+@cached_in_eager(maxsize=64)
 def edges_code(documents: tuple[tuple[int, int], ...]) -> str:
-    """Returns start and stop of each document, one after another, as text, which the custom operators take."""
+    """Returns start and stop of each document, one after another, as text, which the custom operators
+    take."""
     return encode(edge for document in documents for edge in document)
 
 

@@ -59,7 +59,9 @@ class TritonSlice(SequenceSlice):
                 grad += part
         else:
             for grad, parts in zip((dk, dv), launch_dkv_shard(args, dout, lse2, delta)):
-                for (start, _), part in zip(self.shards, parts[:, :, :, 0].split(args.layout.shard_tokens, 2)):
+                for (start, _), part in zip(
+                    self.shards, parts[:, :, :, 0].split(args.layout.shard_tokens, 2)
+                ):
                     for split in part:  # one by one: their sum would take memory
                         grad[:, start : start + split.shape[1]] += split
 

@@ -193,7 +193,6 @@ def decode(code: str) -> tuple[int, ...]:
     return tuple(map(int, code.split(","))) if code else ()
 
 
-@cache
 def tuning_for(capability: int, head_dim: int, element_size: int, passes: bool = False) -> Tuning:
     """Returns the shipped tuning.
 
