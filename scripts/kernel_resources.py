@@ -421,6 +421,10 @@ def prediction(rows: Sequence[Resources]) -> list[str]:
         return []
     splits = tuning_for(9, 128, 2).splits
     probed = predicted_probe(probe())
+    if abs(probed / PROBE_TFLOPS - 1) > TOLERANCE:
+        return [
+            f"No prediction: the model gives {probed:.0f} TFLOP/s where {PROBE_TFLOPS:.0f} were published."
+        ]
     lines = [
         "## Predicted on an H100",
         "",

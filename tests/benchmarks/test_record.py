@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import RUNNER, rows_in
-from megatron_run import environment_of_forks
+from megatron_run import environment_of_forks, run_command
 from waiting import PATIENCE, wait_until
 
 ROOT = RUNNER.parents[1]
@@ -322,17 +322,17 @@ def test_tests_that_passed_are_stored_one_by_one_and_not_run_again(tmp_path):
     (tmp_path / "conftest.py").write_text(SAME_CODE)
     words = ["-m", "pytest", "-q", "--rootdir", str(tmp_path), "-p", "no:cacheprovider"]
     words += ["-p", "benchmarks.tests_passed", "--tests-passed", str(tmp_path / "rows"), str(tmp_path)]
-    first = run([sys.executable, *words])
+    first = run_command(*words)
     assert first.returncode == 1, first.stdout + first.stderr
     rows = rows_in(tmp_path / "rows", "tests")
     assert [row["outcome"] for row in rows].count("passed") == 3 and len(rows) == 4
     (failed,) = (row for row in rows if row["outcome"] == "failed")
     assert failed["test"].endswith("::test_fails_while_there_is_no_file") and "no file" in failed["said"]
     (tmp_path / "there").touch()
-    second = run([sys.executable, *words, "-n", "1"])
+    second = run_command(*words, "-n", "1")
     assert second.returncode == 0 and "1 passed" in second.stdout, second.stdout + second.stderr
     assert len(rows_in(tmp_path / "rows", "tests")) == 5
-    third = run([sys.executable, *words])
+    third = run_command(*words)
     assert third.returncode == 0, third.stdout + third.stderr
     assert len(rows_in(tmp_path / "rows", "tests")) == 5
 
