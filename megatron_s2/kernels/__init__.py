@@ -7,7 +7,7 @@
 The Triton backend in reading order: `triton_backend` prepares the arguments, `triton_ops` has the custom
 operators with autograd and FLOP counts. Kernels stand with their launches in `triton_forward`, `triton_dq`,
 `triton_dkv` and `triton_decode`; what they share is in `triton_common` (device functions) and `triton_args`
-(keyword arguments of launches). `triton_programs` says which tile of which document a program computes,
+(what launches keep between calls). `triton_programs` says which tile of which document a program computes,
 `triton_capture` what holds for CUDA graphs, `tuning` has the tile sizes for each chip.
 """
 
