@@ -4,8 +4,6 @@ either cache; an error where it would be wrong."""
 import copy
 import json
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -20,6 +18,7 @@ from generation_models import (
     prompts,
     save_model,
 )
+from megatron_run import run_command
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -229,9 +228,9 @@ def test_a_copy_has_the_same_logits(copies, llama):
 
 
 def test_no_copy_loads_dense_without_this_module(copies):
-    """In a process that has never imported megatron_s2."""
     script = """
 import sys
+assert "megatron_s2.hf" not in sys.modules
 from transformers import AutoConfig, AutoModelForCausalLM
 for directory in sys.argv[1:]:
     try:
@@ -242,12 +241,7 @@ for directory in sys.argv[1:]:
         print(model.config._attn_implementation)
 """
     names = [name for name in COPIES if name != "inner model"]
-    found = subprocess.run(
-        [sys.executable, "-c", script, *(str(copies / name) for name in names)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    found = run_command("-c", script, *(copies / name for name in names))
     assert found.stdout.split() == ["True"] * len(names), found.stderr
 
 

@@ -8,6 +8,7 @@ import torch
 from attention_cases import Case, packed, random_mask, s2
 from largest_tensor import LargestTensor
 from native_operators import require_native
+from selection import exhaustive
 from torch.autograd.graph import saved_tensors_hooks
 
 from megatron_s2 import S2Pattern, s2_attention
@@ -108,7 +109,11 @@ def without_flash_kernel(patch):
     patch.setattr(torch_flash, "_MAX_SCORES", 4000)
 
 
-PATHS = [native, native_row_by_row, native_bfloat16, from_python, row_by_row, without_flash_kernel]
+PATHS = [
+    native,
+    from_python,
+    *exhaustive(native_row_by_row, native_bfloat16, row_by_row, without_flash_kernel),
+]
 
 
 @pytest.fixture(params=PATHS, ids=lambda path: path.__name__)
@@ -121,7 +126,7 @@ def test_results_and_gradients_equal_the_reference(case, each_path):
     require_equal(case.results("torch"), case.results("reference"))
 
 
-@pytest.mark.parametrize("through", ["out", "lse"])
+@pytest.mark.parametrize("through", ["lse", *exhaustive("out")])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradients_through_out_or_lse_alone(case, through):
     one = {"out": through == "out", "lse": through == "lse"}

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from megatron_run import ROOT
+from megatron_run import ROOT, run_command
 from torch.utils.tensorboard import SummaryWriter
 from waiting import PATIENCE
 
@@ -35,14 +35,8 @@ def run(tmp_path) -> Path:
     )
 
 
-def script(name: str, *words, **others) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / name), *map(str, words)],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        **others,
-    )
+def script(name: str, *words) -> subprocess.CompletedProcess:
+    return run_command(ROOT / "scripts" / name, *words)
 
 
 def test_scalars_are_read_by_iteration(run):
@@ -150,7 +144,9 @@ STEP = (
 
 
 def watched(*lines: str) -> list[str]:
-    done = script("lib/watch.py", input="".join(f"{line}\n" for line in lines))
+    command = [sys.executable, ROOT / "scripts" / "lib" / "watch.py"]
+    text = "".join(f"{line}\n" for line in lines)
+    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout.splitlines()
 
