@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -13,16 +14,16 @@ CASE = {"batch": 1, "heads": 8, "kv_heads": 2, "head_dim": 64, "dtype": "float32
 COLUMNS = ("s2-torch", "sdpa", "flex")
 
 
-def rows_of(implementation: str, seq_length: int, which: str) -> list[dict]:
-    """All stored rows of an implementation at the README's case, without busy loops, oldest first."""
+def rows_of(implementation: str, seq_length: int, which: str, busy_loops: int = 0, **others) -> list[dict]:
+    """All stored rows of an implementation at the README's case, oldest first."""
     rows = [json.loads(line) for file in sorted(RESULTS.glob("attention-*.jsonl")) for line in file.open()]
-    asked = {"implementation": implementation, "seq_length": seq_length, "pass": which, **CASE}
-    return [row for row in rows if asked.items() <= row.items() and not row.get("busy_loops")]
+    asked = {"implementation": implementation, "seq_length": seq_length, "pass": which, **CASE, **others}
+    return [row for row in rows if asked.items() <= row.items() and row.get("busy_loops", 0) == busy_loops]
 
 
-def stored(implementation: str, seq_length: int, which: str) -> dict:
+def stored(implementation: str, seq_length: int, which: str, **others) -> dict:
     """The last that was measured."""
-    return [row for row in rows_of(implementation, seq_length, which) if row["seconds"]][-1]
+    return [row for row in rows_of(implementation, seq_length, which, **others) if row["seconds"]][-1]
 
 
 def milliseconds(row: dict) -> float:
@@ -48,6 +49,23 @@ def test_each_measured_row_is_a_stored_one():
         assert bound == f"{stored('s2-torch', *case)['speedup_bound']:.1f}"
         dense = medians.get("sdpa")
         assert speedup == (f"{dense / medians['s2-torch']:.1f}x" if dense else "not measured")
+
+
+def test_each_speedup_beside_busy_loops_is_of_stored_rows():
+    table = re.findall(r"^\| (\d+) \|((?: [\w. ]+x? \|){5})$", README, re.M)
+    assert len(table) == 4
+    for tokens, cells in table:
+        *told, bound = [cell.strip() for cell in cells.split("|")[:-1]]
+        rows = []
+        for cell, (dtype, busy) in zip(told, product(("float32", "bfloat16"), (0, 2)), strict=True):
+            if cell != "not measured":
+                asked = {"dtype": dtype, "busy_loops": busy}
+                ours, dense = (
+                    stored(name, int(tokens), "forward+backward", **asked) for name in ("s2-torch", "sdpa")
+                )
+                assert cell == f"{milliseconds(dense) / milliseconds(ours):.1f}x"
+                rows.append(ours)
+        assert {f"{row['speedup_bound']:.1f}x" for row in rows} == {bound}
 
 
 def test_what_others_did_meanwhile_is_told_where_it_was_recorded():
