@@ -168,7 +168,7 @@ def _no_flash_backend(case: Case) -> str | None:
     """Its backend of FlashAttention-4 needs a package of its own."""
     try:
         found = importlib.util.find_spec("flash_attn.cute")
-    except ModuleNotFoundError:
+    except ImportError:  # there is none, or it is of another PyTorch
         found = None
     return None if found else "FlexAttention's FLASH backend: the package flash-attn-4 is not installed"
 

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -55,15 +56,18 @@ class BusyLoops:
 
     def __init__(self, count: int):
         self._count = count
+        self._loops = ExitStack()
 
     def __enter__(self) -> None:
-        loop = [sys.executable, "-c", "while True: pass"]
-        self._processes = [subprocess.Popen(loop) for _ in range(self._count)]
+        with ExitStack() as loops:
+            for _ in range(self._count):
+                process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+                loops.callback(process.wait)
+                loops.callback(process.kill)
+            self._loops = loops.pop_all()
 
     def __exit__(self, *_: object) -> None:
-        for process in self._processes:
-            process.kill()
-            process.wait()
+        self._loops.close()
 
 
 class OtherLoad:

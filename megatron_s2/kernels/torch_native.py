@@ -35,7 +35,7 @@ from megatron_s2.kernels.torch_calls import (
     backward_calls,
     forward_calls,
 )
-from megatron_s2.kernels.torch_plan import Band, Call, Causal, Gathered
+from megatron_s2.kernels.torch_plan import Band, Call, Causal
 from megatron_s2.pattern import BlockPattern, S2Pattern
 
 _log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def _operators(parts: Parts):
     """Returns the C++ operators if they can run these parts, else None."""
     if not parts or parts[0].q.device.type != "cpu":
         return None
-    if any(isinstance(call, Gathered) for part in parts for call in part.plan.calls):
+    if not all(isinstance(part.plan.pattern, S2Pattern) for part in parts):
         return None
     return load()
 
@@ -143,7 +143,7 @@ def _table(calls: Sequence[Call], block: int) -> Tensor:
             return _BAND, call.first * block, call.last * block, 0, 0, 0
         return _PAST, call.start, call.stop, int(call.source == "shard"), call.keys_start, call.keys_stop
 
-    return torch.tensor([row(call) for call in calls], dtype=torch.int64).view(-1, 6)
+    return torch.tensor([row(call) for call in calls], dtype=torch.int64, device="cpu").view(-1, 6)
 
 
 @cache
@@ -164,14 +164,15 @@ def load():
 def library() -> Path:
     """Returns the path of the compiled operators. One process compiles them, and others wait for it.
 
-    The file depends neither on the compiler nor on the CPU beyond its architecture: a machine without a
-    compiler uses what another with the same home folder has compiled.
+    Machines that share a home folder share the file if they have the same architecture, C library and build
+    of PyTorch: then one without a compiler uses what another has compiled.
 
     Raises:
         OSError: the cache folder is not writable.
         RuntimeError: there is no compiler, or it fails.
     """
-    key = "\n".join([_SOURCE.read_text(encoding="utf-8"), torch.__version__, platform.machine(), *_FLAGS])
+    build = [torch.__version__, torch.version.git_version, platform.machine(), *platform.libc_ver()]
+    key = "\n".join([_SOURCE.read_text(encoding="utf-8"), *build, *_FLAGS])
     path = cache_folder() / f"torch_tasks-{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

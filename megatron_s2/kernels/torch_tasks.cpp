@@ -5,7 +5,8 @@
 // interrupted delays none but its own: threads take the next task as they become free.
 //
 // In backward a task adds up the gradients of its keys in tensors of its own, which are added to those of its KV
-// head in the order of the tasks: results do not depend on the threads.
+// head in the order of the tasks: results do not depend on which thread takes which task. The number of threads decides
+// how many rows a task has, and with that how gradients are rounded.
 
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
@@ -181,12 +182,8 @@ Tensor windows_of(const Tensor& keys, const Shape& shape) {
   return keys.unfold(2, shape.local * shape.block, shape.block).transpose(-1, -2).flatten(1, 2);
 }
 
-// `[1, group, rows * block, …]` as `[1, rows, group * block, …]`, and back.
+// `[1, group, rows * block, …]` as `[1, rows, group * block, …]`; its own inverse.
 Tensor fold(const Tensor& x, const Shape& shape) {
-  return x.unflatten(2, {-1, shape.block}).transpose(1, 2).flatten(2, 3);
-}
-
-Tensor unfold(const Tensor& x, const Shape& shape) {
   return x.unflatten(2, {-1, shape.block}).transpose(1, 2).flatten(2, 3);
 }
 
@@ -209,8 +206,8 @@ void forward_task(const Task& task, const Part& part, const Shape& shape, Tensor
       std::tie(o, l) = at::_scaled_dot_product_flash_attention_for_cpu(
           fold(q, shape), windows_of(k, shape), windows_of(v, shape), 0.0, false, band_mask(part, shape),
           shape.scale);
-      o = unfold(o, shape);
-      l = unfold(l, shape);
+      o = fold(o, shape);
+      l = fold(l, shape);
     } else {
       std::tie(o, l) = at::_scaled_dot_product_flash_attention_for_cpu(
           q, k, v, 0.0, flash.kind == kCausal, std::nullopt, shape.scale);
@@ -279,7 +276,7 @@ KeyGradients backward_task(const Task& task, const Part& part, const Shape& shap
         fitted(rows(dout), k), fitted(rows(part.q), k), k, v, fitted(rows(out), k), rows(lse), 0.0,
         flash.kind == kCausal, band ? std::optional<Tensor>(band_mask(part, shape)) : std::nullopt, shape.scale);
     Tensor target = rows_of(dq, task, part, flash.start, flash.stop);
-    dq_rows = (band ? unfold(dq_rows, shape) : dq_rows).narrow(-1, 0, target.size(-1));
+    dq_rows = (band ? fold(dq_rows, shape) : dq_rows).narrow(-1, 0, target.size(-1));
     target.add_(dq_rows);
     const int64_t offset = flash.keys_start - grads.start[flash.source], n = flash.keys_stop - flash.keys_start;
     Tensor grad_k = grads.k[flash.source].narrow(2, offset, n), grad_v = grads.v[flash.source].narrow(2, offset, n);

@@ -259,6 +259,9 @@ def launch_dq(
         source: "window" or "shard" for what comes through that source alone; None for both.
         resume: add to what is in `dq`.
     """
+    if args.scale == 0:  # by which the kernel divides what it adds to
+        dq.zero_()
+        return
     tensors = {
         "p_q": args.q, **args.window, **args.shard, **args.lists(), "p_do": dout, "p_lse2": lse2,
         "p_delta": delta, "p_dq": dq, "p_prev": dq if resume else None,

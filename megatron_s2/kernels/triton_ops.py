@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
 _LIBRARY = torch.library.Library("megatron_s2", "FRAGMENT")
 _MASK_AND_PATTERN = (
-    "Tensor? starts, Tensor? blocks, str pattern, SymInt pairs, float scale, str edges, int q_start, str tuning"
+    "Tensor? starts, Tensor? blocks, str pattern, SymInt pairs, float scale, str edges, int q_start, "
+    "str tuning"
 )
 _LIBRARY.define(
     f"attention_forward(Tensor q, Tensor k, Tensor v, Tensor? sink_logits, {_MASK_AND_PATTERN}) "

@@ -72,7 +72,8 @@ def separate_dkv(tiles: Tiles, head_dims: int) -> bool:
 
 @dataclass(frozen=True)
 class Tuning:
-    """Launch configuration of one call. It affects the rounding of results: equal ones give equal bits.
+    """Launch configuration of one call. It affects the rounding of results: equal ones give equal bits
+    where strides and alignment, which decide between descriptors and pointers, are equal.
 
     Args:
         forward, dq, dkv: tiles of the kernels.
@@ -111,7 +112,7 @@ class Tuning:
         return max(1, min(-(-_COLUMN_PROGRAMS // max(columns, 1)), -(-rows // _SHORTEST_SPAN)))
 
 
-# Constants, not properties of the chip: the order of summation, and with it the bits, does not depend on it.
+# Constants, not properties of the chip: how the columns of a shard are summed does not depend on it.
 _COLUMN_PROGRAMS = 4096
 _SHORTEST_SPAN = 1024
 

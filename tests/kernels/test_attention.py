@@ -11,7 +11,7 @@ from native_operators import require_native
 from selection import exhaustive
 from torch.autograd.graph import saved_tensors_hooks
 
-from megatron_s2 import S2Pattern, s2_attention
+from megatron_s2 import BlockMaskPattern, S2Pattern, s2_attention
 from megatron_s2.kernels import torch_calls, torch_flash, torch_native
 from megatron_s2.kernels.compare import (
     attention_results,
@@ -60,6 +60,8 @@ CASES = [
     Case(random_mask(2, 9), "mask", queries=130),
     Case(random_mask(3, 9), "mask", queries=60, q_start=55, sink_logits=True, group=1),
     Case(random_mask(2, 9), "mask packed", **packed(100, 0, 140, 7)),
+    Case(random_mask(2, 1), "mask of one block", queries=10),
+    Case(BlockMaskPattern(torch.eye(7, dtype=torch.bool).expand(2, 7, 7), 16), "mask of the diagonal"),
 ]  # fmt: skip
 
 # One case for each path through the backend: numbers in low precision do not depend on more.

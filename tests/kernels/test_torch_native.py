@@ -163,6 +163,14 @@ def test_fake_tensors_have_the_shapes_of_real_ones():
     assert [x.shape for x in (out, *grads)] == [x.shape for x in (q, q, k, v)]
 
 
+def test_a_default_device_changes_nothing():
+    require_native()
+    q, k, v = inputs(100)
+    expected = attend(q, k, v)
+    with torch.device("meta"):
+        assert torch.equal(attend(q, k, v), expected)
+
+
 def test_other_python_threads_run_meanwhile():
     require_native()
     q, k, v = inputs(4096)

@@ -37,11 +37,14 @@ def shard_tokens(x: torch.Tensor, rows: int) -> torch.Tensor:
 
 @on_device
 @pytest.mark.parametrize(
-    ("q_start", "tiles"),
-    [(137, cut(64, 32, 50)), *exhaustive((128, cut(64, 32, 50)), (137, cut(32, 16, 64)))],
-    ids=["unaligned", "aligned", "unaligned, small tiles"],
+    ("q_start", "tiles", "scale"),
+    [
+        (137, cut(64, 32, 50), 0.25),
+        *exhaustive((128, cut(64, 32, 50), 0.25), (137, cut(32, 16, 64), 0.25), (137, cut(64, 32, 50), 0.0)),
+    ],
+    ids=["unaligned", "aligned", "unaligned, small tiles", "scale 0"],
 )
-def test_a_window_and_a_compact_shard_equal_the_whole(q_start, tiles):
+def test_a_window_and_a_compact_shard_equal_the_whole(q_start, tiles, scale):
     from megatron_s2.kernels.triton_args import KernelArgs
     from megatron_s2.kernels.triton_dkv import launch_dkv, launch_dkv_shard, launch_dkv_window
     from megatron_s2.kernels.triton_dq import launch_delta, launch_dq
@@ -53,7 +56,7 @@ def test_a_window_and_a_compact_shard_equal_the_whole(q_start, tiles):
     q, k, v, dout = (inputs[name] for name in ("q", "k", "v", "dout"))
     k_start = (q_start // B - L + 1) * B
     rows = PATTERN.num_blocks(k.shape[1])
-    call = {"pattern": KernelPattern.of(PATTERN), "scale": 0.25, "q_start": q_start, "tuning": tiles}
+    call = {"pattern": KernelPattern.of(PATTERN), "scale": scale, "q_start": q_start, "tuning": tiles}
     whole = KernelArgs(q, k, v, **call)
     sources = KernelArgs(
         q, k[:, k_start:], v[:, k_start:], **call, keys_start=k_start,
