@@ -182,14 +182,16 @@ def predict(
         for head in range(heads)
         for n in range(columns[head])
     )
-    keys = group * visits * single + sum(columns) * splits(max(columns) * heads, tokens) * around
+    parts = sum(columns) * splits(max(columns) * heads, tokens)
+    keys = group * visits * single + parts * around
     _, single, masked, around = kernels["dkv window"].costs()
     for block in range(blocks):
         keys += heads * (group * (masked + min(window - 1, blocks - 1 - block) * single) + around)
 
     rate = MULTIPROCESSORS * CLOCK / IMBALANCE
-    delta = 2 * tokens * heads * group * head_dim * 2 / MEMORY  # reads out and its gradient
-    seconds = rows["forward"] / rate, (rows["dq"] + keys) / rate + delta
+    # Delta's kernel reads out and its gradient, bfloat16. Parts of dK and dV, float32, are written and read.
+    moved = 2 * tokens * heads * group * head_dim * 2 + 2 * parts * pattern.block_size * 2 * head_dim * 4
+    seconds = rows["forward"] / rate, (rows["dq"] + keys) / rate + moved / MEMORY
     flops = pattern.flops(tokens, heads * group, head_dim)
     forward, backward = (x / s / 1e12 for x, s in zip((flops.forward, flops.backward), seconds))
     both = (flops.forward + flops.backward) / sum(seconds) / 1e12
