@@ -367,7 +367,9 @@ def import_all() -> None:
     quiet_known_warnings()
     for module in IMPORTED_BY_A_TRAINING:
         import_module(module)
-    # Megatron's log goes to what was stdout when megatron.training was imported; now to what is when it logs.
+    # Importing megatron.training has set up the log of a training, on what was stdout then. Other commands do
+    # not have it, and it goes to what is stdout when something is logged.
+    logging.root.setLevel(logging.WARNING)
     for handler in logging.root.handlers:
         handler.stream = SimpleNamespace(
             write=lambda text: sys.stdout.write(text), flush=lambda: sys.stdout.flush()
@@ -433,6 +435,7 @@ def _run_jobs(job_file: Path, rank: int, ranks: int, port: int) -> None:
         places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
         addresses = {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
         os.environ |= {name: str(value) for name, value in (places | addresses).items()}
+    logging.root.setLevel(logging.INFO)
     work = json.loads(job_file.read_text())
     if work["before"]:
         name, *given = work["before"]
