@@ -171,16 +171,25 @@ def reads_of_the_device(case: Case) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def four_ranks(tmp_path_factory):
-    return run_on_ranks(4, compute_and_watch, tmp_path_factory.mktemp("ranks"), 4, FEW)
+def computed(tmp_path_factory):
+    """Returns the results of each rank by the name of a run in `CASES_OF`, computed once."""
+
+    @cache
+    def results(runs: str) -> list[dict]:
+        ranks, directory = int(runs[1]), tmp_path_factory.mktemp("ranks")
+        return run_on_ranks(ranks, compute_and_watch, directory, ranks, CASES_OF[runs])
+
+    return results
 
 
-@pytest.fixture(scope="module")
-def on_ranks(request, tmp_path_factory):
-    if request.param == "P4":
-        return request.getfixturevalue("four_ranks")
-    ranks, cases = int(request.param[1]), CASES_OF[request.param]
-    return run_on_ranks(ranks, compute_and_watch, tmp_path_factory.mktemp("ranks"), ranks, cases)
+@pytest.fixture
+def four_ranks(computed):
+    return computed("P4")
+
+
+@pytest.fixture
+def on_ranks(request, computed):
+    return computed(request.param)
 
 
 each_case = pytest.mark.parametrize(
