@@ -115,8 +115,10 @@ class Server:
         self._selector = selectors.PollSelector()  # forks share no state of it
         self._holders, self._forks, self._was_held = 0, 0, False
         listener = socket.socket(socket.AF_UNIX)
-        listener.bind(str(address))
+        unready = address.with_suffix(".new")
+        listener.bind(str(unready))
         listener.listen(64)
+        unready.rename(address)  # whoever finds it can connect
         self._watch(listener, partial(self._accept, listener))
 
     def run(self) -> None:

@@ -134,7 +134,13 @@ def launch(
         return Launched(log_dir, flags, ranks, model, data).wait()
     command = [sys.executable, *_command(log_dir, flags, ranks, model, data)]
     done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT, env=_environment(), text=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        cwd=ROOT,
+        env=_environment(),
+        text=True,
+        timeout=PATIENCE,
     )
     return Run(done.returncode, done.stdout, log_dir)
 

@@ -40,7 +40,9 @@ class Table:
         table, copied = found
         if is_capturing(device):
             keep(table)
-        elif copied is not None and not copied.query():
+        elif copied is not None and copied.query():
+            self._copies[device] = table, None
+        elif copied is not None:
             torch.cuda.current_stream(device).wait_event(copied)  # another stream may have started the copy
         return table
 
