@@ -187,8 +187,9 @@ class Resources:
     def problems(self) -> list[str]:
         """Returns a message for each limit of the chip that the kernel exceeds."""
         chip, where = CHIPS[self.case.chip], self.case
-        gated = self.case.chip == HOPPER and self.case.kernel != DECODE and bool(self.code.loops)
+        gated = self.case.chip == HOPPER and self.case.kernel != DECODE
         checks = {
+            f"{where}: no loop found in its machine code": gated and not self.code.loops,
             f"{where}: spills {self.local} bytes per thread to local memory, at most {MOST_LOCAL}": not gated
             and self.local > MOST_LOCAL,
             f"{where}: {self.all_registers} registers, at most {REGISTERS}": self.all_registers > REGISTERS,
@@ -196,7 +197,7 @@ class Resources:
             f"{where}: no {where.instruction} in its PTX": not self.tensor_core,
         }
         found = [problem for problem, exceeds in checks.items() if exceeds]
-        return found + (self._loop_problems() if gated else [])
+        return found + (self._loop_problems() if gated and self.code.loops else [])
 
     def _loop_problems(self) -> list[str]:
         case, tiles, found = self.case, self.case.tiles, []
@@ -508,8 +509,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.check:
         problems += stale(TABLE.read_text(encoding="utf-8"), rows)
     else:
-        TABLE.write_text(page(rows), encoding="utf-8")
         print(page(rows))
+        if not problems:
+            TABLE.write_text(page(rows), encoding="utf-8")
     print(*problems, sep="\n", file=sys.stderr)
     return 1 if problems else 0
 

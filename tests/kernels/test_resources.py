@@ -76,13 +76,13 @@ def test_what_wastes_time_on_hopper_is_a_problem(resources, tmp_path, monkeypatc
 
 def test_spills_size_and_missing_tensor_cores_are_problems(resources):
     tiles = resources.Tiles(128, 64, 8, 3)
-    case = resources.Case("sm_90", "dq", 128, tiles)
+    case = resources.Case("sm_80", "dq", 128, tiles)
     bad = resources.Resources(case, 255, 80, 1 << 20, tensor_core=False)
-    where = "sm_90 dq head_dim 128: "
+    where = "sm_80 dq head_dim 128: "
     assert bad.problems() == [
         where + "spills 80 bytes per thread to local memory, at most 64",
-        where + "shared memory 1048576, at most 232448",
-        where + "no wgmma in its PTX",
+        where + "shared memory 1048576, at most 166912",
+        where + "no mma.sync in its PTX",
     ]
     good = resources.Resources(case, 200, 0, 1 << 17, tensor_core=True)
     assert good.problems() == []
@@ -93,6 +93,8 @@ def test_spills_size_and_missing_tensor_cores_are_problems(resources):
     decode = resources.Case("sm_90", resources.DECODE, 128, tiles)
     (problem,) = resources.Resources(decode, 80, 0, 1 << 16, tensor_core=False).problems()
     assert problem == "sm_90 decode split head_dim 128: no mma.sync in its PTX"
+    unseen = replace(good, case=replace(case, chip="sm_90"))
+    assert unseen.problems() == ["sm_90 dq head_dim 128: no loop found in its machine code"]
 
 
 def test_the_table_has_every_candidate_of_every_chip_and_head_dim(resources):
