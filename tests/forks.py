@@ -218,9 +218,13 @@ def _ended(call: Callable[[], None]) -> int:
 def run_python(words: list[str]) -> None:
     """Does what `python WORDS` does; words are `[-u] [-P] SCRIPT …`, `-m MODULE …` or `-c PROGRAM …`."""
     sys.executable = shutil.which("python")
+    safe_path = False
     while words[0] in ("-u", "-P"):
+        safe_path |= words[0] == "-P"
         words = words[1:]
     what, *others = words
+    if not safe_path:
+        sys.path.insert(0, os.getcwd() if what in ("-m", "-c") else str(Path(what).resolve().parent))
     if what == "-m":
         sys.argv = others
         runpy.run_module(others[0], run_name="__main__", alter_sys=True)
@@ -229,7 +233,6 @@ def run_python(words: list[str]) -> None:
         exec(compile(others[0], "<string>", "exec"), {"__name__": "__main__"})
     else:
         sys.argv = words
-        sys.path.insert(0, str(Path(what).resolve().parent))
         runpy.run_path(what, run_name="__main__")
 
 
