@@ -277,6 +277,8 @@ def _kernel(case: Case) -> tuple[triton.JITFunction, dict[str, object]]:
         # In context parallelism each of dQ's passes adds to what is there, and the forward's second one.
         row["RESUME"] = case.source == "shard" or (kernel == "dq" and bool(case.source))
         absent += [] if row["RESUME"] else ["p_prev"]
+        if kernel == "dq":  # the output is there unless a pass has its own kernel for delta
+            absent += ["p_dlse"] + (["p_o", "p_lse"] if case.source else [])
         function = triton_dq.s2_bwd_kernel_dq if kernel == "dq" else triton_forward.s2_fwd_kernel
         return function, constants | source | row | dict.fromkeys(absent)
     constants |= {"GRAD_K": case.gradient != "dv", "GRAD_V": case.gradient != "dk"}

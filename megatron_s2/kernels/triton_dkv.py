@@ -198,6 +198,12 @@ def s2_bwd_kernel_dkv_shard(
     tokens = shard_count(tl.maximum(0, (end - 1) // BLOCK - window + 1), first, stride, sinks) * BLOCK
     if i_n * BN >= tokens:
         return
+    split = q_start + i_s * span
+    # Parts that no row adds to are neither written nor read, but those of a list or of a compact source.
+    if not CSR and not COMPACT:
+        seen = (shard_block(i_n * BN // BLOCK, first, stride, sinks) + window) * BLOCK
+        if seen >= split + span:
+            return
     o_b = i_b.to(tl.int64)
     p_q += o_b * s_qb + doc * s_qt
     p_do += o_b * s_dob + doc * s_dot
@@ -242,7 +248,6 @@ def s2_bwd_kernel_dkv_shard(
         inner = low
     else:
         # Rows [low, inner) see some keys of the tile, [inner, high) see all of them.
-        split = q_start + i_s * span
         high = tl.minimum(end, split + span)
         low = tl.maximum(split, (shard_block(i_n * BN // BLOCK, first, stride, sinks) + window) * BLOCK)
         last = tl.minimum(i_n * BN + BN, tokens) - 1
@@ -279,7 +284,7 @@ def s2_bwd_kernel_dkv_window(
     p_q, p_k, p_v, p_do, d_q, d_do, p_lse2, p_delta, p_dk, p_dv, p_dks, p_dvs, p_heads, p_tiles, s_qb, s_qt,
     s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, s_dob, s_dot, s_doh, s_lb, s_lh, s_dkb, s_dkt, s_dkh, s_dvb,
     s_dvt, s_dvh, s_dkss, s_dksb, s_dkst, s_dksh, s_dvss, s_dvsb, s_dvst, s_dvsh, seq_q, seq_k, q_start,
-    k_start, window, sinks, scale, splits, group,
+    k_start, window, sinks, scale, splits, span, group,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GRAD_K: tl.constexpr, GRAD_V: tl.constexpr,
     DESC: tl.constexpr, ADD_SHARD: tl.constexpr, PACKED: tl.constexpr, PREC: tl.constexpr,
@@ -341,13 +346,17 @@ def s2_bwd_kernel_dkv_window(
         index = n * BLOCK + key % BLOCK
         m_s = m_n & in_shard(block, first, stride, sinks) & (block * BLOCK < end) & (index < tokens)
         o_t = offset + index
-        p_dks += o_b * s_dksb + i_g * s_dksh
-        p_dvs += o_b * s_dvsb + i_g * s_dvsh
-        for _ in range(tl.where(tl.max(m_s.to(tl.int32), 0) > 0, splits, 0)):
+        # The rows beyond the windows begin in this split; before it nothing was written.
+        split = tl.maximum((block + window) * BLOCK - q_start, 0) // span  # [BN]
+        begin = tl.min(tl.where(m_s, split, splits), 0)
+        p_dks += o_b * s_dksb + i_g * s_dksh + begin.to(tl.int64) * s_dkss
+        p_dvs += o_b * s_dvsb + i_g * s_dvsh + begin.to(tl.int64) * s_dvss
+        for i_s in range(begin, splits):
+            m_w = m_s & (split <= i_s)
             if GRAD_K:
-                dk += load_tile(p_dks, o_t, s_dkst, o_d, m_s, m_d)
+                dk += load_tile(p_dks, o_t, s_dkst, o_d, m_w, m_d)
             if GRAD_V:
-                dv += load_tile(p_dvs, o_t, s_dvst, o_dv, m_s, m_dv)
+                dv += load_tile(p_dvs, o_t, s_dvst, o_dv, m_w, m_dv)
             p_dks += s_dkss
             p_dvs += s_dvss
 
@@ -366,6 +375,7 @@ def launch_dkv(args: KernelArgs, dout: Tensor, lse2: Tensor, delta: Tensor, dk: 
 
 def launch_dkv_shard(args: KernelArgs, dout: Tensor, lse2: Tensor, delta: Tensor) -> list[Tensor]:
     """Returns the parts of dK and dV that come through the shard, in float32, one per split of the rows.
+    Where the shard is read from k and v, parts to which no row adds are not written.
 
     Their shape is `[splits, batch, tokens, kv_heads, head_dim]`. For a compact shard source it is
     `[splits, batch, tokens, 1, head_dim]`, the `args.shard_tokens` of the KV heads one after another.
@@ -434,6 +444,9 @@ def _window_launches(
 ) -> list[Launch]:
     seq_k, launches = call.k.shape[1], []
     dks, dvs = call.shard_parts if add_shard else (None, None)
+    splits, span = call.shard_splits if add_shard else (0, 1)
+    if call.num_blocks:  # the rows of a list are split otherwise
+        span = 1 << 30
     for part, boxes, box_args in call.row_launches(dout):
         programs = part.key_programs(call.pattern, call.q_start, call.tiles("dkv").keys, seq_k)
         for gradients in call.dkv_passes:
@@ -441,8 +454,8 @@ def _window_launches(
                 **call.query_args, **call.window_args, **call.pattern_args, **box_args, **gradients,
                 **strides("do", dout), **strides("l", lse2, "bh"), **strides("dk", dk), **strides("dv", dv),
                 **strides("dks", dks, "sbth"), **strides("dvs", dvs, "sbth"), "seq_k": seq_k,
-                "splits": call.shard_splits[0] if add_shard else 0, "ADD_SHARD": add_shard,
-                "group": call.group, **programs.arguments(), **call.tile_args("dkv"),
+                "splits": splits, "span": span, "ADD_SHARD": add_shard, "group": call.group,
+                **programs.arguments(), **call.tile_args("dkv"),
             }  # fmt: skip
             grid = programs.count, call.kv_heads, call.batch
             launches.append(Launch(grid, constants, call.tables(programs), boxes))

@@ -1,4 +1,5 @@
-"""Backward pass in Triton over query rows: delta and dQ, a kernel and a launch each.
+"""Backward pass in Triton over query rows: dQ, and delta on the way to it or, for passes over one source, in
+a kernel of its own.
 
 dQ reads the same keys in the same order as the forward kernel (`triton_forward`), with the same tiles of BM
 rows.
@@ -32,12 +33,24 @@ _DELTA_ROWS = 64  # query rows of a program of the delta kernel
 
 
 @triton.jit
+def _row_sums(b_do, b_o, p_lse, p_dlse, p_lse2, p_delta, o_row, m_m):
+    """Returns lse in base 2 [BM], and delta [BM] = rowsum(dout * out) - dlse, which softmax backward
+    subtracts from dP; writes both."""
+    lse = tl.load(p_lse + o_row, mask=m_m, other=0.0) * LOG2_E
+    delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
+    if p_dlse is not None:
+        delta -= tl.load(p_dlse + o_row, mask=m_m, other=0.0)
+    tl.store(p_lse2 + o_row, lse, mask=m_m)
+    tl.store(p_delta + o_row, delta, mask=m_m)
+    return lse, delta
+
+
+@triton.jit
 def s2_bwd_kernel_delta(
-    p_do, p_o, p_lse, p_dlse, p_delta, p_lse2, s_dob, s_dot, s_doh, s_ob, s_ot, s_oh, s_lb, s_lh, seq,
-    DV: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, HAS_DLSE: tl.constexpr,
+    p_do, p_o, p_lse, p_delta, p_lse2, s_dob, s_dot, s_doh, s_ob, s_ot, s_oh, seq,
+    DV: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """delta `[batch, heads, seq]` = rowsum(dout * out) - dlse, which softmax backward subtracts from dP, and
-    lse in base 2."""
+    """What `_row_sums` writes, `[batch, heads, seq]`."""
     i_h, o_b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     o_m, o_dv = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, BDV)
     m_m = o_m < seq
@@ -45,27 +58,18 @@ def s2_bwd_kernel_delta(
     o_m64 = o_m.to(tl.int64)[:, None]
     b_do = tl.load(p_do + o_b * s_dob + i_h * s_doh + o_m64 * s_dot + o_dv, mask=mask, other=0.0)  # [BM, BDV]
     b_o = tl.load(p_o + o_b * s_ob + i_h * s_oh + o_m64 * s_ot + o_dv, mask=mask, other=0.0)  # [BM, BDV]
-    delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
     o_row = (o_b * tl.num_programs(1) + i_h) * seq + o_m
-    if HAS_DLSE:
-        delta -= tl.load(p_dlse + o_row, mask=m_m, other=0.0)
-    tl.store(p_delta + o_row, delta, mask=m_m)
-    lse = tl.load(p_lse + o_b * s_lb + i_h * s_lh + o_m, mask=m_m, other=0.0)
-    tl.store(p_lse2 + o_row, lse * LOG2_E, mask=m_m)
+    _row_sums(b_do, b_o, p_lse, None, p_lse2, p_delta, o_row, m_m)
 
 
-def launch_delta(
-    dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, delta: Tensor, lse2: Tensor
-) -> None:
+def launch_delta(dout: Tensor, out: Tensor, lse: Tensor, delta: Tensor, lse2: Tensor) -> None:
     """Writes `delta` and `lse2`, lse in base 2: contiguous `[batch, heads, seq]`, of dout and out
-    `[batch, seq, heads, v_head_dim]`."""
+    `[batch, seq, heads, v_head_dim]`, for two launches of `launch_dq` that have a source each."""
     batch, seq, heads, dim = out.shape
     with torch.cuda.device_of(out):
         s2_bwd_kernel_delta[(-(-seq // _DELTA_ROWS), heads, batch)](
             p_do=dout, **strides("do", dout), p_o=out, **strides("o", out), p_delta=delta, p_lse2=lse2,
-            p_lse=lse, **strides("l", lse, "bh"), p_dlse=dlse if dlse is None else dlse.contiguous(),
-            HAS_DLSE=dlse is not None, seq=seq, DV=dim, BDV=padded(dim), BM=_DELTA_ROWS,
-            enable_fp_fusion=True,
+            p_lse=lse.contiguous(), seq=seq, DV=dim, BDV=padded(dim), BM=_DELTA_ROWS, enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -103,16 +107,17 @@ def _add_dq_boxes(
 
 @triton.jit
 def s2_bwd_kernel_dq(
-    p_q, p_k, p_v, p_ks, p_vs, d_q, d_do, d_k, d_v, d_ks, d_vs, p_do, p_dq, p_prev, p_lse2, p_delta, p_heads,
-    p_starts, p_list, p_tiles, s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, s_ksb, s_kst, s_ksh,
-    s_vsb, s_vst, s_vsh, s_dob, s_dot, s_doh, s_dqb, s_dqt, s_dqh, s_lb, s_lh, seq_q, q_start, k_start,
-    window, sinks, scale, num_blocks,
+    p_q, p_k, p_v, p_ks, p_vs, d_q, d_do, d_k, d_v, d_ks, d_vs, p_do, p_o, p_dq, p_prev, p_lse, p_dlse,
+    p_lse2, p_delta, p_heads, p_starts, p_list, p_tiles, s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt,
+    s_vh, s_ksb, s_kst, s_ksh, s_vsb, s_vst, s_vsh, s_dob, s_dot, s_doh, s_ob, s_ot, s_oh, s_dqb, s_dqt,
+    s_dqh, s_lb, s_lh, seq_q, q_start, k_start, window, sinks, scale, num_blocks,
     GROUP: tl.constexpr, PACK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BD: tl.constexpr, BDV: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     SHARD: tl.constexpr, WINDOW: tl.constexpr, RESUME: tl.constexpr, DESC: tl.constexpr,
     COMPACT: tl.constexpr, CSR: tl.constexpr, PACKED: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """dQ `[batch, seq_q, heads, D]`. With RESUME p_prev is p_dq."""
+    """dQ `[batch, seq_q, heads, D]`. With RESUME p_prev is p_dq. With p_o, the output, lse2 and delta are
+    written, otherwise read."""
     i_m, i_b, i_h, i_g, doc, seq_q = query_program(p_tiles, seq_q, GROUP, PACK, PACKED)
     first, stride = tl.load(p_heads + 4 * i_g), tl.load(p_heads + 4 * i_g + 1)
     shard_start = tl.zeros((), dtype=tl.int64)
@@ -139,8 +144,6 @@ def s2_bwd_kernel_dq(
     o_m64 = o_m.to(tl.int64)
     m_m = (o_m >= 0) & (o_m < seq_q)
     o_row = o_b * s_lb + (i_h + o_h) * s_lh + doc + o_m64
-    lse = tl.load(p_lse2 + o_row, mask=m_m, other=0.0)  # [BM]
-    delta = tl.load(p_delta + o_row, mask=m_m, other=0.0)  # [BM]
     o_dq = (o_h * s_dqh + o_m64 * s_dqt)[:, None] + o_d
     o_q = (o_h * s_qh + o_m64 * s_qt)[:, None] + o_d
     o_do = (o_h * s_doh + o_m64 * s_dot)[:, None] + o_dv
@@ -151,6 +154,13 @@ def s2_bwd_kernel_dq(
     else:
         b_q = tl.load(p_q + o_q, mask=m_m[:, None] & m_d, other=0.0)  # [BM, BD]
         b_do = tl.load(p_do + o_do, mask=m_m[:, None] & m_dv, other=0.0)  # [BM, BDV]
+    if p_o is not None:
+        p_o += o_b * s_ob + doc * s_ot + i_h * s_oh + (o_h * s_oh + o_m64 * s_ot)[:, None] + o_dv
+        b_o = tl.load(p_o, mask=m_m[:, None] & m_dv, other=0.0)  # [BM, BDV]
+        lse, delta = _row_sums(b_do, b_o, p_lse, p_dlse, p_lse2, p_delta, o_row, m_m)
+    else:
+        lse = tl.load(p_lse2 + o_row, mask=m_m, other=0.0)  # [BM]
+        delta = tl.load(p_delta + o_row, mask=m_m, other=0.0)  # [BM]
     dq = tl.zeros([BM, BD], tl.float32)
     if RESUME:
         p_prev += o_b * s_dqb + doc * s_dqt + i_h * s_dqh
@@ -249,40 +259,50 @@ def launch_dq(
     lse2: Tensor,
     delta: Tensor,
     dq: Tensor,
+    forward: tuple[Tensor, Tensor, Tensor | None] | None = None,
     source: str | None = None,
     resume: bool = False,
 ) -> None:
     """Writes `dq` `[batch, seq_q, heads, head_dim]`.
 
     Args:
-        lse2, delta: what `launch_delta` wrote.
+        lse2, delta: what `launch_delta` wrote or, with `forward`, what this call writes: contiguous
+            `[batch, heads, seq_q]`.
+        forward: out, lse and the gradient of lse, which may be None.
         source: "window" or "shard" for what comes through that source alone; None for both.
         resume: add to what is in `dq`.
     """
-    if args.scale == 0:  # by which the kernel divides what it adds to
-        dq.zero_()
+    if resume and args.scale == 0:  # nothing is added, and the kernel would divide by it
         return
+    out, lse, dlse = forward or (None, None, None)
+    lse, dlse = (x if x is None else x.contiguous() for x in (lse, dlse))
     tensors = {
-        "p_q": args.q, **args.window, **args.shard, **args.lists(), "p_do": dout, "p_lse2": lse2,
-        "p_delta": delta, "p_dq": dq, "p_prev": dq if resume else None,
+        "p_q": args.q, **args.window, **args.shard, **args.lists(), "p_do": dout, "p_o": out, "p_lse": lse,
+        "p_dlse": dlse, "p_lse2": lse2, "p_delta": delta, "p_dq": dq, "p_prev": dq if resume else None,
     }  # fmt: skip
-    options = Layout.of(dout), Layout.of(lse2), Layout.of(dq), source, resume
+    options = Layout.of(dout), Layout.of(out), Layout.of(lse2), Layout.of(dq), source, resume
     with torch.cuda.device_of(args.q):
         for grid, arguments in args.launches(_launches, tensors, *options):
             s2_bwd_kernel_dq[grid](**arguments)
 
 
 def _launches(
-    call: CallLayout, dout: Layout, lse2: Layout, dq: Layout, source: str | None, resume: bool
+    call: CallLayout,
+    dout: Layout,
+    out: Layout | None,
+    lse2: Layout,
+    dq: Layout,
+    source: str | None,
+    resume: bool,
 ) -> list[Launch]:
     pack, launches = call.pack("dq"), []
     for part, boxes, box_args in call.source_launches({"d_q": call.q, "d_do": dout}, "dq", source):
         programs = part.query_programs(call.q_start, call.tiles("dq").rows // pack)
         constants = {
             **call.query_args, **call.window_args, **call.shard_args, **call.list_args, **call.pattern_args,
-            **box_args, **strides("do", dout), **strides("dq", dq), **strides("l", lse2, "bh"),
-            "GROUP": call.group, "PACK": pack, "SHARD": source != "window", "WINDOW": source != "shard",
-            "RESUME": resume, **programs.arguments(), **call.tile_args("dq"),
+            **box_args, **strides("do", dout), **strides("o", out), **strides("dq", dq),
+            **strides("l", lse2, "bh"), "GROUP": call.group, "PACK": pack, "SHARD": source != "window",
+            "WINDOW": source != "shard", "RESUME": resume, **programs.arguments(), **call.tile_args("dq"),
         }  # fmt: skip
         grid = programs.count, call.heads // pack, call.batch
         launches.append(Launch(grid, constants, call.tables(programs), boxes))

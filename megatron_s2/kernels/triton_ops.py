@@ -112,13 +112,12 @@ def attention_backward(
         return dq, dk.zero_(), dv.zero_(), delta
     from megatron_s2.kernels.triton_autotune import with_tuning
     from megatron_s2.kernels.triton_dkv import launch_dkv
-    from megatron_s2.kernels.triton_dq import launch_delta, launch_dq
+    from megatron_s2.kernels.triton_dq import launch_dq
 
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-    launch_delta(dout, out, lse, dlse, delta, lse2)
     args = _kernel_args(q, k, v, starts, blocks, pattern, scale, edges, q_start, tuning)
     launches = {
-        "dq": lambda args: launch_dq(args, dout, lse2, delta, dq),
+        "dq": lambda args: launch_dq(args, dout, lse2, delta, dq, (out, lse, dlse)),
         "dkv": lambda args: launch_dkv(args, dout, lse2, delta, dk, dv),
     }
     for kernel, launch in launches.items():

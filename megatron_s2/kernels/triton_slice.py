@@ -69,7 +69,7 @@ class TritonSlice(SequenceSlice):
         """lse in base 2 and delta of both sources, computed once: they depend on the merged results."""
         if "row sums" not in self._cache:
             lse2, delta = (lse.new_empty(lse.shape) for _ in range(2))
-            launch_delta(dout, out, lse, None, delta, lse2)
+            launch_delta(dout, out, lse, delta, lse2)
             self._cache["row sums"] = lse2, delta
         return self._cache["row sums"]
 

@@ -77,8 +77,8 @@ class Tuning:
 
     Args:
         forward, dq, dkv: tiles of the kernels.
-        span: query rows of one program of a shard column of dK/dV. By default it makes about
-            `_COLUMN_PROGRAMS` programs of at least `_SHORTEST_SPAN` rows.
+        span: query rows of one program of a shard column of dK/dV. By default there are programs enough to
+            fill a chip and even out (`splits`).
     """
 
     forward: Tiles
@@ -109,11 +109,17 @@ class Tuning:
         """Returns the number of programs per shard tile: `columns` tiles that up to `rows` query rows see."""
         if self.span is not None:
             return -(-rows // self.span)
-        return max(1, min(-(-_COLUMN_PROGRAMS // max(columns, 1)), -(-rows // _SHORTEST_SPAN)))
+        to_fill, to_even_out = (
+            -(-programs // max(columns, 1)) for programs in (_FEWEST_PROGRAMS, _MOST_PROGRAMS)
+        )
+        return max(1, min(max(to_fill, min(to_even_out, _SPLITS)), -(-rows // _SHORTEST_SPAN)))
 
 
-# Constants, not properties of the chip: how the columns of a shard are summed does not depend on it.
-_COLUMN_PROGRAMS = 4096
+# Constants, not properties of the chip: how the columns of a shard are summed does not depend on it. Each
+# program writes its part of dK and dV in float32. Of few columns there are programs for every multiprocessor;
+# of more, `_SPLITS` let the last programs end about together, until the columns alone are so many.
+_FEWEST_PROGRAMS, _MOST_PROGRAMS = 1024, 4096
+_SPLITS = 8
 _SHORTEST_SPAN = 1024
 
 # Tables by largest head_dim, for kernels in 16 bits. `scripts/kernel_resources.py --check` holds them to

@@ -105,13 +105,14 @@ class Code:
 
     instructions: tuple[Instruction, ...]
     loops: tuple[Loop, ...]  # innermost ones with products of tiles
+    others: tuple[Loop, ...] = ()  # innermost ones without, but for tries of waits
 
     @property
     def straight(self) -> int:
         """Number of instructions outside the loops, without second tries of waits behind the kernel's end."""
         ends = [i for i, x in enumerate(self.instructions) if x.operation == "EXIT"]
         end = ends[-1] + 1 if ends else len(self.instructions)
-        return end - sum(loop.size for loop in self.loops)
+        return end - sum(loop.size for loop in (*self.loops, *self.others))
 
 
 def disassemble(cubin: bytes) -> str:
@@ -134,10 +135,25 @@ def parse(text: str) -> Code:
             labels[label[1]] = len(found)
         elif match := _INSTRUCTION.match(line):
             found.append(Instruction(int(match[1], 16), match[2], match[3]))
-    return Code(tuple(found), tuple(_loops(found, labels)))
+    ranges = _ranges(found, labels)
+    multiplying = {
+        (a, b) for a, b in ranges if any(x.operation.startswith(_PRODUCTS) for x in found[a : b + 1])
+    }
+    loops, end = [], 0
+    for a, b in _innermost(multiplying):
+        before = sum(x.operation.startswith("UTMALDG") for x in found[end:a])
+        loops.append(Loop(tuple(found[a : b + 1]), before))
+        end = b + 1
+    others = [
+        Loop(tuple(found[x[0] : x[1] + 1]))
+        for x in _innermost(ranges - multiplying)
+        if not any(_inside(x, y) for y in multiplying)
+    ]
+    return Code(tuple(found), tuple(loops), tuple(loop for loop in others if not loop.count("SYNCS")))
 
 
-def _loops(found: list[Instruction], labels: dict[str, int]) -> list[Loop]:
+def _ranges(found: list[Instruction], labels: dict[str, int]) -> set[tuple[int, int]]:
+    """The first and last instruction of each loop."""
     at = {x.address: i for i, x in enumerate(found)}
     ranges = set()
     for i, x in enumerate(found):
@@ -146,17 +162,12 @@ def _loops(found: list[Instruction], labels: dict[str, int]) -> list[Loop]:
             # Behind the end of the kernel stand second tries of waits, which go back to where they came from.
             if begin is not None and begin < i and not any(y.operation == "EXIT" for y in found[begin:i]):
                 ranges.add((begin, i))
-    multiplying = [
-        (a, b) for a, b in ranges if any(x.operation.startswith(_PRODUCTS) for x in found[a : b + 1])
-    ]
-    innermost = [
-        (a, b)
-        for a, b in multiplying
-        if not any((a, b) != (c, d) and a <= c and d <= b for c, d in multiplying)
-    ]
-    loops, end = [], 0
-    for a, b in sorted(innermost):
-        before = sum(x.operation.startswith("UTMALDG") for x in found[end:a])
-        loops.append(Loop(tuple(found[a : b + 1]), before))
-        end = b + 1
-    return loops
+    return ranges
+
+
+def _innermost(ranges: set[tuple[int, int]]) -> list[tuple[int, int]]:
+    return sorted(x for x in ranges if not any(x != y and _inside(y, x) for y in ranges))
+
+
+def _inside(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
+    return outer[0] <= inner[0] and inner[1] <= outer[1]

@@ -18,8 +18,10 @@ be within `TOLERANCE` of that."""
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import product
 
 import triton
 import triton.language as tl
@@ -48,7 +50,8 @@ LOAD_CYCLES = (
 )
 
 MEMORY = 3.0e12  # bytes per second that a kernel that only reads reaches of the H100's 3.35 TB/s
-# The last programs leave multiprocessors idle, up to 3% of the time when the longest start first (simulated).
+# The last programs of forward, dQ and the window leave multiprocessors idle, up to 3% of the time when the
+# longest start first (simulated); those of the shard, few and long, are simulated each time.
 IMBALANCE = 1.03
 
 # FlashAttention-2 on an H100 SXM5 at head_dim 128, causal, in TFLOP/s of visible pairs: (forward, backward)
@@ -142,9 +145,17 @@ class CompiledKernel:
         single = next(loop for loop in boxes if loop.boxes == 2)
         pair = next((loop for loop in boxes if loop.boxes == 4), None)
         masked = max((loop for loop in self.code.loops if loop.boxes < 4), key=lambda loop: loop.size)
-        around = LOAD_CYCLES / self.programs + self.code.straight * self.warps / SCHEDULERS
+        around = LOAD_CYCLES / self.programs + self._issue(self.code.straight)
         pair_cost = 2 * self._cost(single) if pair is None else self._cost(pair)
         return pair_cost, self._cost(single), self._cost(masked), around
+
+    def addition(self) -> float:
+        """Cycles of an iteration of its loop without products."""
+        (loop,) = self.code.others
+        return self._issue(loop.size)
+
+    def _issue(self, instructions: int) -> float:
+        return instructions * self.warps / SCHEDULERS
 
 
 def predict(
@@ -175,28 +186,42 @@ def predict(
                 tiles = whole // 2 * pair + whole % 2 * single + masked + around
                 rows[name] += group / 2 * tiles
 
-    _, single, _, around = kernels["dkv shard"].costs()
-    columns = [_shard(pattern, head, max(0, blocks - window)) for head in range(heads)]
-    visits = sum(
-        blocks - window - pattern.first_strided(head) - n * pattern.strides[head]
-        for head in range(heads)
-        for n in range(columns[head])
-    )
-    parts = sum(columns) * splits(max(columns) * heads, tokens)
-    keys = group * visits * single + parts * around
+    parts, shard = _shard_parts(pattern, tokens, kernels["dkv shard"], splits, group)
     _, single, masked, around = kernels["dkv window"].costs()
+    keys = parts * kernels["dkv window"].addition()
     for block in range(blocks):
         keys += heads * (group * (masked + min(window - 1, blocks - 1 - block) * single) + around)
 
     rate = MULTIPROCESSORS * CLOCK / IMBALANCE
-    # Delta's kernel reads out and its gradient, bfloat16. Parts of dK and dV, float32, are written and read.
-    moved = 2 * tokens * heads * group * head_dim * 2 + 2 * parts * pattern.block_size * 2 * head_dim * 4
-    seconds = rows["forward"] / rate, (rows["dq"] + keys) / rate + moved / MEMORY
+    moved = 2 * parts * pattern.block_size * 2 * head_dim * 4  # parts of dK and dV, float32, written and read
+    seconds = rows["forward"] / rate, (rows["dq"] + keys) / rate + shard / CLOCK + moved / MEMORY
     flops = pattern.flops(tokens, heads * group, head_dim)
     forward, backward = (x / s / 1e12 for x, s in zip((flops.forward, flops.backward), seconds))
     both = (flops.forward + flops.backward) / sum(seconds) / 1e12
     flash_forward, flash_backward = FLASH2[tokens]
     return forward, backward, both / (7 / (2 / flash_forward + 5 / flash_backward))
+
+
+def _shard_parts(
+    pattern: S2Pattern, tokens: int, kernel: CompiledKernel, splits: Callable[[int, int], int], group: int
+) -> tuple[int, float]:
+    """Number of parts of dK and dV that are written, and cycles until the last one is: programs begin in the
+    order of their launch, each where one ends first."""
+    heads, blocks = range(pattern.num_kv_heads), tokens // pattern.block_size
+    columns = [_shard(pattern, head, max(0, blocks - pattern.local_blocks)) for head in heads]
+    count = splits(max(columns) * len(heads), tokens)
+    span = -(-blocks // count)
+    _, single, _, around = kernel.costs()
+    places, parts = [0.0] * (MULTIPROCESSORS * kernel.programs), 0
+    for split, head in product(reversed(range(count)), heads):
+        for n in range(columns[head]):
+            seen = pattern.shard_block(head, n) + pattern.local_blocks
+            rows = min(blocks, (split + 1) * span) - max(seen, split * span)
+            if rows > 0:
+                parts += 1
+                cycles = (group * rows * single + around) * kernel.programs
+                heapq.heapreplace(places, places[0] + cycles)
+    return parts, max(places)
 
 
 def _shard(pattern: S2Pattern, head: int, blocks: int) -> int:

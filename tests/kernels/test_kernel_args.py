@@ -93,7 +93,7 @@ def run(pattern, q_shape, kv_heads=2, **call) -> None:
     tuning = tuning_for(9, dim, 2)
     args = KernelArgs(q, k, v, KernelPattern.of(pattern), 0.1, tuning=tuning, mask=mask, **call)
     launch_forward(args, out, lse)
-    launch_delta(dout, out, lse, None, delta, lse2)
+    launch_delta(dout, out, lse, delta, lse2)
     launch_dq(args, dout, lse2, delta, dq)
     launch_dkv(args, dout, lse2, delta, dk, dv)
 

@@ -58,6 +58,7 @@ CASES = [
     case(s2(3, num_dense_heads=1, sink_blocks=3), "packed dense heads", cut(64, 32, 40), **packed(65, 100)),
     case(s2(), "packed one", cut(32, 32), **packed(111)),
     case(s2(), "q_start aligned", cut(32, 32), q_start=64),
+    case(s2(2, sink_blocks=1), "q_start, span", cut(32, 32, 40), queries=150, q_start=70),
     case(s2(), "q_start inside window", cut(64, 32), q_start=16),
     case(s2(), "q_start unaligned", cut(64, 32), q_start=77, sink_logits=True),
     case(s2(), "q_start inside a block", cut(32, 32), q_start=130, queries=5),
@@ -322,5 +323,6 @@ if not INTERPRETED:
 
     def test_few_long_shard_columns_are_split():
         tuning = tuning_for(9, 128, 2)
-        assert [tuning.splits(columns, 65536) for columns in (1, 64, 1024, 100_000)] == [64, 64, 4, 1]
+        columns = 1, 64, 256, 512, 1024, 100_000
+        assert [tuning.splits(n, 65536) for n in columns] == [64, 16, 8, 8, 4, 1]
         assert tuning.splits(1, 100) == 1
