@@ -27,7 +27,7 @@ from megatron_s2.parallel.gather_plan import Documents
 from megatron_s2.parallel.planner import choose
 from megatron_s2.parallel.time_model import Cluster
 from megatron_s2.pattern import S2Pattern, S2Settings
-from megatron_s2.pattern.annealing import Annealing, stages
+from megatron_s2.pattern.annealing import Annealing
 
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 
@@ -95,7 +95,7 @@ class S2CoreAttention(MegatronModule):
         target, tensor_parallel = settings.pattern(layer_number), get_pg_size(self.tp_group)
         self._stages = tuple(
             pattern.tp_slice(get_pg_rank(self.tp_group), tensor_parallel)
-            for pattern in (stages(target) if annealing else (target,))
+            for pattern in (annealing.stages(target) if annealing else (target,))
         )
         heads = divide(config.num_attention_heads, tensor_parallel)
         self.context_parallel = None

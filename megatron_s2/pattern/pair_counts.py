@@ -12,8 +12,8 @@ from megatron_s2.pattern.s2_pattern import S2Pattern
 
 def shard_sizes(pattern: S2Pattern, blocks: np.ndarray) -> np.ndarray:
     """`[heads, lengths]`, `pattern.shard_size(head, n)` for each n of `blocks` `[lengths]`."""
-    firsts, strides = _shard_constants(pattern)
-    strided = -(-(blocks - firsts) // strides)
+    firsts, steps = _shard_constants(pattern)
+    strided = -(-(blocks - firsts) // steps)
     return np.clip(blocks, 0, pattern.sink_blocks) + np.maximum(strided, 0)
 
 
@@ -24,14 +24,14 @@ def visible_pairs(pattern: S2Pattern, lengths: np.ndarray) -> np.ndarray:
     cuts. All rows from j + L on see shard block j beyond their windows.
     """
     B, L, sinks = pattern.block_size, pattern.local_blocks, pattern.sink_blocks
-    firsts, strides = _shard_constants(pattern)
+    firsts, steps = _shard_constants(pattern)
     rows, cut = np.divmod(np.asarray(lengths, dtype=np.int64), B)
 
     seen = shard_sizes(pattern, rows - L)  # shard blocks that the last whole row sees beyond its window
     seen_sinks = np.minimum(seen, sinks)
     strided = seen - seen_sinks
     positions = seen_sinks * (seen_sinks - 1) // 2 + strided * firsts
-    positions += strides * (strided * (strided - 1) // 2)
+    positions += steps * (strided * (strided - 1) // 2)
     ramp = np.minimum(rows, L)
     window = ramp * (ramp - 1) // 2 + (rows - ramp) * (L - 1)
     past = window + seen * (rows - L) - positions
@@ -41,6 +41,6 @@ def visible_pairs(pattern: S2Pattern, lengths: np.ndarray) -> np.ndarray:
 
 
 def _shard_constants(pattern: S2Pattern) -> tuple[np.ndarray, np.ndarray]:
-    """`[heads, 1]`, the first strided block and the stride of each KV head."""
+    """`[heads, 1]`, the first strided block and the step of each KV head."""
     firsts = [pattern.first_strided(g) for g in range(pattern.num_kv_heads)]
-    return np.array(firsts)[:, None], np.array(pattern.strides)[:, None]
+    return np.array(firsts)[:, None], np.array(pattern.steps)[:, None]

@@ -7,17 +7,21 @@ The sequence is cut into blocks of `block_size` tokens. Query block i of KV head
                    or j < sink_blocks                              the sinks
                    or (j + phase[g]) % vert_stride[g] == 0 )       the strided blocks
 
-Inside the diagonal block attention is causal token by token. A head's *shard* is the ascending list of its
-sink blocks and its strided blocks. Positions are absolute: a block outside the shard is never seen again once
+Inside the diagonal block attention is causal token by token. A head of stride 0 has no strided blocks: it is
+*window-only*, a sliding window with sinks. A head's *shard* is the ascending list of its sink blocks and its
+strided blocks. Positions are absolute: a block outside the shard is never seen again once
 the window has passed it. So the blocks that row i sees beyond its window are a *prefix* of the shard. All
 counts below follow from that in closed form; no array grows with the square of the sequence length.
+
+In all arithmetic, kernels included, a window-only head is one whose strided blocks begin at a block that no
+sequence reaches (`steps`, `first_strided`), so that no closed form has a case for it.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
@@ -28,6 +32,9 @@ if TYPE_CHECKING:
     import torch
 
 _MAX_COVERAGE_PERIOD = 1 << 20
+# First strided block of a window-only head, and the distance to the next. Sequences are shorter, and neither
+# these numbers nor a block more or less overflow the 32-bit integers in which kernels count blocks.
+_NEVER, _NEVER_STEP = 1 << 29, 1 << 30
 
 
 class Coverage(NamedTuple):
@@ -54,11 +61,12 @@ class S2Pattern(BlockPattern):
         block_size: tokens per block, a power of two >= 16.
         local_blocks: size of the window in blocks, including the diagonal block, >= 1.
         vert_stride: distance between two strided blocks, in blocks, one for all heads or one per KV head; 1
-            is a dense head.
+            is a dense head, 0 a window-only head, which sees window and sinks alone.
         sink_blocks: number of blocks at the start of the sequence that every head always sees.
         phases: phase of each KV head, whose strided blocks are the j with (j + phase) % stride == 0. By
             default phases spread evenly over the heads of equal stride v. If there are fewer such heads than
             v, phases rotate with `layer`, so that any ceil(v / heads) consecutive layers see everything.
+            Window-only heads have none; what is given for them has no effect.
         num_dense_heads: number of dense KV heads, which are the last ones, for any `vert_stride`.
         layer: index of the layer from 0; it rotates default phases and has no effect on given ones.
         warn_lost: whether to warn if given `phases` leave distant blocks that no head sees.
@@ -87,18 +95,18 @@ class S2Pattern(BlockPattern):
         require(self.layer >= 0, "layer", self.layer, ">= 0")
         if hasattr(self.vert_stride, "__index__"):  # an int, or numpy's
             object.__setattr__(self, "vert_stride", int(self.vert_stride))
-            require(self.vert_stride >= 1, "vert_stride", self.vert_stride, ">= 1")
+            require(self.vert_stride >= 0, "vert_stride", self.vert_stride, ">= 0 (0 is window-only)")
         else:
             object.__setattr__(self, "vert_stride", tuple(self.vert_stride))
             require(
                 len(self.vert_stride) == H, "vert_stride", self.vert_stride, f"one or one per KV head ({H})"
             )
-            require(min(self.vert_stride) >= 1, "vert_stride", self.vert_stride, ">= 1")
+            require(min(self.vert_stride) >= 0, "vert_stride", self.vert_stride, ">= 0 (0 is window-only)")
         if self.phases is not None:
             object.__setattr__(self, "phases", tuple(self.phases))
             require(len(self.phases) == H, "phases", self.phases, f"one per KV head ({H})")
             require(min(self.phases) >= 0, "phases", self.phases, ">= 0")
-            if self.warn_lost and (coverage := self.coverage()).lost:
+            if self.warn_lost and any(self.strides) and (coverage := self.coverage()).lost:
                 warnings.warn(
                     f"S2 pattern: {coverage.lost} of every {coverage.period} distant blocks "
                     "are seen by no head of the layer",
@@ -149,20 +157,29 @@ class S2Pattern(BlockPattern):
 
     @cached_property
     def strides(self) -> tuple[int, ...]:
-        """Stride of each KV head in blocks; 1 for dense heads."""
+        """Stride of each KV head in blocks; 1 for dense, 0 for window-only heads."""
         given = (
             (self.vert_stride,) * self.num_kv_heads if isinstance(self.vert_stride, int) else self.vert_stride
         )
         return given[: self.num_kv_heads - self.num_dense_heads] + (1,) * self.num_dense_heads
 
     @cached_property
+    def steps(self) -> tuple[int, ...]:
+        """Distance of each KV head's strided blocks in arithmetic: its stride, or 2**30 if it is window-only,
+        in which case `first_strided` is 2**29."""
+        return tuple(stride or _NEVER_STEP for stride in self.strides)
+
+    @cached_property
     def head_phases(self) -> tuple[int, ...]:
-        """Phase of each KV head, 0 <= phase < stride."""
+        """Phase of each KV head, 0 <= phase < stride; 0 for window-only heads."""
         if self.phases is not None:
-            return tuple(phase % stride for phase, stride in zip(self.phases, self.strides))
+            return tuple(phase % (stride or 1) for phase, stride in zip(self.phases, self.strides))
         rank_in_class: dict[int, int] = {}
         phases = []
         for stride in self.strides:
+            if stride == 0:
+                phases.append(0)
+                continue
             rank = rank_in_class.get(stride, 0)
             rank_in_class[stride] = rank + 1
             heads = min(stride, self.strides.count(stride))
@@ -173,6 +190,10 @@ class S2Pattern(BlockPattern):
     def is_dense(self, head: int) -> bool:
         """Whether KV head `head` sees the whole past."""
         return self.strides[head] == 1
+
+    def is_window_only(self, head: int) -> bool:
+        """Whether KV head `head` sees nothing beyond its window but sinks."""
+        return self.strides[head] == 0
 
     def for_layer(self, layer: int) -> S2Pattern:
         """Returns the pattern of layer index `layer` (from 0): default phases rotate, given phases stay."""
@@ -200,18 +221,20 @@ class S2Pattern(BlockPattern):
     # A head's shard: the sink blocks 0 .. sink_blocks-1, then every stride-th block from `first_strided` on.
 
     def first_strided(self, head: int) -> int:
-        """The first strided block of the head that is not a sink block."""
+        """The first strided block of the head that is not a sink block; 2**29 for a window-only head."""
+        if self.is_window_only(head):
+            return _NEVER
         return self.sink_blocks + -(self.sink_blocks + self.head_phases[head]) % self.strides[head]
 
     def shard_block(self, head: int, index: int) -> int:
         """The key block at position `index` of the head's shard."""
         if index < self.sink_blocks:
             return index
-        return self.first_strided(head) + (index - self.sink_blocks) * self.strides[head]
+        return self.first_strided(head) + (index - self.sink_blocks) * self.steps[head]
 
     def shard_size(self, head: int, num_blocks: int) -> int:
         """Number of the head's shard blocks among key blocks 0 .. num_blocks-1."""
-        strided = -(-(num_blocks - self.first_strided(head)) // self.strides[head])
+        strided = -(-(num_blocks - self.first_strided(head)) // self.steps[head])
         return min(max(num_blocks, 0), self.sink_blocks) + max(0, strided)
 
     def shard_prefix(self, head: int, row: int) -> int:
@@ -227,7 +250,7 @@ class S2Pattern(BlockPattern):
         return [*shard, *range(max(0, row - self.local_blocks + 1), row + 1)]
 
     def column_rows(self, head: int, block: int, num_blocks: int) -> range:
-        in_shard = block < self.sink_blocks or (block + self.head_phases[head]) % self.strides[head] == 0
+        in_shard = block < self.sink_blocks or (block - self.first_strided(head)) % self.steps[head] == 0
         return range(block, num_blocks if in_shard else min(num_blocks, block + self.local_blocks))
 
     def visible_blocks(self, head: int, row: int) -> int:
@@ -246,38 +269,25 @@ class S2Pattern(BlockPattern):
             seen * (num_rows - L)
             - sinks * (sinks - 1) // 2
             - strided * self.first_strided(head)
-            - self.strides[head] * strided * (strided - 1) // 2
+            - self.steps[head] * strided * (strided - 1) // 2
         )
         return window + shard
 
     def coverage(self, num_layers: int = 1) -> Coverage:
-        """The share of the distant past that the heads of `num_layers` consecutive layers see together.
-
-        Counted over one period, the least common multiple of the strides, but at most 2**20 blocks.
-        """
+        """The share of the distant past that the heads of `num_layers` consecutive layers see together."""
         require(num_layers >= 1, "num_layers", num_layers, ">= 1")
-        period = min(math.lcm(*self.strides), _MAX_COVERAGE_PERIOD)
-        seen = bytearray(period)
-        for layer in range(self.layer, self.layer + num_layers):
-            pattern = self.for_layer(layer) if self.phases is None else self
-            for stride, phase in set(zip(pattern.strides, pattern.head_phases)):
-                first = -phase % stride
-                if first < period:
-                    seen[first::stride] = b"\x01" * len(range(first, period, stride))
-            if self.phases is not None:
-                break
-        return Coverage(period, lost=seen.count(0))
+        if self.phases is not None:
+            return coverage_of([self])
+        return coverage_of(self.for_layer(layer) for layer in range(self.layer, self.layer + num_layers))
 
     def block_mask(self, num_blocks: int) -> torch.Tensor:
         import torch
 
         rows = torch.arange(num_blocks)[None, :, None]
         cols = torch.arange(num_blocks)[None, None, :]
-        stride = torch.tensor(self.strides)[:, None, None]
-        phase = torch.tensor(self.head_phases)[:, None, None]
-        visible = (
-            (rows - cols < self.local_blocks) | (cols < self.sink_blocks) | ((cols + phase) % stride == 0)
-        )
+        step = torch.tensor(self.steps)[:, None, None]
+        first = torch.tensor([self.first_strided(g) for g in range(self.num_kv_heads)])[:, None, None]
+        visible = (rows - cols < self.local_blocks) | (cols < self.sink_blocks) | ((cols - first) % step == 0)
         return visible & (cols <= rows)
 
     def describe(self) -> str:
@@ -286,7 +296,7 @@ class S2Pattern(BlockPattern):
         parts = [
             f"block {self.block_size}",
             f"window {self.local_blocks} ({self.local_blocks * self.block_size} tokens)",
-            f"stride {stride}",
+            f"stride {stride}" if any(self.strides) else "no stride",
         ]
         if self.sink_blocks:
             parts.append(f"sinks {self.sink_blocks}")
@@ -297,6 +307,27 @@ class S2Pattern(BlockPattern):
     def describe_phases(self) -> str:
         """The phases of the KV heads as text: `phases 0 2 4 6`."""
         return f"phases {_short(self.head_phases)}"
+
+
+def coverage_of(patterns: Iterable[S2Pattern]) -> Coverage:
+    """The share of the distant past that the heads of all `patterns` see together.
+
+    Counted over one period, the least common multiple of the strides, but at most 2**20 blocks. Window-only
+    heads see nothing of the distant past: with no others, everything is lost.
+    """
+    shards = {
+        (stride, phase)
+        for pattern in patterns
+        for stride, phase in zip(pattern.strides, pattern.head_phases)
+        if stride
+    }
+    period = min(math.lcm(*(stride for stride, _ in shards)), _MAX_COVERAGE_PERIOD)
+    seen = bytearray(period)
+    for stride, phase in shards:
+        first = -phase % stride
+        if first < period:
+            seen[first::stride] = b"\x01" * len(range(first, period, stride))
+    return Coverage(period, lost=seen.count(0))
 
 
 def _short(values: Sequence[int], limit: int = 8) -> str:

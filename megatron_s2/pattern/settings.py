@@ -5,13 +5,15 @@ Flags, Megatron's configuration, the startup table and the planners all exchange
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from megatron_s2.pattern.block_pattern import dense_pairs
-from megatron_s2.pattern.s2_pattern import Coverage, S2Pattern
+from megatron_s2.pattern.layer_pattern import LayerPattern, layer_entries, layers_of
+from megatron_s2.pattern.s2_pattern import Coverage, S2Pattern, coverage_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,9 +30,11 @@ class S2Settings:
         block_size, local_blocks, vert_stride, sink_blocks, phases, num_dense_heads: as in `S2Pattern`.
         dense_layers: numbers of the layers that keep dense attention.
         dense_layer_freq: n also keeps every n-th layer dense; 0 keeps none.
+        layers: a pattern for each layer, None for a dense one, instead of all the fields after `block_size`;
+            `LayerPattern`s or their JSON form, as in a pattern file. Default phases are replaced by numbers.
 
     Raises:
-        ValueError: a field is out of range; the message starts with its name.
+        ValueError: a field is out of range, or set beside `layers`; the message starts with its name.
     """
 
     num_layers: int
@@ -43,8 +47,11 @@ class S2Settings:
     num_dense_heads: int = 0
     dense_layers: tuple[int, ...] = ()
     dense_layer_freq: int = 0
+    layers: tuple[LayerPattern | None, ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.layers is not None:
+            self._set_layers()
         for layer in self.dense_layers:
             if not 1 <= layer <= self.num_layers:
                 raise ValueError(f"dense_layers {layer}: must be between 1 and the {self.num_layers} layers")
@@ -52,9 +59,42 @@ class S2Settings:
             raise ValueError(f"dense_layer_freq {self.dense_layer_freq}: must be >= 0")
         _ = self.first_pattern
 
+    def _set_layers(self) -> None:
+        for field in fields(self):
+            if field.name in _OF_ALL_LAYERS and getattr(self, field.name) != field.default:
+                raise ValueError(f"{field.name} {getattr(self, field.name)}: must not be set with layers")
+        layers = layers_of(self.layers, self.num_layers, self.num_kv_heads)
+        numbered, index = [], 0
+        for number, layer in enumerate(layers, 1):
+            if layer is not None:
+                try:
+                    layer = LayerPattern.of(layer.pattern(self.block_size, index))
+                except ValueError as error:
+                    is_of_model = str(error).startswith("block_size")
+                    raise ValueError(str(error) if is_of_model else f"layer {number}: {error}") from None
+                index += 1
+            numbered.append(layer)
+        object.__setattr__(self, "layers", tuple(numbered))
+
+    @cached_property
+    def per_layer(self) -> S2Settings:
+        """The same patterns in the form with `layers`, in which settings are equal if their patterns are."""
+        if self.layers is not None:
+            return self
+        layers = tuple(
+            None if self.is_dense(n) else LayerPattern.of(self.pattern(n))
+            for n in range(1, self.num_layers + 1)
+        )
+        return S2Settings(self.num_layers, self.num_kv_heads, self.block_size, layers=layers)
+
     @cached_property
     def first_pattern(self) -> S2Pattern:
-        """The pattern of the first S2 layer; other layers differ only in the rotation of their phases."""
+        """The pattern of the first S2 layer. Without `layers`, other S2 layers differ only in the rotation of
+        their phases."""
+        if self.layers is not None:
+            numbers = next((layer for layer in self.layers if layer is not None), None)
+            numbers = numbers or LayerPattern(S2Settings.local_blocks, (1,) * self.num_kv_heads)
+            return numbers.pattern(self.block_size)
         return S2Pattern(
             num_kv_heads=self.num_kv_heads,
             block_size=self.block_size,
@@ -72,6 +112,8 @@ class S2Settings:
 
     def is_dense(self, layer_number: int) -> bool:
         """Whether layer `layer_number` (from 1) keeps dense attention."""
+        if self.layers is not None:
+            return self.layers[layer_number - 1] is None
         every = self.dense_layer_freq and layer_number % self.dense_layer_freq == 0
         return bool(every) or layer_number in self.dense_layers
 
@@ -82,6 +124,8 @@ class S2Settings:
         """
         if self.is_dense(layer_number):
             return self.dense_pattern
+        if self.layers is not None:
+            return self.layers[layer_number - 1].pattern(self.block_size)
         return self.first_pattern.for_layer(self.sparse_layers.index(layer_number))
 
     @cached_property
@@ -90,16 +134,15 @@ class S2Settings:
         return [layer for layer in range(1, self.num_layers + 1) if not self.is_dense(layer)]
 
     def coverage(self) -> Coverage:
-        """The share of the distant past that the S2 layers of the model see together."""
-        return self.first_pattern.coverage(max(1, len(self.sparse_layers)))
+        """The share of the distant past that the S2 layers of the model see together; of a model without any,
+        the share that one would see."""
+        return coverage_of([self.pattern(layer) for layer in self.sparse_layers] or [self.first_pattern])
 
     @cached_property
     def distinct_patterns(self) -> list[tuple[S2Pattern, int]]:
         """The distinct patterns of the S2 layers, each with the number of layers that have it."""
-        patterns = [self.pattern(layer) for layer in self.sparse_layers]
-        first_with = {pattern.head_phases: pattern for pattern in reversed(patterns)}
-        phases = [pattern.head_phases for pattern in patterns]
-        return [(first_with[p], phases.count(p)) for p in dict.fromkeys(phases)]
+        every_head = range(self.num_kv_heads)
+        return list(Counter(self.pattern(n).select_heads(every_head) for n in self.sparse_layers).items())
 
     def mean_pairs(self, lengths: ArrayLike) -> np.ndarray:
         """Mean number of query-key pairs of core attention per layer and head, for each length in tokens."""
@@ -123,3 +166,12 @@ class S2Settings:
 PATTERN_FIELDS = tuple(
     name for name in S2Settings.__dataclass_fields__ if name not in ("num_layers", "num_kv_heads")
 )
+# Those that `layers` replaces.
+_OF_ALL_LAYERS = tuple(name for name in PATTERN_FIELDS if name not in ("block_size", "layers"))
+
+
+def pattern_fields(settings: S2Settings) -> dict[str, object]:
+    """Returns the fields that describe the pattern, as numbers, tuples and JSON objects: those that count."""
+    if settings.layers is not None:
+        return {"block_size": settings.block_size, "layers": layer_entries(settings.layers)}
+    return {name: getattr(settings, name) for name in PATTERN_FIELDS if name != "layers"}

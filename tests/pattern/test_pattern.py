@@ -43,9 +43,12 @@ def phase_of(p: S2Pattern, g: int) -> int:
 
 
 def visible(p: S2Pattern, i: int, j: int, g: int) -> bool:
-    return j <= i and (
-        i - j < p.local_blocks or j < p.sink_blocks or (j + phase_of(p, g)) % stride_of(p, g) == 0
-    )
+    return j <= i and (i - j < p.local_blocks or in_shard(p, j, g))
+
+
+def in_shard(p: S2Pattern, j: int, g: int) -> bool:
+    v = stride_of(p, g)
+    return j < p.sink_blocks or (v > 0 and (j + phase_of(p, g)) % v == 0)
 
 
 def mask_of(p: S2Pattern, n: int) -> np.ndarray:
@@ -66,9 +69,9 @@ def token_masks(p: S2Pattern, seq_len: int) -> np.ndarray:
 @st.composite
 def patterns(draw, max_heads: int = 5, max_stride: int = 9) -> S2Pattern:
     """Any S2 pattern: one stride or one per head, given or default phases, sinks that may exceed the window,
-    dense heads, any layer."""
+    dense and window-only heads, any layer."""
     H = draw(st.integers(1, max_heads))
-    stride = st.integers(1, max_stride)
+    stride = st.integers(0, max_stride)
     return S2Pattern(
         num_kv_heads=H,
         block_size=draw(st.sampled_from([16, 32])),
@@ -154,7 +157,7 @@ def test_rows_and_columns_equal_those_of_the_mask(p, n):
 @given(patterns(), st.integers(0, 40))
 def test_the_shard_holds_sinks_and_strided_blocks_once_in_ascending_order(p, n):
     for g in range(p.num_kv_heads):
-        shard = [j for j in range(n) if j < p.sink_blocks or (j + phase_of(p, g)) % stride_of(p, g) == 0]
+        shard = [j for j in range(n) if in_shard(p, j, g)]
         assert p.shard_size(g, n) == len(shard)
         assert [p.shard_block(g, k) for k in range(len(shard))] == shard
         assert p.shard_block(g, len(shard)) >= n
@@ -248,7 +251,7 @@ def lost_blocks(layers: list[S2Pattern], period: int) -> int:
 
 @given(patterns(max_heads=4, max_stride=6), st.integers(1, 4))
 def test_coverage_counts_the_distant_blocks_no_head_sees(p, num_layers):
-    period = math.lcm(*(stride_of(p, g) for g in range(p.num_kv_heads)))
+    period = math.lcm(*(stride for g in range(p.num_kv_heads) if (stride := stride_of(p, g))))
     layers = [p.for_layer(p.layer + k) for k in range(num_layers)]
     coverage = p.coverage(num_layers)
     assert coverage == (period, lost_blocks(layers, period))
@@ -270,8 +273,11 @@ def test_rotation_covers_everything_for_any_mix_of_strides(p):
     if p.phases is not None:
         return
     strides = [stride_of(p, g) for g in range(p.num_kv_heads)]
-    needed = min(-(-stride // strides.count(stride)) for stride in strides)
-    assert p.coverage(needed).lost == 0
+    needed = min((-(-stride // strides.count(stride)) for stride in strides if stride), default=None)
+    if needed is None:
+        assert p.coverage(4) == (1, 1), "window-only heads see nothing of the distant past"
+    else:
+        assert p.coverage(needed).lost == 0
 
 
 @given(patterns())
@@ -281,7 +287,7 @@ def test_layers_rotate_default_phases_only(p):
     assert later.strides == p.strides
     if p.phases is not None:
         assert later.head_phases == p.head_phases
-    assert all(0 <= phase < stride for phase, stride in zip(later.head_phases, later.strides))
+    assert all(0 <= phase < (stride or 1) for phase, stride in zip(later.head_phases, later.strides))
 
 
 def test_default_phases_spread_evenly_over_the_kv_heads():
@@ -292,6 +298,7 @@ def test_default_phases_spread_evenly_over_the_kv_heads():
     assert a_pattern(num_kv_heads=4, vert_stride=10).head_phases == (0, 2, 5, 7)
     assert a_pattern(num_kv_heads=4, vert_stride=(8, 2, 8, 2)).head_phases == (0, 0, 4, 1)
     assert a_pattern(num_kv_heads=4, num_dense_heads=2, vert_stride=4).head_phases == (0, 2, 0, 0)
+    assert a_pattern(num_kv_heads=4, vert_stride=(4, 0, 4, 0), layer=1).head_phases == (1, 0, 3, 0)
 
 
 def test_given_phases_that_lose_context_warn_with_the_number_of_lost_blocks():
@@ -311,6 +318,7 @@ def test_nothing_warns_where_nothing_is_lost_or_the_whole_was_judged_before():
         S2Pattern.from_dkernel(num_heads=8, block_size=64, local_blocks=4, vert_stride=8)
         quiet = a_pattern(phases=(0, 0, 0, 0), warn_lost=False)
         quiet.for_layer(1)
+        assert a_pattern(vert_stride=0, phases=(0, 1, 2, 3)).coverage().fraction == 0
     with pytest.warns(UserWarning, match="3 of every 4") as told:
         S2Pattern.from_dkernel(
             num_heads=4, block_size=16, local_blocks=2, vert_stride=4, homo_head=True
@@ -398,9 +406,8 @@ def test_a_block_mask_pattern_keeps_any_causal_mask(heads, n, data):
         ({"block_size": 0}, "block_size 0: must be a power of two >= 16"),
         ({"block_size": -64}, "block_size -64: must be a power of two >= 16"),
         ({"local_blocks": 0}, "local_blocks 0: must be >= 1"),
-        ({"vert_stride": 0}, "vert_stride 0: must be >= 1"),
-        ({"vert_stride": 0, "num_dense_heads": 4}, "vert_stride 0: must be >= 1"),
-        ({"vert_stride": (4, 4, -1, 4)}, "vert_stride (4, 4, -1, 4): must be >= 1"),
+        ({"vert_stride": -1}, "vert_stride -1: must be >= 0 (0 is window-only)"),
+        ({"vert_stride": (4, 4, -1, 4)}, "vert_stride (4, 4, -1, 4): must be >= 0 (0 is window-only)"),
         ({"vert_stride": (4, 4)}, "vert_stride (4, 4): must be one or one per KV head (4)"),
         ({"sink_blocks": -1}, "sink_blocks -1: must be >= 0"),
         ({"phases": (0, 1, 2)}, "phases (0, 1, 2): must be one per KV head (4)"),
@@ -510,6 +517,7 @@ def test_patterns_are_compared_and_hashed_by_value():
     assert len({p, p.for_layer(0), p.for_layer(1)}) == 2
     assert [p.is_dense(g) for g in range(4)] == [False] * 4
     assert a_pattern(num_dense_heads=1).is_dense(3)
+    assert [a_pattern(vert_stride=(0, 4, 0, 1)).is_window_only(g) for g in range(4)] == [True, False] * 2
 
 
 def test_descriptions_name_all_settings():
@@ -521,6 +529,7 @@ def test_descriptions_name_all_settings():
     mixed = a_pattern(vert_stride=(2, 4, 2, 4))
     assert mixed.describe() == "block 16, window 2 (32 tokens), stride 2 4 2 4"
     assert mixed.describe_phases() == "phases 0 0 1 2"
+    assert a_pattern(vert_stride=0).describe() == "block 16, window 2 (32 tokens), no stride"
 
 
 # Memory

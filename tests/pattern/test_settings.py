@@ -104,7 +104,7 @@ def test_mean_pairs_equal_those_of_the_masks(fields, seq_len):
         ({"dense_layer_freq": -1}, "dense_layer_freq -1: must be >= 0"),
         ({"block_size": 48}, "block_size 48: must be a power of two >= 16"),
         ({"local_blocks": 0}, "local_blocks 0: must be >= 1"),
-        ({"vert_stride": (4, 0)}, r"vert_stride (4, 0): must be >= 1"),
+        ({"vert_stride": (4, -1)}, r"vert_stride (4, -1): must be >= 0 (0 is window-only)"),
         ({"phases": (0, -1)}, r"phases (0, -1): must be >= 0"),
         ({"num_dense_heads": 3}, "num_dense_heads 3: must be between 0 and 2"),
     ],
