@@ -21,6 +21,7 @@ everything.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, wraps
 from inspect import signature
@@ -28,7 +29,7 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import causal_mask_function, create_causal_mask
 
@@ -38,10 +39,10 @@ from megatron_s2.kv_cache.cache import KVCache
 from megatron_s2.kv_cache.cached_attention import cached_attention
 from megatron_s2.kv_cache.decode_step import plan_step
 from megatron_s2.pattern import S2Pattern, S2Settings
-from megatron_s2.pattern.settings import PATTERN_FIELDS
+from megatron_s2.pattern.settings import PATTERN_FIELDS, pattern_fields
 
 NAME = "s2"
-_SETTINGS = "s2_attention"
+_SETTINGS, _LAYERS = "s2_attention", "layers"
 CACHE_ARGUMENT = "cache" if "cache" in signature(create_causal_mask).parameters else "past_key_values"
 
 
@@ -60,13 +61,38 @@ def settings_of(config: PreTrainedConfig) -> S2Settings:
     if unknown := given.keys() - set(PATTERN_FIELDS):
         raise ValueError(f"s2_attention {min(unknown)}: must be one of {', '.join(sorted(PATTERN_FIELDS))}")
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    if given.get(_LAYERS) is not None:
+        fields[_LAYERS] = json.dumps(given[_LAYERS])  # hashable
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return _settings(config.num_hidden_layers, kv_heads, tuple(sorted(fields.items())))
 
 
 @lru_cache
 def _settings(num_layers: int, num_kv_heads: int, fields: tuple[tuple[str, object], ...]) -> S2Settings:
-    return S2Settings(num_layers=num_layers, num_kv_heads=num_kv_heads, **dict(fields))
+    given = dict(fields)
+    if given.get(_LAYERS) is not None:
+        given[_LAYERS] = json.loads(given[_LAYERS])
+    return S2Settings(num_layers=num_layers, num_kv_heads=num_kv_heads, **given)
+
+
+def set_pattern(model: PreTrainedModel, settings: S2Settings | None) -> None:
+    """Makes a model attend by a pattern, without a change of its weights; None makes it dense (SDPA).
+
+    Args:
+        settings: settings for the sizes of the model, as `read_pattern_file` returns them. They become
+            `s2_attention` of its configuration.
+
+    Raises:
+        ValueError: the settings have another number of layers.
+    """
+    if settings is None:
+        vars(model.config).pop(_SETTINGS, None)
+        model.set_attn_implementation("sdpa")
+        return
+    # As from a config.json: with lists for tuples.
+    setattr(model.config, _SETTINGS, json.loads(json.dumps(pattern_fields(settings))))
+    settings_of(model.config)
+    model.set_attn_implementation(NAME)
 
 
 @lru_cache(maxsize=1024)
@@ -239,10 +265,10 @@ def s2_attention_forward(
             raise ValueError(f'{name}: must not be set with attn_implementation="s2"')
     if not isinstance(attention_mask, PaddingMask | None):
         raise ValueError('attention_mask: must be [batch, tokens] with attn_implementation="s2"')
-    pattern = _pattern(settings_of(module.config), module.layer_idx + 1)
     q = query.transpose(1, 2)
     if isinstance(key, NewTokens):
         return key.attend(q, attention_mask, scaling), None
+    pattern = _pattern(settings_of(module.config), module.layer_idx + 1)
     k, v = key.transpose(1, 2), value.transpose(1, 2)
     if attention_mask is None:
         q_start = k.shape[1] - q.shape[1]

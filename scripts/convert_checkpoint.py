@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("\n".join(imported.flags))
         if names := left_out(args.input):
             print(f"not copied from {args.input}: {', '.join(names)}")
-        _print_note(imported.note)
+        for note in (imported.note_on_sinks, imported.note):
+            _print_note(note)
         return
     exported = to_hugging_face(
         args.input,

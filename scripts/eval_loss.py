@@ -2,6 +2,9 @@
 
 The tokens of the dataset, in order, are cut into windows of --seq-length tokens; the loss is the mean over
 all tokens. Run it before and after a conversion, or with and without S2 attention, to see the difference.
+
+With --s2-pattern-file, once or several times, it judges patterns on a dense model as it is: a table of the
+losses, dense first.
 """
 
 import argparse
@@ -25,17 +28,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megatron_s2.data.token_ids import check_token_ids
     from megatron_s2.errors import InputError
     from megatron_s2.generation.decoding import beyond_positions
-    from megatron_s2.generation.evaluation import evaluate, load_hugging_face, load_megatron, windows
+    from megatron_s2.generation.evaluation import (
+        compare_patterns,
+        evaluate,
+        load_hugging_face,
+        load_megatron,
+        windows,
+    )
+
+    def batches():
+        return windows(args.data_path, args.seq_length, args.samples, args.micro_batch_size)
 
     try:
-        batches = windows(args.data_path, args.seq_length, args.samples, args.micro_batch_size)
+        if args.s2_pattern_file and not args.hf:
+            raise ValueError("--s2-pattern-file: must be given with --hf")
+        batches()  # checks the flags and the data before a model is loaded
         model = load_hugging_face(args.hf, args.dtype) if args.hf else load_megatron(args.load)
         # What this does not look at is checked window by window.
         check_token_ids([("--data-path", args.data_path)], model.vocabulary)
         for note in (*model.notes, beyond_positions(args.seq_length, model.positions)):
             if note is not None:
                 print(f"note: {note}", file=sys.stderr)
-        print(evaluate(model.token_losses, batches))
+        if args.s2_pattern_file:
+            print(compare_patterns(model, args.s2_pattern_file, args.seq_length, batches))
+        else:
+            print(evaluate(model.token_losses, batches()))
     except ValueError as error:
         raise InputError(" ".join(str(error).split())) from error
 
@@ -48,6 +65,12 @@ def arguments() -> CommandParser:
         "--load", type=Path, metavar="CKPT", help="Megatron checkpoint, the directory of --save"
     )
     add = parser.add_argument
+    add(
+        "--s2-pattern-file",
+        action="append",
+        metavar="FILE",
+        help="pattern file (docs/pattern-files.md) to judge on a dense model; may be given several times",
+    )
     add("--data-path", required=True, metavar="PREFIX", help="prefix printed by scripts/preprocess_data.py")
     add("--seq-length", type=int, required=True, metavar="N", help="number of tokens of a window")
     add("--samples", type=int, metavar="N", help="number of windows to evaluate (default: all)")

@@ -36,7 +36,10 @@ def arguments() -> CommandParser:
     parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument(
-        "--hf", type=Path, metavar="DIR", help="Hugging Face directory with S2 settings in config.json"
+        "--hf",
+        type=Path,
+        metavar="DIR",
+        help="Hugging Face directory with S2 settings in config.json, or any with --s2-pattern-file",
     )
     model.add_argument(
         "--load", type=Path, metavar="CKPT", help="Megatron checkpoint, the directory of --save"
@@ -86,6 +89,11 @@ def arguments() -> CommandParser:
     )
     add("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
     add("--ignore-eos", action="store_true", help="continue after the end-of-text token")
+    add(
+        "--s2-pattern-file",
+        metavar="FILE",
+        help="pattern file (docs/pattern-files.md) by which a model that was trained dense attends",
+    )
     add("--tokenizer-model", metavar="DIR", help="tokenizer to use instead of the model's")
     add("--token-ids", action="store_true", help="use no tokenizer; prompts and output are token ids")
     return parser

@@ -26,9 +26,13 @@ from megatron_s2.checkpoint.tensors import ModelTensor
 from megatron_s2.checkpoint.torch_dist import CheckpointReader, write_release
 from megatron_s2.data.tokenizer import GROW_MODEL, has_tokenizer, stored_number_of_ids
 from megatron_s2.errors import InputError, flag_name
+from megatron_s2.layers.arguments import PATTERN_FILE, pattern_differences
 from megatron_s2.pattern import S2Settings
+from megatron_s2.pattern.pattern_file import write_pattern_file
+from megatron_s2.pattern.settings import pattern_fields
 
 RESUME = "resume.args"
+_PATTERN = "pattern.json"  # a pattern file, if the model has a pattern for each layer
 # Directory in a Megatron checkpoint that keeps what a Hugging Face directory has besides weights.
 HF_FILES = "huggingface"
 _CONFIG = "config.json"
@@ -64,10 +68,12 @@ class ImportSummary:
     Args:
         flags: flags to train the model with, one per line of `resume.args`.
         note: message about a tokenizer with more tokens than the model; None otherwise.
+        note_on_sinks: message about a dense model whose pattern has no sinks; None otherwise.
     """
 
     flags: list[str]
     note: str | None
+    note_on_sinks: str | None
 
 
 @dataclass(frozen=True)
@@ -121,7 +127,13 @@ def to_megatron(source: Path, output: Path, s2_flags: Namespace) -> ImportSummar
     if has_tokenizer(source):
         tokenizer = os.path.join(os.path.abspath(output), HF_FILES)
         args |= {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": tokenizer}
-    flags = megatron_args.flags_from_args(args | {"bf16": dtypes[EMBEDDING.key] == torch.bfloat16})
+    flag_args = args | {"bf16": dtypes[EMBEDDING.key] == torch.bfloat16}
+    has_pattern_file = settings is not None and settings.layers is not None
+    if has_pattern_file:
+        for name in pattern_fields(settings):
+            del flag_args[f"s2_{name}"]
+        flag_args[PATTERN_FILE] = os.path.join(os.path.abspath(output), _PATTERN)
+    flags = megatron_args.flags_from_args(flag_args)
     lines = [" ".join(words) for words in flags]
 
     def load(tensor: ModelTensor) -> torch.Tensor:
@@ -132,7 +144,12 @@ def to_megatron(source: Path, output: Path, s2_flags: Namespace) -> ImportSummar
         write_release(directory, tensors, dtypes, load, extra_state_keys(model), saved_args)
         _copy(source, directory / HF_FILES, (*_COPIED_FILES, _CONFIG))
         (directory / RESUME).write_text("".join(line + "\n" for line in lines))
-    return ImportSummary(lines, _note_on_tokenizer(source, model.vocab_size))
+        if has_pattern_file:
+            write_pattern_file(directory / _PATTERN, settings)
+    was_dense = hf_config.s2_settings_from_config(config, model) is None
+    return ImportSummary(
+        lines, _note_on_tokenizer(source, model.vocab_size), _note_on_sinks(settings) if was_dense else None
+    )
 
 
 def to_hugging_face(
@@ -211,9 +228,9 @@ def _choose_settings(config: hf_config.Config, model: ModelConfig, flags: Namesp
     megatron_args.check_s2_flags(flags)
     given = megatron_args.s2_settings_from_args(flags, model)
     trained = hf_config.s2_settings_from_config(config, model)
-    difference = megatron_args.first_difference(given, trained) if given and trained else None
-    if difference is not None:
-        flag, asked, saved = difference
+    differences = pattern_differences(given, trained) if given and trained else []
+    if differences:
+        flag, asked, saved = differences[0]
         raise InputError(f"{flag} {asked}: the model was trained with {saved}; give the same, or no S2 flags")
     return given or trained
 
@@ -249,6 +266,19 @@ def _note_on_tokenizer(directory: Path, vocab_size: int) -> str | None:
     return (
         f"the tokenizer in {directory} has token ids up to {ids - 1}, the model has {vocab_size} tokens; "
         f"{GROW_MODEL}"
+    )
+
+
+def _note_on_sinks(settings: S2Settings | None) -> str | None:
+    """Returns what S2 layers without sinks cost a dense model, where there are any."""
+    layers = [] if settings is None else settings.sparse_layers
+    without = [n for n in layers if not settings.pattern(n).sink_blocks]
+    if not without:
+        return None
+    which = "the pattern has" if len(without) == len(layers) else f"{len(without)} S2 layers have"
+    return (
+        f"{which} no sinks: before training that costs a pretrained model much (SmolLM2-135M 0.67 nats per "
+        "token, with one sink block 0.04 to 0.07); --s2-sink-blocks 1 keeps the first block"
     )
 
 

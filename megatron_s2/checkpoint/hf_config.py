@@ -7,7 +7,7 @@ from megatron_s2.checkpoint.families import FAMILIES, SIZES, Family
 from megatron_s2.checkpoint.model_config import ModelConfig
 from megatron_s2.errors import InputError
 from megatron_s2.pattern import S2Settings
-from megatron_s2.pattern.settings import PATTERN_FIELDS
+from megatron_s2.pattern.settings import PATTERN_FIELDS, pattern_fields
 
 # `megatron_s2.hf` registers this attention function; without it transformers refuses to load the model.
 _ATTENTION = "s2"
@@ -150,7 +150,14 @@ def s2_settings_from_config(config: Config, model: ModelConfig) -> S2Settings | 
 
 
 def _setting(name: str, value: object) -> object:
-    """Returns an S2 setting read from JSON, in which true and 16.0 are no whole numbers."""
+    """Returns an S2 setting read from JSON, in which true and 16.0 are no whole numbers.
+
+    The patterns of layers pass as they are: `S2Settings` checks them.
+    """
+    if name == "layers":
+        if type(value) is not list:
+            raise _error(f"{_S2_KEY}: {name}", repr(value), "must be a list with one object per layer")
+        return tuple(value)
     allowed = _SETTING_TYPES.get(name, (int,))
     members = value if type(value) is list else []
     if type(value) not in allowed or any(type(member) is not int for member in members):
@@ -185,7 +192,7 @@ def config_from_model(
             config |= {"use_sliding_window": False, "layer_types": ["full_attention"] * model.num_layers}
     config["dtype" if "dtype" in base else "torch_dtype"] = dtype
     if settings is not None:
-        config[_S2_KEY] = {name: getattr(settings, name) for name in PATTERN_FIELDS}
+        config[_S2_KEY] = pattern_fields(settings)
         config[_ATTENTION_KEY] = _ATTENTION
     return config
 

@@ -5,9 +5,9 @@ from argparse import Namespace
 from megatron_s2.checkpoint.families import FAMILIES, SIZES
 from megatron_s2.checkpoint.model_config import ModelConfig
 from megatron_s2.errors import InputError, flag_name
-from megatron_s2.layers.arguments import settings_from_args
+from megatron_s2.layers.arguments import PATTERN_FILE, settings_from_args
 from megatron_s2.pattern import S2Settings
-from megatron_s2.pattern.settings import PATTERN_FIELDS
+from megatron_s2.pattern.settings import PATTERN_FIELDS, pattern_fields
 
 _FLAG_OF_FALSE = {"add_bias_linear": "--disable-bias-linear"}
 # Arguments that are the same in all families, apart from sizes.
@@ -89,7 +89,8 @@ def args_from_s2_settings(settings: S2Settings | None, anneal_steps: int) -> dic
     """Returns the arguments of S2 attention, by their names after parsing; None is dense attention."""
     if settings is None:
         return {"s2_attention": False}
-    args = {"s2_attention": True} | {f"s2_{name}": getattr(settings, name) for name in PATTERN_FIELDS}
+    args = {"s2_attention": True}
+    args |= {f"s2_{name}": value for name, value in pattern_fields(settings).items()}
     return args | ({"s2_anneal_steps": anneal_steps} if anneal_steps else {})
 
 
@@ -190,6 +191,7 @@ def s2_settings_from_args(args: Namespace, model: ModelConfig) -> S2Settings | N
     if not getattr(args, "s2_attention", False):
         return None
     pattern = {f"s2_{name}": getattr(args, f"s2_{name}", None) for name in PATTERN_FIELDS}
+    pattern[PATTERN_FILE] = getattr(args, PATTERN_FILE, None)
     complete = Namespace(
         num_layers=model.num_layers,
         group_query_attention=True,
@@ -206,7 +208,7 @@ def s2_settings_from_args(args: Namespace, model: ModelConfig) -> S2Settings | N
 def check_s2_flags(flags: Namespace) -> None:
     """Raises InputError if an `--s2-…` flag is given that does not describe a model, or is given without
     `--s2-attention`."""
-    allowed = {"s2_attention", "s2_anneal_steps", *(f"s2_{name}" for name in PATTERN_FIELDS)}
+    allowed = {"s2_attention", "s2_anneal_steps", PATTERN_FILE, *(f"s2_{name}" for name in PATTERN_FIELDS)}
     for argument, value in vars(flags).items():
         if not argument.startswith("s2_") or value in (None, False):
             continue
@@ -229,12 +231,3 @@ def check_annealed(args: Namespace, iteration: int) -> None:
             f"--s2-anneal-steps {steps}: the checkpoint is of step {iteration}, before its attention is the "
             f"pattern; take one from step {steps} on{alternative}"
         )
-
-
-def first_difference(given: S2Settings, saved: S2Settings) -> tuple[str, object, object] | None:
-    """Returns the flag of the first setting that differs and its two values; None where all are equal."""
-    for name in PATTERN_FIELDS:
-        ours, theirs = getattr(given, name), getattr(saved, name)
-        if ours != theirs:
-            return flag_name(f"s2_{name}"), ours, theirs
-    return None

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,9 @@ from torch import Tensor
 
 from megatron_s2.checkpoint.families import FAMILIES
 from megatron_s2.data.token_ids import Vocabulary
+from megatron_s2.pattern import S2Settings
+from megatron_s2.pattern.block_pattern import dense_pairs
+from megatron_s2.report.table import aligned
 
 # Tokens whose logits are in memory at a time. Those of 32768 tokens and a vocabulary of 128256 would take
 # 17 GB in float32.
@@ -38,9 +42,12 @@ class Evaluation:
     loss: float
     tokens: int
 
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
     def __str__(self) -> str:
-        perplexity = math.exp(self.loss) if self.loss < 700 else math.inf
-        return f"loss {self.loss:.6f}, perplexity {perplexity:.4f}, over {self.tokens} tokens"
+        return f"loss {self.loss:.6f}, perplexity {self.perplexity:.4f}, over {self.tokens} tokens"
 
 
 def windows(
@@ -114,12 +121,58 @@ class ScoredModel:
         vocabulary: the tokens that the model knows.
         positions: number of positions that the model was made for; losses beyond it are meaningless.
         notes: what makes the loss incomparable with that of another model.
+        read_pattern: returns the settings in a pattern file for the model; None if it cannot attend by one.
+        set_pattern: makes the model attend by settings, or densely with None.
     """
 
     token_losses: Callable[[Tensor], Tensor]
     vocabulary: Vocabulary
     positions: int
     notes: tuple[str, ...] = ()
+    read_pattern: Callable[[str], S2Settings] | None = None
+    set_pattern: Callable[[S2Settings | None], None] | None = None
+
+
+def compare_patterns(
+    model: ScoredModel, files: Sequence[str], seq_length: int, batches: Callable[[], Iterator[Tensor]]
+) -> str:
+    """Returns a table of the losses of a dense model, dense and by each pattern file, without training.
+
+    Its columns say what the last token of a window keeps of keys and values, how many query-key pairs a
+    window has, both in percent of dense attention, and the loss.
+
+    Args:
+        files: pattern files, all of which are read before anything is computed.
+        seq_length: tokens of a window.
+        batches: returns the batches of `windows`, the same each time.
+
+    Raises:
+        ValueError: a file is not for the model.
+    """
+    patterns = [(file, model.read_pattern(file)) for file in files]
+    model.set_pattern(None)
+    dense = evaluate(model.token_losses, batches())
+    rows = [
+        ("pattern", "keys and values", "pairs", "loss", "over dense", "perplexity"),
+        ("dense", "100.0%", "100.0%", f"{dense.loss:.4f}", "", f"{dense.perplexity:.4f}"),
+    ]
+    for file, settings in patterns:
+        model.set_pattern(settings)
+        found = evaluate(model.token_losses, batches())
+        heads = settings.num_layers * settings.num_kv_heads
+        tokens = sum(sum(settings.pattern(n + 1).kv_tokens(seq_length)) for n in range(settings.num_layers))
+        kept, pairs = tokens / heads / seq_length, settings.mean_pairs(seq_length) / dense_pairs(seq_length)
+        rows.append(
+            (
+                file,
+                f"{kept:.1%}",
+                f"{pairs:.1%}",
+                f"{found.loss:.4f}",
+                f"{found.loss - dense.loss:+.4f}",
+                f"{found.perplexity:.4f}",
+            )
+        )
+    return "\n".join([*aligned(rows), f"over {dense.tokens} tokens in windows of {seq_length}"])
 
 
 def load_hugging_face(directory: str | Path, dtype: str = "auto") -> ScoredModel:
@@ -129,7 +182,8 @@ def load_hugging_face(directory: str | Path, dtype: str = "auto") -> ScoredModel
     Raises:
         ValueError: the directory has no such model, or an incomplete one.
     """
-    from megatron_s2.generation.hugging_face import load_pretrained
+    from megatron_s2.generation.hugging_face import load_pretrained, pattern_of_file
+    from megatron_s2.hf import set_pattern
 
     model = load_pretrained(directory, dtype)
     config = model.config
@@ -151,7 +205,13 @@ def load_hugging_face(directory: str | Path, dtype: str = "auto") -> ScoredModel
         ]
         return torch.cat(losses, 1)
 
-    return ScoredModel(token_losses, vocabulary, config.max_position_embeddings)
+    return ScoredModel(
+        token_losses,
+        vocabulary,
+        config.max_position_embeddings,
+        read_pattern=partial(pattern_of_file, model, directory),
+        set_pattern=partial(set_pattern, model),
+    )
 
 
 def load_megatron(directory: str | Path) -> ScoredModel:

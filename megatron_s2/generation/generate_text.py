@@ -141,7 +141,7 @@ class _GenerationModel:
 def _hugging_face(args: Namespace) -> _GenerationModel:
     from megatron_s2.generation.hugging_face import HuggingFaceDecoder, load_pretrained
 
-    model = load_pretrained(args.hf, needs_s2=True)
+    model = load_pretrained(args.hf, needs_s2=True, pattern_file=args.s2_pattern_file)
     stop = stop_tokens(args.hf)
     if args.token_ids:
         codec = token_id_codec(stop)
@@ -161,7 +161,12 @@ def _megatron(args: Namespace) -> _GenerationModel:
     from megatron_s2.generation.loading import load_gpt
     from megatron_s2.generation.megatron_model import GPTDecoder
 
-    loaded = load_gpt(args.load, args.tokenizer_model, needs_tokenizer=not args.token_ids)
+    loaded = load_gpt(
+        args.load,
+        args.tokenizer_model,
+        needs_tokenizer=not args.token_ids,
+        pattern_file=args.s2_pattern_file,
+    )
     return _GenerationModel(
         loaded.codec,
         loaded.vocab_size,

@@ -11,13 +11,21 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from megatron_s2.hf import CACHE_ARGUMENT, NAME, PaddingMask, S2Cache, settings_of
+from megatron_s2.hf import CACHE_ARGUMENT, NAME, PaddingMask, S2Cache, set_pattern, settings_of
 from megatron_s2.kernels.host_integers import copy_to_device
 from megatron_s2.kv_cache.cache import KVCache
 from megatron_s2.kv_cache.decode_step import plan_step
+from megatron_s2.pattern import S2Settings
+from megatron_s2.pattern.pattern_file import read_pattern_file
 
 
-def load_pretrained(directory: str | Path, dtype: str = "auto", *, needs_s2: bool = False) -> PreTrainedModel:
+def load_pretrained(
+    directory: str | Path,
+    dtype: str = "auto",
+    *,
+    needs_s2: bool = False,
+    pattern_file: str | Path | None = None,
+) -> PreTrainedModel:
     """Loads a causal language model from safetensors onto the GPU, or the CPU where there is none.
 
     It runs with S2 attention if its config.json has S2 settings, else with SDPA.
@@ -25,16 +33,18 @@ def load_pretrained(directory: str | Path, dtype: str = "auto", *, needs_s2: boo
     Args:
         dtype: dtype of the weights, as transformers names it; "auto" for that of the files.
         needs_s2: whether to refuse a model without S2 settings.
+        pattern_file: pattern file by which a dense model attends.
 
     Raises:
-        ValueError: the directory has no such model, or an incomplete one.
+        ValueError: the directory has no such model, or an incomplete one; or the pattern file is not for it.
     """
     if not (Path(directory) / "config.json").is_file():
         raise ValueError(f"--hf {directory}: is not a directory with a config.json")
     disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(directory)
-        sparse = needs_s2 or getattr(config, "s2_attention", None) is not None
+        has_pattern = getattr(config, "s2_attention", None) is not None
+        sparse = has_pattern or (needs_s2 and pattern_file is None)
         if sparse:
             settings_of(config)
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -50,7 +60,28 @@ def load_pretrained(directory: str | Path, dtype: str = "auto", *, needs_s2: boo
         raise ValueError(
             f"--hf {directory}: has no {min(missing)}; transformers would initialize it randomly"
         )
+    if pattern_file is not None:
+        set_pattern(model, pattern_of_file(model, directory, pattern_file))
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def pattern_of_file(model: PreTrainedModel, directory: str | Path, pattern_file: str | Path) -> S2Settings:
+    """Returns the settings in a pattern file for a dense model.
+
+    Args:
+        directory: the model's, for messages.
+
+    Raises:
+        ValueError: the model has a pattern of its own, or the file is not for it.
+    """
+    config = model.config
+    if getattr(config, "s2_attention", None) is not None:
+        raise ValueError(
+            f"--s2-pattern-file {pattern_file}: must not be given with --hf {directory}, which was trained with "
+            "a pattern of its own (s2_attention in config.json)"
+        )
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return read_pattern_file(pattern_file, num_layers=config.num_hidden_layers, num_kv_heads=kv_heads)
 
 
 class HuggingFaceDecoder:

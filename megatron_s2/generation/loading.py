@@ -75,6 +75,7 @@ def load_gpt(
     *,
     needs_cache: bool = True,
     needs_tokenizer: bool = True,
+    pattern_file: str | None = None,
 ) -> LoadedGPT:
     """Loads a `torch_dist` checkpoint as one rank onto the GPU, or the CPU where there is none.
 
@@ -86,9 +87,11 @@ def load_gpt(
         tokenizer_model: replaces the checkpoint's `--tokenizer-model`.
         needs_cache: whether to refuse a model without S2 attention, which has no small cache.
         needs_tokenizer: False to encode and decode token ids only.
+        pattern_file: pattern file by which a model that was trained dense attends.
 
     Raises:
-        ValueError: the directory has no checkpoint, or one whose model cannot be built.
+        ValueError: the directory has no checkpoint, or one whose model cannot be built; or the pattern file is
+            not for it.
     """
     try:
         checkpoint = CheckpointReader(directory)
@@ -96,7 +99,12 @@ def load_gpt(
     except InputError as error:
         raise ValueError(str(error).replace("--input", "--load", 1)) from None
     is_dense = not getattr(saved, "s2_attention", False) and getattr(saved, "spec", None) is None
-    if needs_cache and is_dense:
+    if pattern_file is not None and not is_dense:
+        raise ValueError(
+            f"--s2-pattern-file {pattern_file}: must not be given with --load {directory}, which was trained "
+            "with a pattern of its own"
+        )
+    if needs_cache and is_dense and pattern_file is None:
         raise ValueError(f"--load {directory}: was trained without S2 attention, and has no small cache")
     if EMBEDDING.key not in tensors:
         raise ValueError(f"--load {directory}: has no {EMBEDDING.key}: it is not a checkpoint of a GPT")
@@ -109,7 +117,10 @@ def load_gpt(
     stop = stop_tokens(hf_files)
     # Megatron prints dozens of lines; errors are raised.
     with open(os.devnull, "w") as devnull, redirect_stdout(devnull):
-        return _build(_command_line(directory, saved, dtype, *tokenizer), stop)
+        argv = _command_line(directory, saved, dtype, *tokenizer)
+        if pattern_file is not None:
+            argv += ["--s2-attention", "--s2-pattern-file", str(pattern_file), "--finetune"]
+        return _build(argv, stop)
 
 
 def _choose_tokenizer(

@@ -30,7 +30,8 @@ class KernelPattern:
         window: blocks of the window, the diagonal block included.
         sinks: number of sink blocks.
         firsts: per KV head, the first block of its shard after the sinks.
-        strides: per KV head, blocks between two blocks of its shard.
+        strides: per KV head, blocks between two blocks of its shard; of a window-only head the
+            `S2Pattern.steps`, which no sequence reaches.
     """
 
     block_size: int
@@ -87,9 +88,7 @@ class KernelPattern:
 @cached_in_eager(maxsize=1024)
 def _of_s2(pattern: S2Pattern) -> KernelPattern:
     firsts = tuple(map(pattern.first_strided, range(pattern.num_kv_heads)))
-    return KernelPattern(
-        pattern.block_size, pattern.local_blocks, pattern.sink_blocks, firsts, tuple(pattern.strides)
-    )
+    return KernelPattern(pattern.block_size, pattern.local_blocks, pattern.sink_blocks, firsts, pattern.steps)
 
 
 @cached_in_eager(maxsize=64)

@@ -10,7 +10,7 @@ When a block is complete, the window moves on by one block. If the block that le
 shard, it already lies at the end of the stored shard and nothing moves. If not, the rest of the window moves
 over it: on average `local_blocks - 1` tokens per token, of the thousands that attention reads. What a head
 stores is thus always one contiguous slice without gaps, which a decoded token reads without mask or gather.
-A dense head has stride 1: its shard is everything.
+A dense head has stride 1: its shard is everything. The shard of a window-only head is its sinks.
 """
 
 from __future__ import annotations

@@ -8,6 +8,10 @@ from collections.abc import Mapping
 from megatron_s2.errors import flag_name
 from megatron_s2.parallel.time_model import Cluster
 from megatron_s2.pattern import S2Settings
+from megatron_s2.pattern.pattern_file import read_pattern_file
+from megatron_s2.pattern.settings import PATTERN_FIELDS, pattern_fields
+
+PATTERN_FILE = "s2_pattern_file"  # the argument; what the file contains is stored as `s2_layers`
 
 # Arguments with which Megatron does not call core attention, or needs something that S2 attention does not
 # have, and the reason. A model would silently be trained or run with dense or wrong attention.
@@ -31,14 +35,55 @@ _BYPASSES = {
 def settings_from_args(args: Namespace) -> S2Settings:
     """Returns the S2 settings of parsed arguments, and sets flags that were not given to their defaults.
 
+    With `--s2-pattern-file` the file is read once: its contents become the argument `s2_layers`.
+
     Raises:
-        ValueError: a flag is out of range; the message starts with it.
+        ValueError: a flag is out of range, or given beside a pattern file; the message starts with it.
     """
     kv_heads = args.num_query_groups if args.group_query_attention else args.num_attention_heads
     for flag, value in (("--num-layers", args.num_layers), ("--num-attention-heads", kv_heads)):
         if value is None:
             raise ValueError(f"{flag}: must be given")
+    if getattr(args, PATTERN_FILE, None) is not None and args.s2_layers is None:
+        settings = pattern_file_settings(args, args.num_layers, kv_heads)
+        for name, value in pattern_fields(settings).items():
+            setattr(args, f"s2_{name}", value)
     return from_s2_fields(S2Settings, args, num_layers=args.num_layers, num_kv_heads=kv_heads)
+
+
+def pattern_file_settings(args: Namespace, num_layers: int | None, num_kv_heads: int | None) -> S2Settings:
+    """Returns the settings in the pattern file of parsed arguments.
+
+    Args:
+        num_layers, num_kv_heads: sizes of the model; None for any.
+
+    Raises:
+        ValueError: the file is not for the model, or flags of the pattern are given beside it.
+    """
+    for name in PATTERN_FIELDS:
+        if getattr(args, f"s2_{name}", None) is not None:
+            raise ValueError(
+                f"{flag_name('s2_' + name)}: must not be set with {flag_name(PATTERN_FILE)}, which contains "
+                "the whole pattern"
+            )
+    return read_pattern_file(args.s2_pattern_file, num_layers=num_layers, num_kv_heads=num_kv_heads)
+
+
+def pattern_differences(given: S2Settings, saved: S2Settings) -> list[tuple[str, object, object]]:
+    """Returns the flag, the given and the saved value of each setting that differs; patterns of layers are
+    compared layer by layer if one of both has them."""
+    if given.layers is None and saved.layers is None:
+        pairs = {name: (getattr(given, name), getattr(saved, name)) for name in PATTERN_FIELDS}
+        return [(flag_name(f"s2_{name}"), *pair) for name, pair in pairs.items() if pair[0] != pair[1]]
+    found = []
+    if given.block_size != saved.block_size:
+        found.append((flag_name("s2_block_size"), given.block_size, saved.block_size))
+    layers = zip(given.per_layer.layers, saved.per_layer.layers)
+    for number, (ours, theirs) in enumerate(layers, 1):
+        if ours != theirs:
+            values = ("dense attention" if layer is None else layer for layer in (ours, theirs))
+            found.append((f"{flag_name(PATTERN_FILE)}: layer {number}:", *values))
+    return found
 
 
 def cluster_from_args(args: Namespace) -> Cluster:

@@ -35,6 +35,7 @@ class S2TransformerConfig(TransformerConfig):
     s2_num_dense_heads: int = S2Settings.num_dense_heads
     s2_dense_layers: tuple[int, ...] = S2Settings.dense_layers
     s2_dense_layer_freq: int = S2Settings.dense_layer_freq
+    s2_layers: tuple | None = S2Settings.layers
     s2_anneal_steps: int = 0
     s2_backend: str = "auto"
     s2_autotune: bool = False

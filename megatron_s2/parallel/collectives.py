@@ -82,14 +82,23 @@ class ContextParallelGroup:
         return self.process_group.rank()
 
     def all_gather(self, part: Tensor) -> Pending:
-        """Starts an all-gather of `part` `[n, …]`, of the same size on all ranks, to `[ranks * n, …]`."""
+        """Starts an all-gather of `part` `[n, …]`, of the same size on all ranks, to `[ranks * n, …]`.
+
+        With n = 0 no rank waits for another.
+        """
         part = part.contiguous()
+        if not len(part):
+            return self.nothing(part)
         result = part.new_empty(self.ranks * part.shape[0], *part.shape[1:])
         exchanged = (self.ranks - 1) * _bytes(part)
         self.traffic.add(self.layer, received=exchanged, sent=exchanged)
         with _reporting_lost_peers(self):
             work = _all_gather_single(result, part, group=self.process_group, async_op=True)
         return Pending(self, work, result, part)
+
+    def nothing(self, x: Tensor) -> Pending:
+        """Returns `x` as the result of a collective that no rank takes part in."""
+        return Pending(self, None, x, x)
 
     def all_to_all(self, parts: Tensor, send: Sequence[int], receive: Sequence[int]) -> Pending:
         """Starts an all-to-all of `parts` `[sum(send), …]` to `[sum(receive), …]`.
@@ -114,7 +123,7 @@ class Pending:
     """A collective that has been started. `_sent` keeps its input alive until it is complete."""
 
     _group: ContextParallelGroup
-    _work: dist.Work
+    _work: dist.Work | None
     _result: Tensor
     _sent: Tensor
 
@@ -124,8 +133,9 @@ class Pending:
         Raises:
             PeerLostError: a rank of the group died, or did not answer within its timeout.
         """
-        with _reporting_lost_peers(self._group):
-            self._work.wait()
+        if self._work is not None:
+            with _reporting_lost_peers(self._group):
+                self._work.wait()
         return self._result
 
 

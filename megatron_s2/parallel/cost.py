@@ -169,7 +169,7 @@ def pair_counts(schedule: str, pattern: S2Pattern, call: AttentionCall) -> PairC
         return PairCounts(costs, np.zeros_like(costs))
     heads = call.batch * call.query_heads // pattern.num_kv_heads
     pairs = sum(_chunk_pairs(head, call.zigzag) for head in _single_heads(pattern))
-    window = pattern.num_kv_heads * _chunk_pairs(_window_only(pattern, call.tokens), call.zigzag)
+    window = pattern.num_kv_heads * _chunk_pairs(_window_only(pattern), call.zigzag)
     return PairCounts(heads * _per_rank(pairs), heads * _per_rank(window))
 
 
@@ -245,11 +245,9 @@ def _single_heads(pattern: S2Pattern) -> list[S2Pattern]:
     return [replace(pattern.slice_heads(g, g + 1), layer=0) for g in range(pattern.num_kv_heads)]
 
 
-def _window_only(pattern: S2Pattern, tokens: int) -> S2Pattern:
+def _window_only(pattern: S2Pattern) -> S2Pattern:
     """A pattern of one head with the same window and an empty shard."""
-    blocks = pattern.num_blocks(tokens)
-    fields = {"num_kv_heads": 1, "vert_stride": blocks + 1, "phases": (1,), "num_dense_heads": 0}
-    return replace(pattern, **fields, sink_blocks=0, layer=0, warn_lost=False)
+    return S2Pattern(1, pattern.block_size, pattern.local_blocks, vert_stride=0)
 
 
 def _per_rank(per_chunk: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 Queries stay on their rank. A rank lacks the rest of every head's shard, 1/vert_stride of the past, which
 all-gathers bring to all ranks, one for each group of KV heads, and the halos: the keys of the window that lie
-before its two chunks.
+before its two chunks. The shard of a window-only head is its sinks; without sinks nothing of it is gathered.
 
 Positions are cut into units of `unit` tokens, the largest length that divides blocks, chunks and documents.
 All indices count units unless they are said to count tokens. With packed documents a unit is mostly one
@@ -266,7 +266,7 @@ def _plan_group(
 def _shard_blocks(pattern: S2Pattern, heads: np.ndarray, n: np.ndarray) -> np.ndarray:
     """`pattern.shard_block(head, n)` for each head and n."""
     firsts = np.array([pattern.first_strided(g) for g in range(pattern.num_kv_heads)])
-    strided = firsts[heads] + (n - pattern.sink_blocks) * np.array(pattern.strides)[heads]
+    strided = firsts[heads] + (n - pattern.sink_blocks) * np.array(pattern.steps)[heads]
     return np.where(n < pattern.sink_blocks, n, strided)
 
 

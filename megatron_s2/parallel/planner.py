@@ -226,7 +226,7 @@ def plan_model(
             for part in dict.fromkeys(part.for_layer(0) for part in slices)
         ]
         slowest = max(plans, key=lambda plan: plan.chosen.seconds)
-        key = settings.is_dense(layer), *slowest.schedules.values()
+        key = settings.is_dense(layer), pattern.describe(), *slowest.schedules.values()
         equal.setdefault(key, (slowest, []))[1].append(layer)
     groups = (LayerGroup(tuple(layers), key[0], plan) for key, (plan, layers) in equal.items())
     return ModelPlan(settings, tuple(groups), cluster, tensor_parallel)

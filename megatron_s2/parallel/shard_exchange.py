@@ -141,8 +141,10 @@ class ShardExchange:
 
         With `summed` this is a reduce-scatter that rounds once and adds in a fixed order.
         """
-        widths = [self.plan.groups[group].width] * self._group.ranks
-        return self._group.all_to_all(packed, widths, widths)
+        width = self.plan.groups[group].width
+        if not width:
+            return self._group.nothing(packed)
+        return self._group.all_to_all(packed, *[[width] * self._group.ranks] * 2)
 
     def summed(self, group: int, returned: Tensor, dtype: torch.dtype) -> Tensor:
         """Adds up the shard gradients that all ranks returned: `[owned units, batch, …]` in `dtype`."""

@@ -54,6 +54,11 @@ class LayerPattern:
             warn_lost=False,
         )
 
+    def __str__(self) -> str:
+        lists = {"strides": self.strides, "phases": self.phases or ()}
+        parts = [f"{name} {' '.join(map(str, values))}" for name, values in lists.items() if values]
+        return f"window {self.local_blocks}, sinks {self.sink_blocks}, {', '.join(parts)}"
+
     def entry(self) -> dict[str, object]:
         """Returns the JSON form."""
         return {

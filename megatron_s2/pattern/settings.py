@@ -62,7 +62,9 @@ class S2Settings:
     def _set_layers(self) -> None:
         for field in fields(self):
             if field.name in _OF_ALL_LAYERS and getattr(self, field.name) != field.default:
-                raise ValueError(f"{field.name} {getattr(self, field.name)}: must not be set with layers")
+                raise ValueError(
+                    f"{field.name} {getattr(self, field.name)}: must not be set with a pattern for each layer"
+                )
         layers = layers_of(self.layers, self.num_layers, self.num_kv_heads)
         numbered, index = [], 0
         for number, layer in enumerate(layers, 1):
@@ -143,6 +145,12 @@ class S2Settings:
         """The distinct patterns of the S2 layers, each with the number of layers that have it."""
         every_head = range(self.num_kv_heads)
         return list(Counter(self.pattern(n).select_heads(every_head) for n in self.sparse_layers).items())
+
+    def describe(self) -> str:
+        """The patterns without their phases as text: `block 64, window 8 (512 tokens), stride 16`."""
+        if self.layers is None:
+            return self.first_pattern.describe()
+        return f"block {self.block_size}, a pattern for each layer"
 
     def mean_pairs(self, lengths: ArrayLike) -> np.ndarray:
         """Mean number of query-key pairs of core attention per layer and head, for each length in tokens."""

@@ -211,7 +211,7 @@ def draw_plans(plans: Sequence[ModelPlan], path: str | Path | None = None) -> Fi
         axes.set_xlabel("context-parallel ranks", fontsize=9)
         axes.grid(color=Colour.PALE)
         axes.spines[["top", "right"]].set_visible(False)
-    title = f"{plans[-1].call.tokens} tokens, {plans[-1].settings.first_pattern.describe()}"
+    title = f"{plans[-1].call.tokens} tokens, {plans[-1].settings.describe()}"
     figure.suptitle(title, fontsize=11, weight="bold")
     lines = figure.axes[0].get_legend_handles_labels()
     figure.legend(*lines, loc="lower center", ncols=4, frameon=False, fontsize=9)

@@ -45,7 +45,7 @@ def table(plan: ModelPlan) -> str:
 
 
 def _group_lines(plan: ModelPlan, group: LayerGroup) -> list[str]:
-    pattern = "dense" if group.dense else plan.settings.first_pattern.describe()
+    pattern = "dense" if group.dense else plan.settings.pattern(group.layers[0]).describe()
     chosen = group.plan.choice
     rows = [
         *zip(*_HEADINGS),

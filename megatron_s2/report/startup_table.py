@@ -31,12 +31,9 @@ def startup_table(
     rows = [
         ("core attention", f"S2 in {len(sparse)} of {settings.num_layers} layers"),
         *([("dense layers", ranges(dense))] if dense else []),
-        ("pattern", settings.first_pattern.describe()),
+        ("pattern", settings.describe()),
     ]
-    groups: dict[str, list[int]] = {}
-    for layer in sparse:
-        groups.setdefault(settings.pattern(layer).describe_phases(), []).append(layer)
-    rows += [(f"layers {ranges(layers)}", text) for text, layers in groups.items()]
+    rows += [(f"layers {ranges(layers)}", text) for text, layers in _groups(settings).items()]
     rows += [
         ("distant past seen", _coverage(settings)),
         ("attention FLOPs", _flops(settings.mean_pairs(seq_len), dense_pairs(seq_len), seq_len)),
@@ -50,9 +47,25 @@ def startup_table(
     return "\n".join(["S2 attention (arXiv 2407.17678)", *aligned(rows, left=(0, 1), indent="  ")])
 
 
+def _groups(settings: S2Settings) -> dict[str, list[int]]:
+    """The S2 layers by what the table says of them: phases, with a pattern for each layer the pattern."""
+    groups: dict[str, list[int]] = {}
+    for layer in settings.sparse_layers:
+        pattern = settings.pattern(layer)
+        text = pattern.describe_phases()
+        if settings.layers is not None:
+            text = f"{pattern.describe().partition(', ')[2]}, {text}"
+        groups.setdefault(text, []).append(layer)
+    return groups
+
+
 def _coverage(settings: S2Settings) -> str:
-    one, together = settings.first_pattern.coverage(), settings.coverage()
-    text = f"{one.fraction:.0%} by one S2 layer, {together.fraction:.0%} by all S2 layers together"
+    patterns = [settings.pattern(layer) for layer in settings.sparse_layers] or [settings.first_pattern]
+    by_layer, together = sorted(pattern.coverage().fraction for pattern in patterns), settings.coverage()
+    if not together.fraction:
+        return "0%: every head of the S2 layers is window-only"
+    by_one = " to ".join(dict.fromkeys(f"{fraction:.0%}" for fraction in (by_layer[0], by_layer[-1])))
+    text = f"{by_one} by one S2 layer, {together.fraction:.0%} by all S2 layers together"
     if together.lost and len(settings.sparse_layers) == settings.num_layers:
         text += f" (WARNING: {together.lost} of every {together.period} distant blocks are seen by no layer)"
     return text

@@ -6,9 +6,16 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 
 from megatron_s2.errors import flag_name
-from megatron_s2.layers.arguments import cluster_from_args, refuse_bypasses, settings_from_args
+from megatron_s2.layers.arguments import (
+    PATTERN_FILE,
+    cluster_from_args,
+    pattern_differences,
+    refuse_bypasses,
+    settings_from_args,
+)
 from megatron_s2.parallel.time_model import S2_SCHEDULES, Cluster
 from megatron_s2.pattern import S2Settings
+from megatron_s2.pattern.settings import PATTERN_FIELDS
 from megatron_s2.training.environment import given
 from megatron_s2.training.offload_arguments import add_offload_args
 
@@ -51,7 +58,7 @@ def add_s2_args(parser: ArgumentParser) -> ArgumentParser:
         type=int,
         nargs="+",
         help="v: beyond its window a head sees every v-th block of the past; one number, or one per KV head. "
-        f"1 is dense. Default {S2Settings.vert_stride}.",
+        f"1 is dense, 0 window-only: nothing beyond window and sinks. Default {S2Settings.vert_stride}.",
     )
     add(
         "--s2-sink-blocks",
@@ -77,6 +84,12 @@ def add_s2_args(parser: ArgumentParser) -> ArgumentParser:
         help="Layers that keep dense attention, numbered from 1: 1,2. Default none.",
     )
     add("--s2-dense-layer-freq", type=int, help="n: every n-th layer keeps dense attention. Default 0: none.")
+    add(
+        flag_name(PATTERN_FILE),
+        metavar="FILE",
+        help="JSON file with the pattern of every layer (docs/pattern-files.md), instead of all flags above.",
+    )
+    parser.set_defaults(s2_layers=None)
     add(
         "--s2-learnable-sink",
         action="store_true",
@@ -268,7 +281,10 @@ def load_s2_args(args: Namespace, saved: Namespace) -> None:
     if not getattr(saved, "s2_attention", False):
         return
     args.s2_attention = True
+    of_pattern = {f"s2_{name}" for name in PATTERN_FIELDS}
     for name in (n for n in (*_CHECKPOINTED, "s2_learnable_sink") if n in args and n.startswith("s2_")):
+        if name in of_pattern and args.s2_pattern_file is not None:
+            continue
         is_new_annealing = name == "s2_anneal_steps" and args.finetune
         if getattr(args, name) is None and not is_new_annealing:
             setattr(args, name, getattr(saved, name, None))
@@ -278,17 +294,22 @@ def load_s2_args(args: Namespace, saved: Namespace) -> None:
 def differences_from_checkpoint(args: Namespace, saved: Namespace) -> list[str]:
     """Returns one message for each difference between the attention of validated arguments and that of the
     arguments in a checkpoint."""
-    ours, theirs = ({name: getattr(a, name, None) for name in _CHECKPOINTED} for a in (args, saved))
+    names, differences = _CHECKPOINTED, []
+    if any(getattr(a, "s2_layers", None) for a in (args, saved)) and getattr(saved, "s2_attention", False):
+        names = [name for name in names if name.removeprefix("s2_") not in PATTERN_FIELDS]
+        differences = pattern_differences(*(settings_from_args(Namespace(**vars(a))) for a in (args, saved)))
+    ours, theirs = ({name: getattr(a, name, None) for name in names} for a in (args, saved))
     if bool(ours["s2_attention"]) != bool(theirs["s2_attention"]):
         given, trained = ("not given", "with") if theirs["s2_attention"] else ("given", "without")
         return [f"--s2-attention {given}: the checkpoint was trained {trained} it"]
     if not ours["s2_attention"]:
         return []
-    return [
-        f"{flag_name(name)} {ours[name]}: the checkpoint was trained with {theirs[name]}"
-        for name in _CHECKPOINTED
+    differences += [
+        (flag_name(name), ours[name], theirs[name])
+        for name in names
         if name in vars(args) and ours[name] != theirs[name]
     ]
+    return [f"{flag} {mine}: the checkpoint was trained with {its}" for flag, mine, its in differences]
 
 
 def _layer_numbers(text: str) -> tuple[int, ...]:

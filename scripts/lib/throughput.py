@@ -226,4 +226,4 @@ def _shard_parts(
 
 def _shard(pattern: S2Pattern, head: int, blocks: int) -> int:
     """Shard blocks of a head among the first `blocks`."""
-    return max(0, -(-(blocks - pattern.first_strided(head)) // pattern.strides[head]))
+    return max(0, -(-(blocks - pattern.first_strided(head)) // pattern.steps[head]))

@@ -49,6 +49,10 @@ CASES = [
     case(s2(vert_stride=1), "dense", cut(64, 32)),
     case(s2(4, vert_stride=(2, 4, 1, 3), phases=(0, 3, 0, 1)), "mixed strides", cut(64, 32), queries=150),
     case(s2(4, num_dense_heads=2), "dense heads", cut(64, 64, 64), queries=150, group=1),
+    case(s2(1, vert_stride=0), "window only", cut(32, 64), queries=150),
+    case(s2(4, vert_stride=(0, 4, 1, 0), sink_blocks=1), "window only mixed", cut(32, 64), queries=130),
+    case(s2(3, vert_stride=(4, 0, 0), sink_blocks=3), "window only packed", cut(32, 32), **packed(65, 0, 90)),
+    case(s2(2, vert_stride=(0, 2)), "boxes, window only", cut(16, 16), q_start=77, queries=60),
     case(s2(sink_blocks=5), "more sinks than window", cut(64, 64), queries=200),
     case(s2(sink_blocks=9), "sinks beyond the length", cut(32, 64)),
     case(s2(), "sink logits", cut(32, 32), sink_logits=True),
@@ -101,6 +105,7 @@ CASES = [
 # Each value of each parameter, and what is done in a way of its own.
 SHORT = {
     *("block 64", "span 50", "mixed strides", "all sinks", "packed with empty", "q_start unaligned"),
+    "window only mixed",
     *("one query at the end", "odd head_dim, scale", "sequence first", "mask packed"),
     *("boxes, group 4", "boxes mixed", "boxes packed, short", "boxes q_start", "boxes, negative scale"),
     "mask boxes q_start",

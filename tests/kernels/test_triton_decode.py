@@ -231,6 +231,7 @@ CACHED = {
     "s2": s2(),
     "dense head first": s2(4, vert_stride=(1, 4, 4, 3), sink_blocks=1),
     "window of one block": s2(3, local_blocks=1, num_dense_heads=1),
+    "window only mixed": s2(3, vert_stride=(0, 4, 1), sink_blocks=1),
 }
 
 

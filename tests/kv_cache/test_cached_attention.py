@@ -101,6 +101,8 @@ GENERATIONS = [
     Generation("unequal chunks", ((3, 0, 40), (20, 70, 1), (1, 1, 1), (5, 30, 0), (0, 1, 1), (1, 0, 1))),
     Generation("a dense head", decoded(100, 7, tokens=20), s2(3, num_dense_heads=1)),
     Generation("dense heads first", ((40, 90), (70, 3), (1, 1)), s2(4, vert_stride=(1, 1, 4, 3))),
+    Generation("window only", decoded(70, 7, tokens=20), s2(2, vert_stride=0)),
+    Generation("window only mixed", decoded(100, 7, tokens=20), s2(3, vert_stride=(0, 4, 1), sink_blocks=1)),
     Generation("a dense layer", ((40, 90), (70, 3), (1, 1)), s2(2, vert_stride=1)),
     Generation("sinks", ((130,), (20,), (1,), (1,)), s2(2, sink_blocks=2)),
     Generation("one block window", ((90,), (33,), *((1,),) * 20), s2(2, local_blocks=1)),

@@ -16,7 +16,7 @@ def patterns(draw) -> S2Pattern:
         num_kv_heads=heads,
         block_size=BLOCK,
         local_blocks=draw(st.integers(1, 7)),
-        vert_stride=draw(st.tuples(*[st.integers(1, 9)] * heads)),
+        vert_stride=draw(st.tuples(*[st.integers(0, 9)] * heads)),
         sink_blocks=draw(st.sampled_from([0, 0, 1, 3, 20])),
         num_dense_heads=draw(st.integers(0, heads)) // 2,
         layer=draw(st.integers(0, 5)),

@@ -39,6 +39,9 @@ CASES = [
     Case(s2(vert_stride=1), "dense", queries=264),
     Case(s2(4, vert_stride=(2, 4, 1, 3), phases=(0, 3, 0, 1)), "mixed strides", queries=360),
     Case(s2(4, num_dense_heads=2), "dense heads", queries=384),
+    Case(s2(4, vert_stride=0, local_blocks=5), "window only", queries=240),
+    Case(s2(4, vert_stride=(0, 4, 1, 0), sink_blocks=1), "window only mixed", queries=240, sink_logits=True),
+    Case(s2(4, vert_stride=(0, 0, 3, 0)), "window only packed", **packed(205, 100, 7)),
     Case(s2(4, vert_stride=3, phases=(1, 1, 1, 0)), "neighbours of equal phase", queries=384),
     Case(s2(sink_blocks=1), "sink block", queries=384),
     Case(s2(sink_blocks=30), "sinks beyond the length", queries=384),
@@ -59,6 +62,7 @@ FEW = [
     or case.special
     in (
         *("gqa", "KV heads that ranks share", "window over several chunks", "mixed strides"),
+        *("window only", "window only mixed"),
         *("neighbours of equal phase", "sinks of both kinds", "packed over the chunks", "narrower v"),
     )
 ]
@@ -73,6 +77,7 @@ IN_TRITON = [
     Case(s2(2, sink_blocks=1), "gqa", batch=1, queries=128, sink_logits=True),
     Case(s2(2, local_blocks=3), "windows over several chunks", batch=1, queries=120),
     Case(s2(3, num_dense_heads=1), "dense head", batch=1, queries=144, group=1),
+    Case(s2(3, vert_stride=(0, 4, 0)), "window only", batch=1, queries=144, group=1),
     Case(s2(2), "packed", **packed(70, 3, 100, 19)),
     Case(s2(2), "wider v", v_dim=24, batch=1, queries=96),
 ]

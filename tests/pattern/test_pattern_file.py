@@ -162,5 +162,5 @@ def test_a_file_that_cannot_be_read_is_refused(path, tmp_path):
 
 
 def test_layers_exclude_the_fields_of_all_layers():
-    with pytest.raises(ValueError, match="sink_blocks 1: must not be set with layers"):
+    with pytest.raises(ValueError, match="sink_blocks 1: must not be set with a pattern for each layer"):
         S2Settings(1, 1, sink_blocks=1, layers=({"dense": True},))
