@@ -77,8 +77,8 @@ def pattern_of_file(model: PreTrainedModel, directory: str | Path, pattern_file:
     config = model.config
     if getattr(config, "s2_attention", None) is not None:
         raise ValueError(
-            f"--s2-pattern-file {pattern_file}: must not be given with --hf {directory}, which was trained with "
-            "a pattern of its own (s2_attention in config.json)"
+            f"--s2-pattern-file {pattern_file}: must not be given with --hf {directory}, which was trained "
+            "with a pattern of its own (s2_attention in config.json)"
         )
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return read_pattern_file(pattern_file, num_layers=config.num_hidden_layers, num_kv_heads=kv_heads)

@@ -90,8 +90,8 @@ def load_gpt(
         pattern_file: pattern file by which a model that was trained dense attends.
 
     Raises:
-        ValueError: the directory has no checkpoint, or one whose model cannot be built; or the pattern file is
-            not for it.
+        ValueError: the directory has no checkpoint, or one whose model cannot be built; or the pattern file
+            is not for it.
     """
     try:
         checkpoint = CheckpointReader(directory)

@@ -1,4 +1,5 @@
-"""The picture of a pattern: what each KV head sees, and what the heads see together.
+"""Pictures of patterns: what each KV head of a layer sees, and what the heads see together; and how much each
+head of a whole model sees.
 
 Needs matplotlib (the extra `megatron-s2[plot]`), imported when the first picture is drawn.
 """
@@ -8,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from megatron_s2.pattern import BlockPattern, S2Pattern
+from megatron_s2.pattern import BlockPattern, S2Pattern, S2Settings
+from megatron_s2.pattern.block_pattern import dense_pairs
 from megatron_s2.report.figure import Colour, draw_cells, draw_legend, draw_title, new_figure, save_figure
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ _GAP = 0.14
 _TITLED_GAP = 0.34
 _LEFT, _RIGHT, _TOP, _BOTTOM = 0.62, 0.62, 0.82, 0.86
 _BETWEEN_HEADS_AND_UNION = 0.5
+_MODEL_RIGHT, _MODEL_BOTTOM = 1.25, 1.05  # beside and below the layers of a model
 
 
 class _Kind(NamedTuple):
@@ -118,6 +121,104 @@ def draw_pattern(
     if path is not None:
         save_figure(figure, path)
     return figure
+
+
+def draw_model(settings: S2Settings, path: str | Path | None = None, num_blocks: int = 128) -> Figure:
+    """Draws what each KV head of each layer of a model sees, and returns the figure.
+
+    Rows are layers, columns KV heads; the last column is the mean of the layer. Colours are the shares of all
+    query-key pairs of `num_blocks` blocks that a head sees; each cell names the head's stride (1 is dense, 0
+    window-only).
+
+    Args:
+        path: PNG or SVG file to write, by its suffix; None to write no file.
+
+    Raises:
+        ValueError: another suffix, or `num_blocks` is not positive.
+        ImportError: matplotlib is not installed.
+    """
+    import numpy as np
+
+    if num_blocks < 1:
+        raise ValueError(f"num_blocks {num_blocks}: must be >= 1")
+    layers, heads = settings.num_layers, settings.num_kv_heads
+    tokens = num_blocks * settings.block_size
+    patterns = [settings.pattern(n) for n in range(1, layers + 1)]
+    shares = np.array([pattern.visible_pairs(tokens) for pattern in patterns]) / dense_pairs(tokens)
+
+    cell_width, cell_height = max(0.34, min(0.8, 4.8 / heads)), 0.24
+    widths = heads * cell_width, 0.62
+    top = 0.75
+    width = _LEFT + widths[0] + 0.1 + widths[1] + _MODEL_RIGHT
+    height = top + layers * cell_height + _MODEL_BOTTOM
+    figure = new_figure(width, height)
+    panels = [(_LEFT, widths[0], shares), (_LEFT + widths[0] + 0.1, widths[1], shares.mean(1, keepdims=True))]
+    for left, panel_width, values in panels:
+        box = left / width, _MODEL_BOTTOM / height, panel_width / width, layers * cell_height / height
+        axes = figure.add_axes(box)
+        image = axes.imshow(values, cmap=_share_colours(), vmin=0, vmax=1, aspect="auto")
+        for x in np.arange(values.shape[1] - 1) + 0.5:
+            axes.axvline(x, color="white", linewidth=0.8)
+        for y in np.arange(layers - 1) + 0.5:
+            axes.axhline(y, color="white", linewidth=0.8)
+        axes.tick_params(length=0, labelsize=8)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        is_mean = values is not shares
+        axes.set_yticks(range(layers), [] if is_mean else [str(n + 1) for n in range(layers)])
+        axes.set_xticks(range(values.shape[1]), ["mean"] if is_mean else [str(g) for g in range(heads)])
+        for layer, pattern in enumerate(patterns):
+            for head in range(values.shape[1]):
+                share = values[layer, head]
+                text = f"{share:.0%}" if is_mean else _stride_text(pattern, head, cell_width < 0.6)
+                colour = "white" if share > 0.65 else _DIAGONAL.colour
+                axes.text(head, layer, text, ha="center", va="center", fontsize=7.5, color=colour)
+            if is_mean:
+                axes.text(0.62, layer, _layer_text(settings, layer + 1), va="center", fontsize=7.5)
+        if not is_mean:
+            axes.set_xlabel("KV head", fontsize=9)
+            axes.set_ylabel("layer", fontsize=9)
+    bar_axes = figure.add_axes((_LEFT / width, 0.42 / height, widths[0] / width, 0.1 / height))
+    bar = figure.colorbar(image, cax=bar_axes, orientation="horizontal", ticks=[0, 0.25, 0.5, 0.75, 1])
+    bar.ax.set_xticklabels(["0%", "25%", "50%", "75%", "100%"], fontsize=7.5)
+    bar.ax.tick_params(length=0)
+    bar.outline.set_visible(False)
+    bar.set_label(f"of the query-key pairs of {tokens} tokens", fontsize=8)
+
+    draw_title(figure, f"{layers} layers of {heads} KV heads", _LEFT, 0.14)
+    kept = sum(sum(pattern.kv_tokens(tokens)) for pattern in patterns) / (layers * heads * tokens)
+    figure.text(
+        _LEFT / width,
+        1 - 0.4 / height,
+        f"{shares.mean():.1%} of dense pairs, {kept:.1%} of dense keys and values",
+        fontsize=9,
+        va="top",
+    )
+    if path is not None:
+        save_figure(figure, path)
+    return figure
+
+
+def _share_colours():
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("share", (Colour.PALE, "#7fb2dd", Colour.NAVY))
+
+
+def _stride_text(pattern: S2Pattern, head: int, is_narrow: bool) -> str:
+    if pattern.is_dense(head):
+        return "1" if is_narrow else "dense"
+    if pattern.is_window_only(head):
+        return "0" if is_narrow else "window"
+    return str(pattern.strides[head])
+
+
+def _layer_text(settings: S2Settings, layer: int) -> str:
+    if settings.is_dense(layer):
+        return "dense layer"
+    pattern = settings.pattern(layer)
+    sinks = f", sinks {pattern.sink_blocks}" if pattern.sink_blocks else ""
+    return f"window {pattern.local_blocks}{sinks}"
 
 
 def _heads_to_show(num_kv_heads: int) -> list[int]:
@@ -233,6 +334,8 @@ def _head_title(pattern: BlockPattern, head: int) -> str:
         return f"KV head {head}"
     if pattern.is_dense(head):
         return f"KV head {head}, dense"
+    if pattern.is_window_only(head):
+        return f"KV head {head}, window only"
     return f"KV head {head}, phase {pattern.head_phases[head]}"
 
 
@@ -246,11 +349,13 @@ def _union_title(pattern: BlockPattern, num_layers: int) -> str:
 def _default_title(pattern: BlockPattern) -> str:
     if not isinstance(pattern, S2Pattern):
         return f"Block mask, {pattern.block_size} tokens per block"
-    strides = sorted({stride for stride in pattern.strides if stride > 1} or {1})
+    strides = sorted({stride for stride in pattern.strides if stride > 1} or {*pattern.strides} & {1})
+    # The titles of the heads say which are window-only.
+    named = [*map(str, strides), *(["none"] if 0 in pattern.strides else [])]
     parts = [
         f"block {pattern.block_size} tokens",
         f"window {pattern.local_blocks} blocks",
-        f"stride {' and '.join(map(str, strides))}",
+        f"stride {' and '.join(named)}",
     ]
     if pattern.sink_blocks:
         parts.append(f"{pattern.sink_blocks} sink block{'s' if pattern.sink_blocks > 1 else ''}")
