@@ -32,6 +32,7 @@ from transformers import (
 import megatron_s2.hf
 from megatron_s2.hf import CACHE_ARGUMENT, S2Cache, settings_of
 from megatron_s2.kv_cache.cache import cache_bytes
+from megatron_s2.pattern import S2Settings
 
 TOLERANCE = 1e-5
 LENGTHS = (5, 150, 47)
@@ -148,6 +149,34 @@ def test_stride_1_is_dense(family, tmp_path):
     assert dense.config._attn_implementation == "eager"
     [tokens] = prompts(130)
     assert_close(logits_of(sparse, tokens), logits_of(dense, tokens))
+
+
+LAYERS = [
+    {"local_blocks": 2, "sink_blocks": 1, "strides": [0, 3], "phases": [0, 1]},
+    {"dense": True},
+    {"local_blocks": 1, "strides": [4, 0], "sink_blocks": 0, "phases": [2, 0]},
+]
+
+
+def test_a_dense_model_attends_by_a_pattern_for_each_layer(tmp_path):
+    save_model(tmp_path / "sparse", "llama", s2_attention={"block_size": 16, "layers": LAYERS})
+    save_model(tmp_path / "dense", "llama", s2_attention=None, attn_implementation=None)
+    sparse, dense = load(tmp_path / "sparse"), load(tmp_path / "dense")
+    [tokens] = prompts(130)
+    expected, before = logits_of(sparse, tokens), logits_of(dense, tokens)
+    megatron_s2.hf.set_pattern(dense, S2Settings(3, 2, 16, layers=LAYERS))
+    assert torch.equal(logits_of(dense, tokens), expected)
+    assert dense.config.s2_attention == sparse.config.s2_attention
+    cache = S2Cache(dense.config)
+    how = {"max_new_tokens": 12, "do_sample": False, CACHE_ARGUMENT: cache}
+    got = dense.generate(**vars(Batch.of([tokens], "left")), **how)
+    assert got[0, 130:].tolist() == greedy(dense, tokens, 12)
+    kept = [cache_bytes(settings_of(dense.config).pattern(n), 141, 16, torch.float32) for n in (1, 2, 3)]
+    assert [layer.bytes for layer in cache.caches] == kept
+    assert (expected - before).abs().max() > 0.1
+    megatron_s2.hf.set_pattern(dense, None)
+    assert torch.equal(logits_of(dense, tokens), before)
+    assert not hasattr(dense.config, "s2_attention")
 
 
 def test_the_pattern_changes_the_logits(llama, directories):

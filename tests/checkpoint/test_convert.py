@@ -22,6 +22,8 @@ from transformers import AutoModelForCausalLM
 from waiting import PATIENCE
 
 from megatron_s2.checkpoint import families
+from megatron_s2.pattern import S2Settings
+from megatron_s2.pattern.pattern_file import read_pattern_file, write_pattern_file
 
 S2 = ("--s2-attention", "--s2-block-size", "16", "--s2-local-blocks", "2", "--s2-vert-stride", "3", "4")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -190,6 +192,50 @@ def test_the_pattern_survives_a_round_trip(tmp_path):
     assert (tmp_path / "again/resume.args").read_text() == (tmp_path / "megatron/resume.args").read_text()
     convert("megatron-to-hf", tmp_path / "again", tmp_path / "twice")
     assert config(tmp_path / "twice") == config(tmp_path / "sparse")
+
+
+def test_a_pattern_for_each_layer_survives_a_round_trip(tmp_path):
+    source = make_model(tmp_path / "hf", "llama2", num_key_value_heads=2)
+    layers = [
+        {"dense": True},
+        {"local_blocks": 2, "sink_blocks": 1, "strides": [0, 3], "phases": [0, 2]},
+        {"local_blocks": 1, "sink_blocks": 0, "strides": [0, 0], "phases": [0, 0]},
+    ]
+    settings, given = S2Settings(3, 2, 16, layers=layers), tmp_path / "given.json"
+    write_pattern_file(given, settings)
+    flags = ("--s2-attention", "--s2-pattern-file", str(given))
+    convert("hf-to-megatron", source, tmp_path / "megatron", *flags)
+    given.unlink()
+    stored = tmp_path / "megatron/pattern.json"
+    assert read_pattern_file(stored) == settings
+    lines = (tmp_path / "megatron/resume.args").read_text().splitlines()
+    assert [line for line in lines if "s2" in line] == ["--s2-attention", f"--s2-pattern-file {stored}"]
+
+    convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "sparse")
+    assert config(tmp_path / "sparse")["s2_attention"] == {"block_size": 16, "layers": layers}
+    convert("hf-to-megatron", tmp_path / "sparse", tmp_path / "again")  # without S2 flags
+    assert read_pattern_file(tmp_path / "again/pattern.json") == settings
+    status, _, errors = run_conversion("hf-to-megatron", tmp_path / "sparse", tmp_path / "other", *S2)
+    assert status == 2
+    assert errors.startswith(
+        "error: --s2-pattern-file: layer 1: window 2, sinks 0, strides 3 4, phases 0 0: "
+    )
+    assert "the model was trained with dense attention; give the same" in errors
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [((), None), (S2, "the pattern has no sinks"), ((*S2, "--s2-sink-blocks", "1"), None)],
+    ids=["dense", "no sinks", "sinks"],
+)
+def test_a_dense_model_without_sinks_is_noted_with_its_cost(tmp_path, flags, said):
+    source = make_model(tmp_path / "hf", "llama2", num_key_value_heads=2)
+    _, _, errors = run_conversion("hf-to-megatron", source, tmp_path / "megatron", *flags)
+    assert errors.count("\n") == bool(said)
+    if said:
+        assert errors.startswith(f"note: {said}: before training that costs a pretrained model much")
+        convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "sparse")
+        assert not run_conversion("hf-to-megatron", tmp_path / "sparse", tmp_path / "trained")[2]
 
 
 def test_the_flags_of_the_model_are_printed(tmp_path):

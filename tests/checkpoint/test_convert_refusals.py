@@ -92,6 +92,8 @@ def change_arguments(trained: Path, **changes) -> None:
         ({"s2_attention": {"phases": [0, "1"]}}, "phases [0, '1']: must be a list of whole numbers or null"),
         ({"s2_attention": {"dense_layers": {"1": 2}}}, "{'1': 2}: must be a list of whole numbers"),
         ({"s2_attention": "yes"}, "s2_attention yes: must be an object"),
+        ({"s2_attention": {"layers": 3}}, "s2_attention: layers 3: must be a list with one object per layer"),
+        ({"s2_attention": {"layers": [{}]}}, "s2_attention: layer 2: is missing, of 2 layers"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -16,7 +16,7 @@ STRIDES = {  # one per KV head
     "llama3.2, tied": ("3", "4"),
     "mistral": ("3", "4"),
     "qwen2": ("3", "4"),
-    "qwen3": ("3", "4"),
+    "qwen3": ("0", "4"),
     "llama, one KV head": ("3",),
     "qwen3, one KV head": ("3",),
 }

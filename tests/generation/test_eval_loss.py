@@ -22,6 +22,8 @@ from megatron_s2.data.command import run_command
 from megatron_s2.data.token_ids import write_record
 from megatron_s2.generation import evaluation
 from megatron_s2.generation.evaluation import Evaluation, evaluate, load_hugging_face, windows
+from megatron_s2.pattern import S2Settings
+from megatron_s2.pattern.pattern_file import write_pattern_file
 
 S2 = ("--s2-attention", "--s2-block-size", "16", "--s2-local-blocks", "2", "--s2-vert-stride", "3")
 LENGTH, WINDOWS = 128, 8
@@ -107,9 +109,48 @@ def test_notes_about_annealing_and_padding(directory, data):
     convert("hf-to-megatron", source, directory / "odd", *S2, "--s2-anneal-steps", "10")
     _, err = run_in_fork("--load", directory / "odd", "--data-path", data, "--seq-length", LENGTH)
     assert err.splitlines() == [
-        "note: step 0 of --s2-anneal-steps 10: attention has stride 1 and window 8, not yet 3 and 2",
+        "note: step 0 of --s2-anneal-steps 10: attention has stride 1 and window 8, not yet stride 3 and "
+        "window 2",
         "note: the loss counts 6 rows of vocabulary padding, as its training does and --hf does not",
     ]
+
+
+def test_patterns_are_judged_on_a_dense_model(directory, data, capsys):
+    source = make_model(
+        directory / "judged", "llama2", num_hidden_layers=2, num_key_value_heads=2, vocab_size=256
+    )
+    narrow = S2Settings(2, 2, 16, local_blocks=2, vert_stride=(0, 3), sink_blocks=1)
+    files = {"all.json": S2Settings(2, 2, 16, vert_stride=1), "narrow.json": narrow}
+    for name, settings in files.items():
+        write_pattern_file(directory / name, settings)
+    paths = [str(directory / name) for name in files]
+    words = ["--hf", str(source), "--data-path", str(data), "--seq-length", str(LENGTH)]
+    main([*words, *(word for path in paths for word in ("--s2-pattern-file", path))])
+    heading, *rows, over = capsys.readouterr().out.splitlines()
+    assert re.split("  +", heading)[1:] == ["keys and values", "pairs", "loss", "over dense", "perplexity"]
+    assert over == f"over {LENGTH * WINDOWS} tokens in windows of {LENGTH}"
+    found = {name: cells for name, *cells in map(str.split, rows)}
+    assert list(found) == ["dense", *paths], "the dense model first"
+    main(words)
+    dense = loss_of(capsys.readouterr().out)
+    assert found["dense"][:3] == ["100.0%", "100.0%", f"{dense:.4f}"]
+    assert float(found[paths[0]][2]) == pytest.approx(dense, abs=2e-4)
+    kept = sum(sum(narrow.pattern(n).kv_tokens(LENGTH)) for n in (1, 2)) / (4 * LENGTH)
+    assert found[paths[1]][0] == f"{kept:.1%}"
+
+    convert("hf-to-megatron", source, directory / "narrow", "--s2-attention", "--s2-pattern-file", paths[1])
+    convert("megatron-to-hf", directory / "narrow", directory / "narrow-hf")
+    words[1] = str(directory / "narrow-hf")
+    main(words)
+    exported = loss_of(capsys.readouterr().out)
+    assert float(found[paths[1]][2]) == pytest.approx(exported, abs=1e-4)
+    assert abs(exported - dense) > 1e-3
+    for flags, message in (
+        (words, f"--s2-pattern-file {paths[1]}: must not be given with --hf {words[1]}"),
+        (["--load", *words[1:]], "--s2-pattern-file: must be given with --hf"),
+    ):
+        assert run_command(main, [*flags, "--s2-pattern-file", paths[1]]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
 def test_windows_are_consecutive_across_documents(tmp_path):

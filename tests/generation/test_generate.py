@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from generate import main
 from generation_models import VOCAB, greedy, prompts, save_model
+from hf_models import convert
 from megatron_run import call_in_fork, train_all
 from script_main import exit_status
 from tokenizers import Tokenizer, decoders
@@ -28,6 +29,7 @@ from megatron_s2.generation.text_codec import (
     megatron_codec,
 )
 from megatron_s2.kv_cache.cache import cache_bytes
+from megatron_s2.pattern.pattern_file import write_pattern_file
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "generate.py"
@@ -244,6 +246,20 @@ def test_a_megatron_checkpoint_generates_the_same_text(converted, model):
     rows = [greedy(model, text, 12) for text in prompts(*LENGTHS)]
     assert out.splitlines() == [f"[{n + 1}] {spelled(row)}" for n, row in enumerate(rows)]
     assert [line.split(":")[0] for line in err.splitlines()] == ["prefill", "decode", "cache"]
+
+
+def test_a_dense_model_generates_by_a_pattern_file(capsys, model, tmp_path, hugging_face):
+    """As the model whose pattern the file has: from its directory and, converted, from a checkpoint."""
+    write_pattern_file(path := tmp_path / "pattern.json", megatron_s2.hf.settings_of(model.config))
+    save_model(tmp_path / "dense", "qwen3", s2_attention=None, attn_implementation=None)
+    [prompt] = prompts(100)
+    given = [*prompt_flags([prompt]), "--max-new-tokens", 6, "--s2-pattern-file", path]
+    expected = words(greedy(model, prompt, 6)) + "\n"
+    assert output(capsys, "--hf", tmp_path / "dense", *given)[0] == expected
+    convert("hf-to-megatron", tmp_path / "dense", tmp_path / "megatron")
+    assert call_in_fork("generate", "main", flags("--load", tmp_path / "megatron", *given)).out == expected
+    assert run_command(main, flags("--hf", hugging_face, *given)) == 2
+    assert "which was trained with a pattern of its own" in capsys.readouterr().err
 
 
 def test_a_trained_checkpoint_generates_the_same_with_any_cache(trained):

@@ -72,6 +72,17 @@ def test_gather_moves_the_bytes_of_its_index_plans(case):
         )
 
 
+@given(calls(), st.booleans())
+def test_window_only_heads_move_only_halos(case, has_sinks):
+    pattern, call = case
+    pattern = replace(pattern, vert_stride=0, num_dense_heads=0, sink_blocks=int(has_sinks))
+    for rank, plan in enumerate(gather_plans(pattern, call)):
+        halo = call.key_value_bytes * pattern.num_kv_heads * plan.unit * without(plan.recv_counts, rank)
+        gathered = (call.ranks - 1) * plan.width * plan.unit * call.key_value_bytes
+        assert exchange_bytes("gather", pattern, call, rank).forward_received == halo + gathered
+        assert plan.width * plan.unit <= has_sinks * pattern.num_kv_heads * pattern.block_size
+
+
 def a2a_from_to(pattern: S2Pattern, call: AttentionCall) -> tuple[np.ndarray, np.ndarray]:
     """`[from, to]` bytes: queries, keys and values of the receiver's heads; outputs of the sender's heads."""
     plan, ranks = plan_heads(pattern, call), range(call.ranks)

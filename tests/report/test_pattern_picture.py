@@ -9,7 +9,8 @@ from small_patterns import a_mask_pattern, a_pattern
 
 pytest.importorskip("matplotlib")
 
-from megatron_s2.report.pattern_picture import draw_pattern
+from megatron_s2.pattern import S2Settings
+from megatron_s2.report.pattern_picture import draw_model, draw_pattern
 
 
 def panels(figure) -> list:
@@ -53,6 +54,28 @@ def test_one_panel_per_kv_head_and_one_for_all(heads):
     figure = draw_pattern(a_pattern(num_kv_heads=heads))
     assert len(panels(figure)) == heads + 1
     assert titles(figure)[0] == "KV head 0, phase 0"
+
+
+def test_window_only_heads_are_named():
+    figure = draw_pattern(a_pattern(vert_stride=(0, 4, 1, 0), sink_blocks=1))
+    assert titles(figure)[:4] == [
+        f"KV head {text}" for text in ("0, window only", "1, phase 0", "2, dense", "3, window only")
+    ]
+    assert "stride 4 and none" in words(figure)
+
+
+def test_a_model_has_a_row_for_each_layer_and_a_column_for_each_head(tmp_path):
+    layers = [{"dense": True}, {"local_blocks": 2, "sink_blocks": 1, "strides": [0, 4, 1]}]
+    settings = S2Settings(2, 3, 16, layers=layers)
+    figure = draw_model(settings, path := tmp_path / "model.png", num_blocks=32)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    shares, means = (axes.images[0].get_array() for axes in panels(figure)[:2])
+    pairs = [settings.pattern(n).visible_pairs(512) for n in (1, 2)]
+    assert np.allclose(shares, np.array(pairs) / (512 * 513 / 2))
+    assert np.allclose(means[:, 0], shares.mean(1))
+    said = words(figure)
+    for text in ("window | 4 | dense", "dense layer", "window 2, sinks 1", "2 layers of 3 KV heads"):
+        assert text in said
 
 
 def test_with_many_heads_seven_and_the_last_are_shown_and_named():

@@ -52,6 +52,21 @@ def test_a_pattern_names_sinks_and_dense_heads():
     assert text(table["pattern"]) == "block 16, window 8 (128 tokens), stride 4 4 8 1, sinks 1, dense heads 1"
 
 
+def test_a_pattern_for_each_layer_is_listed_by_layers():
+    layer = {"local_blocks": 4, "sink_blocks": 1, "strides": [8, 0], "phases": [3, 0]}
+    layers = [{"dense": True}, layer, layer, {"local_blocks": 2, "strides": [0, 0]}]
+    table = {name: text(row) for name, row in rows(num_layers=4, num_kv_heads=2, layers=layers).items()}
+    assert table["dense layers"] == "1"
+    assert table["pattern"] == "block 64, a pattern for each layer"
+    assert table["layers 2-3"] == "window 4 (256 tokens), stride 8 0, sinks 1, phases 3 0"
+    assert table["layers 4"] == "window 2 (128 tokens), no stride, phases 0 0"
+    assert table["distant past seen"] == "0% to 12% by one S2 layer, 12% by all S2 layers together"
+
+
+def test_window_only_heads_see_nothing_of_the_distant_past():
+    assert text(rows(vert_stride=0)["distant past seen"]) == "0%: every head of the S2 layers is window-only"
+
+
 def test_a_long_rotation_is_abbreviated():
     table = rows(num_layers=32, num_kv_heads=8, vert_stride=16)
     assert "layers 1, 3, 5, 7, 9, 11, …" in table

@@ -6,6 +6,8 @@ import pytest
 from planning import PlanningScript, short_id
 
 from megatron_s2.parallel.cost import SCHEDULES
+from megatron_s2.pattern import S2Settings
+from megatron_s2.pattern.pattern_file import write_pattern_file
 
 MIB = 2**20
 # 128K tokens on 8 ranks, 32/8 heads of 128 in bf16, window 1024 tokens, stride 8.
@@ -35,6 +37,27 @@ def test_json_has_each_layer_with_bytes_schedule_and_imbalance(capsys):
     assert first["schedule"] == "gather"
     assert first["imbalance"] == first["schedules"]["gather"]["imbalance"] <= 1.02
     assert first["schedules"]["gather"]["received_forward"] == {"least": 59.75 * MIB, "most": 63.5 * MIB}
+
+
+def test_a_pattern_file_is_planned_layer_by_layer(capsys, tmp_path):
+    window_only, mixed = ({"local_blocks": 16, "strides": strides} for strides in ([0] * 8, [0, 8] * 4))
+    layers = ({"dense": True}, mixed, window_only, window_only)
+    write_pattern_file(path := tmp_path / "pattern.json", S2Settings(4, 8, 64, layers=layers))
+    flags = [*FLAGS[: FLAGS.index("--s2-block-size")], "--s2-pattern-file", str(path)]
+    script.main([*flags, "--json"])
+    planned = json.loads(capsys.readouterr().out)["layers"]
+    assert [layer["dense"] for layer in planned] == [True, False, False, False]
+    received = [layer["bytes_received_forward"]["gather"] / MIB for layer in planned]
+    # Halos of two chunks, 15 blocks of 8 heads of 128 bf16 keys and values; half of the shards of a pattern
+    # of stride 8, which are 56 MiB.
+    assert received[2] == received[3] == 2 * 15 * 64 * 8 * 2 * 128 * 2 / MIB == 7.5
+    assert received[1] == pytest.approx(7.5 + 56 / 2, rel=0.01)
+    script.main(flags)
+    table = capsys.readouterr().out
+    assert "layers 3-4: block 64, window 16 (1024 tokens), no stride" in table
+    assert script.refusal(capsys, *FLAGS, "--s2-pattern-file", path).startswith(
+        "error: --s2-block-size: must not be set with --s2-pattern-file"
+    )
 
 
 def test_a_schedule_that_is_not_possible_is_null(capsys):

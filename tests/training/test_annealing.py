@@ -38,6 +38,27 @@ def test_heads_stop_at_their_own_stride():
     assert [p.strides for p in stages(target)] == [(1, 1, 1), (2, 2, 1), (2, 4, 1), (2, 6, 1)]
 
 
+def test_window_only_heads_narrow_until_their_strided_blocks_go():
+    target = S2Pattern(num_kv_heads=3, block_size=16, local_blocks=1, vert_stride=(0, 4, 0))
+    narrowing = stages(target)
+    assert [p.strides for p in narrowing] == [(1, 1, 1), (2, 2, 2), (4, 4, 4), (8, 4, 8), (0, 4, 0)]
+    assert [p.local_blocks for p in narrowing] == [16, 8, 4, 2, 1]
+    assert narrowing[3].head_phases == (0, 0, 2), "they see different blocks on the way"
+    for before, after in pairwise(visible(pattern, 24) for pattern in narrowing):
+        assert all(b < a for a, b in zip(before, after))
+
+
+def test_layers_of_other_strides_narrow_in_the_same_stages():
+    layers = [{"local_blocks": 2, "strides": [8]}, {"dense": True}, {"local_blocks": 1, "strides": [2]}]
+    annealing = Annealing(S2Settings(3, 1, 16, layers=layers), 30, lambda: 10)
+    narrowing = [annealing.stages(annealing.settings.pattern(n)) for n in (1, 2, 3)]
+    assert [len(patterns) for patterns in narrowing] == [4, 1, 4]
+    assert [(p.strides[0], p.local_blocks) for p in narrowing[2]] == [(1, 8), (2, 4), (2, 2), (2, 1)]
+    assert str(annealing).endswith("stride 4, window 4 from step 20; stride 8, window 2 from step 30")
+    pairs = sum(annealing.current(patterns).visible_pairs(1000)[0] for patterns in narrowing)
+    assert annealing.mean_pairs(1000) == pytest.approx(pairs / 3)
+
+
 @given(st.sampled_from([2, 4, 8]), st.integers(1, 3), st.integers(1, 4), st.integers(0, 2), st.integers(0, 5))
 def test_each_stage_sees_a_part_of_what_the_one_before_saw(stride, window, heads, sinks, layer):
     target = S2Pattern(heads, 16, window, stride, sink_blocks=sinks, layer=layer)

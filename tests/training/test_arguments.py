@@ -12,8 +12,10 @@ from megatron_s2.layers.arguments import _BYPASSES, settings_from_args
 from megatron_s2.layers.config import S2TransformerConfig, s2_settings
 from megatron_s2.parallel.time_model import Cluster
 from megatron_s2.pattern import S2Settings
+from megatron_s2.pattern.pattern_file import write_pattern_file
 from megatron_s2.training.arguments import (
     add_s2_args,
+    differences_from_checkpoint,
     load_s2_args,
     validate_s2_args,
 )
@@ -26,9 +28,11 @@ S2 = f"{MODEL} --s2-attention"
 # What a model brings along; everything else of the settings is chosen by a flag.
 OF_THE_MODEL = {"num_layers", "num_kv_heads"}
 CHOSEN = {field.name: field for field in fields(S2Settings) if field.name not in OF_THE_MODEL}
+IN_A_FILE = {"layers"}  # no flag of its own: what --s2-pattern-file contains
 # Flags that are no settings of the pattern.
 RATES = {field.name: field for field in fields(Cluster)}
 OTHER_FLAGS = {"attention", "learnable_sink", "backend", "autotune", "anneal_steps", "cp_schedule", *RATES}
+PATTERN_FILE = {"pattern_file"}
 
 
 def validated(words: str):
@@ -56,7 +60,7 @@ def flags() -> dict[str, object]:
 
 
 def test_every_setting_has_its_flag_and_no_flag_is_without_meaning():
-    assert set(flags()) == set(CHOSEN) | OTHER_FLAGS
+    assert set(flags()) == set(CHOSEN) - IN_A_FILE | OTHER_FLAGS | PATTERN_FILE
 
 
 def test_every_setting_is_a_field_of_the_configuration_with_the_same_default():
@@ -66,7 +70,7 @@ def test_every_setting_is_a_field_of_the_configuration_with_the_same_default():
         assert configured[name].default == field.default
 
 
-@pytest.mark.parametrize("name", [*CHOSEN, *RATES])
+@pytest.mark.parametrize("name", [*sorted(CHOSEN.keys() - IN_A_FILE), *RATES])
 def test_the_help_text_names_the_default_of_the_setting(name):
     said = re.search(r"Default (\w+(?:\.\d+)?)", flags()[name].help)
     default = (CHOSEN | RATES)[name].default
@@ -164,7 +168,7 @@ def test_the_learnable_sink_is_megatrons(words):
 # What validation refuses.
 
 
-@pytest.mark.parametrize("name", sorted({*CHOSEN, *OTHER_FLAGS} - {"attention"}))
+@pytest.mark.parametrize("name", sorted({*CHOSEN, *OTHER_FLAGS, *PATTERN_FILE} - {"attention", *IN_A_FILE}))
 def test_a_flag_without_s2_attention_is_refused(name):
     values = {"dense_layers": "1", "backend": "torch", "cp_schedule": "auto"}
     values |= dict.fromkeys(("learnable_sink", "autotune"), "")
@@ -193,7 +197,10 @@ def test_what_would_bypass_s2_is_refused_with_the_reason(name):
     {
         "--s2-block-size 48": "--s2-block-size 48: must be a power of two >= 16",
         "--s2-local-blocks 0": "--s2-local-blocks 0: must be >= 1",
-        "--s2-vert-stride 0": "--s2-vert-stride 0: must be >= 1",
+        "--s2-vert-stride -1": "--s2-vert-stride -1: must be >= 0 (0 is window-only)",
+        "--s2-pattern-file /no/file": "--s2-pattern-file /no/file: there is no such file",
+        "--s2-pattern-file /no/file --s2-sink-blocks 1": "--s2-sink-blocks: must not be set with "
+        "--s2-pattern-file, which contains the whole pattern",
         "--s2-vert-stride 2 4 8": "--s2-vert-stride (2, 4, 8): must be one or one per KV head (2)",
         "--s2-sink-blocks -1": "--s2-sink-blocks -1: must be >= 0",
         "--s2-phases 3": "--s2-phases (3,): must be one per KV head (2)",
@@ -250,3 +257,77 @@ def test_use_checkpoint_args_takes_the_attention_and_nothing_of_the_cluster():
     assert args.s2_sink_blocks == 2
     for name in ("backend", "cp_schedule", "gpus_per_node", "autotune"):
         assert getattr(args, f"s2_{name}") is None
+
+
+# Pattern files.
+
+LAYER = {"local_blocks": 4, "sink_blocks": 1, "strides": [0, 4], "phases": [0, 3]}
+PER_LAYER = S2Settings(8, 2, 16, layers=({"dense": True}, *[LAYER] * 6, LAYER | {"strides": [0, 0]}))
+
+
+@pytest.fixture
+def by_file(tmp_path) -> str:
+    write_pattern_file(tmp_path / "pattern.json", PER_LAYER)
+    return f"{S2} --s2-pattern-file {tmp_path / 'pattern.json'}"
+
+
+def test_a_pattern_file_is_read_once_and_reaches_layers_and_checkpoint(by_file, tmp_path):
+    args, _ = validated(by_file)
+    (tmp_path / "pattern.json").unlink()
+    assert settings_from_args(args) == settings_from_args(args) == PER_LAYER
+    assert args.s2_block_size == 16 and args.s2_vert_stride == S2Settings.vert_stride
+    config = S2TransformerConfig(
+        num_layers=8,
+        hidden_size=64,
+        num_attention_heads=4,
+        num_query_groups=2,
+        **{f"s2_{name}": getattr(args, f"s2_{name}") for name in CHOSEN},
+    )
+    assert s2_settings(config) == PER_LAYER
+
+
+def test_a_pattern_file_for_another_model_is_refused(by_file, tmp_path):
+    message = (
+        f"--s2-pattern-file {tmp_path / 'pattern.json'}: num_layers 8: is for another model; this one has 4"
+    )
+    assert refusal(by_file.replace("--num-layers 8", "--num-layers 4")) == message
+
+
+def test_use_checkpoint_args_takes_the_patterns_of_the_layers(by_file, tmp_path):
+    saved, _ = validated(by_file)
+    args = parse(MODEL.split())
+    load_s2_args(args, saved)
+    validate_s2_args(args)
+    assert settings_from_args(args) == PER_LAYER
+    args = parse(f"{MODEL} --s2-vert-stride 8".split())
+    load_s2_args(args, saved)
+    with pytest.raises(
+        ValueError, match=r"^--s2-vert-stride 8: must not be set with a pattern for each layer$"
+    ):
+        validate_s2_args(args)
+    other, _ = validated(f"{S2} --s2-vert-stride 8")
+    args = parse(by_file.split())
+    load_s2_args(args, other)
+    validate_s2_args(args)
+    assert settings_from_args(args) == PER_LAYER, "a given file counts more than the checkpoint"
+
+
+def test_patterns_are_compared_layer_by_layer(by_file, tmp_path):
+    args, _ = validated(by_file)
+    assert differences_from_checkpoint(args, args) == []
+    write_pattern_file(
+        tmp_path / "pattern.json", S2Settings(8, 2, 16, layers=[*[LAYER] * 7, LAYER | {"strides": [0, 0]}])
+    )
+    other, _ = validated(by_file)
+    assert differences_from_checkpoint(other, args) == [
+        "--s2-pattern-file: layer 1: window 4, sinks 1, strides 0 4, phases 0 3: the checkpoint was trained "
+        "with dense attention"
+    ]
+    flags = f"{S2} --s2-block-size 16 --s2-vert-stride 4 2 --s2-dense-layers 2"
+    by_flags, _ = validated(flags)
+    write_pattern_file(tmp_path / "pattern.json", settings_from_args(by_flags))
+    same, _ = validated(by_file)
+    assert differences_from_checkpoint(same, by_flags) == differences_from_checkpoint(by_flags, same) == []
+    assert differences_from_checkpoint(args, by_flags)[0].startswith(
+        "--s2-pattern-file: layer 1: dense attention:"
+    )

@@ -4,7 +4,15 @@ the bytes that were counted are the bytes that were predicted."""
 import pytest
 from megatron_run import Runs
 from selection import exhaustive
-from test_s2_training import FOUR_LAYERS, FROM, FULL_RECOMPUTE, PACKED, RICH, S2, documents  # noqa: F401
+from test_s2_training import (
+    FOUR_LAYERS,
+    FROM,
+    FULL_RECOMPUTE,
+    PACKED,
+    RICH,
+    by_layer,
+    documents,  # noqa: F401
+)
 
 LOG = "--log-throughput"
 # Of the ten that one rank makes: a wrong gradient shows in the second loss, a wrong optimizer in the third.
@@ -26,6 +34,7 @@ def one_rank(tmp_path_factory, documents) -> Runs:  # noqa: F811
             "start": f"{FOUR_LAYERS} {RICH} --train-iters 1 --save {start} --save-interval 1",
             "rich": f"{FROM} {start} {RICH}",
             "packed": f"{FROM} {start} {RICH} {PACKED}",
+            "by layer": f"{FROM} {start} {by_layer(directory)}",
             "start odd": f"{FOUR_LAYERS} {ODD} --train-iters 1 --save {odd} --save-interval 1",
             "odd": f"{FROM} {odd} {ODD}",
         },
@@ -40,11 +49,14 @@ def several_ranks(one_rank, tmp_path_factory, documents) -> dict[int, Runs]:  # 
     rich = f"{FROM} {of_one_rank / 'checkpoint'} {RICH} {LOG} {THREE_STEPS}"
     odd = f"{FROM} {of_one_rank / 'checkpoint-odd'} {ODD} {LOG} {THREE_STEPS}"
     packed, saved = f"{rich} {PACKED}", directory / "checkpoint"
+    layers = f"{FROM} {of_one_rank / 'checkpoint'} {by_layer(of_one_rank)} {LOG} {THREE_STEPS}"
     pipeline, tensor = "--pipeline-model-parallel-size 2", "--tensor-model-parallel-size 2"
     runs = {
         2: {
             "rich: full recompute": f"{rich} {CP2} {GATHER} {FULL_RECOMPUTE}",
             "packed: a2a": f"{packed} {CP2} {A2A}",
+            "by layer: gather": f"{layers} {CP2} {GATHER}",
+            "by layer: a2a": f"{layers} {CP2} {A2A}",
             "odd: gather, distributed optimizer": f"{odd} {CP2} {GATHER} --use-distributed-optimizer",
             "saves": f"{rich} {CP2} --save {saved} --save-interval 3",
         },
@@ -73,6 +85,8 @@ def several_ranks(one_rank, tmp_path_factory, documents) -> dict[int, Runs]:  # 
         (4, "rich: tensor, gather"),
         *exhaustive(
             (2, "odd: gather, distributed optimizer"),
+            (2, "by layer: gather"),
+            (2, "by layer: a2a"),
             (4, "rich: tensor, a2a, core recompute"),
             (4, "rich: data, distributed optimizer"),
             (4, "packed: pipeline, gather"),

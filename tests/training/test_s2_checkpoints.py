@@ -3,6 +3,9 @@
 import pytest
 from megatron_run import MOCK_DATA, Run, train_all
 
+from megatron_s2.pattern import S2Settings
+from megatron_s2.pattern.pattern_file import write_pattern_file
+
 S2 = "--s2-attention --s2-block-size 16 --s2-local-blocks 2 --s2-vert-stride 3"
 SPEC = "--spec user_specs small_s2"  # the same pattern
 
@@ -12,6 +15,12 @@ def runs(tmp_path_factory) -> dict[str, Run]:
     directory = tmp_path_factory.mktemp("runs")
     sparse, stock = directory / "checkpoint-sparse", directory / "checkpoint-stock"
     again = f"--load {sparse} --ckpt-step 5"
+    # The pattern of S2, layer by layer; another one; and one for another model.
+    same, other, larger = (directory / f"{name}.json" for name in ("same", "other", "larger"))
+    write_pattern_file(same, S2Settings(2, 2, 16, 2, 3))
+    write_pattern_file(other, S2Settings(2, 2, 16, 2, (3, 0)))
+    write_pattern_file(larger, S2Settings(3, 2, 16, 2, 3))
+    by_file, filed = "--s2-attention --s2-pattern-file", directory / "checkpoint-filed"
     return train_all(
         directory,
         {
@@ -26,6 +35,11 @@ def runs(tmp_path_factory) -> dict[str, Run]:
             "another stride than the checkpoint's": f"{again} --use-checkpoint-args --s2-vert-stride 8",
             "sparse from stock": f"--load {stock} {S2}",
             "finetune": f"--load {stock} --finetune {S2}",
+            "by file": f"{by_file} {same} --save {filed} --save-interval 5",
+            "file from its checkpoint": f"--load {filed} --ckpt-step 5 --use-checkpoint-args",
+            "flags from a file's checkpoint": f"--load {filed} --ckpt-step 5 {S2}",
+            "another file": f"--load {filed} --ckpt-step 5 {by_file} {other}",
+            "file of another model": f"{by_file} {larger}",
             "spec": f"{SPEC}",
             "spec, masked": f"{SPEC} --reset-attention-mask",
             "spec, windowed": f"{SPEC} --window-size 16,0",
@@ -38,7 +52,14 @@ def runs(tmp_path_factory) -> dict[str, Run]:
     )
 
 
-@pytest.mark.parametrize("run", ["same", "from the checkpoint"])
+def test_a_file_trains_as_the_flags_that_it_says(runs):
+    assert runs["by file"].losses == runs["whole"].losses
+
+
+@pytest.mark.parametrize(
+    "run",
+    ["same", "from the checkpoint", "file from its checkpoint", "flags from a file's checkpoint"],
+)
 def test_the_same_attention_continues_bit_for_bit(runs, run):
     later = {step: loss for step, loss in runs["whole"].losses.items() if step > 5}
     assert runs[run].losses == later
@@ -50,6 +71,12 @@ def test_the_same_attention_continues_bit_for_bit(runs, run):
         ("dense", "--s2-attention not given: the checkpoint was trained with it"),
         ("another stride", "--s2-vert-stride 8: the checkpoint was trained with 3"),
         ("another layer dense", "--s2-dense-layers (1,): the checkpoint was trained with ()"),
+        (
+            "another file",
+            "--s2-pattern-file: layer 1: window 2, sinks 0, strides 3 0, phases 0 0: the checkpoint was "
+            "trained with window 2, sinks 0, strides 3 3, phases 0 1; give the same, or --finetune",
+        ),
+        ("file of another model", "--s2-pattern-file /"),
         ("sinks", "--softmax-type learnable: the checkpoint was trained with vanilla"),
         ("another stride than the checkpoint's", "--s2-vert-stride 8: the checkpoint was trained with 3"),
         ("sparse from stock", "--s2-attention given: the checkpoint was trained without it"),

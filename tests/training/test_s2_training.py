@@ -9,6 +9,9 @@ import pytest
 from megatron_run import MOCK_DATA, STEPS, Run, Runs, assert_same_losses, train_all, train_until_killed
 from selection import exhaustive
 
+from megatron_s2.pattern import S2Settings
+from megatron_s2.pattern.pattern_file import write_pattern_file
+
 # Eight blocks per sequence, a window of two, so that most of the past is seen through the shards.
 S2 = "--s2-attention --s2-block-size 16 --s2-local-blocks 2 --s2-vert-stride 3"
 # Everything S2 has at once: sinks of both kinds, a dense head, a dense layer, one stride per KV head.
@@ -40,6 +43,20 @@ def documents(tmp_path_factory) -> str:
     return f"--data-path {prefix} --split 100,0,0 --eval-iters 0"
 
 
+def by_layer(directory: Path) -> str:
+    """Flags of a pattern file in this directory: another pattern for each layer, with window-only heads."""
+    layers = [
+        {"local_blocks": 2, "sink_blocks": 1, "strides": [0, 3]},
+        {"dense": True},
+        {"local_blocks": 3, "strides": [0, 0]},
+        {"local_blocks": 1, "strides": [1, 2], "sink_blocks": 2},
+    ]
+    path = directory / "pattern.json"
+    if not path.exists():
+        write_pattern_file(path, S2Settings(4, 2, 16, layers=layers))
+    return f"--s2-attention --s2-pattern-file {path} --s2-learnable-sink"
+
+
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory) -> Runs:
     directory = tmp_path_factory.mktemp("one")
@@ -65,6 +82,7 @@ def one_rank(tmp_path_factory) -> Runs:
             "dense layers": f"{S2} --s2-dense-layers 1,2",
             "stride 3": S2,
             "spec": "--spec user_specs small_s2",
+            "by layer": f"{FROM} {start} {by_layer(directory)}",
             "reference": f"{S2} --s2-backend reference",
             "whole": f"{RICH} {SIX_STEPS} --save {saved}",
             "whole-sharded": f"{RICH} {SIX_STEPS} --use-distributed-optimizer --save {sharded}",
@@ -89,6 +107,8 @@ def two_ranks(one_rank, tmp_path_factory) -> Runs:
             "pipeline": f"{FROM} {start} {RICH} {pipeline}",
             "interleaved": f"{FROM} {start} {RICH} {pipeline} --num-layers-per-virtual-pipeline-stage 1",
             "uneven pipeline": f"{FROM} {start} {RICH} {pipeline} --decoder-first-pipeline-num-layers 3",
+            "by layer, tensor": f"{FROM} {start} {by_layer(start.parent)} --tensor-model-parallel-size 2",
+            "by layer, pipeline": f"{FROM} {start} {by_layer(start.parent)} {pipeline}",
             "data": f"{FROM} {start} {RICH} --use-distributed-optimizer",
             "data, every rank the whole optimizer": f"{FROM} {start} {RICH}",
             "experts": f"{FROM} {experts} {EXPERTS} {RICH}",
@@ -128,6 +148,14 @@ def test_a_spec_alone_brings_s2_into_a_stock_command_line(one_rank):
 )
 def test_two_ranks_train_as_one(two_ranks, one_rank, layout):
     assert_same_losses(two_ranks[layout], one_rank["rich"], relative=1e-4)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("layout", ["tensor", "pipeline"])
+def test_two_ranks_train_a_pattern_for_each_layer_as_one(two_ranks, one_rank, layout):
+    control = one_rank["by layer"]
+    assert control.losses != pytest.approx(one_rank["rich"].losses, rel=1e-4)
+    assert_same_losses(two_ranks[f"by layer, {layout}"], control, relative=1e-4)
 
 
 @pytest.mark.exhaustive
@@ -228,7 +256,8 @@ def test_the_startup_table_says_what_was_replaced(one_rank):
 REFUSED = {
     "--s2-block-size 48: must be a power of two >= 16": f"{S2} --s2-block-size 48",
     "--s2-local-blocks 0: must be >= 1": f"{S2} --s2-local-blocks 0",
-    "--s2-vert-stride 0: must be >= 1": f"{S2} --s2-vert-stride 0",
+    "--s2-vert-stride -1: must be >= 0": f"{S2} --s2-vert-stride -1",
+    "--s2-pattern-file /no.json: there is no such file": "--s2-attention --s2-pattern-file /no.json",
     "--s2-phases (-1, 0): must be >= 0": f"{S2} --s2-phases -1 0",
     "--s2-dense-layers 3: must be between 1 and the 2 layers": f"{S2} --s2-dense-layers 1,3",
     "argument --s2-dense-layers: invalid layer numbers value: 'first'": f"{S2} --s2-dense-layers first",
