@@ -13,6 +13,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 # Whose numbers are all printed by their own Python blocks.
 COMPUTED = [
     DOCS / "how-s2-works.md",
+    DOCS / "pattern-files.md",
     DOCS / "context-parallel.md",
     DOCS / "offload.md",
     DOCS / "generation.md",

@@ -14,8 +14,8 @@
 # --prompt TEXT     what the result continues (default: The)
 #
 # Relative paths count from the repository. Every other argument goes to the training and counts more than the
-# flags below; those of the pattern (--s2-block-size and so on) belong in PATTERN, since the checkpoint is made
-# for it.
+# flags below; those of the pattern (--s2-block-size and so on, or --s2-pattern-file FILE) belong in PATTERN, since
+# the checkpoint is made for it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 # The active environment; if megatron-s2 is not in it, the .venv that scripts/quickstart.sh makes.
@@ -36,7 +36,8 @@ while (($#)); do
     shift
 done
 : "${HF:?--hf: must be given}" "${PREFIX:?--data-prefix: must be given}"
-read -ra PATTERN <<<"${PATTERN:---s2-block-size 64 --s2-local-blocks 8 --s2-vert-stride 16 --s2-dense-layers 1,2}"
+DEFAULT='--s2-block-size 64 --s2-local-blocks 8 --s2-vert-stride 16 --s2-sink-blocks 1 --s2-dense-layers 1,2'
+read -ra PATTERN <<<"${PATTERN:-$DEFAULT}"
 START=$OUT/start TRAINED=$OUT/checkpoint
 
 TRAINING=(
