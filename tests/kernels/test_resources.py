@@ -74,6 +74,16 @@ def test_what_wastes_time_on_hopper_is_a_problem(resources, tmp_path, monkeypatc
     assert re.search(problem, "\n".join(found)), found
 
 
+def test_loads_that_are_waited_for_are_a_problem(resources, tmp_path, monkeypatch):
+    """Tiles read through pointers in one stage: neither ahead nor through descriptors."""
+    monkeypatch.setattr(resources.triton.knobs.cache, "dir", str(tmp_path))
+    tiles = resources.Tiles(64, 64, 4, 1)
+    found = resources.compiled(resources.Case("sm_90", "dkv shard", 64, tiles, pointers=True))
+    assert any("no asynchronous copies" in problem for problem in found.problems())
+    promised = replace(found, case=replace(found.case, pointers=False))
+    assert any("no tensor descriptors" in problem for problem in promised.problems())
+
+
 def test_spills_size_and_missing_tensor_cores_are_problems(resources):
     tiles = resources.Tiles(128, 64, 8, 3)
     case = resources.Case("sm_80", "dq", 128, tiles)
