@@ -376,7 +376,7 @@ def cases(chips: Sequence[str], head_dims: Sequence[int], shipped: bool = False)
 
 
 def fingerprint() -> str:
-    """Returns a hash of the code of the kernels without comments, imports and launches, of the cases, and of the
+    """Returns a hash of the kernels (without comments, imports and launches), of the cases, and of the
     constants that these compile kernels with."""
     modules = triton_common, triton_forward, triton_dq, triton_dkv, triton_decode
     sources = [
