@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 from argparse import Namespace
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -115,12 +117,23 @@ def load_gpt(
     _, path = tokenizer
     hf_files = Path(path) if path is not None and Path(path).is_dir() else directory / HF_FILES
     stop = stop_tokens(hf_files)
-    # Megatron prints dozens of lines; errors are raised.
-    with open(os.devnull, "w") as devnull, redirect_stdout(devnull):
+    with _without_output():
         argv = _command_line(directory, saved, dtype, *tokenizer)
         if pattern_file is not None:
             argv += ["--s2-attention", "--s2-pattern-file", str(pattern_file), "--finetune"]
         return _build(argv, stop)
+
+
+@contextmanager
+def _without_output() -> Iterator[None]:
+    """Context in which nothing is printed: Megatron prints dozens of lines; errors are raised."""
+    with open(os.devnull, "w") as devnull, redirect_stdout(devnull):
+        try:
+            yield
+        finally:  # Megatron's log goes to what was stdout when its training was imported
+            for handler in list(logging.root.handlers):
+                if getattr(handler, "stream", None) is devnull:
+                    logging.root.removeHandler(handler)
 
 
 def _choose_tokenizer(
