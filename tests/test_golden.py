@@ -14,7 +14,7 @@ from megatron_run import ROOT, train_all
 from selection import exhaustive
 
 GOLDEN = Path(__file__).parent / "golden" / "quickstart_losses.json"
-STEPS = 20
+STEPS = 10
 # Other CPUs add in other orders. With PyTorch, MKL and oneDNN held to older instruction sets than those the
 # file was made with (AVX-512), the losses moved by at most 2e-6 of their value (docs/log.md, 2026-11-21).
 RELATIVE = 1e-4
