@@ -159,7 +159,7 @@ def _add_whole_rows(
         else:
             o_m = n + tl.arange(0, BM)
             if CSR:
-                o_m = listed_token(o_m, n >= 0, p_list, BLOCK)
+                o_m = listed_token(o_m, tl.arange(0, BM) >= 0, p_list, BLOCK)
             o_m -= q_start
             t = o_m.to(tl.int64)
             b_q = tl.load(p_q + h * s_qh + t[:, None] * s_qt + o_d, mask=m_d[None, :], other=0.0)
