@@ -1,0 +1,134 @@
+"""What calibration makes small: the loss on texts and the loss of needles' answers, on sampled rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+
+import torch
+from torch import Tensor
+
+from megatron_s2.calibration.candidates import Candidates, Plan
+from megatron_s2.calibration.layered_model import LayeredModel, pattern_attention
+from megatron_s2.calibration.needles import Needle
+from megatron_s2.calibration.relaxation import Context, Probe, Relaxation
+from megatron_s2.pattern import S2Settings
+
+
+@dataclass(frozen=True)
+class Value:
+    """Losses in nats per token.
+
+    Args:
+        text: of the texts' sampled rows.
+        needles: of the answers of the needles; 0 without needles.
+        found: share of the needles whose every token has a loss below log 2, so that greedy decoding finds it.
+        total: `text + needle_weight * needles`.
+    """
+
+    text: float
+    needles: float
+    found: float
+    total: float
+
+    def __str__(self) -> str:
+        return f"text {self.text:.4f}, needles {self.needles:.3f} ({self.found:.0%} found), total {self.total:.4f}"
+
+
+class Objective:
+    """Text and needle losses of a model under a plan or a mixture of candidates.
+
+    The keys and values before the sampled rows are those of a run of the whole text: dense at first, with a
+    pattern after `refresh`.
+
+    Args:
+        model, candidates: the model and what its heads may have.
+        texts: texts, each int64 `[seq_length + 1]`.
+        needles: needles in other texts.
+        needle_weight: weight of the needles' loss against that of the texts.
+        rows: number of rows of each text that are computed, a multiple of the block size. They lie at places
+            spread evenly over the last seven eighths of the texts: before, patterns hardly differ.
+    """
+
+    def __init__(
+        self,
+        model: LayeredModel,
+        candidates: Candidates,
+        texts: Sequence[Tensor],
+        needles: Sequence[Needle],
+        needle_weight: float,
+        rows: int,
+    ) -> None:
+        self._model, self._candidates = model, candidates
+        self._relaxation = Relaxation(model, candidates)
+        self.needle_weight = needle_weight
+        self._texts = [_text_probe(text, place / max(1, len(texts) - 1), rows, candidates.block_size) for place, text in enumerate(texts)]
+        self._needles = [_needle_probe(needle, candidates.block_size) for needle in needles]
+        self._contexts: list[Context] = []
+
+    def refresh(self, settings: S2Settings | None) -> None:
+        """Computes the keys and values before the rows with a pattern; None for dense attention."""
+        attend = pattern_attention(settings)
+        self._contexts = [Context.run(self._model, probe, attend) for probe in (*self._texts, *self._needles)]
+
+    def value(self, plan: Plan) -> Value:
+        """Returns the losses with a plan."""
+        with torch.no_grad():
+            value, _ = self._evaluate(self.corner(plan), range(len(self._texts)), range(len(self._needles)))
+        return value
+
+    def gradient(self, alpha: Tensor, random: Random | None = None, share: int = 1) -> tuple[Value, Tensor]:
+        """Returns the losses of a mixture and the gradient of their total.
+
+        Args:
+            alpha: `[layers, heads, candidates]`.
+            random: chooses one of every `share` texts and needles.
+        """
+        chosen = [
+            range(count) if random is None else sorted(random.sample(range(count), -(-count // share)))
+            for count in (len(self._texts), len(self._needles))
+        ]
+        alpha = alpha.clone().requires_grad_()
+        value, gradient = self._evaluate(alpha, *chosen)
+        return value, gradient
+
+    def corner(self, plan: Plan) -> Tensor:
+        """Returns the mixture that is a plan, `[layers, heads, candidates]`."""
+        candidates = self._candidates
+        alpha = torch.zeros(candidates.num_layers, candidates.num_kv_heads, len(candidates.all))
+        alpha.scatter_(2, torch.from_numpy(candidates.places(plan))[..., None], 1.0)
+        return alpha.to(self._model.device)
+
+    def _evaluate(self, alpha: Tensor, texts: Sequence[int], needles: Sequence[int]) -> tuple[Value, Tensor | None]:
+        means, found = [], 0
+        for probes, contexts, chosen, weight in (
+            (self._texts, self._contexts, texts, 1.0),
+            (self._needles, self._contexts[len(self._texts) :], needles, self.needle_weight),
+        ):
+            total = 0.0
+            for index in chosen:
+                losses = self._relaxation.losses(probes[index], contexts[index], alpha)
+                mean = losses.mean() / len(chosen)
+                if alpha.requires_grad:
+                    (weight * mean).backward()
+                total += float(mean)
+                if probes is self._needles:
+                    found += bool((losses < 0.693).all())
+            means.append(total)
+        text, needle = means
+        share = found / max(1, len(needles))
+        return Value(text, needle, share, text + self.needle_weight * needle), alpha.grad
+
+
+def _text_probe(text: Tensor, place: float, rows: int, block_size: int) -> Probe:
+    inputs = len(text) - 1
+    last = (inputs - rows) // block_size
+    first = min(last, inputs // block_size // 8)
+    start = round(first + place * (last - first)) * block_size
+    return Probe(text[: start + rows + 1], start, min(rows, inputs - start))
+
+
+def _needle_probe(needle: Needle, block_size: int) -> Probe:
+    first = len(needle.tokens) - 1 - needle.answer - needle.question
+    return Probe(needle.tokens, first // block_size * block_size, needle.answer)
