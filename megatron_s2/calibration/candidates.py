@@ -1,4 +1,4 @@
-"""What calibration chooses from: the windows, sinks and strides that a KV head may get, and what each costs."""
+"""What calibration chooses from: windows, sinks and strides of KV heads, and what each costs."""
 
 from __future__ import annotations
 
@@ -93,7 +93,8 @@ class Candidates:
         """Returns what each candidate costs as a share of a dense head, `[layers, heads, candidates]`.
 
         Args:
-            of: `kv` for the keys that the last token sees, which generation keeps; `flops` for query-key pairs.
+            of: `kv` for the keys that the last token sees, which generation keeps; `flops` for pairs of
+                query and key.
         """
         count = S2Pattern.kv_tokens if of == "kv" else S2Pattern.visible_pairs
 
@@ -105,7 +106,10 @@ class Candidates:
 
         return np.array(
             [
-                [[share(c, self.phase(layer, head, c.stride)) for c in self.all] for head in range(self.num_kv_heads)]
+                [
+                    [share(c, self.phase(layer, head, c.stride)) for c in self.all]
+                    for head in range(self.num_kv_heads)
+                ]
                 for layer in range(self.num_layers)
             ]
         )
@@ -116,7 +120,9 @@ class Candidates:
         for layer in range(self.num_layers):
             for head in range(self.num_kv_heads):
                 for place, candidate in enumerate(self.all):
-                    seen[layer, head, place, self.head_pattern(layer, head, candidate).row_blocks(0, row)] = True
+                    seen[layer, head, place, self.head_pattern(layer, head, candidate).row_blocks(0, row)] = (
+                        True
+                    )
         return seen
 
     def places(self, plan: Plan) -> np.ndarray:

