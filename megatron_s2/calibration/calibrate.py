@@ -9,7 +9,7 @@ from random import Random
 
 import torch
 
-from megatron_s2.calibration.candidates import Candidates, Choice, Plan, cost_of
+from megatron_s2.calibration.candidates import Candidates, cost_of
 from megatron_s2.calibration.choose import choose
 from megatron_s2.calibration.needles import KINDS, Needle, hide_needles
 from megatron_s2.calibration.objective import Objective, Value
@@ -20,8 +20,9 @@ from megatron_s2.generation.evaluation import windows
 from megatron_s2.pattern import S2Settings
 from megatron_s2.report.frontier import Point
 
-# Needles hidden in one text; its keys and values are computed once for all of them.
-_NEEDLES_PER_TEXT = 4
+# Needles hidden in one text, whose keys and values are computed once for all of them: one of each kind,
+# because small models take one code for another.
+_NEEDLES_PER_TEXT = len(KINDS)
 # Budgets of the predicted frontier, as multiples of the given one.
 _FRONTIER = (0.6, 0.8, 1.0, 1.25, 1.5, 2.0)
 _COST_NAMES = {"kv": "keys and values", "flops": "query-key pairs"}
@@ -121,10 +122,7 @@ def calibrate(
     setting = {n: v for n, v in asdict(settings).items() if n not in ("steps", "moves")}
     state = State.open(resume, setting | {"model": [model.num_layers, model.num_kv_heads, model.vocab_size]})
     search = Search(objective, candidates, costs, settings.budget, state, resume, settings.seed, log)
-    plan = search.run(settings.steps, settings.moves)
-
-    dense = _uniform(candidates, Choice(1, 0, (1,) * model.num_kv_heads))
-    at_dense, value, gradient = search.judge(dense, plan)
+    plan, value, at_dense, gradient = search.run(settings.steps, settings.moves)
     chosen = candidates.settings(plan)
     cost = cost_of(chosen, settings.seq_length, settings.of)
 
@@ -169,10 +167,6 @@ def candidates_for(num_layers: int, num_kv_heads: int, seq_length: int, block_si
     )
 
 
-def _uniform(candidates: Candidates, choice: Choice) -> Plan:
-    return (choice,) * candidates.num_layers
-
-
 def _samples(source: Source, settings: Settings) -> tuple[list[torch.Tensor], list[list[Needle]]]:
     """Returns the texts, and needles in others, a few in each."""
     groups = -(-settings.needles // _NEEDLES_PER_TEXT)
@@ -181,9 +175,15 @@ def _samples(source: Source, settings: Settings) -> tuple[list[torch.Tensor], li
     texts = [text for [text] in batches]
     random = Random(settings.seed)
     depths = [(n + random.random()) / settings.needles for n in range(settings.needles)]
+    random.shuffle(depths)
     places = [(KINDS[n % len(KINDS)], depth) for n, depth in enumerate(depths)]
     needles = [
-        hide_needles(source.required_tokenizer(), text, places[group::groups], random)
+        hide_needles(
+            source.required_tokenizer(),
+            text,
+            places[group * _NEEDLES_PER_TEXT : (group + 1) * _NEEDLES_PER_TEXT],
+            random,
+        )
         for group, text in enumerate(texts[settings.samples :])
     ]
     return texts[: settings.samples], needles

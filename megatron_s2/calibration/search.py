@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from megatron_s2.calibration.objective import Objective, Value
 # One of every _SHARE texts and needles is in the gradient of a Frank-Wolfe step.
 _SHARE = 4
 # Plans of the last steps that are measured.
-_MEASURED = 4
+_MEASURED = 3
 # Heads that the first proposal may change, as a share of all; each rejected one halves it.
 _FIRST_MOVE = 0.2
 
@@ -46,6 +47,7 @@ class State:
         steps: Frank-Wolfe steps done.
         alpha, gradient: mixture and averaged gradient, `[layers][heads][candidates]`.
         plans: distinct plans that steps chose, oldest first.
+        dense: value of the dense model.
         best: the best plan measured.
         moves: proposals measured.
         reach: heads that the next proposal may change.
@@ -56,6 +58,7 @@ class State:
     alpha: list | None = None
     gradient: list | None = None
     plans: list = field(default_factory=list)
+    dense: dict | None = None
     best: list | None = None
     moves: int = 0
     reach: int = 0
@@ -92,6 +95,22 @@ class State:
             partial.replace(path)
 
 
+class Found(NamedTuple):
+    """The result of a search.
+
+    Args:
+        plan: the best plan.
+        value: its losses, with the keys and values that belong to it.
+        dense: losses of the dense model.
+        gradient: gradient of the objective at the plan, `[layers, heads, candidates]`.
+    """
+
+    plan: Plan
+    value: Value
+    dense: Value
+    gradient: Tensor
+
+
 @dataclass
 class Search:
     """A search for the best plan.
@@ -115,36 +134,34 @@ class Search:
     seed: int
     log: Callable[[str], None]
 
-    def run(self, steps: int, moves: int) -> Plan:
+    def run(self, steps: int, moves: int) -> Found:
         """Returns the best plan found by `steps` Frank-Wolfe steps and `moves` proposals."""
-        state = self.state
+        state, dense = self.state, self._dense
         if state.best is None:
             self.objective.refresh(None)
+            if state.dense is None:
+                value = self.objective.value(dense)
+                self.log(f"dense: {value}")
+                state.dense = asdict(value)
             while state.steps < steps:
                 self._step()
             measured = [(self.objective.value(plan), plan) for plan in map(_plan, state.plans[-_MEASURED:])]
             for value, _ in measured:
                 self.log(f"plan: {value}")
-            value, plan = min(measured, key=lambda item: item[0].total)
+            _, plan = min(measured, key=lambda item: item[0].total)
             state.best = _entries(plan)
             state.reach = max(1, round(_FIRST_MOVE * self.costs[..., 0].size))
             state.save(self.resume)
-        if state.moves < moves:
-            self._improve(moves)
-        return _plan(state.best)
+        value, gradient = self._improve(moves)
+        return Found(_plan(state.best), value, Value(**state.dense), gradient)
 
-    def judge(self, dense: Plan, plan: Plan) -> tuple[Value, Value, Tensor]:
-        """Returns the values of the dense model and of a plan, each with the keys and values that belong to
-        it, and the gradient at the plan, `[layers, heads, candidates]`."""
-        self.objective.refresh(None)
-        at_dense = self.objective.value(dense)
-        value, gradient = self._look(plan)
-        return at_dense, value, gradient
+    @property
+    def _dense(self) -> Plan:
+        return (Choice(1, 0, (1,) * self.candidates.num_kv_heads),) * self.candidates.num_layers
 
     def _step(self) -> None:
         state = self.state
-        dense = (Choice(1, 0, (1,) * self.candidates.num_kv_heads),) * self.candidates.num_layers
-        alpha = self.objective.corner(dense) if state.alpha is None else torch.tensor(state.alpha)
+        alpha = self.objective.corner(self._dense) if state.alpha is None else torch.tensor(state.alpha)
         random = Random(f"{self.seed} {state.steps}")
         value, gradient = self.objective.gradient(alpha.to(self.objective.device), random, _SHARE)
         alpha, gradient = alpha.cpu(), gradient.cpu()
@@ -163,8 +180,9 @@ class Search:
         state.steps += 1
         state.save(self.resume)
 
-    def _improve(self, moves: int) -> None:
-        """Tries proposals until `moves` have been measured or none of one head is better."""
+    def _improve(self, moves: int) -> tuple[Value, Tensor]:
+        """Tries proposals until `moves` have been measured or none of one head is better; returns value and
+        gradient at the best plan."""
         state, tried = self.state, set()
         current, gradient = self._look(_plan(state.best))
         while state.moves < moves and state.reach >= 1:
@@ -186,6 +204,7 @@ class Search:
             else:
                 state.reach //= 2
             state.save(self.resume)
+        return current, gradient
 
     def _look(self, plan: Plan) -> tuple[Value, Tensor]:
         """Returns value and gradient at a plan, with keys and values computed with it."""
