@@ -33,9 +33,7 @@ def main(wheel: str, output: str) -> None:
 
 
 def _plain(config: dict) -> dict:
-    return {
-        name: value for name, value in config.items() if name not in ("quantization_config", "_name_or_path")
-    }
+    return {name: value for name, value in config.items() if name[0] != "_" and name != "quantization_config"}
 
 
 if __name__ == "__main__":

@@ -6,12 +6,10 @@ from pathlib import Path
 import pytest
 from hf_models import convert, make_model
 from script_main import exit_status, load_main
+from tiny_model import DATA, make_tiny_model
 
 from megatron_s2.calibration.candidates import cost_of
 from megatron_s2.calibration.source import load_source
-from megatron_s2.data.documents import Corpus
-from megatron_s2.data.preprocess import preprocess_data
-from megatron_s2.data.tokenizer import train_tokenizer
 from megatron_s2.pattern.pattern_file import read_pattern_file
 
 CALIBRATE = "--seq-length 256 --block-size 16 --budget 0.4 --samples 2 --needles 2 --steps 2 --moves 1"
@@ -30,22 +28,13 @@ def ask():
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("calibration")
-    make_model(directory / "model", "llama3.1", vocab_size=270, num_hidden_layers=2)
-    (directory / "text").mkdir()
-    (directory / "text" / "a.txt").write_text("\n".join(f"line {n} of some text" for n in range(400)))
-    train_tokenizer(Corpus(str(directory / "text")), 270, str(directory / "model"))
-    preprocess_data(
-        Corpus(str(directory / "text")),
-        str(directory / "data"),
-        "HuggingFaceTokenizer",
-        str(directory / "model"),
-    )
+    make_tiny_model(directory)
     return directory
 
 
 @pytest.fixture(scope="module")
 def flags(directory) -> list[str]:
-    return ["--hf", str(directory / "model"), "--data-path", str(directory / "data_text_document")]
+    return ["--hf", str(directory / "model"), "--data-path", str(directory / DATA)]
 
 
 @pytest.fixture(scope="module")
