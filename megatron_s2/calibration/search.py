@@ -8,7 +8,7 @@
 2. The plans that the last steps chose are measured on all probes; the best is where the rest begins.
 3. *Moves*: the gradient at the plan says what each change would do; `choose` finds the best changes, with
    a penalty for each changed head that starts small and grows. A proposal is accepted only if the
-   measured objective falls. Before, keys and values are computed anew with the plan.
+   measured objective falls. Before and after, keys and values are computed anew with the plan.
 
 Everything is in a `State`, which is saved after each step.
 """
@@ -182,9 +182,14 @@ class Search:
 
     def _improve(self, moves: int) -> tuple[Value, Tensor]:
         """Tries proposals until `moves` have been measured or none of one head is better; returns value and
-        gradient at the best plan."""
+        gradient at the best plan.
+
+        Keys and values are those of the plan at the beginning, and of the best one in the end. If that is no
+        better then, the plan at the beginning is kept.
+        """
         state, tried = self.state, set()
-        current, gradient = self._look(_plan(state.best))
+        first = _plan(state.best)
+        at_first = current, gradient = self._look(first, refresh=True)
         while state.moves < moves and state.reach >= 1:
             plan = _plan(state.best)
             proposal = self._proposal(plan, gradient, state.reach)
@@ -199,16 +204,25 @@ class Search:
             state.moves += 1
             if is_better:
                 state.best = _entries(proposal)
-                current, gradient = self._look(proposal)
                 tried.clear()
             else:
                 state.reach //= 2
             state.save(self.resume)
-        return current, gradient
+            if is_better and state.moves < moves:
+                current, gradient = self._look(proposal, refresh=False)
+        if _plan(state.best) == first:
+            return at_first
+        at_last = self._look(_plan(state.best), refresh=True)
+        if at_last[0].total < at_first[0].total:
+            return at_last
+        state.best = _entries(first)
+        state.save(self.resume)
+        return at_first
 
-    def _look(self, plan: Plan) -> tuple[Value, Tensor]:
-        """Returns value and gradient at a plan, with keys and values computed with it."""
-        self.objective.refresh(self.candidates.settings(plan))
+    def _look(self, plan: Plan, refresh: bool) -> tuple[Value, Tensor]:
+        """Returns value and gradient at a plan, if `refresh` with the keys and values that belong to it."""
+        if refresh:
+            self.objective.refresh(self.candidates.settings(plan))
         value, gradient = self.objective.gradient(self.objective.corner(plan))
         self.log(f"best: {value}")
         return value, gradient.cpu()
