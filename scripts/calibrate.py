@@ -82,8 +82,7 @@ def arguments() -> CommandParser:
         metavar="W",
         help="weight of the needles' loss against that of the texts (default: %(default)s)",
     )
-    add("--steps", type=int, default=24, metavar="N", help="Frank-Wolfe steps (default: %(default)s)")
-    add("--moves", type=int, default=12, metavar="N", help="measured changes to try (default: %(default)s)")
+    add("--moves", type=int, default=16, metavar="N", help="measured changes to try (default: %(default)s)")
     add("--block-size", type=int, default=64, metavar="B", help="tokens per block (default: %(default)s)")
     add("--seed", type=int, default=0, help="of texts and needles (default: %(default)s)")
     add("--output", type=Path, required=True, metavar="FILE", help="pattern file to write")

@@ -9,7 +9,7 @@ from random import Random
 
 import torch
 
-from megatron_s2.calibration.candidates import Candidates, cost_of
+from megatron_s2.calibration.candidates import Candidates, Choice, cost_of
 from megatron_s2.calibration.choose import choose
 from megatron_s2.calibration.needles import KINDS, Needle, hide_needles
 from megatron_s2.calibration.objective import Objective, Value
@@ -40,7 +40,7 @@ class Settings:
         samples: number of texts, two probes in each.
         needles: number of needles.
         needle_weight: weight of the needles' loss against that of the texts.
-        steps, moves: as in `Search.run`.
+        moves: as in `Search.run`.
         block_size: tokens per block.
         seed: of texts and needles.
 
@@ -55,13 +55,12 @@ class Settings:
     samples: int
     needles: int
     needle_weight: float
-    steps: int
     moves: int
     block_size: int
     seed: int
 
     def __post_init__(self) -> None:
-        for name, smallest in (("samples", 1), ("needles", 0), ("steps", 1), ("moves", 0)):
+        for name, smallest in (("samples", 1), ("needles", 0), ("moves", 0)):
             if getattr(self, name) < smallest:
                 raise ValueError(f"{flag_name(name)} {getattr(self, name)}: must be >= {smallest}")
         if not 0 < self.budget <= 1:
@@ -118,11 +117,12 @@ def calibrate(
     costs = candidates.costs(settings.of)
     texts, needles = _samples(source, settings)
     objective = Objective(model, candidates, texts, needles, settings.needle_weight, settings.block_size)
-    # The number of steps and moves may be raised between two runs.
-    setting = {n: v for n, v in asdict(settings).items() if n not in ("steps", "moves")}
+    # The number of moves may be raised between two runs.
+    setting = {name: value for name, value in asdict(settings).items() if name != "moves"}
     state = State.open(resume, setting | {"model": [model.num_layers, model.num_kv_heads, model.vocab_size]})
     search = Search(objective, candidates, costs, settings.budget, state, resume, settings.seed, log)
-    plan, value, at_dense, gradient = search.run(settings.steps, settings.moves)
+    found = search.run(settings.moves)
+    plan, value, at_dense, gradient = found.plan, found.value, found.dense, found.gradient
     chosen = candidates.settings(plan)
     cost = cost_of(chosen, settings.seq_length, settings.of)
 
@@ -131,6 +131,9 @@ def calibrate(
         return Point(series, name, cost, value.text - at_dense.text, *asked)
 
     points = [point("calibrated", "", cost, value), point("dense", "", 1.0, at_dense)]
+    for start, measured in found.starts:
+        other_cost = cost_of(candidates.settings(start), settings.seq_length, settings.of)
+        points.append(point("uniform", _uniform_name(start[0]), other_cost, measured))
     effects = gradient.double().numpy()
     for factor in _FRONTIER:
         budget = settings.budget * factor
@@ -165,6 +168,10 @@ def candidates_for(num_layers: int, num_kv_heads: int, seq_length: int, block_si
         sinks=(0, 1),
         strides=(0, *strides),
     )
+
+
+def _uniform_name(choice: Choice) -> str:
+    return f"w{choice.local_blocks} v{choice.strides[0]} s{choice.sink_blocks}"
 
 
 def _samples(source: Source, settings: Settings) -> tuple[list[torch.Tensor], list[list[Needle]]]:

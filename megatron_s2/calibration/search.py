@@ -1,14 +1,14 @@
 """The search for the plan that loses least within a budget.
 
-1. *Frank-Wolfe* (Frank & Wolfe 1956) over mixtures of candidates: each step takes the gradient of the
-   objective at the mixture, on a part of the probes, averages it with earlier ones (Mokhtari, Hassani &
-   Karbasi 2020), finds the plan that is best by that gradient within the budget, exactly (`choose`), and
-   moves the mixture towards it. Effects are thus taken where other heads are sparse already, and what
-   heads do together counts, which the effect of each alone does not show.
-2. The plans that the last steps chose are measured on all probes; the best is where the rest begins.
-3. *Moves*: the gradient at the plan says what each change would do; `choose` finds the best changes, with
-   a penalty for each changed head that starts small and grows. A proposal is accepted only if the
-   measured objective falls. Before and after, keys and values are computed anew with the plan.
+1. *Starts*: uniform plans within the budget are measured.
+2. *Path*: gradients with respect to the weights of all candidates at mixtures between the window-only start
+   and the dense model. Integrated along the path they are the effects of the heads, which add up to the
+   difference between its ends (integrated gradients, Sundararajan, Taly & Yan 2017). So an effect is taken
+   while the other heads are sparse, too, and what heads do together counts.
+3. *Moves*: `choose` finds the best plan by these effects within the budget, exactly; it is measured, with
+   its own gradient, and kept if the objective falls. Effects are then averaged with the gradient there,
+   which says what of the change was good and what was not, and the next proposal follows: with a penalty
+   for each changed head, so that it changes fewer heads after each one that was rejected.
 
 Everything is in a `State`, which is saved after each step.
 """
@@ -26,16 +26,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_s2.calibration.candidates import Candidates, Choice, Plan
+from megatron_s2.calibration.candidates import WINDOW_ONLY, Candidates, Choice, Plan
 from megatron_s2.calibration.choose import choose
 from megatron_s2.calibration.objective import Objective, Value
 
-# One of every _SHARE texts and needles is in the gradient of a Frank-Wolfe step.
-_SHARE = 4
-# Plans of the last steps that are measured.
-_MEASURED = 3
-# Heads that the first proposal may change, as a share of all; each rejected one halves it.
-_FIRST_MOVE = 0.2
+# Shares of the dense model at which gradients are taken, and their weights in the integral: the middles and
+# lengths of intervals that grow, because most is lost close to the sparse end.
+_PATH = ((0.03, 0.06), (0.13, 0.14), (0.325, 0.25), (0.725, 0.55))
+# One of every _SHARE texts and needles is in a gradient of the path.
+_SHARE = 2
+# Strides of uniform plans that are measured, besides window-only: the largest ones.
+_STRIDES = 2
 
 
 @dataclass
@@ -44,21 +45,20 @@ class State:
 
     Args:
         setting: what the search was started with; a file is continued only by the same.
-        steps: Frank-Wolfe steps done.
-        alpha, gradient: mixture and averaged gradient, `[layers][heads][candidates]`.
-        plans: distinct plans that steps chose, oldest first.
         dense: value of the dense model.
+        starts: uniform plans that were measured, with their values.
+        points: points of the path that are done.
+        effects: averaged effects, `[layers][heads][candidates]`.
         best: the best plan measured.
         moves: proposals measured.
-        reach: heads that the next proposal may change.
+        reach: number of heads that the next proposal may change.
     """
 
     setting: dict
-    steps: int = 0
-    alpha: list | None = None
-    gradient: list | None = None
-    plans: list = field(default_factory=list)
     dense: dict | None = None
+    starts: list = field(default_factory=list)
+    points: int = 0
+    effects: list | None = None
     best: list | None = None
     moves: int = 0
     reach: int = 0
@@ -79,7 +79,7 @@ class State:
             raise ValueError(
                 f"--resume {path}: is not the state of a calibration; give another file"
             ) from None
-        for name in setting.keys() | state.setting.keys():
+        for name in sorted(setting.keys() | state.setting.keys()):
             if state.setting.get(name) != setting.get(name):
                 raise ValueError(
                     f"--resume {path}: was begun with {name} {state.setting.get(name)}, not "
@@ -102,12 +102,14 @@ class Found(NamedTuple):
         plan: the best plan.
         value: its losses, with the keys and values that belong to it.
         dense: losses of the dense model.
+        starts: uniform plans and their losses, with the keys and values of the dense model.
         gradient: gradient of the objective at the plan, `[layers, heads, candidates]`.
     """
 
     plan: Plan
     value: Value
     dense: Value
+    starts: list[tuple[Plan, Value]]
     gradient: Tensor
 
 
@@ -121,7 +123,8 @@ class Search:
         costs: `[layers, heads, candidates]`, as `Candidates.costs`.
         budget: largest mean cost.
         state: where to begin; changed in place.
-        resume: file that the state is written to.
+        resume: file that the state is written to; None for none.
+        seed: of the probes that gradients of the path are taken on.
         log: called with each status line.
     """
 
@@ -134,82 +137,98 @@ class Search:
     seed: int
     log: Callable[[str], None]
 
-    def run(self, steps: int, moves: int) -> Found:
-        """Returns the best plan found by `steps` Frank-Wolfe steps and `moves` proposals."""
-        state, dense = self.state, self._dense
+    def run(self, moves: int) -> Found:
+        """Returns the best plan found with `moves` proposals.
+
+        Raises:
+            ValueError: the budget is below the cheapest plan.
+        """
+        state, starts = self.state, self._starts()
         if state.best is None:
             self.objective.refresh(None)
             if state.dense is None:
-                value = self.objective.value(dense)
-                self.log(f"dense: {value}")
-                state.dense = asdict(value)
-            while state.steps < steps:
-                self._step()
-            measured = [(self.objective.value(plan), plan) for plan in map(_plan, state.plans[-_MEASURED:])]
-            for value, _ in measured:
-                self.log(f"plan: {value}")
-            _, plan = min(measured, key=lambda item: item[0].total)
-            state.best = _entries(plan)
-            state.reach = max(1, round(_FIRST_MOVE * self.costs[..., 0].size))
+                state.dense = asdict(self._measured("dense", self._dense))
+            for plan in starts[len(state.starts) :]:
+                state.starts.append([_entries(plan), asdict(self._measured("uniform", plan))])
+                state.save(self.resume)
+            while state.points < len(_PATH):
+                self._go(starts[0])
+            best, _ = min(state.starts, key=lambda start: start[1]["total"])
+            state.best, state.reach = best, self.costs[..., 0].size
             state.save(self.resume)
         value, gradient = self._improve(moves)
-        return Found(_plan(state.best), value, Value(**state.dense), gradient)
+        measured = [(_plan(entries), Value(**value)) for entries, value in state.starts]
+        return Found(_plan(state.best), value, Value(**state.dense), measured, gradient)
 
     @property
     def _dense(self) -> Plan:
         return (Choice(1, 0, (1,) * self.candidates.num_kv_heads),) * self.candidates.num_layers
 
-    def _step(self) -> None:
+    def _measured(self, name: str, plan: Plan) -> Value:
+        value = self.objective.value(plan)
+        self.log(f"{name}: {value}")
+        return value
+
+    def _starts(self) -> list[Plan]:
+        """Returns uniform plans that fit the budget, with the largest window that does: window-only first. If
+        none does, the cheapest plan of all."""
+        candidates = self.candidates
+        heads, layers = candidates.num_kv_heads, candidates.num_layers
+        plans = []
+        for stride in (WINDOW_ONLY, *sorted(candidates.strides)[-_STRIDES:]):
+            for window in sorted(candidates.windows, reverse=True):
+                plan = (Choice(window, max(candidates.sinks), (stride,) * heads),) * layers
+                if stride in candidates.strides and self._cost(plan) <= self.budget and plan not in plans:
+                    plans.append(plan)
+                    break
+        return plans or [choose(candidates, self.costs, self.costs, self.budget)]
+
+    def _cost(self, plan: Plan) -> float:
+        return np.take_along_axis(self.costs, self.candidates.places(plan)[..., None], 2).mean()
+
+    def _go(self, sparse: Plan) -> None:
+        """Takes the gradient at the next point of the path from a plan to the dense model."""
         state = self.state
-        alpha = self.objective.corner(self._dense) if state.alpha is None else torch.tensor(state.alpha)
-        random = Random(f"{self.seed} {state.steps}")
-        value, gradient = self.objective.gradient(alpha.to(self.objective.device), random, _SHARE)
-        alpha, gradient = alpha.cpu(), gradient.cpu()
-        if state.gradient is not None:
-            weight = max(0.3, (state.steps + 1) ** (-2 / 3))
-            gradient = torch.lerp(torch.tensor(state.gradient), gradient, weight)
-        plan = self._choose(gradient)
-        corner = self.objective.corner(plan).cpu()
-        gap = float((gradient * (alpha - corner)).sum())
-        self.log(f"step {state.steps + 1}: {value}, gap {gap:.3f}")
-        alpha += min(0.5, 2 / (state.steps + 2)) * (corner - alpha)
-        state.alpha, state.gradient = alpha.tolist(), gradient.tolist()
-        if _entries(plan) in state.plans:
-            state.plans.remove(_entries(plan))
-        state.plans.append(_entries(plan))
-        state.steps += 1
+        share, weight = _PATH[state.points]
+        ends = self.objective.corner(sparse), self.objective.corner(self._dense)
+        random = Random(f"{self.seed} {state.points}")
+        value, gradient = self.objective.gradient(torch.lerp(*ends, share), random, _SHARE)
+        self.log(f"{share:.0%} dense: {value}")
+        effects = weight * gradient.cpu()
+        if state.effects is not None:
+            effects += torch.tensor(state.effects)
+        state.effects = effects.tolist()
+        state.points += 1
         state.save(self.resume)
 
     def _improve(self, moves: int) -> tuple[Value, Tensor]:
-        """Tries proposals until `moves` have been measured or none of one head is better; returns value and
-        gradient at the best plan.
+        """Measures proposals until there were `moves` or none of one head is left; returns value and gradient
+        at the best plan.
 
         Keys and values are those of the plan at the beginning, and of the best one in the end. If that is no
         better then, the plan at the beginning is kept.
         """
         state, tried = self.state, set()
         first = _plan(state.best)
-        at_first = current, gradient = self._look(first, refresh=True)
+        at_first = current, _ = self._look(first, refresh=True)
         while state.moves < moves and state.reach >= 1:
-            plan = _plan(state.best)
-            proposal = self._proposal(plan, gradient, state.reach)
+            plan, effects = _plan(state.best), torch.tensor(state.effects)
+            proposal = self._proposal(plan, effects, state.reach)
             if proposal in tried or proposal == plan:
                 state.reach //= 2
                 continue
             tried.add(proposal)
-            value = self.objective.value(proposal)
+            value, gradient = self.objective.gradient(self.objective.corner(proposal))
             is_better = value.total < current.total
             changed = int((self.candidates.places(plan) != self.candidates.places(proposal)).sum())
             self.log(f"move of {changed} heads: {value}{', accepted' if is_better else ''}")
             state.moves += 1
+            state.effects = torch.lerp(effects, gradient.cpu(), 0.5).tolist()
             if is_better:
-                state.best = _entries(proposal)
-                tried.clear()
+                state.best, current = _entries(proposal), value
             else:
                 state.reach //= 2
             state.save(self.resume)
-            if is_better and state.moves < moves:
-                current, gradient = self._look(proposal, refresh=False)
         if _plan(state.best) == first:
             return at_first
         at_last = self._look(_plan(state.best), refresh=True)
@@ -227,28 +246,31 @@ class Search:
         self.log(f"best: {value}")
         return value, gradient.cpu()
 
-    def _proposal(self, plan: Plan, gradient: Tensor, reach: int) -> Plan:
-        """Returns the best plan by the gradient that changes about `reach` heads at most."""
+    def _proposal(self, plan: Plan, effects: Tensor, reach: int) -> Plan:
+        """Returns the best plan by some effects that changes at most `reach` heads, found by bisection of a
+        penalty for each."""
         places = self.candidates.places(plan)
-        effects = gradient.double().numpy()
+        effects = effects.double().numpy()
         stay = np.take_along_axis(effects, places[..., None], 2)
-        low, high = 0.0, float((stay - effects.min(2, keepdims=True)).max()) + 1e-9
-        best = plan
-        for _ in range(16):  # bisection of the penalty of a changed head
-            penalty = (low + high) / 2
+
+        def penalised(penalty: float) -> tuple[Plan, int]:
             others = effects + penalty
             np.put_along_axis(others, places[..., None], stay, 2)
             proposal = choose(self.candidates, others, self.costs, self.budget)
-            changed = int((self.candidates.places(proposal) != places).sum())
+            return proposal, int((self.candidates.places(proposal) != places).sum())
+
+        best, changed = penalised(0.0)
+        if changed <= reach:
+            return best
+        best, low, high = plan, 0.0, float(np.ptp(effects, axis=2).max()) * self.costs[..., 0].size
+        for _ in range(24):
+            penalty = (low + high) / 2
+            proposal, changed = penalised(penalty)
             if changed > reach:
                 low = penalty
             else:
-                high = penalty
-                best = proposal
+                high, best = penalty, proposal
         return best
-
-    def _choose(self, gradient: Tensor) -> Plan:
-        return choose(self.candidates, gradient.double().numpy(), self.costs, self.budget)
 
 
 def _entries(plan: Plan) -> list:
