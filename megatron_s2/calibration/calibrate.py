@@ -122,7 +122,7 @@ def calibrate(
     state = State.open(resume, setting | {"model": [model.num_layers, model.num_kv_heads, model.vocab_size]})
     search = Search(objective, candidates, costs, settings.budget, state, resume, settings.seed, log)
     found = search.run(settings.moves)
-    plan, value, at_dense, gradient = found.plan, found.value, found.dense, found.gradient
+    plan, value, at_dense = found.plan, found.value, found.dense
     chosen = candidates.settings(plan)
     cost = cost_of(chosen, settings.seq_length, settings.of)
 
@@ -134,14 +134,14 @@ def calibrate(
     for start, measured in found.starts:
         other_cost = cost_of(candidates.settings(start), settings.seq_length, settings.of)
         points.append(point("uniform", _uniform_name(start[0]), other_cost, measured))
-    effects = gradient.double().numpy()
+    effects = found.effects.double().numpy()
     for factor in _FRONTIER:
         budget = settings.budget * factor
         try:
             other = choose(candidates, effects, costs, budget)
         except ValueError:  # too small
             continue
-        change = float((gradient * (objective.corner(other).cpu() - objective.corner(plan).cpu())).sum())
+        change = float((found.effects * (objective.corner(other).cpu() - objective.corner(plan).cpu())).sum())
         loss = value.text - at_dense.text + change
         other_cost = cost_of(candidates.settings(other), settings.seq_length, settings.of)
         points.append(Point("predicted (text and needles)", "", other_cost, loss))

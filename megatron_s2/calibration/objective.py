@@ -17,6 +17,9 @@ from megatron_s2.pattern import S2Settings
 
 # Loss of a token that is certainly the most probable one.
 _FOUND = 0.693
+# Half of the Fisher information is the curvature of one head's change. Heads that change together in one plan
+# add to each other's, so that all of it is taken.
+_CURVATURE = 1.0
 
 
 @dataclass(frozen=True)
@@ -92,24 +95,35 @@ class Objective:
 
     def value(self, plan: Plan) -> Value:
         """Returns the losses with a plan."""
-        with torch.no_grad():
-            value, _ = self._evaluate(self.corner(plan), range(len(self._texts)), range(len(self._needles)))
+        value, _ = self._evaluate(self.corner(plan), self._all(), with_effects=False)
         return value
 
-    def gradient(self, alpha: Tensor, random: Random | None = None, share: int = 1) -> tuple[Value, Tensor]:
-        """Returns the losses of a mixture and the gradient of their total.
+    def effects(self, alpha: Tensor, random: Random | None = None, share: int = 1) -> tuple[Value, Tensor]:
+        """Returns the losses of a mixture, and what each candidate would do to their total in its place.
+
+        With g[r] the gradient of the summed loss with respect to the output of a head at row r, and d[c, r]
+        the output of candidate c minus that of the mixture, the effect of c is the sum over rows of
+
+            g[r] d[c, r] + curvature (g[r] d[c, r])^2
+
+        The second term is the diagonal of the Fisher information, half of which is the curvature of the loss
+        where the model predicts well (Martens 2020, section 5). Without it a candidate that changes much
+        would seem harmless where gradients cancel on average.
 
         Args:
             alpha: `[layers, heads, candidates]`.
-            random: chooses one of every `share` texts and needles.
+            random: chooses one of every `share` texts and needles; None takes all.
+
+        Returns:
+            The losses, and effects `[layers, heads, candidates]` on the CPU.
         """
-        chosen = [
-            range(count) if random is None else sorted(random.sample(range(count), -(-count // share)))
-            for count in (len(self._texts), len(self._needles))
-        ]
-        alpha = alpha.clone().requires_grad_()
-        value, gradient = self._evaluate(alpha, *chosen)
-        return value, gradient
+        chosen = self._all()
+        if random is not None:
+            chosen = tuple(sorted(random.sample(places, -(-len(places) // share))) for places in chosen)
+        return self._evaluate(alpha, chosen, with_effects=True)
+
+    def _all(self) -> tuple[range, range]:
+        return range(len(self._texts)), range(len(self._needles))
 
     def corner(self, plan: Plan) -> Tensor:
         """Returns the mixture that is a plan, `[layers, heads, candidates]`."""
@@ -119,27 +133,27 @@ class Objective:
         return alpha.to(self._model.device)
 
     def _evaluate(
-        self, alpha: Tensor, texts: Sequence[int], needles: Sequence[int]
+        self, alpha: Tensor, chosen: tuple[Sequence[int], Sequence[int]], with_effects: bool
     ) -> tuple[Value, Tensor | None]:
-        means, found = [], 0
-        for probes, chosen, weight in (
-            (self._texts, texts, 1.0),
-            (self._needles, needles, self.needle_weight),
-        ):
+        means, found, effects = [], 0, torch.zeros_like(alpha) if with_effects else None
+        for probes, places, weight in zip((self._texts, self._needles), chosen, (1.0, self.needle_weight)):
             total = 0.0
-            for index in chosen:
-                probe = probes[index]
-                losses = self._relaxation.losses(probe, self._contexts[probe.context], alpha)
-                mean = losses.mean() / len(chosen)
-                if alpha.requires_grad:
-                    (weight * mean).backward()
-                total += mean.item()
-                if probes is self._needles:
-                    found += bool((losses < _FOUND).all())
+            for place in places:
+                probe, share = probes[place], 1 / (len(places) * probes[place].scored)
+                of_rows = alpha[:, :, None].repeat(1, 1, probe.rows, 1).requires_grad_(with_effects)
+                with torch.set_grad_enabled(with_effects):
+                    losses = self._relaxation.losses(probe, self._contexts[probe.context], of_rows)
+                if with_effects:
+                    losses.sum().backward()
+                    gradient = of_rows.grad
+                    gradient -= (gradient * of_rows.detach()).sum(-1, keepdim=True)
+                    effects += weight * share * (gradient + _CURVATURE * gradient**2).sum(2)
+                total += share * losses.sum().item()
+                found += probes is self._needles and bool((losses < _FOUND).all())
             means.append(total)
-        text, needle = means
-        share = found / max(1, len(needles))
-        return Value(text, needle, share, text + self.needle_weight * needle), alpha.grad
+        text, needles = means
+        value = Value(text, needles, found / max(1, len(chosen[1])), text + self.needle_weight * needles)
+        return value, effects.cpu() if with_effects else None
 
 
 def _text_probes(texts: Sequence[Tensor], rows: int, block_size: int) -> list[Probe]:

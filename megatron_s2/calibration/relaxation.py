@@ -49,6 +49,10 @@ class Probe:
     scored: int
     context: int = 0
 
+    @property
+    def rows(self) -> int:
+        return len(self.tokens) - 1 - self.start
+
 
 @dataclass(frozen=True)
 class Context:
@@ -88,7 +92,8 @@ class Relaxation:
         """Returns the losses `[scored]` of a probe; differentiable with respect to `alpha`.
 
         Args:
-            alpha: float32 `[layers, heads, candidates]`, which sum to one over candidates.
+            alpha: float32 `[layers, kv_heads, rows, candidates]`, which sum to one over candidates; rows from
+                `probe.start` on.
         """
         model, start = self._model, probe.start
         hidden = model.embed(probe.tokens[start:-1])
@@ -132,7 +137,7 @@ def mixed_attention(
     Args:
         q: `[rows, heads, head_dim]`, the last tokens of the keys, from the start of a block on.
         k, v: `[keys, kv_heads, head_dim]`.
-        weights: float32 `[kv_heads, candidates]`.
+        weights: float32 `[kv_heads, rows, candidates]`.
         masks: for each block of rows, the key blocks that each candidate sees, up to that of the rows;
             float32 `[kv_heads, candidates, blocks]`.
     """
@@ -140,7 +145,8 @@ def mixed_attention(
     q = (q * scale).unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)  # [Hkv, G, R, d]
     out = []
     for index, mask in enumerate(masks):
-        part = q[:, :, index * block_size : (index + 1) * block_size]
+        of_block = slice(index * block_size, (index + 1) * block_size)
+        part = q[:, :, of_block]
         size, blocks = part.shape[2], mask.shape[-1]
         seen = keys - rows + index * block_size + size  # keys up to the last of these rows
         scores = part.flatten(1, 2) @ k[:seen].permute(1, 2, 0)
@@ -152,7 +158,7 @@ def mixed_attention(
             e = F.pad(e, (0, padding))
         e = e.unflatten(-1, (blocks, block_size))
         denominators = torch.einsum("hgrj,hcj->hgrc", e.sum(-1), mask).clamp(min=_SMALLEST)
-        shares = torch.einsum("hgrc,hcj->hgrj", weights[:, None, None] / denominators, mask)
+        shares = torch.einsum("hgrc,hcj->hgrj", weights[:, None, of_block] / denominators, mask)
         p = (e * shares[..., None]).to(v.dtype).flatten(-2)[..., :seen]
         mixed = p.flatten(1, 2) @ v[:seen].transpose(0, 1)  # [Hkv, G*R, d]
         out.append(mixed.unflatten(1, (-1, size)).permute(2, 0, 1, 3).flatten(1, 2))

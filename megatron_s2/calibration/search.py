@@ -1,14 +1,14 @@
 """The search for the plan that loses least within a budget.
 
 1. *Starts*: uniform plans within the budget are measured.
-2. *Path*: gradients with respect to the weights of all candidates at mixtures between the window-only start
-   and the dense model. Integrated along the path they are the effects of the heads, which add up to the
-   difference between its ends (integrated gradients, Sundararajan, Taly & Yan 2017). So an effect is taken
-   while the other heads are sparse, too, and what heads do together counts.
+2. *Path*: effects of all candidates at mixtures between the window-only start and the dense model, averaged
+   along the path. Their gradients add up to the difference between its ends (integrated gradients,
+   Sundararajan, Taly & Yan 2017). So an effect is taken while the other heads are sparse, too, and what
+   heads do together counts.
 3. *Moves*: `choose` finds the best plan by these effects within the budget, exactly; it is measured, with
-   its own gradient, and kept if the objective falls. Effects are then averaged with the gradient there,
-   which says what of the change was good and what was not, and the next proposal follows: with a penalty
-   for each changed head, so that it changes fewer heads after each one that was rejected.
+   the effects there, and kept if the objective falls. Effects are then averaged with those, which say what
+   of the change was good and what was not, and the next proposal follows: with a penalty for each changed
+   head, so that it changes fewer heads after each one that was rejected.
 
 Everything is in a `State`, which is saved after each step.
 """
@@ -35,6 +35,8 @@ from megatron_s2.calibration.objective import Objective, Value
 _PATH = ((0.03, 0.06), (0.13, 0.14), (0.325, 0.25), (0.725, 0.55))
 # One of every _SHARE texts and needles is in a gradient of the path.
 _SHARE = 2
+# The first proposal changes one of so many heads at most: effects are those of small changes.
+_FIRST_REACH = 4
 # Strides of uniform plans that are measured, besides window-only: the largest ones.
 _STRIDES = 2
 
@@ -103,14 +105,14 @@ class Found(NamedTuple):
         value: its losses, with the keys and values that belong to it.
         dense: losses of the dense model.
         starts: uniform plans and their losses, with the keys and values of the dense model.
-        gradient: gradient of the objective at the plan, `[layers, heads, candidates]`.
+        effects: of the candidates at the plan, `[layers, heads, candidates]`.
     """
 
     plan: Plan
     value: Value
     dense: Value
     starts: list[tuple[Plan, Value]]
-    gradient: Tensor
+    effects: Tensor
 
 
 @dataclass
@@ -154,11 +156,11 @@ class Search:
             while state.points < len(_PATH):
                 self._go(starts[0])
             best, _ = min(state.starts, key=lambda start: start[1]["total"])
-            state.best, state.reach = best, self.costs[..., 0].size
+            state.best, state.reach = best, max(1, self.costs[..., 0].size // _FIRST_REACH)
             state.save(self.resume)
-        value, gradient = self._improve(moves)
+        value, effects = self._improve(moves)
         measured = [(_plan(entries), Value(**value)) for entries, value in state.starts]
-        return Found(_plan(state.best), value, Value(**state.dense), measured, gradient)
+        return Found(_plan(state.best), value, Value(**state.dense), measured, effects)
 
     @property
     def _dense(self) -> Plan:
@@ -192,9 +194,9 @@ class Search:
         share, weight = _PATH[state.points]
         ends = self.objective.corner(sparse), self.objective.corner(self._dense)
         random = Random(f"{self.seed} {state.points}")
-        value, gradient = self.objective.gradient(torch.lerp(*ends, share), random, _SHARE)
+        value, effects = self.objective.effects(torch.lerp(*ends, share), random, _SHARE)
         self.log(f"{share:.0%} dense: {value}")
-        effects = weight * gradient.cpu()
+        effects = weight * effects
         if state.effects is not None:
             effects += torch.tensor(state.effects)
         state.effects = effects.tolist()
@@ -202,7 +204,7 @@ class Search:
         state.save(self.resume)
 
     def _improve(self, moves: int) -> tuple[Value, Tensor]:
-        """Measures proposals until there were `moves` or none of one head is left; returns value and gradient
+        """Measures proposals until there were `moves` or none of one head is left; returns value and effects
         at the best plan.
 
         Keys and values are those of the plan at the beginning, and of the best one in the end. If that is no
@@ -210,7 +212,7 @@ class Search:
         """
         state, tried = self.state, set()
         first = _plan(state.best)
-        at_first = current, _ = self._look(first, refresh=True)
+        at_first = current, _ = self._look(first)
         while state.moves < moves and state.reach >= 1:
             plan, effects = _plan(state.best), torch.tensor(state.effects)
             proposal = self._proposal(plan, effects, state.reach)
@@ -218,12 +220,12 @@ class Search:
                 state.reach //= 2
                 continue
             tried.add(proposal)
-            value, gradient = self.objective.gradient(self.objective.corner(proposal))
+            value, there = self.objective.effects(self.objective.corner(proposal))
             is_better = value.total < current.total
             changed = int((self.candidates.places(plan) != self.candidates.places(proposal)).sum())
             self.log(f"move of {changed} heads: {value}{', accepted' if is_better else ''}")
             state.moves += 1
-            state.effects = torch.lerp(effects, gradient.cpu(), 0.5).tolist()
+            state.effects = torch.lerp(effects, there, 0.5).tolist()
             if is_better:
                 state.best, current = _entries(proposal), value
             else:
@@ -231,20 +233,19 @@ class Search:
             state.save(self.resume)
         if _plan(state.best) == first:
             return at_first
-        at_last = self._look(_plan(state.best), refresh=True)
+        at_last = self._look(_plan(state.best))
         if at_last[0].total < at_first[0].total:
             return at_last
         state.best = _entries(first)
         state.save(self.resume)
         return at_first
 
-    def _look(self, plan: Plan, refresh: bool) -> tuple[Value, Tensor]:
-        """Returns value and gradient at a plan, if `refresh` with the keys and values that belong to it."""
-        if refresh:
-            self.objective.refresh(self.candidates.settings(plan))
-        value, gradient = self.objective.gradient(self.objective.corner(plan))
+    def _look(self, plan: Plan) -> tuple[Value, Tensor]:
+        """Returns value and effects at a plan, with the keys and values that belong to it."""
+        self.objective.refresh(self.candidates.settings(plan))
+        value, effects = self.objective.effects(self.objective.corner(plan))
         self.log(f"best: {value}")
-        return value, gradient.cpu()
+        return value, effects
 
     def _proposal(self, plan: Plan, effects: Tensor, reach: int) -> Plan:
         """Returns the best plan by some effects that changes at most `reach` heads, found by bisection of a

@@ -55,7 +55,11 @@ def candidates():
 
 def corner(candidates, plan):
     alpha = torch.zeros(3, 2, len(candidates.all))
-    return alpha.scatter(2, torch.from_numpy(candidates.places(plan))[..., None], 1.0)
+    return of_rows(alpha.scatter(2, torch.from_numpy(candidates.places(plan))[..., None], 1.0))
+
+
+def of_rows(alpha, rows=TOKENS - START):
+    return alpha[:, :, None].repeat(1, 1, rows, 1)
 
 
 def test_a_run_with_dense_attention_is_that_of_transformers(model, tokens, expected):
@@ -71,7 +75,9 @@ def test_corners_of_the_mixture_are_plans(model, candidates, tokens, stop):
     exact = model.token_losses(model.run(tokens[:-1], attend), tokens[1:])
     probe = Probe(tokens, START, scored=20)
     relaxation = Relaxation(model, candidates)
-    losses = relaxation.losses(probe, Context.run(model, tokens[:START], attend), corner(candidates, PLAN))
+    losses = relaxation.losses(
+        probe, Context.run(model, tokens[:START], attend), corner(candidates, PLAN)[:, :, : probe.rows]
+    )
     torch.testing.assert_close(losses, exact[-20:], rtol=1e-4, atol=1e-4)
 
 
@@ -80,7 +86,7 @@ def test_the_gradient_is_that_of_the_loss(model, candidates, tokens):
     context = Context.run(model, tokens[:START], dense_attention)
     relaxation = Relaxation(model, candidates)
     random = np.random.default_rng(1)
-    alpha = torch.from_numpy(random.dirichlet(np.ones(len(candidates.all)), (3, 2))).float()
+    alpha = of_rows(torch.from_numpy(random.dirichlet(np.ones(len(candidates.all)), (3, 2))).float())
     alpha.requires_grad_()
     relaxation.losses(probe, context, alpha).mean().backward()
     step = corner(candidates, PLAN) - alpha.detach()
@@ -98,7 +104,7 @@ def test_what_is_not_kept_is_computed_again(model, candidates, tokens, monkeypat
     gradients = []
     for kept in (2**30, 0):
         monkeypatch.setattr("megatron_s2.calibration.relaxation._KEPT_BYTES", kept)
-        alpha = torch.full((3, 2, len(candidates.all)), 1 / len(candidates.all), requires_grad=True)
+        alpha = of_rows(torch.full((3, 2, len(candidates.all)), 1 / len(candidates.all))).requires_grad_()
         relaxation.losses(probe, context, alpha).mean().backward()
         gradients.append(alpha.grad)
     torch.testing.assert_close(*gradients)

@@ -57,7 +57,7 @@ def test_a_search_keeps_the_budget_and_moves_do_not_make_it_worse(objective, can
     assert first.plan in [plan for plan, _ in first.starts]
     assert first.dense.total == first.dense.text + 0.5 * first.dense.needles
     moved = found.run(moves=6)
-    assert moved.gradient.shape == (2, 2, len(candidates.all))
+    assert moved.effects.shape == (2, 2, len(candidates.all))
     for plan in (first.plan, moved.plan):
         assert cost_of(candidates.settings(plan), TOKENS, "kv") <= BUDGET
     assert found.state.moves == 6 or found.state.reach == 0
@@ -66,6 +66,7 @@ def test_a_search_keeps_the_budget_and_moves_do_not_make_it_worse(objective, can
 
 def test_effects_along_the_path_add_up_to_what_lies_between_its_ends(objective, candidates, monkeypatch):
     monkeypatch.setattr("megatron_s2.calibration.search._SHARE", 1)
+    monkeypatch.setattr("megatron_s2.calibration.objective._CURVATURE", 0)
     found = search(objective, candidates)
     start, dense = found._starts()[0], (Choice(1, 0, (1, 1)),) * 2
     objective.refresh(None)
