@@ -35,8 +35,6 @@ from megatron_s2.calibration.objective import Objective, Value
 _PATH = ((0.03, 0.06), (0.13, 0.14), (0.325, 0.25), (0.725, 0.55))
 # One of every _SHARE texts and needles is in a gradient of the path.
 _SHARE = 2
-# The first proposal changes one of so many heads at most: effects are those of small changes.
-_FIRST_REACH = 4
 # Strides of uniform plans that are measured, besides window-only: the largest ones.
 _STRIDES = 2
 
@@ -156,7 +154,7 @@ class Search:
             while state.points < len(_PATH):
                 self._go(starts[0])
             best, _ = min(state.starts, key=lambda start: start[1]["total"])
-            state.best, state.reach = best, max(1, self.costs[..., 0].size // _FIRST_REACH)
+            state.best, state.reach = best, self.costs[..., 0].size
             state.save(self.resume)
         value, effects = self._improve(moves)
         measured = [(_plan(entries), Value(**value)) for entries, value in state.starts]
