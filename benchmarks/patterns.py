@@ -177,14 +177,15 @@ def plot(rows: list[Row], directory: Path) -> list[Path]:
         paths.append(display.picture_path(directory, "patterns", len(paths)))
         points = [
             Point(
-                row["pattern"].split()[0].split("-")[0],
-                row["pattern"],
+                series,
+                row["pattern"].removeprefix(series).strip("- "),
                 row["kv"],
                 row["over_dense"],
                 -sum(needle["log_prob"] for needle in row["needles"]) / len(row["needles"]),
                 sum(needle["found"] for needle in row["needles"]) / len(row["needles"]),
             )
             for row in group
+            for series in [row["pattern"].replace("-", " ").split()[0]]
         ]
         shown = [point for point in points if point.loss < 0.5]
         if len(shown) < len(points):

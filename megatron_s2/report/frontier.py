@@ -48,8 +48,8 @@ def frontier_table(points: Sequence[Point]) -> str:
 
 
 def draw_frontier(points: Sequence[Point], path: str | Path, xlabel: str) -> None:
-    """Draws loss over dense against cost, a curve for each series; where needles were asked for, a second
-    panel with the share found.
+    """Draws loss over dense against cost, points named where they have names, else a curve for each series;
+    where needles were asked for, a second panel with the share found. The series `dense` is a dotted line.
 
     Raises:
         ValueError: `path` has another suffix than PNG or SVG.
@@ -61,21 +61,32 @@ def draw_frontier(points: Sequence[Point], path: str | Path, xlabel: str) -> Non
     if not has_needles:
         figure.delaxes(panels.pop())
         panels[0].set_position((0.14, 0.14, 0.82, 0.72))
-    series = list(dict.fromkeys(point.series for point in points))
-    for name, style in zip(series, _STYLES * len(series)):
-        curve = sorted((p for p in points if p.series == name), key=lambda p: p.cost)
-        line = "-" if len(curve) > 1 else ""
-        panels[0].plot([p.cost for p in curve], [p.loss for p in curve], line, label=name, **style)
-        asked = [p for p in curve if p.found is not None]
-        if asked:
-            panels[1].plot([p.cost for p in asked], [100 * p.found for p in asked], line, label=name, **style)
+    by_series: dict[str, list[Point]] = {}
+    for point in sorted(points, key=lambda point: point.cost):
+        by_series.setdefault(point.series, []).append(point)
+    for point in by_series.pop("dense", []):
+        panels[0].axhline(point.loss, color=Colour.GREY, linestyle=":", label="dense")
+        if point.found is not None:
+            panels[1].axhline(100 * point.found, color=Colour.GREY, linestyle=":", label="dense")
+    for (name, series), style in zip(by_series.items(), _STYLES * len(by_series)):
+        asked = [point for point in series if point.found is not None]
+        heights = [point.loss for point in series], [100 * point.found for point in asked]
+        for axes, shown, values in zip(panels, (series, asked), heights):
+            if not shown:
+                continue
+            is_curve = len(shown) > 1 and not any(point.name for point in shown)
+            costs = [point.cost for point in shown]
+            axes.plot(costs, values, linestyle="-" if is_curve else "none", label=name, **style)
+            for point, value in zip(shown, values):
+                offset = {"textcoords": "offset points", "xytext": (5, 4)}
+                axes.annotate(point.name, (point.cost, value), fontsize=7, **offset)
     panels[0].set_ylabel("loss over dense, nats per token")
     if has_needles:
         panels[1].set_ylabel("needles found, %")
         panels[1].set_ylim(-4, 104)
     for axes in panels:
         axes.set_xlabel(xlabel)
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, 1.2 * max(point.cost for point in points if point.series != "dense"))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:

@@ -11,7 +11,7 @@ from megatron_s2.report.table import aligned
 
 # Log-probability, in nats per token, at which the colours of the heat map end.
 _LOWEST = -4.0
-_CELL, _GAP, _LEFT, _TOP, _BOTTOM = 0.42, 0.35, 0.75, 0.95, 0.75
+_CELL, _GAP, _LEFT, _TOP, _BOTTOM = 0.42, 0.35, 0.75, 1.0, 0.35
 
 
 class Asked(NamedTuple):
@@ -91,11 +91,15 @@ def draw_retrieval(asked: Sequence[Asked], path: str | Path) -> None:
         axes.set_yticks(range(len(lengths)), [str(length) for length in lengths], fontsize=8)
         is_last = index == len(names) - 1
         axes.set_xticks(range(len(depths)), [f"{depth:g}" for depth in depths] if is_last else [], fontsize=8)
+        for edge in range(1, len(depths)):
+            axes.axvline(edge - 0.5, color="white", linewidth=0.8)
+        for edge in range(1, len(lengths)):
+            axes.axhline(edge - 0.5, color="white", linewidth=0.8)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
     axes.set_xlabel("depth of the needle", fontsize=8)
     draw_title(figure, "Needles found, and log-probability of their answers", 0.2, 0.15)
-    bar_axes = figure.add_axes((0.2 / width, 1 - 0.52 / height, 2.2 / width, 0.1 / height))
+    bar_axes = figure.add_axes((0.35 / width, 1 - 0.52 / height, 2.2 / width, 0.1 / height))
     bar = figure.colorbar(image, cax=bar_axes, orientation="horizontal", ticks=[_LOWEST, _LOWEST / 2, 0])
     bar.ax.set_xticklabels([f"≤ {_LOWEST:g}", f"{_LOWEST / 2:g}", "0 nats"], fontsize=7.5)
     bar.ax.tick_params(length=0)
