@@ -9,6 +9,7 @@ from benchmarks import (
     host_time,
     offload,
     offload_timeline,
+    patterns,
     quickstart,
     training_step,
 )
@@ -26,6 +27,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         offload,
         offload_timeline,
         decode,
+        patterns,
         quickstart,
     )
 }

@@ -55,6 +55,10 @@ settings.register_profile("unhurried", deadline=None, suppress_health_check=[Hea
 settings.load_profile("unhurried")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--pretrained", metavar="DIR", help="model that scripts/get_small_model.sh wrote")
+
+
 def pytest_configure():
     """Restores the default handlers of signals that this process was started to ignore.
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import torch
@@ -51,7 +52,11 @@ class Evaluation:
 
 
 def windows(
-    prefix: str | Path, seq_length: int, samples: int | None = None, batch: int = 1
+    prefix: str | Path,
+    seq_length: int,
+    samples: int | None = None,
+    batch: int = 1,
+    seed: int | None = None,
 ) -> Iterator[Tensor]:
     """Yields windows of an indexed dataset, each with the token after it.
 
@@ -60,6 +65,7 @@ def windows(
         seq_length: number of tokens of a window.
         samples: number of windows; None for all complete windows.
         batch: number of windows per batch.
+        seed: chooses `samples` windows of all at random, in random order; None takes the first ones.
 
     Yields:
         Batches of tokens, int64 `[<= batch, seq_length + 1]`.
@@ -92,7 +98,8 @@ def windows(
         raise ValueError(
             f"--data-path {prefix}: has {available} windows of {seq_length} tokens, not {max(count, 1)}"
         )
-    return _batches(dataset, seq_length, count, batch)
+    chosen = range(count) if seed is None else Random(seed).sample(range(available), count)
+    return _batches(dataset, seq_length, chosen, batch)
 
 
 def evaluate(token_losses: Callable[[Tensor], Tensor], batches: Iterator[Tensor]) -> Evaluation:
@@ -271,20 +278,24 @@ def _check_tokens(tokens: Tensor, vocabulary: Vocabulary) -> None:
         raise ValueError(vocabulary.refusal("--data-path", smallest if smallest < 0 else largest))
 
 
-def _batches(dataset, seq_length: int, count: int, batch: int) -> Iterator[Tensor]:
-    """Yields `count` windows in batches, with only the sequences of one batch in memory."""
-    rows: list[np.ndarray] = []
-    sequences, buffer = _sequences(dataset), np.empty(0, dtype=np.int64)
-    for remaining in range(count, 0, -1):
-        while buffer.size < seq_length + 1:
-            buffer = np.concatenate([buffer, next(sequences)])
-        rows.append(buffer[: seq_length + 1])
-        buffer = buffer[seq_length:]
-        if len(rows) == batch or remaining == 1:
-            yield torch.from_numpy(np.stack(rows))
-            rows = []
+def _batches(dataset, seq_length: int, chosen: Sequence[int], batch: int) -> Iterator[Tensor]:
+    """Yields the windows with the numbers `chosen` in batches, with only one batch in memory."""
+    ends = np.cumsum(dataset.sequence_lengths, dtype=np.int64)
+    for first in range(0, len(chosen), batch):
+        rows = [_read(dataset, ends, n * seq_length, seq_length + 1) for n in chosen[first : first + batch]]
+        yield torch.from_numpy(np.stack(rows))
 
 
-def _sequences(dataset) -> Iterator[np.ndarray]:
-    for index in range(len(dataset)):
-        yield dataset[index].astype(np.int64)
+def _read(dataset, ends: np.ndarray, start: int, count: int) -> np.ndarray:
+    """Returns `count` tokens of the stream from `start` on.
+
+    Args:
+        ends: position in the stream after each sequence.
+    """
+    parts, index = [], int(np.searchsorted(ends, start, side="right"))
+    while count:
+        offset = start - int(ends[index] - dataset.sequence_lengths[index])
+        part = dataset.get(index, offset, min(count, int(ends[index]) - start))
+        parts.append(part.astype(np.int64))
+        start, count, index = start + len(part), count - len(part), index + 1
+    return np.concatenate(parts)

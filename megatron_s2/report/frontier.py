@@ -1,0 +1,95 @@
+"""Budgets against losses of patterns: a table and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from megatron_s2.report.figure import Colour, draw_title, new_figure, save_figure
+from megatron_s2.report.table import aligned
+
+_STYLES = (
+    {"color": Colour.NAVY, "marker": "o"},
+    {"color": Colour.ORANGE, "marker": "s"},
+    {"color": Colour.GREEN, "marker": "^"},
+    {"color": Colour.PURPLE, "marker": "D"},
+)
+
+
+class Point(NamedTuple):
+    """A pattern, or one that is only predicted.
+
+    Args:
+        series: what the patterns of a curve have in common.
+        name: the pattern.
+        cost: share of dense attention.
+        loss: loss over dense in nats per token.
+        needles: loss of the needles' answers in nats per token; None if not known.
+        found: share of needles found; None if not known.
+    """
+
+    series: str
+    name: str
+    cost: float
+    loss: float
+    needles: float | None = None
+    found: float | None = None
+
+
+def frontier_table(points: Sequence[Point]) -> str:
+    """Returns a table with a line for each point."""
+    rows = [("", "pattern", "budget", "loss over dense", "needles' loss", "found")]
+    for point in points:
+        needles = "-" if point.needles is None else f"{point.needles:.3f}"
+        found = "-" if point.found is None else f"{point.found:.0%}"
+        rows.append((point.series, point.name, f"{point.cost:.3f}", f"{point.loss:+.4f}", needles, found))
+    return "\n".join(aligned(rows, left=(0, 1)))
+
+
+def draw_frontier(points: Sequence[Point], path: str | Path, xlabel: str) -> None:
+    """Draws loss over dense against cost, points named where they have names, else a curve for each series;
+    where needles were asked for, a second panel with the share found. The series `dense` is a dotted line.
+
+    Raises:
+        ValueError: `path` has another suffix than PNG or SVG.
+        ImportError: matplotlib is not installed.
+    """
+    has_needles = any(point.found is not None for point in points)
+    figure = new_figure(10 if has_needles else 5.6, 4.2)
+    panels = [figure.add_axes((0.075, 0.14, 0.40, 0.72)), figure.add_axes((0.56, 0.14, 0.40, 0.72))]
+    if not has_needles:
+        figure.delaxes(panels.pop())
+        panels[0].set_position((0.14, 0.14, 0.82, 0.72))
+    by_series: dict[str, list[Point]] = {}
+    for point in sorted(points, key=lambda point: point.cost):
+        by_series.setdefault(point.series, []).append(point)
+    for point in by_series.pop("dense", []):
+        panels[0].axhline(point.loss, color=Colour.GREY, linestyle=":", label="dense")
+        if point.found is not None:
+            panels[1].axhline(100 * point.found, color=Colour.GREY, linestyle=":", label="dense")
+    for (name, series), style in zip(by_series.items(), _STYLES * len(by_series)):
+        asked = [point for point in series if point.found is not None]
+        heights = [point.loss for point in series], [100 * point.found for point in asked]
+        for axes, shown, values in zip(panels, (series, asked), heights):
+            if not shown:
+                continue
+            is_curve = len(shown) > 1 and not any(point.name for point in shown)
+            costs = [point.cost for point in shown]
+            axes.plot(costs, values, linestyle="-" if is_curve else "none", label=name, **style)
+            for point, value in zip(shown, values):
+                offset = {"textcoords": "offset points", "xytext": (5, 4)}
+                axes.annotate(point.name, (point.cost, value), fontsize=7, **offset)
+    panels[0].set_ylabel("loss over dense, nats per token")
+    if has_needles:
+        panels[1].set_ylabel("needles found, %")
+        panels[1].set_ylim(-4, 104)
+    for axes in panels:
+        axes.set_xlabel(xlabel)
+        axes.set_xlim(0, 1.2 * max(point.cost for point in points if point.series != "dense"))
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8, frameon=False)
+    draw_title(figure, "What patterns cost", 0.2, 0.12)
+    save_figure(figure, path)

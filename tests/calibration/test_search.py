@@ -1,0 +1,114 @@
+"""The search on a tiny model: it keeps the budget, gets no worse, and goes on where it was interrupted."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megatron_s2.calibration.candidates import Candidates, Choice, cost_of
+from megatron_s2.calibration.layered_model import LayeredModel
+from megatron_s2.calibration.needles import Needle
+from megatron_s2.calibration.objective import Objective
+from megatron_s2.calibration.search import _PATH, Search, State
+
+TOKENS, BUDGET = 256, 0.45
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=31,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.1,
+    )
+    torch.manual_seed(0)
+    return LayeredModel(AutoModelForCausalLM.from_config(config))
+
+
+@pytest.fixture(scope="module")
+def candidates():
+    return Candidates(2, 2, TOKENS, 16, windows=(1, 2, 4), sinks=(0, 1), strides=(0, 4))
+
+
+@pytest.fixture(scope="module")
+def objective(model, candidates):
+    random = np.random.default_rng(0)
+    first, second, third = torch.from_numpy(random.integers(0, 31, (3, TOKENS + 1)))
+    needle = Needle("code", 0.1, third, answer=3, question=4)
+    return Objective(model, candidates, [first, second], [[needle]], 0.5, rows=32)
+
+
+def search(objective, candidates, path=None, setting=None, log=lambda line: None) -> Search:
+    state = State.open(path, setting or {"budget": BUDGET})
+    return Search(objective, candidates, candidates.costs("kv"), BUDGET, state, path, 0, log)
+
+
+def test_a_search_keeps_the_budget_and_moves_do_not_make_it_worse(objective, candidates):
+    found = search(objective, candidates)
+    first = found.run(moves=0)
+    assert {choice.strides for plan, _ in first.starts for choice in plan} == {(0, 0), (4, 4)}
+    assert first.plan in [plan for plan, _ in first.starts]
+    assert first.dense.total == first.dense.text + 0.5 * first.dense.needles
+    moved = found.run(moves=6)
+    assert moved.effects.shape == (2, 2, len(candidates.all))
+    for plan in (first.plan, moved.plan):
+        assert cost_of(candidates.settings(plan), TOKENS, "kv") <= BUDGET
+    assert found.state.moves == 6 or found.state.reach == 0
+    assert moved.value.total <= first.value.total
+
+
+def test_effects_along_the_path_add_up_to_what_lies_between_its_ends(objective, candidates, monkeypatch):
+    monkeypatch.setattr("megatron_s2.calibration.search._SHARE", 1)
+    monkeypatch.setattr("megatron_s2.calibration.objective._CURVATURE", 0)
+    found = search(objective, candidates)
+    start, dense = found._starts()[0], (Choice(1, 0, (1, 1)),) * 2
+    objective.refresh(None)
+    while found.state.points < len(_PATH):
+        found._go(start)
+    step = objective.corner(dense) - objective.corner(start)
+    total = float((torch.tensor(found.state.effects) * step).sum())
+    between = objective.value(dense).total - objective.value(start).total
+    assert total == pytest.approx(between, rel=0.2)
+
+
+def test_an_interrupted_search_ends_where_another_does(objective, candidates, tmp_path):
+    whole = search(objective, candidates).run(moves=3).plan
+    path = tmp_path / "state.json"
+    for last in ("uniform", "32% dense", "move"):
+
+        def stop(line, last=last):
+            if line.startswith(last):
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            search(objective, candidates, path, log=stop).run(moves=3)
+    assert json.loads(path.read_text())["points"] == len(_PATH)
+    assert search(objective, candidates, path).run(moves=3).plan == whole
+
+
+def test_the_state_of_another_search_is_refused(objective, candidates, tmp_path):
+    path = tmp_path / "state.json"
+    search(objective, candidates, path).run(moves=0)
+    with pytest.raises(ValueError, match=r"^--resume .*: was begun with budget 0.45, not 0.5; give another"):
+        State.open(path, {"budget": 0.5})
+    path.write_text("[]")
+    with pytest.raises(ValueError, match=r"^--resume .*: is not the state of a calibration"):
+        State.open(path, {"budget": 0.5})
+
+
+def test_a_proposal_changes_at_most_so_many_heads(objective, candidates):
+    plan = (Choice(2, 1, (0, 0)), Choice(2, 1, (0, 0)))
+    gradient = torch.from_numpy(np.random.default_rng(2).normal(size=(2, 2, len(candidates.all))))
+    found = search(objective, candidates)
+    for reach in (1, 2, 4):
+        proposal = found._proposal(plan, gradient, reach)
+        changed = (candidates.places(plan) != candidates.places(proposal)).sum()
+        assert changed <= reach
+    assert changed > 0
