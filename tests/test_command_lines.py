@@ -11,7 +11,7 @@ import pytest
 from megatron_run import Runs
 from selection import thinned
 
-COMMANDS = 200
+COMMANDS = 150
 IN_THE_SUITE = 8
 SEED = 20260
 
