@@ -21,6 +21,7 @@ def broken(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'path'}:{os.environ.get('PYTHONPATH', '')}")
 
 
+@pytest.mark.exhaustive
 def test_a_run_trains_without_it(broken, tmp_path):
     run = launch(tmp_path / "run", "--train-iters 1 --eval-iters 0", from_nothing=True)
     assert run.status == 0, run.output

@@ -46,6 +46,7 @@ def quickstart_losses(directory: Path) -> list[float]:
     return [losses[step] for step in range(1, STEPS + 1)]
 
 
+@pytest.mark.exhaustive
 def test_the_quickstart_has_the_losses_it_had(tmp_path):
     golden = json.loads(GOLDEN.read_text())["losses"]
     assert quickstart_losses(tmp_path) == pytest.approx(golden, rel=RELATIVE)

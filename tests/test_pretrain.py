@@ -308,6 +308,7 @@ def test_bad_input_is_refused_in_one_line(refused, what):
     assert_refused(refused[what], what.format(here=refused[what].log_dir.parent))
 
 
+@pytest.mark.exhaustive
 def test_several_ranks_refuse_with_one_voice(tmp_path):
     run = train_all(tmp_path, {"run": "--data-path /nowhere/text"}, ranks=2, data="")["run"]
     assert run.status == 2

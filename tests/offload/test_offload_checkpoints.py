@@ -148,6 +148,7 @@ KILLERS = [  # of interventions.py, with the most beginnings that they let pass,
 ]
 
 
+@pytest.mark.exhaustive
 def test_killed_at_random_points_it_goes_on_from_its_last_checkpoint(tmp_path, placements):
     """Within a step, a save, or a write to NVMe."""
     steps = 12
