@@ -64,7 +64,7 @@ if TRITON >= (3, 9):
 # dozens.
 MOST_LOCAL_IN_LOOP = 2 if TRITON >= (3, 8) else 4
 # Of loops with pointers or wide heads; Triton 3.6 and 3.9 spill more there.
-MOST_LOCAL_IN_HARD_LOOP = 8 if TRITON[:2] == (3, 8) else 24
+MOST_LOCAL_IN_HARD_LOOP = 8 if TRITON == (3, 8) else 24
 NO_CODE = Code((), ())
 WIDE = 128  # head_dim beyond which shared memory and registers do not allow all of this
 

@@ -169,9 +169,10 @@ def predict(
     """Returns TFLOP/s of visible pairs, forward and backward, and both together over FlashAttention-2.
 
     Args:
-        pattern: a pattern without sinks whose blocks have 64 tokens. kernels: the compiled kernels
-        "forward", "dq", "dkv shard" and "dkv window", tiles of 64 keys and of 64
-            tokens of two heads.
+        pattern: a pattern without sinks whose blocks have 64 tokens.
+        tokens: length of the sequence, a key of `FLASH2`.
+        kernels: the compiled kernels "forward", "dq", "dkv shard" and "dkv window", with tiles of 64 keys and
+            of 64 tokens of two heads.
         splits: programs of a shard column, as `Tuning.splits`.
     """
     heads, blocks = pattern.num_kv_heads, tokens // pattern.block_size
