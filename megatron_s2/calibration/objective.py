@@ -78,10 +78,6 @@ class Objective:
         ]
         self._contexts: list[Context] = []
 
-    @property
-    def device(self) -> torch.device:
-        return self._model.device
-
     def refresh(self, settings: S2Settings | None) -> None:
         """Computes the keys and values before the rows with a pattern; None for dense attention."""
         attend = pattern_attention(settings)
