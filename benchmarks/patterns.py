@@ -191,7 +191,8 @@ def plot(rows: list[Row], directory: Path) -> list[Path]:
         if len(shown) < len(points):
             left_out = [point.name for point in points if point.loss >= 0.5]
             print(f"not drawn, loss over dense of 0.5 or more: {', '.join(left_out)}", file=sys.stderr)
-        draw_frontier(shown, paths[-1], f"share of dense keys and values at {group[0]['seq_length']} tokens")
+        xlabel = f"share of dense keys and values at {group[0]['seq_length']} tokens"
+        draw_frontier(shown, paths[-1], xlabel, "loss over dense, nats per token")
     return paths
 
 

@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(frontier_table(done.points))
     print(f"{args.output}: {done.summary}")
     if args.plot is not None:
-        draw_frontier(done.points, args.plot, f"budget in shares of dense {settings.cost_name}")
+        xlabel = f"budget in shares of dense {settings.cost_name}"
+        draw_frontier(done.points, args.plot, xlabel, "divergence from dense, nats per token")
 
 
 def arguments() -> CommandParser:

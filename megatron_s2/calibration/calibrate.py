@@ -128,7 +128,7 @@ def calibrate(
 
     def point(series: str, name: str, cost: float, value: Value) -> Point:
         asked = (value.needles, value.found) if needles else (None, None)
-        return Point(series, name, cost, value.text - at_dense.text, *asked)
+        return Point(series, name, cost, value.text, *asked)
 
     points = [point("calibrated", "", cost, value), point("dense", "", 1.0, at_dense)]
     for start, measured in found.starts:
@@ -142,12 +142,11 @@ def calibrate(
         except ValueError:  # too small
             continue
         change = float((found.effects * (objective.corner(other).cpu() - objective.corner(plan).cpu())).sum())
-        loss = value.text - at_dense.text + change
         other_cost = cost_of(candidates.settings(other), settings.seq_length, settings.of)
-        points.append(Point("predicted (text and needles)", "", other_cost, loss))
+        points.append(Point("predicted (text and needles)", "", other_cost, value.text + change))
     summary = (
-        f"{cost:.3f} of dense {settings.cost_name} at {settings.seq_length} tokens; sampled rows of "
-        f"the texts {value.text - at_dense.text:+.4f} over dense ({at_dense.text:.4f})"
+        f"{cost:.3f} of dense {settings.cost_name} at {settings.seq_length} tokens; on sampled rows "
+        f"predictions diverge from dense by {value.text:.4f} nats"
     )
     if needles:
         summary += f"; needles found {value.found:.0%}, of dense {at_dense.found:.0%}"

@@ -103,6 +103,18 @@ class LayeredModel:
         chunks = zip(hidden.split(_LOGITS_CHUNK, 1), labels.split(_LOGITS_CHUNK))
         return torch.cat([F.cross_entropy(self.logits(h)[0], y, reduction="none") for h, y in chunks])
 
+    def divergences(self, hidden: Tensor, dense: Tensor) -> Tensor:
+        """Returns the Kullback-Leibler divergence `[tokens]` in nats of predictions from a dense run's.
+
+        Args:
+            hidden, dense: hidden states after all layers, `[1, tokens, hidden]`.
+        """
+        chunks = zip(hidden.split(_LOGITS_CHUNK, 1), dense.split(_LOGITS_CHUNK, 1))
+        log_probs = (
+            (self.logits(h)[0].log_softmax(-1), self.logits(d)[0].log_softmax(-1)) for h, d in chunks
+        )
+        return torch.cat([F.kl_div(h, d, reduction="none", log_target=True).sum(-1) for h, d in log_probs])
+
 
 def dense_attention(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Causal attention to everything, by PyTorch's own kernel; an `Attend`."""

@@ -1,4 +1,5 @@
-"""What calibration makes small: the loss on texts and the loss of needles' answers, on sampled rows."""
+"""What calibration makes small, on sampled rows: how far predictions on texts are from the dense model's, and
+the loss of needles' answers."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_s2.calibration.candidates import Candidates, Plan
-from megatron_s2.calibration.layered_model import LayeredModel, pattern_attention
+from megatron_s2.calibration.layered_model import LayeredModel, dense_attention, pattern_attention
 from megatron_s2.calibration.needles import Needle
 from megatron_s2.calibration.relaxation import Context, Probe, Relaxation
 from megatron_s2.pattern import S2Settings
@@ -27,8 +28,10 @@ class Value:
     """Losses in nats per token.
 
     Args:
-        text: of the texts' sampled rows.
-        needles: of the answers of the needles; 0 without needles.
+        text: Kullback-Leibler divergence of the predictions from the dense model's, a mean over the texts'
+            rows. Where the dense model's probabilities are right, that is the loss over dense, without the
+            noise of the tokens that happen to follow.
+        needles: cross entropy of the answers of the needles; 0 without needles.
         found: share of the needles whose every token has a loss below log 2, which greedy decoding finds.
         total: `text + needle_weight * needles`.
     """
@@ -77,6 +80,7 @@ class Objective:
             for needle in of_text
         ]
         self._contexts: list[Context] = []
+        self._dense = self._dense_rows(texts)
 
     def refresh(self, settings: S2Settings | None) -> None:
         """Computes the keys and values before the rows with a pattern; None for dense attention."""
@@ -89,6 +93,19 @@ class Objective:
         for _, probe in sorted(last.items()):
             self._contexts.append(Context.run(self._model, probe.tokens[: probe.start], attend))
 
+    @torch.no_grad()
+    def _dense_rows(self, texts: Sequence[Tensor]) -> list[Tensor]:
+        """Returns the dense model's hidden states after the last layer, for each probe of the texts."""
+        dense: list[Tensor] = [torch.empty(0)] * len(self._texts)
+        for context, text in enumerate(texts):
+            places = [place for place, probe in enumerate(self._texts) if probe.context == context]
+            last = max(len(self._texts[place].tokens) for place in places)
+            hidden = self._model.run(text[: last - 1], dense_attention)
+            for place in places:
+                probe = self._texts[place]
+                dense[place] = hidden[:, probe.start : probe.start + probe.rows].clone()
+        return dense
+
     def value(self, plan: Plan) -> Value:
         """Returns the losses with a plan."""
         value, _ = self._evaluate(self.corner(plan), self._all(), with_effects=False)
@@ -97,14 +114,16 @@ class Objective:
     def effects(self, alpha: Tensor, random: Random | None = None, share: int = 1) -> tuple[Value, Tensor]:
         """Returns the losses of a mixture, and what each candidate would do to their total in its place.
 
-        With g[r] the gradient of the summed loss with respect to the output of a head at row r, and d[c, r]
-        the output of candidate c minus that of the mixture, the effect of c is the sum over rows of
+        With g[r] the gradient of the summed loss with respect to the output of a head at row r, h[r] that of
+        the summed cross entropy, and d[c, r] the output of candidate c minus that of the mixture, the effect
+        of c is the sum over rows of
 
-            g[r] d[c, r] + curvature (g[r] d[c, r])^2
+            g[r] d[c, r] + curvature (h[r] d[c, r])^2
 
         The second term is the diagonal of the Fisher information, half of which is the curvature of the loss
         where the model predicts well (Martens 2020, section 5). Without it a candidate that changes much
-        would seem harmless where gradients cancel on average.
+        would seem harmless where gradients cancel on average. It needs the cross entropy on texts, too: the
+        divergence from the dense model has no gradient there.
 
         Args:
             alpha: `[layers, heads, candidates]`.
@@ -138,18 +157,28 @@ class Objective:
                 probe, share = probes[place], 1 / (len(places) * probes[place].scored)
                 of_rows = alpha[:, :, None].repeat(1, 1, probe.rows, 1).requires_grad_(with_effects)
                 with torch.set_grad_enabled(with_effects):
-                    losses = self._relaxation.losses(probe, self._contexts[probe.context], of_rows)
+                    hidden = self._relaxation.hidden(probe, self._contexts[probe.context], of_rows)
+                    losses = entropies = self._model.token_losses(hidden, probe.labels)
+                    if probes is self._texts:
+                        losses = self._model.divergences(hidden, self._dense[place])
                 if with_effects:
-                    losses.sum().backward()
-                    gradient = of_rows.grad
-                    gradient -= (gradient * of_rows.detach()).sum(-1, keepdim=True)
-                    effects += weight * share * (gradient + _CURVATURE * gradient**2).sum(2)
+                    slopes = others = _gradient(entropies, of_rows)
+                    if losses is not entropies:
+                        slopes = _gradient(losses, of_rows)
+                    effects += weight * share * (slopes + _CURVATURE * others**2).sum(2)
                 total += share * losses.sum().item()
                 found += probes is self._needles and bool((losses < _FOUND).all())
             means.append(total)
         text, needles = means
         value = Value(text, needles, found / max(1, len(chosen[1])), text + self.needle_weight * needles)
         return value, effects.cpu() if with_effects else None
+
+
+def _gradient(losses: Tensor, alpha: Tensor) -> Tensor:
+    """Returns the gradient of the summed losses, less its component along the mixture: of what a candidate in
+    place of the mixture does."""
+    [gradient] = torch.autograd.grad(losses.sum(), alpha, retain_graph=True)
+    return gradient - (gradient * alpha.detach()).sum(-1, keepdim=True)
 
 
 def _text_probes(texts: Sequence[Tensor], rows: int, block_size: int) -> list[Probe]:

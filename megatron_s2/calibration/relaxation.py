@@ -1,4 +1,4 @@
-"""The loss of a mixture of candidates, and its gradient: what each candidate of each head does to the loss.
+"""Hidden states of a mixture of candidates; their gradients say what each candidate of each head does.
 
 Each head's attention output is the mean of its candidates' outputs with weights alpha, which sum to one;
 plans are the corners of that set. DuoAttention (arXiv 2410.10819) mixes full and streaming attention so;
@@ -35,12 +35,12 @@ _KEPT_BYTES, _BYTES_PER_SCORE = 4 * 2**30, 16
 
 @dataclass(frozen=True)
 class Probe:
-    """Rows of a text whose losses are computed.
+    """Rows of a text that are computed.
 
     Args:
         tokens: int64 `[inputs + 1]`.
         start: first row that is computed, a multiple of the block size.
-        scored: number of losses that count, the last ones.
+        scored: number of rows whose loss counts, the last ones.
         context: number of the context that has the keys and values before `start`.
     """
 
@@ -52,6 +52,11 @@ class Probe:
     @property
     def rows(self) -> int:
         return len(self.tokens) - 1 - self.start
+
+    @property
+    def labels(self) -> Tensor:
+        """The tokens after the scored rows, `[scored]`."""
+        return self.tokens[-self.scored :]
 
 
 @dataclass(frozen=True)
@@ -88,8 +93,10 @@ class Relaxation:
         self._model, self._candidates = model, candidates
         self._masks: dict[int, Tensor] = {}
 
-    def losses(self, probe: Probe, context: Context, alpha: Tensor) -> Tensor:
-        """Returns the losses `[scored]` of a probe; differentiable with respect to `alpha`.
+    def hidden(self, probe: Probe, context: Context, alpha: Tensor) -> Tensor:
+        """Returns the hidden states `[1, scored, hidden]` of a probe's scored rows after the last layer.
+
+        They are differentiable with respect to `alpha`.
 
         Args:
             alpha: float32 `[layers, kv_heads, rows, candidates]`, which sum to one over candidates; rows from
@@ -116,7 +123,7 @@ class Relaxation:
                 hidden = layer(index, hidden, alpha[index])
             else:
                 hidden = checkpoint(layer, index, hidden, alpha[index], use_reentrant=False)
-        return model.token_losses(hidden[:, -probe.scored :], probe.tokens[-probe.scored :])
+        return hidden[:, -probe.scored :]
 
     def _row(self, position: int) -> int:
         return position // self._candidates.block_size

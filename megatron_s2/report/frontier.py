@@ -24,7 +24,7 @@ class Point(NamedTuple):
         series: what the patterns of a curve have in common.
         name: the pattern.
         cost: share of dense attention.
-        loss: loss over dense in nats per token.
+        loss: loss over dense or divergence from dense, in nats per token.
         needles: loss of the needles' answers in nats per token; None if not known.
         found: share of needles found; None if not known.
     """
@@ -38,17 +38,17 @@ class Point(NamedTuple):
 
 
 def frontier_table(points: Sequence[Point]) -> str:
-    """Returns a table with a line for each point."""
-    rows = [("", "pattern", "budget", "loss over dense", "needles' loss", "found")]
+    """Returns a table with a line for each point, `loss` being the divergence from dense."""
+    rows = [("", "pattern", "budget", "from dense", "needles' loss", "found")]
     for point in points:
         needles = "-" if point.needles is None else f"{point.needles:.3f}"
         found = "-" if point.found is None else f"{point.found:.0%}"
-        rows.append((point.series, point.name, f"{point.cost:.3f}", f"{point.loss:+.4f}", needles, found))
+        rows.append((point.series, point.name, f"{point.cost:.3f}", f"{point.loss:.4f}", needles, found))
     return "\n".join(aligned(rows, left=(0, 1)))
 
 
-def draw_frontier(points: Sequence[Point], path: str | Path, xlabel: str) -> None:
-    """Draws loss over dense against cost, points named where they have names, else a curve for each series;
+def draw_frontier(points: Sequence[Point], path: str | Path, xlabel: str, ylabel: str) -> None:
+    """Draws losses against costs, points named where they have names, else a curve for each series;
     where needles were asked for, a second panel with the share found. The series `dense` is a dotted line.
 
     Raises:
@@ -80,7 +80,7 @@ def draw_frontier(points: Sequence[Point], path: str | Path, xlabel: str) -> Non
             for point, value in zip(shown, values):
                 offset = {"textcoords": "offset points", "xytext": (5, 4)}
                 axes.annotate(point.name, (point.cost, value), fontsize=7, **offset)
-    panels[0].set_ylabel("loss over dense, nats per token")
+    panels[0].set_ylabel(ylabel)
     if has_needles:
         panels[1].set_ylabel("needles found, %")
         panels[1].set_ylim(-4, 104)

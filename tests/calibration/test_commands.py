@@ -55,7 +55,7 @@ def test_a_calibrated_pattern_keeps_its_budget_and_says_how_it_was_made(pattern_
     settings = read_pattern_file(pattern_file, num_layers=2, num_kv_heads=2)
     assert settings.block_size == 16 and cost_of(settings, 256, "kv") <= 0.4
     content = json.loads(pattern_file.read_text())
-    assert content["made_with"]["budget"] == 0.4 and "over dense" in content["note"]
+    assert content["made_with"]["budget"] == 0.4 and "diverge from dense" in content["note"]
     assert (directory / "frontier.png").stat().st_size > 0
 
 

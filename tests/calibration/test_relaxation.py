@@ -75,10 +75,20 @@ def test_corners_of_the_mixture_are_plans(model, candidates, tokens, stop):
     exact = model.token_losses(model.run(tokens[:-1], attend), tokens[1:])
     probe = Probe(tokens, START, scored=20)
     relaxation = Relaxation(model, candidates)
-    losses = relaxation.losses(
+    hidden = relaxation.hidden(
         probe, Context.run(model, tokens[:START], attend), corner(candidates, PLAN)[:, :, : probe.rows]
     )
+    losses = model.token_losses(hidden, probe.labels)
     torch.testing.assert_close(losses, exact[-20:], rtol=1e-4, atol=1e-4)
+
+
+def test_a_divergence_is_that_of_the_predictions(model, tokens):
+    narrow = Candidates(3, 2, TOKENS, BLOCK, (1,), (0,), (0,)).settings((Choice(1, 0, (0, 0)),) * 3)
+    dense, other = (model.run(tokens[:-1], pattern_attention(settings)) for settings in (None, narrow))
+    p, q = model.logits(dense)[0].softmax(-1), model.logits(other)[0].softmax(-1)
+    expected = (p * (p / q).log()).sum(-1)
+    assert expected.max() > 0.1
+    torch.testing.assert_close(model.divergences(other, dense), expected, rtol=1e-3, atol=1e-5)
 
 
 def test_the_gradient_is_that_of_the_loss(model, candidates, tokens):
@@ -88,11 +98,13 @@ def test_the_gradient_is_that_of_the_loss(model, candidates, tokens):
     random = np.random.default_rng(1)
     alpha = of_rows(torch.from_numpy(random.dirichlet(np.ones(len(candidates.all)), (3, 2))).float())
     alpha.requires_grad_()
-    relaxation.losses(probe, context, alpha).mean().backward()
+
+    def loss(alpha):
+        return model.token_losses(relaxation.hidden(probe, context, alpha), probe.labels).mean()
+
+    loss(alpha).backward()
     step = corner(candidates, PLAN) - alpha.detach()
-    by_difference = [
-        relaxation.losses(probe, context, alpha.detach() + t * step).mean() for t in (-0.01, 0.01)
-    ]
+    by_difference = [loss(alpha.detach() + t * step) for t in (-0.01, 0.01)]
     slope = float(by_difference[1] - by_difference[0]) / 0.02
     assert float((alpha.grad * step).sum()) == pytest.approx(slope, rel=0.02, abs=1e-4)
 
@@ -105,7 +117,7 @@ def test_what_is_not_kept_is_computed_again(model, candidates, tokens, monkeypat
     for kept in (2**30, 0):
         monkeypatch.setattr("megatron_s2.calibration.relaxation._KEPT_BYTES", kept)
         alpha = of_rows(torch.full((3, 2, len(candidates.all)), 1 / len(candidates.all))).requires_grad_()
-        relaxation.losses(probe, context, alpha).mean().backward()
+        model.token_losses(relaxation.hidden(probe, context, alpha), probe.labels).mean().backward()
         gradients.append(alpha.grad)
     torch.testing.assert_close(*gradients)
 

@@ -55,6 +55,7 @@ def test_a_search_keeps_the_budget_and_moves_do_not_make_it_worse(objective, can
     first = found.run(moves=0)
     assert {choice.strides for plan, _ in first.starts for choice in plan} == {(0, 0), (4, 4)}
     assert first.plan in [plan for plan, _ in first.starts]
+    assert first.dense.text < 1e-5
     assert first.dense.total == first.dense.text + 0.5 * first.dense.needles
     moved = found.run(moves=6)
     assert moved.effects.shape == (2, 2, len(candidates.all))
