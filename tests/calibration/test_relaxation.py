@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from tiny_llama import tiny_llama
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_s2.calibration.candidates import Candidates, Choice
@@ -16,18 +17,7 @@ PLAN = (Choice(1, 1, (0, 1)), Choice(3, 0, (4, 0)), Choice(3, 1, (1, 1)))
 
 @pytest.fixture(scope="module")
 def reference():
-    config = AutoConfig.for_model(
-        "llama",
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-    )
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).eval()
+    return tiny_llama(vocab_size=97, layers=3, initializer_range=0.3)
 
 
 @pytest.fixture(scope="module")

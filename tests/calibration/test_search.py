@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from tiny_llama import tiny_llama
 
 from megatron_s2.calibration.candidates import Candidates, Choice, cost_of
 from megatron_s2.calibration.layered_model import LayeredModel
@@ -18,18 +18,7 @@ TOKENS, BUDGET = 256, 0.45
 
 @pytest.fixture(scope="module")
 def model():
-    config = AutoConfig.for_model(
-        "llama",
-        vocab_size=31,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.1,
-    )
-    torch.manual_seed(0)
-    return LayeredModel(AutoModelForCausalLM.from_config(config))
+    return LayeredModel(tiny_llama(vocab_size=31, layers=2, initializer_range=0.1))
 
 
 @pytest.fixture(scope="module")
