@@ -1,10 +1,10 @@
 """Choose the attention pattern of a dense model by what it costs on your text, within a budget.
 
 Writes a pattern file (docs/pattern-files.md) for training, conversion, evaluation and generation: for
-each layer a window and sinks, for each KV head a stride, dense or window-only. What is made small is the
-loss on rows of sampled texts plus --needle-weight times the loss of answers about needles hidden in
-others, which the loss on ordinary text does not show. How it is found and what it reached:
-docs/choosing-a-pattern.md.
+each layer a window and sinks, for each KV head a stride, dense or window-only. What is made small is how
+far predictions on rows of sampled texts are from the dense model's, plus --needle-weight times the loss of
+answers about needles hidden in others, which ordinary text does not show. How it is found and what it
+reached: docs/choosing-a-pattern.md.
 """
 
 import argparse
@@ -83,7 +83,13 @@ def arguments() -> CommandParser:
         metavar="W",
         help="weight of the needles' loss against that of the texts (default: %(default)s)",
     )
-    add("--moves", type=int, default=16, metavar="N", help="measured changes to try (default: %(default)s)")
+    add(
+        "--moves",
+        type=int,
+        default=8,
+        metavar="N",
+        help="plans to propose and measure (default: %(default)s)",
+    )
     add("--block-size", type=int, default=64, metavar="B", help="tokens per block (default: %(default)s)")
     add("--seed", type=int, default=0, help="of texts and needles (default: %(default)s)")
     add("--output", type=Path, required=True, metavar="FILE", help="pattern file to write")

@@ -3,9 +3,8 @@ the loss of needles' answers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from random import Random
 
 import torch
 from torch import Tensor
@@ -108,10 +107,10 @@ class Objective:
 
     def value(self, plan: Plan) -> Value:
         """Returns the losses with a plan."""
-        value, _ = self._evaluate(self.corner(plan), self._all(), with_effects=False)
+        value, _ = self._evaluate(lambda: self.corner(plan), with_effects=False)
         return value
 
-    def effects(self, alpha: Tensor, random: Random | None = None, share: int = 1) -> tuple[Value, Tensor]:
+    def effects(self, mixture: Tensor | Callable[[], Tensor]) -> tuple[Value, Tensor]:
         """Returns the losses of a mixture, and what each candidate would do to their total in its place.
 
         With g[r] the gradient of the summed loss with respect to the output of a head at row r, h[r] that of
@@ -126,19 +125,13 @@ class Objective:
         divergence from the dense model has no gradient there.
 
         Args:
-            alpha: `[layers, heads, candidates]`.
-            random: chooses one of every `share` texts and needles; None takes all.
+            mixture: `[layers, heads, candidates]`; or a function that returns another one for each text and
+                needle.
 
         Returns:
             The losses, and effects `[layers, heads, candidates]` on the CPU.
         """
-        chosen = self._all()
-        if random is not None:
-            chosen = tuple(sorted(random.sample(places, -(-len(places) // share))) for places in chosen)
-        return self._evaluate(alpha, chosen, with_effects=True)
-
-    def _all(self) -> tuple[range, range]:
-        return range(len(self._texts)), range(len(self._needles))
+        return self._evaluate(mixture if callable(mixture) else lambda: mixture, with_effects=True)
 
     def corner(self, plan: Plan) -> Tensor:
         """Returns the mixture that is a plan, `[layers, heads, candidates]`."""
@@ -147,15 +140,13 @@ class Objective:
         alpha.scatter_(2, torch.from_numpy(candidates.places(plan))[..., None], 1.0)
         return alpha.to(self._model.device)
 
-    def _evaluate(
-        self, alpha: Tensor, chosen: tuple[Sequence[int], Sequence[int]], with_effects: bool
-    ) -> tuple[Value, Tensor | None]:
-        means, found, effects = [], 0, torch.zeros_like(alpha) if with_effects else None
-        for probes, places, weight in zip((self._texts, self._needles), chosen, (1.0, self.needle_weight)):
+    def _evaluate(self, mixture: Callable[[], Tensor], with_effects: bool) -> tuple[Value, Tensor | None]:
+        means, found, effects = [], 0, 0.0
+        for probes, weight in ((self._texts, 1.0), (self._needles, self.needle_weight)):
             total = 0.0
-            for place in places:
-                probe, share = probes[place], 1 / (len(places) * probes[place].scored)
-                of_rows = alpha[:, :, None].repeat(1, 1, probe.rows, 1).requires_grad_(with_effects)
+            for place, probe in enumerate(probes):
+                share = 1 / (len(probes) * probe.scored)
+                of_rows = mixture()[:, :, None].repeat(1, 1, probe.rows, 1).requires_grad_(with_effects)
                 with torch.set_grad_enabled(with_effects):
                     hidden = self._relaxation.hidden(probe, self._contexts[probe.context], of_rows)
                     losses = entropies = self._model.token_losses(hidden, probe.labels)
@@ -170,7 +161,7 @@ class Objective:
                 found += probes is self._needles and bool((losses < _FOUND).all())
             means.append(total)
         text, needles = means
-        value = Value(text, needles, found / max(1, len(chosen[1])), text + self.needle_weight * needles)
+        value = Value(text, needles, found / max(1, len(self._needles)), text + self.needle_weight * needles)
         return value, effects.cpu() if with_effects else None
 
 

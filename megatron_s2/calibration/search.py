@@ -1,14 +1,15 @@
 """The search for the plan that loses least within a budget.
 
-1. *Starts*: uniform plans within the budget are measured.
-2. *Path*: effects of all candidates at mixtures between the window-only start and the dense model, averaged
+1. *Path*: effects of all candidates at mixtures between a window-only plan and the dense model, averaged
    along the path. Their gradients add up to the difference between its ends (integrated gradients,
    Sundararajan, Taly & Yan 2017). So an effect is taken while the other heads are sparse, too, and what
    heads do together counts.
-3. *Moves*: `choose` finds the best plan by these effects within the budget, exactly; it is measured, with
-   the effects there, and kept if the objective falls. Effects are then averaged with those, which say what
-   of the change was good and what was not, and the next proposal follows: with a penalty for each changed
-   head, so that it changes fewer heads after each one that was rejected.
+2. *Starts*: uniform plans within the budget are measured.
+3. *Moves*: `choose` finds the best plan by these effects within the budget, exactly, and it is measured. Then
+   plans like it are sampled: the best ones by effects that are off by random factors, another one for each
+   text and needle. The effects there, averaged with those so far, are of plans within the budget instead
+   of mixtures, and of many instead of one. They propose the next plan. The best one that was measured is
+   kept.
 
 Everything is in a `State`, which is saved after each step.
 """
@@ -19,7 +20,6 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from random import Random
 from typing import NamedTuple
 
 import numpy as np
@@ -33,10 +33,12 @@ from megatron_s2.calibration.objective import Objective, Value
 # Shares of the dense model at which gradients are taken, and their weights in the integral: the middles and
 # lengths of intervals that grow, because most is lost close to the sparse end.
 _PATH = ((0.03, 0.06), (0.13, 0.14), (0.325, 0.25), (0.725, 0.55))
-# One of every _SHARE texts and needles is in a gradient of the path.
-_SHARE = 2
 # Strides of uniform plans that are measured, besides window-only: the largest ones.
 _STRIDES = 2
+# Standard deviation of the logarithm of the factors on the effects of a head, and on those of a candidate.
+_HEAD_NOISE, _CANDIDATE_NOISE = 0.6, 0.3
+# Smallest weight of the latest effects in the average.
+_LATEST = 0.25
 
 
 @dataclass
@@ -46,22 +48,23 @@ class State:
     Args:
         setting: what the search was started with; a file is continued only by the same.
         dense: value of the dense model.
-        starts: uniform plans that were measured, with their values.
         points: points of the path that are done.
         effects: averaged effects, `[layers][heads][candidates]`.
-        best: the best plan measured.
+        context: the first plan that effects proposed, which the keys and values before the rows are of.
+        starts: uniform plans that were measured, with their values.
+        best, value: the best plan measured, and its value.
         moves: proposals measured.
-        reach: number of heads that the next proposal may change.
     """
 
     setting: dict
     dense: dict | None = None
-    starts: list = field(default_factory=list)
     points: int = 0
     effects: list | None = None
+    context: list | None = None
+    starts: list = field(default_factory=list)
     best: list | None = None
+    value: dict | None = None
     moves: int = 0
-    reach: int = 0
 
     @classmethod
     def open(cls, path: Path | None, setting: dict) -> State:
@@ -102,8 +105,8 @@ class Found(NamedTuple):
         plan: the best plan.
         value: its losses, with the keys and values that belong to it.
         dense: losses of the dense model.
-        starts: uniform plans and their losses, with the keys and values of the dense model.
-        effects: of the candidates at the plan, `[layers, heads, candidates]`.
+        starts: uniform plans and their losses, with the keys and values of the first plan proposed.
+        effects: averaged effects of the candidates, `[layers, heads, candidates]`.
     """
 
     plan: Plan
@@ -124,7 +127,7 @@ class Search:
         budget: largest mean cost.
         state: where to begin; changed in place.
         resume: file that the state is written to; None for none.
-        seed: of the probes that gradients of the path are taken on.
+        seed: of the plans that are sampled.
         log: called with each status line.
     """
 
@@ -144,21 +147,25 @@ class Search:
             ValueError: the budget is below the cheapest plan.
         """
         state, starts = self.state, self._starts()
-        if state.best is None:
+        if state.context is None:
             self.objective.refresh(None)
             if state.dense is None:
                 state.dense = asdict(self._measured("dense", self._dense))
-            for plan in starts[len(state.starts) :]:
-                state.starts.append([_entries(plan), asdict(self._measured("uniform", plan))])
-                state.save(self.resume)
             while state.points < len(_PATH):
                 self._go(starts[0])
-            best, _ = min(state.starts, key=lambda start: start[1]["total"])
-            state.best, state.reach = best, self.costs[..., 0].size
+            state.context = _entries(self._choose(torch.tensor(state.effects)))
+        self.objective.refresh(self.candidates.settings(_plan(state.context)))
+        for plan in starts[len(state.starts) :]:
+            value = self._keep_better("uniform", plan)
+            state.starts.append([_entries(plan), asdict(value)])
             state.save(self.resume)
-        value, effects = self._improve(moves)
-        measured = [(_plan(entries), Value(**value)) for entries, value in state.starts]
-        return Found(_plan(state.best), value, Value(**state.dense), measured, effects)
+        while state.moves < moves:
+            self._move()
+        plan = _plan(state.best)
+        self.objective.refresh(self.candidates.settings(plan))
+        value = self._measured("best", plan)
+        measured = [(_plan(entries), Value(**start)) for entries, start in state.starts]
+        return Found(plan, value, Value(**state.dense), measured, torch.tensor(state.effects))
 
     @property
     def _dense(self) -> Plan:
@@ -181,7 +188,7 @@ class Search:
                 if stride in candidates.strides and self._cost(plan) <= self.budget and plan not in plans:
                     plans.append(plan)
                     break
-        return plans or [choose(candidates, self.costs, self.costs, self.budget)]
+        return plans or [self._choose(torch.from_numpy(self.costs))]
 
     def _cost(self, plan: Plan) -> float:
         return np.take_along_axis(self.costs, self.candidates.places(plan)[..., None], 2).mean()
@@ -191,8 +198,7 @@ class Search:
         state = self.state
         share, weight = _PATH[state.points]
         ends = self.objective.corner(sparse), self.objective.corner(self._dense)
-        random = Random(f"{self.seed} {state.points}")
-        value, effects = self.objective.effects(torch.lerp(*ends, share), random, _SHARE)
+        value, effects = self.objective.effects(torch.lerp(*ends, share))
         self.log(f"{share:.0%} dense: {value}")
         effects = weight * effects
         if state.effects is not None:
@@ -201,75 +207,39 @@ class Search:
         state.points += 1
         state.save(self.resume)
 
-    def _improve(self, moves: int) -> tuple[Value, Tensor]:
-        """Measures proposals until there were `moves` or none of one head is left; returns value and effects
-        at the best plan.
-
-        Keys and values are those of the plan at the beginning, and of the best one in the end. If that is no
-        better then, the plan at the beginning is kept.
-        """
-        state, tried = self.state, set()
-        first = _plan(state.best)
-        at_first = current, _ = self._look(first)
-        while state.moves < moves and state.reach >= 1:
-            plan, effects = _plan(state.best), torch.tensor(state.effects)
-            proposal = self._proposal(plan, effects, state.reach)
-            if proposal in tried or proposal == plan:
-                state.reach //= 2
-                continue
-            tried.add(proposal)
-            value, there = self.objective.effects(self.objective.corner(proposal))
-            is_better = value.total < current.total
-            changed = int((self.candidates.places(plan) != self.candidates.places(proposal)).sum())
-            self.log(f"move of {changed} heads: {value}{', accepted' if is_better else ''}")
-            state.moves += 1
-            state.effects = torch.lerp(effects, there, 0.5).tolist()
-            if is_better:
-                state.best, current = _entries(proposal), value
-            else:
-                state.reach //= 2
-            state.save(self.resume)
-        if _plan(state.best) == first:
-            return at_first
-        at_last = self._look(_plan(state.best))
-        if at_last[0].total < at_first[0].total:
-            return at_last
-        state.best = _entries(first)
+    def _move(self) -> None:
+        """Measures the best plan by the effects; but for the first time, after effects of plans like it."""
+        state, effects = self.state, torch.tensor(self.state.effects)
+        if state.moves:
+            random = np.random.default_rng([self.seed, state.moves])
+            value, there = self.objective.effects(lambda: self._sample(effects, random))
+            self.log(f"plans like it: {value}")
+            effects.lerp_(there, max(_LATEST, 1 / (state.moves + 1)))
+            state.effects = effects.tolist()
+        self._keep_better(f"move {state.moves + 1}", self._choose(effects))
+        state.moves += 1
         state.save(self.resume)
-        return at_first
 
-    def _look(self, plan: Plan) -> tuple[Value, Tensor]:
-        """Returns value and effects at a plan, with the keys and values that belong to it."""
-        self.objective.refresh(self.candidates.settings(plan))
-        value, effects = self.objective.effects(self.objective.corner(plan))
-        self.log(f"best: {value}")
-        return value, effects
+    def _keep_better(self, name: str, plan: Plan) -> Value:
+        """Measures a plan, and keeps it if none was better; returns its value."""
+        state, value = self.state, self._measured(name, plan)
+        if state.value is None or value.total < state.value["total"]:
+            state.best, state.value = _entries(plan), asdict(value)
+        return value
 
-    def _proposal(self, plan: Plan, effects: Tensor, reach: int) -> Plan:
-        """Returns the best plan by some effects that changes at most `reach` heads, found by bisection of a
-        penalty for each."""
-        places = self.candidates.places(plan)
-        effects = effects.double().numpy()
-        stay = np.take_along_axis(effects, places[..., None], 2)
+    def _sample(self, effects: Tensor, random: np.random.Generator) -> Tensor:
+        """Returns the mixture that is the best plan by effects with random factors.
 
-        def penalised(penalty: float) -> tuple[Plan, int]:
-            others = effects + penalty
-            np.put_along_axis(others, places[..., None], stay, 2)
-            proposal = choose(self.candidates, others, self.costs, self.budget)
-            return proposal, int((self.candidates.places(proposal) != places).sum())
+        The factors are on what a candidate is worse than the best one of its head.
+        """
+        worse = effects - effects.amin(2, keepdim=True)
+        of_head = random.normal(scale=_HEAD_NOISE, size=(*worse.shape[:2], 1))
+        of_candidate = random.normal(scale=_CANDIDATE_NOISE, size=worse.shape)
+        return self.objective.corner(self._choose(worse * torch.from_numpy(of_head + of_candidate).exp()))
 
-        best, changed = penalised(0.0)
-        if changed <= reach:
-            return best
-        best, low, high = plan, 0.0, float(np.ptp(effects, axis=2).max()) * self.costs[..., 0].size
-        for _ in range(24):
-            penalty = (low + high) / 2
-            proposal, changed = penalised(penalty)
-            if changed > reach:
-                low = penalty
-            else:
-                high, best = penalty, proposal
-        return best
+    def _choose(self, effects: Tensor) -> Plan:
+        """Returns the best plan by some effects."""
+        return choose(self.candidates, effects.double().numpy(), self.costs, self.budget)
 
 
 def _entries(plan: Plan) -> list:
