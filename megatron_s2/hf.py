@@ -64,7 +64,9 @@ def settings_of(config: PreTrainedConfig) -> S2Settings:
     if given.get(_LAYERS) is not None:
         fields[_LAYERS] = json.dumps(given[_LAYERS])  # hashable
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return _settings(config.num_hidden_layers, kv_heads, tuple(sorted(fields.items())))
+    settings = _settings(config.num_hidden_layers, kv_heads, tuple(sorted(fields.items())))
+    settings.check_query_heads(config.num_attention_heads)
+    return settings
 
 
 @lru_cache
@@ -372,9 +374,10 @@ class S2CacheLayer(CacheLayerMixin):
         self.layers: list[S2CacheLayer] = [self]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        batch, _, _, head_dim = key_states.shape
+        batch, kv_heads, _, head_dim = key_states.shape
         dtype = autocast_dtype(key_states) or key_states.dtype
-        self.cache = KVCache(self.pattern, batch, head_dim, dtype, key_states.device, self.max_tokens)
+        device = key_states.device
+        self.cache = KVCache(self.pattern, batch, head_dim, dtype, device, self.max_tokens, kv_heads)
         self.is_initialized = True
 
     def plan(self, rows: list[int]) -> None:

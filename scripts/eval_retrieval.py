@@ -86,7 +86,7 @@ def given_patterns(args: argparse.Namespace, source) -> dict:
         settings = from_s2_fields(S2Settings, args, **sizes)
         patterns[settings.first_pattern.describe()] = settings
     for file in args.s2_pattern_file:
-        patterns[Path(file).name] = read_pattern_file(file, **sizes)
+        patterns[Path(file).name] = read_pattern_file(file, **sizes, num_query_heads=source.model.num_heads)
     return patterns
 
 

@@ -1,4 +1,4 @@
-"""Draw the blocks that each KV head of an S2 layer sees, and those that the heads see together.
+"""Draw the blocks that each head of an S2 layer sees, and those that the heads see together.
 
 Takes the flags of a training run; flags that do not affect the pattern are ignored. With --s2-pattern-file it
 draws the whole model: how much each head of each layer sees.
@@ -41,9 +41,14 @@ def main() -> None:
             draw_model(settings, args.output, 128 if args.blocks is None else args.blocks)
             return
         args.num_layers = 1 if args.num_layers is None else args.num_layers
-        pattern = settings_from_args(args).first_pattern
-        num_blocks = 32 if args.blocks is None else args.blocks
-        draw_pattern(pattern, args.output, num_blocks=num_blocks, num_layers=args.layers)
+        settings = settings_from_args(args)
+        draw_pattern(
+            settings.first_pattern,
+            args.output,
+            num_blocks=32 if args.blocks is None else args.blocks,
+            num_layers=args.layers,
+            head_name="KV head" if settings.pattern_heads is None else "query head",
+        )
     except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
 

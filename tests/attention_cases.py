@@ -22,13 +22,15 @@ def random_mask(num_kv_heads: int, blocks: int, block_size: int = 16) -> BlockMa
 
 @dataclass(frozen=True)
 class Case:
-    """One call of s2_attention; lengths in tokens."""
+    """One call of s2_attention; lengths in tokens. With `kv_group` the heads of the pattern are query heads,
+    each so many of which share a KV head."""
 
     pattern: BlockPattern
     special: str = ""
     batch: int = 2
     queries: int = 111
     group: int = 2
+    kv_group: int = 1
     dim: int = 16
     v_dim: int | None = None
     q_start: int = 0
@@ -41,9 +43,16 @@ class Case:
     tuning: Tuning | None = None
 
     def __str__(self) -> str:
-        H = self.pattern.num_kv_heads
-        name = f"B{self.batch}-T{self.queries}-H{H}-HQ{H * self.group}-D{self.dim}"
+        name = f"B{self.batch}-T{self.queries}-H{self.kv_heads}-HQ{self.heads}-D{self.dim}"
         return f"{name}-{self.special}" if self.special else name
+
+    @property
+    def kv_heads(self) -> int:
+        return self.pattern.num_kv_heads // self.kv_group
+
+    @property
+    def heads(self) -> int:
+        return self.pattern.num_kv_heads * self.group
 
     @property
     def keys(self) -> int:
@@ -51,8 +60,7 @@ class Case:
 
     def inputs(self, dtype: torch.dtype) -> dict[str, torch.Tensor | None]:
         """q, k, v, sink_logits, dout and dlse, from a fixed seed."""
-        H = self.pattern.num_kv_heads
-        HQ, v_dim = H * self.group, self.v_dim or self.dim
+        H, HQ, v_dim = self.kv_heads, self.heads, self.v_dim or self.dim
         draw = torch.Generator().manual_seed(0)
 
         def tensor(tokens: int, heads: int, dim: int) -> torch.Tensor:
@@ -102,6 +110,7 @@ class Case:
         if packed:
             q, k, v = q[None], k[None], v[None]
         documents = list(zip(self.documents, self.documents[1:])) if packed else [(0, self.queries)]
+        k, v = (x.repeat_interleave(self.kv_group, 2) for x in (k, v))
         visible = visible_tokens(self.pattern, q.shape[1], k.shape[1], documents, self.q_start).to(q.device)
         scale = self.softmax_scale or self.dim**-0.5
         out, lse = masked_attention(q, k, v, visible, scale, sink_logits)
@@ -113,6 +122,14 @@ class Case:
         inputs |= ({} if out else {"dout": None}) | ({} if lse else {"dlse": None})
         attend = self.plain_attention if backend == "plain" else self.attention(backend)
         return attention_results(attend, **inputs)
+
+
+def of_query_heads(kv_group: int, special: str, **fields) -> Case:
+    """A case whose pattern has a head for each query head; the heads of a group see different blocks."""
+    heads = 2 * kv_group
+    strides = tuple((4, 3, 1, 0)[h % 4] for h in range(heads))
+    pattern = s2(heads, vert_stride=strides, phases=tuple(range(heads)), sink_blocks=1)
+    return Case(pattern, f"query heads {special}", group=1, kv_group=kv_group, **fields)
 
 
 def packed(*lengths: int) -> dict:

@@ -179,6 +179,35 @@ def test_a_dense_model_attends_by_a_pattern_for_each_layer(tmp_path):
     assert not hasattr(dense.config, "s2_attention")
 
 
+def test_a_pattern_for_each_query_head(tmp_path):
+    """Logits equal those of dense attention under a mask for each query head; the cache gives the same."""
+    of_query_heads = {
+        "block_size": 16,
+        "local_blocks": 2,
+        "vert_stride": 4,
+        "phases": [1, 2, 3, 0],
+        "pattern_heads": 4,
+    }
+    save_model(tmp_path, "llama", s2_attention=of_query_heads)
+    model, [tokens] = load(tmp_path), prompts(150)
+    pattern = settings_of(model.config).pattern(1)
+    seen = pattern.block_mask(10).repeat_interleave(16, 1).repeat_interleave(16, 2)[:, :150, :150].tril()
+    mask = torch.zeros(1, 4, 150, 150).masked_fill(~seen, float("-inf"))
+    with torch.no_grad():
+        expected = load(tmp_path, attn_implementation="eager")(torch.tensor([tokens]), mask).logits[0]
+    assert_close(logits_of(model, tokens), expected)
+
+    batch = Batch.of(prompts(5, 150), "left")
+    cache = S2Cache(model.config)
+    got = model.generate(**vars(batch), **{CACHE_ARGUMENT: cache}, max_new_tokens=20, do_sample=False)
+    assert got[:, 150:].tolist() == [greedy(model, text, 20) for text in prompts(5, 150)]
+    assert cache.caches[0].dense_bytes == 2 * cache.caches[0].head_dim * 4 * 2 * sum(cache.caches[0].lengths)
+
+    model.config.s2_attention = of_query_heads | {"pattern_heads": 2}
+    with pytest.raises(ValueError, match="pattern_heads 2: must be the 4 query heads of the model"):
+        settings_of(model.config)
+
+
 def test_the_pattern_changes_the_logits(llama, directories):
     """Otherwise every comparison above would hold for dense attention, too."""
     dense = load(directories["llama"], attn_implementation="sdpa")

@@ -66,7 +66,15 @@ class GPTDecoder:
         self._layers = layers
         weight = next(model.parameters())
         self.caches = [
-            KVCache(layer.pattern, batch, config.kv_channels, weight.dtype, weight.device, max_tokens)
+            KVCache(
+                layer.pattern,
+                batch,
+                config.kv_channels,
+                weight.dtype,
+                weight.device,
+                max_tokens,
+                config.num_query_groups,
+            )
             for layer in layers
         ]
         for layer, cache in zip(layers, self.caches):

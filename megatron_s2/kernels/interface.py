@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_s2.kernels.backends import attention_function, choose_backend
 from megatron_s2.kernels.call_cache import cached_in_eager
 from megatron_s2.kernels.numerics import autocast_dtype, autocast_off
+from megatron_s2.kernels.query_heads import repeated_for
 from megatron_s2.kernels.tuning import Tuning
 from megatron_s2.pattern import BlockMaskPattern, BlockPattern
 
@@ -39,10 +40,13 @@ def s2_attention(
     Args:
         q: queries `[batch, seq_q, heads, head_dim]`, any strides; `[tokens, heads, head_dim]` if packed, that
             is with `cu_seqlens`. float16, bfloat16, float32 or float64.
-        k: keys `[batch, seq_k, kv_heads, head_dim]`; packed `[tokens, kv_heads, head_dim]`. They are never
-            expanded: query head h reads KV head h // (heads / kv_heads).
+        k: keys `[batch, seq_k, kv_heads, head_dim]`; packed `[tokens, kv_heads, head_dim]`. Query head h
+            reads KV head h // (heads / kv_heads).
         v: values, with the shape of `k` except that head_dim may differ.
-        pattern: key blocks that each query block of each KV head sees.
+        pattern: key blocks that each query block of each KV head sees, for which keys and values are never
+            expanded. Or those of each query head (a pattern of `heads` heads): they are then repeated for
+            the query heads of their group, so that reading and storing them takes heads / kv_heads times
+            the bytes, also of their gradients, which are summed at the end; FLOPs are those of the pairs.
         softmax_scale: factor on the scores; default 1 / sqrt(head_dim).
         sink_logits: `[heads]`, a logit per query head that joins the softmax with no value, so that attention
             may go nowhere. `lse` includes it.
@@ -84,6 +88,7 @@ def s2_attention(
                 tuning,
             )
     _check_tensors(q, k, v, pattern, packed=cu_seqlens is not None)
+    k, v = repeated_for(pattern, q, k, v)
     if sink_logits is not None:
         _check_sinks(sink_logits, q)
     backend = choose_backend(backend, q, v)
@@ -134,9 +139,10 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, packe
         raise ValueError(
             f"k {tuple(k_shape)}: must have the {'tokens' if packed else 'batch'} of q, {q_shape[0]}"
         )
-    if pattern.num_kv_heads != kv_heads:
+    if pattern.num_kv_heads not in (kv_heads, heads):
         raise ValueError(
-            f"pattern for {pattern.num_kv_heads} KV heads: must be for the {kv_heads} heads of k"
+            f"pattern for {pattern.num_kv_heads} heads: must be for the {kv_heads} heads of k, or for the "
+            f"{heads} heads of q"
         )
     if heads % kv_heads:
         raise ValueError(f"k with {kv_heads} heads: must divide the {heads} heads of q")

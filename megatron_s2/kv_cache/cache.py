@@ -68,12 +68,17 @@ class KVCache:
     once. Without it, memory grows with the longest sequence, to at most a quarter and one block more than
     that sequence has needed. Either way every sequence of the batch has the same capacity.
 
+    A pattern with a head for each query head makes this a cache of query heads: each keeps its own shard and
+    window, as if keys and values were not shared. Where the heads of a group have different phases that is
+    the union of their shards, stored once, and a window for each of them.
+
     Args:
         pattern: key blocks that each query block of each KV head sees.
         batch: number of sequences.
         head_dim: head_dim of keys and of values.
         dtype, device: dtype and device of keys and values.
         max_tokens: most tokens of any sequence, if known.
+        num_kv_heads: number of KV heads of the layer, if the pattern has a head for each query head.
 
     Attributes:
         lengths: number of tokens that each sequence has had so far.
@@ -93,6 +98,7 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         max_tokens: int | None = None,
+        num_kv_heads: int | None = None,
     ) -> None:
         for name, value in (("batch", batch), ("head_dim", head_dim), ("max_tokens", max_tokens)):
             if value is not None and value < 1:
@@ -101,6 +107,7 @@ class KVCache:
         self.head_dim = head_dim
         self.dtype = dtype
         self.max_tokens = max_tokens
+        self._num_kv_heads = num_kv_heads or pattern.num_kv_heads
         self.lengths = [0] * batch
         self.incoming: list[int] | None = None
         self.planned: DecodeStep | None = None
@@ -119,6 +126,11 @@ class KVCache:
         return len(self.lengths)
 
     @property
+    def heads(self) -> int:
+        """Number of heads that it keeps keys and values of: those of its pattern."""
+        return self.pattern.num_kv_heads
+
+    @property
     def device(self) -> torch.device:
         return self.storages[0].k.device
 
@@ -131,7 +143,7 @@ class KVCache:
     @property
     def dense_bytes(self) -> int:
         """Bytes that a dense layer would store of the same sequences."""
-        return dense_cache_bytes(self.pattern.num_kv_heads, sum(self.lengths), self.head_dim, self.dtype)
+        return dense_cache_bytes(self._num_kv_heads, sum(self.lengths), self.head_dim, self.dtype)
 
     @property
     def capacity_bytes(self) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_s2.kernels import s2_attention
 from megatron_s2.kernels.backends import choose_backend, slice_class
 from megatron_s2.kernels.numerics import autocast_dtype, autocast_off, compute_dtype
+from megatron_s2.kernels.query_heads import repeated_for
 from megatron_s2.kernels.triton_support import require_supported
 from megatron_s2.kv_cache.cache import HeadStorage, KVCache, refuse_gradients, take_blocks
 from megatron_s2.kv_cache.decode_step import DecodeStep
@@ -40,7 +41,7 @@ def cached_attention(
     Args:
         q: queries of the new tokens `[batch, tokens, heads, head_dim]`.
         k, v: keys and values of the new tokens `[batch, tokens, kv_heads, head_dim]`; the cache stores what
-            later tokens see of them.
+            later tokens see of them, repeated for the query heads if its pattern has a head for each.
         cache: the tokens so far; changed in place.
         softmax_scale: factor on the scores; default 1 / sqrt(head_dim).
         sink_logits: `[heads]`, a logit per query head that joins the softmax with no value.
@@ -59,6 +60,7 @@ def cached_attention(
             q, k, v = (x.to(dtype) for x in (q, k, v))
             return cached_attention(q, k, v, cache, softmax_scale, sink_logits, new, backend)
     refuse_gradients(q=q, **({} if sink_logits is None else {"sink_logits": sink_logits}))
+    k, v = repeated_for(cache.pattern, q, k, v)
     counts = cache.new_counts(k, v, new)
     if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
         raise ValueError(

@@ -37,6 +37,7 @@ class PlannedCache(Protocol):
     """What a step is planned for: a `KVCache`, whose attributes these are."""
 
     device: torch.device
+    heads: int
     lengths: list[int]
     planned: DecodeStep | None
 
@@ -48,20 +49,20 @@ def plan_step(
 ) -> list[Tensor]:
     """Plans the next `write` of one token of each of `rows` into every cache.
 
-    The numbers of all caches, and `tables`, travel in one pinned buffer per device, for which the host does
-    not wait.
+    The numbers of all caches, and `tables`, travel in one pinned buffer per device and number of heads, for
+    which the host does not wait.
 
     Args:
-        caches: caches of the layers of one model, of the same sequences and the same number of KV heads.
+        caches: caches of the layers of one model, of the same sequences.
         tables: further numbers that the step needs on the device of the first cache, such as tokens.
 
     Returns:
         The tables, int64, in the shape in which they were given.
     """
-    by_device: dict[torch.device, list[PlannedCache]] = {}
+    alike: dict[tuple[torch.device, int], list[PlannedCache]] = {}
     for cache in caches:
-        by_device.setdefault(cache.device, []).append(cache)
-    first, *others = by_device.values()
+        alike.setdefault((cache.device, cache.heads), []).append(cache)
+    first, *others = alike.values()
     for group in others:
         _plan(group, rows, ())
     return _plan(first, rows, tables)

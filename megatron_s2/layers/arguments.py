@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
 
 from megatron_s2.errors import flag_name
 from megatron_s2.parallel.time_model import Cluster
@@ -48,7 +49,10 @@ def settings_from_args(args: Namespace) -> S2Settings:
         settings = pattern_file_settings(args, args.num_layers, kv_heads)
         for name, value in pattern_fields(settings).items():
             setattr(args, f"s2_{name}", value)
-    return from_s2_fields(S2Settings, args, num_layers=args.num_layers, num_kv_heads=kv_heads)
+    settings = from_s2_fields(S2Settings, args, num_layers=args.num_layers, num_kv_heads=kv_heads)
+    with _named_by_flag(("pattern_heads",)):
+        settings.check_query_heads(args.num_attention_heads)
+    return settings
 
 
 def pattern_file_settings(args: Namespace, num_layers: int | None, num_kv_heads: int | None) -> S2Settings:
@@ -66,7 +70,12 @@ def pattern_file_settings(args: Namespace, num_layers: int | None, num_kv_heads:
                 f"{flag_name('s2_' + name)}: must not be set with {flag_name(PATTERN_FILE)}, which contains "
                 "the whole pattern"
             )
-    return read_pattern_file(args.s2_pattern_file, num_layers=num_layers, num_kv_heads=num_kv_heads)
+    return read_pattern_file(
+        args.s2_pattern_file,
+        num_layers=num_layers,
+        num_kv_heads=num_kv_heads,
+        num_query_heads=args.num_attention_heads,
+    )
 
 
 def pattern_differences(given: S2Settings, saved: S2Settings) -> list[tuple[str, object, object]]:
@@ -117,11 +126,18 @@ def from_s2_fields[T](kind: type[T], args: object, **others: object) -> T:
             value = value[0] if name == "vert_stride" and len(value) == 1 else tuple(value)
         setattr(args, f"s2_{name}", value)
         values[name] = value
-    try:
+    with _named_by_flag(values):
         return kind(**others, **values)
+
+
+@contextmanager
+def _named_by_flag(names: Container[str]) -> Iterator[None]:
+    """Context in which a ValueError that begins with one of the fields `names` begins with its flag."""
+    try:
+        yield
     except ValueError as error:
         name, rest = str(error).split(" ", 1)
-        raise ValueError(f"{flag_name('s2_' + name)} {rest}" if name in values else str(error)) from None
+        raise ValueError(f"{flag_name('s2_' + name)} {rest}" if name in names else str(error)) from None
 
 
 def refuse_arguments(args: object, reasons: Mapping[str, str], source: str) -> None:

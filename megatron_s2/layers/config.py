@@ -36,6 +36,7 @@ class S2TransformerConfig(TransformerConfig):
     s2_dense_layers: tuple[int, ...] = S2Settings.dense_layers
     s2_dense_layer_freq: int = S2Settings.dense_layer_freq
     s2_layers: tuple | None = S2Settings.layers
+    s2_pattern_heads: int | None = S2Settings.pattern_heads
     s2_anneal_steps: int = 0
     s2_backend: str = "auto"
     s2_autotune: bool = False
@@ -61,7 +62,9 @@ def s2_settings(config: TransformerConfig, **overrides) -> S2Settings:
         overrides: fields of `S2Settings` that replace those of the configuration.
     """
     model = {"num_layers": config.num_layers, "num_kv_heads": config.num_query_groups}
-    return from_s2_fields(S2Settings, config, **model | overrides)
+    settings = from_s2_fields(S2Settings, config, **model | overrides)
+    settings.check_query_heads(config.num_attention_heads)
+    return settings
 
 
 def cluster_of(config: TransformerConfig) -> Cluster:

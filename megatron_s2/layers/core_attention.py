@@ -93,11 +93,12 @@ class S2CoreAttention(MegatronModule):
         self.is_dense = settings.is_dense(layer_number)
         self.annealing = annealing
         target, tensor_parallel = settings.pattern(layer_number), get_pg_size(self.tp_group)
+        heads = divide(config.num_attention_heads, tensor_parallel)
+        self._kv_heads = max(1, settings.num_kv_heads // tensor_parallel)  # of this rank
         self._stages = tuple(
-            pattern.tp_slice(get_pg_rank(self.tp_group), tensor_parallel)
+            pattern.tp_slice(get_pg_rank(self.tp_group), tensor_parallel).shared_by(self._kv_heads)
             for pattern in (annealing.stages(target) if annealing else (target,))
         )
-        heads = divide(config.num_attention_heads, tensor_parallel)
         self.context_parallel = None
         if config.context_parallel_size > 1:
             self.context_parallel = ContextParallelGroup(pg_collection.cp, layer_number, traffic or Traffic())
@@ -112,7 +113,8 @@ class S2CoreAttention(MegatronModule):
 
     @property
     def pattern(self) -> S2Pattern:
-        """Pattern of the KV heads of this tensor-parallel rank in the current step."""
+        """Pattern of the KV heads of this tensor-parallel rank in the current step; or of its query heads,
+        where those of a group see different blocks."""
         return self.annealing.current(self._stages) if self.annealing else self._stages[-1]
 
     def _add_sink_logits(self, heads: int) -> None:
@@ -218,6 +220,7 @@ class S2CoreAttention(MegatronModule):
             head_dim=self.config.kv_channels,
             v_head_dim=self.config.kv_channels,
             element_size=self.config.params_dtype.itemsize,
+            kv_group=pattern.num_kv_heads // self._kv_heads,
         )
         return choose(self.cp_schedule, pattern, call, self.cluster, tensor_parallel).schedule
 

@@ -79,7 +79,7 @@ class S2SelfAttention(SelfAttention):
         The first layer of a decoding step plans the step for all layers.
         """
         caches, index = context.key_value_memory_dict, (self.layer_number, context.batch_size_offset)
-        start, (tokens, batch, _, head_dim) = context.sequence_len_offset, key.shape
+        start, (tokens, batch, kv_heads, head_dim) = context.sequence_len_offset, key.shape
         limit = context.max_sequence_length
         if start + tokens > limit:
             raise ValueError(
@@ -87,7 +87,7 @@ class S2SelfAttention(SelfAttention):
             )
         if start == 0:
             pattern = self.core_attention.pattern
-            caches[index] = KVCache(pattern, batch, head_dim, key.dtype, key.device, limit)
+            caches[index] = KVCache(pattern, batch, head_dim, key.dtype, key.device, limit, kv_heads)
         lengths = caches[index].lengths if index in caches else []
         if lengths != [start] * batch:
             raise ValueError(

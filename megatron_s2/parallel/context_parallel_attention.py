@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from megatron_s2.kernels import s2_attention
 from megatron_s2.kernels.backends import choose_backend, slice_class
 from megatron_s2.kernels.numerics import compute_dtype, merge_sink, sink_gradient
+from megatron_s2.kernels.query_heads import repeated_for
 from megatron_s2.kernels.slice import SequenceSlice
 from megatron_s2.parallel.collectives import ContextParallelGroup
 from megatron_s2.parallel.cost import AttentionCall, ExchangeBytes, exchange_bytes, plan_heads
@@ -55,7 +56,8 @@ def context_parallel_attention(
         q: queries of this rank `[batch, local_tokens, heads, head_dim]`: chunks r and 2P-1-r of the sequence.
         k: keys of this rank `[batch, local_tokens, kv_heads, head_dim]`.
         v: values of this rank `[batch, local_tokens, kv_heads, v_head_dim]`.
-        pattern: pattern of these KV heads.
+        pattern: pattern of these KV heads; or of the query heads, whose keys and values are then exchanged as
+            if they were not shared.
         group: context-parallel group of the layer.
         schedule: `gather` or `a2a`.
         softmax_scale, sink_logits, backend: as in `s2_attention`.
@@ -72,6 +74,8 @@ def context_parallel_attention(
     """
     if schedule not in ("gather", "a2a"):
         raise ValueError(f"schedule {schedule!r}: must be gather or a2a")
+    kv_heads = k.shape[2]
+    k, v = repeated_for(pattern, q, k, v)
     call = AttentionCall(
         ranks=group.ranks,
         tokens=q.shape[1] * group.ranks,
@@ -81,6 +85,7 @@ def context_parallel_attention(
         v_head_dim=v.shape[3],
         element_size=q.element_size(),
         group_tokens=group_tokens,
+        kv_group=k.shape[2] // kv_heads,
     )
     zigzag = call.zigzag
     documents = documents or ((0, zigzag.tokens),)

@@ -33,6 +33,9 @@ class AttentionCall:
         v_head_dim: elements per head of a value.
         element_size: bytes per element.
         group_tokens: shard tokens that `gather` moves at a time (`head_groups`).
+        kv_group: heads of the pattern that share a KV head: 1, or query heads per KV head for a pattern that
+            has a head for each. `gather` and `a2a` exchange keys and values of every head of the pattern;
+            `ring` and `all_gather`, those of the KV heads.
 
     Raises:
         ValueError: a field is not positive, or `tokens` is not a multiple of 2 * ranks.
@@ -46,6 +49,7 @@ class AttentionCall:
     v_head_dim: int
     element_size: int
     group_tokens: int = GROUP_TOKENS
+    kv_group: int = 1
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -137,7 +141,8 @@ def transfers(schedule: str, pattern: S2Pattern, call: AttentionCall, node_ranks
         width = sum(int(tokens.max()) for tokens in _group_shard_tokens(pattern, call))
         return Transfers(token_bytes * width, *halo)
     nothing = np.zeros((2, call.ranks), dtype=np.int64)
-    return Transfers(token_bytes * pattern.num_kv_heads * call.zigzag.local_tokens, nothing, nothing)
+    kv_heads = pattern.num_kv_heads // call.kv_group
+    return Transfers(token_bytes * kv_heads * call.zigzag.local_tokens, nothing, nothing)
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +194,7 @@ def key_value_tokens(schedule: str, pattern: S2Pattern, call: AttentionCall) -> 
         plan = plan_heads(pattern, call)
         return call.tokens * np.array([len(plan.kv_heads(rank)) for rank in range(call.ranks)])
     tokens = {"ring": 2 * zigzag.local_tokens, "all_gather": call.tokens}[schedule]
-    return np.full(call.ranks, heads * tokens)
+    return np.full(call.ranks, heads // call.kv_group * tokens)
 
 
 def query_tokens(schedule: str, pattern: S2Pattern, call: AttentionCall) -> np.ndarray:

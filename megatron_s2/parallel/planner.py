@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -136,7 +136,7 @@ class ModelPlan:
 
     @property
     def call(self) -> AttentionCall:
-        """The shapes of the attention calls, which are the same in all layers."""
+        """The shapes of the attention calls, which are the same in all layers but for `kv_group`."""
         return self.groups[0].plan.call
 
     def seconds(self, schedule: str | None = None) -> float | None:
@@ -208,6 +208,7 @@ def plan_model(
             f"--num-query-groups {kv_heads}: must be a multiple or a divisor of {tensor_parallel} "
             "(--tensor-model-parallel-size)"
         )
+    settings.check_query_heads(num_attention_heads)
     call = AttentionCall(
         ranks=context_parallel,
         tokens=seq_length,
@@ -217,13 +218,21 @@ def plan_model(
         v_head_dim=head_dim,
         element_size=element_size,
     )
+    rank_kv_heads = max(1, kv_heads // tensor_parallel)
     equal: dict[tuple, tuple[LayerPlan, list[int]]] = {}
     for layer in range(1, settings.num_layers + 1):
         pattern = settings.pattern(layer)
         slices = (pattern.tp_slice(rank, tensor_parallel) for rank in range(tensor_parallel))
+        parts = dict.fromkeys(part.shared_by(rank_kv_heads).for_layer(0) for part in slices)
         plans = [
-            plan_layer(part, call, cluster, tensor_parallel, schedule)
-            for part in dict.fromkeys(part.for_layer(0) for part in slices)
+            plan_layer(
+                part,
+                replace(call, kv_group=part.num_kv_heads // rank_kv_heads),
+                cluster,
+                tensor_parallel,
+                schedule,
+            )
+            for part in parts
         ]
         slowest = max(plans, key=lambda plan: plan.chosen.seconds)
         key = settings.is_dense(layer), pattern.describe(), *slowest.schedules.values()

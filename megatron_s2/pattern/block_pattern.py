@@ -50,6 +50,11 @@ class BlockPattern(ABC):
 
     Blocks are numbered from 0 at the start of the sequence, or of the document in packed sequences. All
     query heads of a GQA group share the pattern of their KV head. The diagonal block is always visible.
+
+    A pattern may have a head for each *query* head instead, where those of a group see different blocks. All
+    that it says of KV heads is then said of query heads, as if each had keys and values of its own. That is
+    how such a pattern is computed (`s2_attention`), stored (`KVCache`) and exchanged: keys and values are
+    repeated for the query heads of their group.
     """
 
     num_kv_heads: int

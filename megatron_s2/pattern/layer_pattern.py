@@ -18,9 +18,10 @@ class LayerPattern:
 
     Args:
         local_blocks: size of the window in blocks, including the diagonal block, >= 1.
-        strides: stride of each KV head in blocks; 1 is dense, 0 window-only.
+        strides: stride of each head in blocks; 1 is dense, 0 window-only. Heads are the KV heads, or the
+            query heads (`S2Settings.pattern_heads`).
         sink_blocks: number of blocks at the start of the sequence that every head always sees.
-        phases: phase of each KV head; None for the default phases of `S2Pattern`.
+        phases: phase of each head; None for the default phases of `S2Pattern`.
     """
 
     local_blocks: int
@@ -75,7 +76,10 @@ def layer_entries(layers: Sequence[LayerPattern | None]) -> list[dict[str, objec
 
 
 def layers_of(
-    entries: Sequence[Mapping[str, object] | LayerPattern | None], num_layers: int, num_kv_heads: int
+    entries: Sequence[Mapping[str, object] | LayerPattern | None],
+    num_layers: int,
+    num_heads: int,
+    head_name: str = "KV head",
 ) -> tuple[LayerPattern | None, ...]:
     """Returns the layers that JSON entries describe; None is a dense layer. Layers pass as they are.
 
@@ -83,7 +87,8 @@ def layers_of(
         entries: one per layer, `{"dense": true}`, or an object with `local_blocks`, `strides` and optionally
             `sink_blocks` and `phases`.
         num_layers: number of layers of the model.
-        num_kv_heads: number of KV heads of a layer.
+        num_heads: number of heads that a layer has strides and phases for.
+        head_name: what a head is, for messages.
 
     Raises:
         ValueError: an entry is not of this form; the message begins with `layer`, its number from 1 and the
@@ -93,23 +98,24 @@ def layers_of(
         raise ValueError(f"layer {len(entries) + 1}: is missing, of {num_layers} layers")
     if len(entries) > num_layers:
         raise ValueError(f"layer {num_layers + 1}: must not be there, with {num_layers} layers")
-    return tuple(_layer(number, entry, num_kv_heads) for number, entry in enumerate(entries, 1))
+    heads = f"one per {head_name} ({num_heads})"
+    return tuple(_layer(number, entry, num_heads, heads) for number, entry in enumerate(entries, 1))
 
 
-def _layer(number: int, entry: object, num_kv_heads: int) -> LayerPattern | None:
+def _layer(number: int, entry: object, num_heads: int, heads: str) -> LayerPattern | None:
     layer = f"layer {number}"
     if isinstance(entry, Mapping):
-        entry = _from_entry(layer, entry, num_kv_heads)
+        entry = _from_entry(layer, entry, heads)
     elif not isinstance(entry, LayerPattern | None):
         raise ValueError(f"{layer} {entry!r}: must be an object")
     if entry is not None:
         for name in _LISTS:
-            if (values := getattr(entry, name)) is not None and len(values) != num_kv_heads:
-                raise ValueError(f"{layer}: {name} {list(values)}: must be one per KV head ({num_kv_heads})")
+            if (values := getattr(entry, name)) is not None and len(values) != num_heads:
+                raise ValueError(f"{layer}: {name} {list(values)}: must be {heads}")
     return entry
 
 
-def _from_entry(layer: str, entry: Mapping[str, object], num_kv_heads: int) -> LayerPattern | None:
+def _from_entry(layer: str, entry: Mapping[str, object], heads: str) -> LayerPattern | None:
     for name in entry:
         if name not in (_DENSE, *_NUMBERS, *_LISTS):
             allowed = ", ".join((_DENSE, *_NUMBERS, *_LISTS))
@@ -132,9 +138,6 @@ def _from_entry(layer: str, entry: Mapping[str, object], num_kv_heads: int) -> L
         values = entry.get(name, ())
         is_list = isinstance(values, list | tuple)
         if not is_list or any(type(value) is not int or value < 0 for value in values):
-            raise ValueError(
-                f"{layer}: {name} {values!r}: must be a list of whole numbers >= 0, one per KV head "
-                f"({num_kv_heads})"
-            )
+            raise ValueError(f"{layer}: {name} {values!r}: must be a list of whole numbers >= 0, {heads}")
     fields = {name: tuple(entry[name]) if name in _LISTS else entry[name] for name in entry}
     return LayerPattern(**fields)

@@ -9,6 +9,9 @@
 
 `sink_blocks` is 0 and `phases` are the default ones of `S2Pattern` where they are left out. `note` and
 `made_with` may hold any JSON, for readers; nothing else is allowed.
+
+In version 2 a file also has `pattern_heads`, the number of query heads of the model: `strides` and `phases`
+are then those of its query heads, which may differ within a KV group. Other files are of version 1.
 """
 
 from __future__ import annotations
@@ -20,8 +23,11 @@ from megatron_s2.errors import InputError
 from megatron_s2.pattern.layer_pattern import layer_entries
 from megatron_s2.pattern.settings import S2Settings
 
-FORMAT, VERSION = "megatron-s2-pattern", 1
-_SIZES = ("num_layers", "num_kv_heads", "block_size")
+FORMAT = "megatron-s2-pattern"
+_SIZES = {  # by the version of the file
+    1: ("num_layers", "num_kv_heads", "block_size"),
+    2: ("num_layers", "num_kv_heads", "pattern_heads", "block_size"),
+}
 _METADATA = ("note", "made_with")
 
 
@@ -30,12 +36,13 @@ def read_pattern_file(
     *,
     num_layers: int | None = None,
     num_kv_heads: int | None = None,
+    num_query_heads: int | None = None,
     source: str = "--s2-pattern-file",
 ) -> S2Settings:
     """Returns the settings in a pattern file.
 
     Args:
-        num_layers, num_kv_heads: sizes of the model that the file must be for; None for any.
+        num_layers, num_kv_heads, num_query_heads: sizes of the model that the file must be for; None for any.
         source: what names the file in messages.
 
     Raises:
@@ -43,7 +50,9 @@ def read_pattern_file(
             an entry is out of range. The message names the file, the layer and the field.
     """
     try:
-        return _settings(_parsed(path), num_layers, num_kv_heads)
+        settings = _settings(_parsed(path), num_layers, num_kv_heads)
+        settings.check_query_heads(num_query_heads)
+        return settings
     except ValueError as error:
         raise InputError(f"{source} {path}: {error}") from None
 
@@ -61,9 +70,10 @@ def write_pattern_file(
         OSError: the file cannot be written.
     """
     settings = settings.per_layer
-    head = {"format": FORMAT, "version": VERSION}
+    version = 1 if settings.pattern_heads is None else 2
+    head = {"format": FORMAT, "version": version}
     head |= {name: value for name, value in (("note", note), ("made_with", made_with)) if value is not None}
-    head |= {name: getattr(settings, name) for name in _SIZES}
+    head |= {name: getattr(settings, name) for name in _SIZES[version]}
     lines = [f" {json.dumps(name)}: {json.dumps(value)},\n" for name, value in head.items()]
     layers = ",\n".join(f"  {json.dumps(entry)}" for entry in layer_entries(settings.layers))
     Path(path).write_text("{\n" + "".join(lines) + ' "layers": [\n' + layers + "\n ]\n}\n", encoding="utf-8")
@@ -94,17 +104,18 @@ def _without_repetition(pairs: list[tuple[str, object]]) -> dict[str, object]:
 def _settings(content: object, num_layers: int | None, num_kv_heads: int | None) -> S2Settings:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f'is not a pattern file: its "format" must be "{FORMAT}"')
-    if content.get("version") != VERSION:
-        raise ValueError(
-            f"version {content.get('version')}: must be {VERSION}, the one that this version reads"
-        )
+    version = content.get("version")
+    if type(version) is not int or version not in _SIZES:
+        raise ValueError(f"version {version}: must be 1 or 2, the ones that this version reads")
+    sizes = _SIZES[version]
     for name in content:
-        if name not in ("format", "version", "layers", *_SIZES, *_METADATA):
-            raise ValueError(f"{name}: is not a field of a pattern file")
-    for name in (*_SIZES, "layers"):
+        if name not in ("format", "version", "layers", *sizes, *_METADATA):
+            rule = "needs version 2" if name in _SIZES[2] else "is not a field of a pattern file"
+            raise ValueError(f"{name}: {rule}")
+    for name in (*sizes, "layers"):
         if name not in content:
             raise ValueError(f"{name}: is missing")
-    for name in _SIZES:
+    for name in sizes:
         if type(content[name]) is not int or content[name] < 1:
             raise ValueError(f"{name} {content[name]!r}: must be a whole number >= 1")
     for name, size in (("num_layers", num_layers), ("num_kv_heads", num_kv_heads)):
@@ -115,4 +126,4 @@ def _settings(content: object, num_layers: int | None, num_kv_heads: int | None)
     for number, entry in enumerate(content["layers"], 1):
         if entry is None:
             raise ValueError(f"layer {number} null: must be an object")
-    return S2Settings(**{name: content[name] for name in _SIZES}, layers=content["layers"])
+    return S2Settings(**{name: content[name] for name in sizes}, layers=content["layers"])

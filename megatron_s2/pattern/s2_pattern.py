@@ -57,7 +57,8 @@ class S2Pattern(BlockPattern):
     """The S2 pattern of one layer: a window, sinks, and strided blocks of each KV head.
 
     Args:
-        num_kv_heads: number of KV heads of the layer, over all tensor-parallel ranks.
+        num_kv_heads: number of KV heads of the layer, over all tensor-parallel ranks; or of its query heads,
+            if those of a group see different blocks (`BlockPattern`).
         block_size: tokens per block, a power of two >= 16.
         local_blocks: size of the window in blocks, including the diagonal block, >= 1.
         vert_stride: distance between two strided blocks, in blocks, one for all heads or one per KV head; 1
@@ -132,6 +133,10 @@ class S2Pattern(BlockPattern):
         DKernel computes its phase step, `vert_stride // num_heads` but at least 1, from *query* heads and
         applies it to KV heads. With GQA part of the past may therefore be seen by no head, which warns.
         `homo_head` gives every head the phase of head 0.
+
+        Without `num_kv_heads` the pattern has a head for each query head, also where keys and values are
+        shared: `s2_attention` then repeats them, as DKernel's users do. This is the pattern of Phi-3-small,
+        `from_dkernel(num_heads=32, block_size=64, local_blocks=16, vert_stride=8, head_sliding_offset=1)`.
 
         Raises:
             ValueError: as for `S2Pattern`, or `homo_head` is combined with dense heads.
@@ -217,6 +222,29 @@ class S2Pattern(BlockPattern):
             layer=0,  # has no effect on given phases, and equal heads then make equal patterns
             warn_lost=False,
         )
+
+    def shared_by(self, num_kv_heads: int) -> S2Pattern:
+        """Returns the pattern of `num_kv_heads` KV heads that shows the same blocks, if the heads of each
+        group see the same; else this one, which has a head for each query head.
+
+        Raises:
+            ValueError: `num_kv_heads` does not divide the heads.
+        """
+        heads = self.num_kv_heads
+        require(
+            num_kv_heads >= 1 and heads % num_kv_heads == 0,
+            "num_kv_heads",
+            num_kv_heads,
+            f"a divisor of the pattern's {heads} heads",
+        )
+        group = heads // num_kv_heads
+        if group == 1:
+            return self
+        firsts = range(0, heads, group)
+        seen = list(zip(self.strides, self.head_phases))
+        if any(len(set(seen[first : first + group])) > 1 for first in firsts):
+            return self
+        return self.select_heads(firsts)
 
     # A head's shard: the sink blocks 0 .. sink_blocks-1, then every stride-th block from `first_strided` on.
 

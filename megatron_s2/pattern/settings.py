@@ -30,8 +30,12 @@ class S2Settings:
         block_size, local_blocks, vert_stride, sink_blocks, phases, num_dense_heads: as in `S2Pattern`.
         dense_layers: numbers of the layers that keep dense attention.
         dense_layer_freq: n also keeps every n-th layer dense; 0 keeps none.
-        layers: a pattern for each layer, None for a dense one, instead of all the fields after `block_size`;
-            `LayerPattern`s or their JSON form, as in a pattern file. Default phases are replaced by numbers.
+        layers: a pattern for each layer, None for a dense one, instead of the fields from `local_blocks` to
+            `dense_layer_freq`; `LayerPattern`s or their JSON form, as in a pattern file. Default phases are
+            replaced by numbers.
+        pattern_heads: heads that strides, phases and dense heads are given for: None for the KV heads, or the
+            number of query heads, where those of a KV group see different blocks (`BlockPattern`). A layer
+            whose groups see the same nevertheless has the pattern of its KV heads.
 
     Raises:
         ValueError: a field is out of range, or set beside `layers`; the message starts with its name.
@@ -48,8 +52,16 @@ class S2Settings:
     dense_layers: tuple[int, ...] = ()
     dense_layer_freq: int = 0
     layers: tuple[LayerPattern | None, ...] | None = None
+    pattern_heads: int | None = None
 
     def __post_init__(self) -> None:
+        if self.pattern_heads is not None and (
+            self.pattern_heads < self.num_kv_heads or self.pattern_heads % self.num_kv_heads
+        ):
+            raise ValueError(
+                f"pattern_heads {self.pattern_heads}: must be the number of query heads, a multiple of the "
+                f"{self.num_kv_heads} KV heads"
+            )
         if self.layers is not None:
             self._set_layers()
         for layer in self.dense_layers:
@@ -65,7 +77,7 @@ class S2Settings:
                 raise ValueError(
                     f"{field.name} {getattr(self, field.name)}: must not be set with a pattern for each layer"
                 )
-        layers = layers_of(self.layers, self.num_layers, self.num_kv_heads)
+        layers = layers_of(self.layers, self.num_layers, self._heads, self._head_name)
         numbered, index = [], 0
         for number, layer in enumerate(layers, 1):
             if layer is not None:
@@ -78,27 +90,54 @@ class S2Settings:
             numbered.append(layer)
         object.__setattr__(self, "layers", tuple(numbered))
 
+    @property
+    def _heads(self) -> int:
+        """Number of heads that the fields are given for."""
+        return self.pattern_heads or self.num_kv_heads
+
+    @property
+    def _head_name(self) -> str:
+        return "KV head" if self.pattern_heads is None else "query head"
+
+    def check_query_heads(self, num_query_heads: int | None) -> None:
+        """Raises ValueError unless the patterns are those of KV heads, or of this number of query heads (None
+        for any)."""
+        if None not in (self.pattern_heads, num_query_heads) and self.pattern_heads != num_query_heads:
+            raise ValueError(
+                f"pattern_heads {self.pattern_heads}: must be the {num_query_heads} query heads of the "
+                "model, or left out for a pattern per KV head"
+            )
+
     @cached_property
     def per_layer(self) -> S2Settings:
         """The same patterns in the form with `layers`, in which settings are equal if their patterns are."""
-        if self.layers is not None:
+        sparse = {n: self.pattern(n) for n in self.sparse_layers}
+        per_query_head = any(pattern.num_kv_heads > self.num_kv_heads for pattern in sparse.values())
+        if self.layers is not None and per_query_head == (self.pattern_heads is not None):
             return self
+        if per_query_head:
+            sparse = {n: self._pattern_of_heads(n) for n in sparse}
         layers = tuple(
-            None if self.is_dense(n) else LayerPattern.of(self.pattern(n))
-            for n in range(1, self.num_layers + 1)
+            LayerPattern.of(sparse[n]) if n in sparse else None for n in range(1, self.num_layers + 1)
         )
-        return S2Settings(self.num_layers, self.num_kv_heads, self.block_size, layers=layers)
+        return S2Settings(
+            self.num_layers,
+            self.num_kv_heads,
+            self.block_size,
+            layers=layers,
+            pattern_heads=self.pattern_heads if per_query_head else None,
+        )
 
     @cached_property
     def first_pattern(self) -> S2Pattern:
-        """The pattern of the first S2 layer. Without `layers`, other S2 layers differ only in the rotation of
-        their phases."""
+        """The pattern of the first S2 layer, of `pattern_heads` heads if these are given. Without `layers`,
+        other S2 layers differ only in the rotation of their phases."""
         if self.layers is not None:
             numbers = next((layer for layer in self.layers if layer is not None), None)
-            numbers = numbers or LayerPattern(S2Settings.local_blocks, (1,) * self.num_kv_heads)
+            numbers = numbers or LayerPattern(S2Settings.local_blocks, (1,) * self._heads)
             return numbers.pattern(self.block_size)
         return S2Pattern(
-            num_kv_heads=self.num_kv_heads,
+            num_kv_heads=self._heads,
             block_size=self.block_size,
             local_blocks=self.local_blocks,
             vert_stride=self.vert_stride,
@@ -110,7 +149,13 @@ class S2Settings:
     @cached_property
     def dense_pattern(self) -> S2Pattern:
         """The pattern of a layer that keeps dense attention."""
-        return replace(self.first_pattern, vert_stride=1, phases=None, num_dense_heads=0)
+        return replace(
+            self.first_pattern,
+            num_kv_heads=self.num_kv_heads,
+            vert_stride=1,
+            phases=None,
+            num_dense_heads=0,
+        )
 
     def is_dense(self, layer_number: int) -> bool:
         """Whether layer `layer_number` (from 1) keeps dense attention."""
@@ -120,12 +165,17 @@ class S2Settings:
         return bool(every) or layer_number in self.dense_layers
 
     def pattern(self, layer_number: int) -> S2Pattern:
-        """The pattern of layer `layer_number` (from 1), over all KV heads of the layer.
+        """The pattern of layer `layer_number` (from 1), over all KV heads of the layer; or over all query
+        heads, where those of a group see different blocks.
 
         Default phases rotate from one S2 layer to the next; dense layers in between do not count.
         """
         if self.is_dense(layer_number):
             return self.dense_pattern
+        return self._pattern_of_heads(layer_number).shared_by(self.num_kv_heads)
+
+    def _pattern_of_heads(self, layer_number: int) -> S2Pattern:
+        """The pattern of an S2 layer over the heads that the fields are given for."""
         if self.layers is not None:
             return self.layers[layer_number - 1].pattern(self.block_size)
         return self.first_pattern.for_layer(self.sparse_layers.index(layer_number))
@@ -143,8 +193,8 @@ class S2Settings:
     @cached_property
     def distinct_patterns(self) -> list[tuple[S2Pattern, int]]:
         """The distinct patterns of the S2 layers, each with the number of layers that have it."""
-        every_head = range(self.num_kv_heads)
-        return list(Counter(self.pattern(n).select_heads(every_head) for n in self.sparse_layers).items())
+        patterns = map(self.pattern, self.sparse_layers)
+        return list(Counter(p.select_heads(range(p.num_kv_heads)) for p in patterns).items())
 
     def describe(self) -> str:
         """The patterns without their phases as text: `block 64, window 8 (512 tokens), stride 16`."""
@@ -166,8 +216,9 @@ class S2Settings:
         dense = (self.num_layers - len(self.sparse_layers)) * dense_pairs(lengths)
         sparse = np.zeros_like(lengths)
         for pattern, layers in patterns:
-            sparse += layers * visible_pairs(pattern, lengths.ravel()).sum(0).reshape(lengths.shape)
-        return (sparse / self.num_kv_heads + dense) / self.num_layers
+            pairs = visible_pairs(pattern, lengths.ravel()).sum(0).reshape(lengths.shape)
+            sparse += layers * pairs * (self._heads // pattern.num_kv_heads)
+        return (sparse / self._heads + dense) / self.num_layers
 
 
 # The fields that describe the pattern; a model's configuration has the other two anyway.
@@ -175,11 +226,16 @@ PATTERN_FIELDS = tuple(
     name for name in S2Settings.__dataclass_fields__ if name not in ("num_layers", "num_kv_heads")
 )
 # Those that `layers` replaces.
-_OF_ALL_LAYERS = tuple(name for name in PATTERN_FIELDS if name not in ("block_size", "layers"))
+_OF_ALL_LAYERS = tuple(
+    name for name in PATTERN_FIELDS if name not in ("block_size", "layers", "pattern_heads")
+)
 
 
 def pattern_fields(settings: S2Settings) -> dict[str, object]:
     """Returns the fields that describe the pattern, as numbers, tuples and JSON objects: those that count."""
     if settings.layers is not None:
-        return {"block_size": settings.block_size, "layers": layer_entries(settings.layers)}
-    return {name: getattr(settings, name) for name in PATTERN_FIELDS if name != "layers"}
+        found = {"block_size": settings.block_size, "layers": layer_entries(settings.layers)}
+    else:
+        found = {name: getattr(settings, name) for name in PATTERN_FIELDS if name != "layers"}
+        del found["pattern_heads"]
+    return found | ({} if settings.pattern_heads is None else {"pattern_heads": settings.pattern_heads})

@@ -27,7 +27,7 @@ _HEADINGS = (
 def table(plan: ModelPlan) -> str:
     """Returns the plan as text: every schedule of each group of layers, the one chosen, and the reason."""
     call, cluster = plan.call, plan.cluster
-    kv_heads = plan.groups[0].plan.pattern.num_kv_heads
+    kv_heads = plan.groups[0].plan.pattern.num_kv_heads // call.kv_group
     lines = [
         f"{call.ranks} context-parallel ranks, {call.tokens} tokens, micro-batch {call.batch}; "
         f"{call.query_heads} query and {kv_heads} KV heads of {call.head_dim} per rank, "

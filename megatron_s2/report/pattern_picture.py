@@ -55,15 +55,17 @@ def draw_pattern(
     num_blocks: int = 32,
     title: str | None = None,
     num_layers: int = 1,
+    head_name: str = "KV head",
 ) -> Figure:
     """Draws the first `num_blocks` blocks of `pattern`, and returns the figure.
 
-    The picture has one panel per KV head (with more than eight heads, the first seven and the last), and one
+    The picture has one panel per head (with more than eight heads, the first seven and the last), and one
     with the number of heads that see each block, counted over `num_layers` consecutive layers from
     the pattern's layer on.
 
     Args:
         path: PNG or SVG file to write, by its suffix; None to write no file.
+        head_name: what a head of the pattern is: a KV head or a query head.
 
     Raises:
         ValueError: another suffix; `num_blocks` or `num_layers` is not positive; or `num_layers` is more than
@@ -95,7 +97,7 @@ def draw_pattern(
         row, column = divmod(panel, columns)
         axes = square(_LEFT + column * (side + _GAP), _BOTTOM + (rows - 1 - row) * (side + _TITLED_GAP), side)
         cells = _cells_of_head(pattern, head, num_blocks)
-        _draw_head(axes, cells, _head_title(pattern, head))
+        _draw_head(axes, cells, _head_title(pattern, head, head_name))
         _label_blocks(axes, num_blocks, x=panel + columns >= len(heads), y=column == 0)
         shown.update(cells[cells >= 0].tolist())
 
@@ -104,7 +106,7 @@ def draw_pattern(
     bar_axes = figure.add_axes(
         ((union_left + union_side + 0.1) / width, _BOTTOM / height, 0.13 / width, union_side / height)
     )
-    _draw_union(axes, bar_axes, counts, _union_title(pattern, num_layers))
+    _draw_union(axes, bar_axes, counts, _union_title(pattern, num_layers, head_name))
     _label_blocks(axes, num_blocks, x=True, y=False)
 
     draw_title(figure, title or _default_title(pattern), _LEFT, 0.16)
@@ -112,7 +114,7 @@ def draw_pattern(
         figure.text(
             _LEFT / width,
             1 - 0.4 / height,
-            f"shown: KV heads 0 to {heads[-2]} and {heads[-1]} of {pattern.num_kv_heads}",
+            f"shown: {head_name}s 0 to {heads[-2]} and {heads[-1]} of {pattern.num_kv_heads}",
             fontsize=9,
             va="top",
         )
@@ -126,7 +128,8 @@ def draw_pattern(
 def draw_model(settings: S2Settings, path: str | Path | None = None, num_blocks: int = 128) -> Figure:
     """Draws what each KV head of each layer of a model sees, and returns the figure.
 
-    Rows are layers, columns KV heads; the last column is the mean of the layer. Colours are the shares of all
+    Rows are layers, columns KV heads, or query heads where patterns are given for them; the last column is
+    the mean of the layer. Colours are the shares of all
     query-key pairs of `num_blocks` blocks that a head sees; each cell names the head's stride (1 is dense, 0
     window-only).
 
@@ -141,9 +144,11 @@ def draw_model(settings: S2Settings, path: str | Path | None = None, num_blocks:
 
     if num_blocks < 1:
         raise ValueError(f"num_blocks {num_blocks}: must be >= 1")
-    layers, heads = settings.num_layers, settings.num_kv_heads
+    layers, heads = settings.num_layers, settings.pattern_heads or settings.num_kv_heads
+    head_name = "KV head" if settings.pattern_heads is None else "query head"
     tokens = num_blocks * settings.block_size
-    patterns = [settings.pattern(n) for n in range(1, layers + 1)]
+    stored = [settings.pattern(n) for n in range(1, layers + 1)]
+    patterns = [_for_each(heads, pattern) for pattern in stored]
     shares = np.array([pattern.visible_pairs(tokens) for pattern in patterns]) / dense_pairs(tokens)
 
     cell_width, cell_height = max(0.34, min(0.8, 4.8 / heads)), 0.24
@@ -176,7 +181,7 @@ def draw_model(settings: S2Settings, path: str | Path | None = None, num_blocks:
             if is_mean:
                 axes.text(0.62, layer, _layer_text(settings, layer + 1), va="center", fontsize=7.5)
         if not is_mean:
-            axes.set_xlabel("KV head", fontsize=9)
+            axes.set_xlabel(head_name, fontsize=9)
             axes.set_ylabel("layer", fontsize=9)
     bar_axes = figure.add_axes((_LEFT / width, 0.42 / height, widths[0] / width, 0.1 / height))
     bar = figure.colorbar(image, cax=bar_axes, orientation="horizontal", ticks=[0, 0.25, 0.5, 0.75, 1])
@@ -185,8 +190,9 @@ def draw_model(settings: S2Settings, path: str | Path | None = None, num_blocks:
     bar.outline.set_visible(False)
     bar.set_label(f"of the query-key pairs of {tokens} tokens", fontsize=8)
 
-    draw_title(figure, f"{layers} layers of {heads} KV heads", _LEFT, 0.14)
-    kept = sum(sum(pattern.kv_tokens(tokens)) for pattern in patterns) / (layers * heads * tokens)
+    draw_title(figure, f"{layers} layers of {heads} {head_name}s", _LEFT, 0.14)
+    dense = layers * settings.num_kv_heads * tokens
+    kept = sum(sum(pattern.kv_tokens(tokens)) for pattern in stored) / dense
     figure.text(
         _LEFT / width,
         1 - 0.4 / height,
@@ -197,6 +203,11 @@ def draw_model(settings: S2Settings, path: str | Path | None = None, num_blocks:
     if path is not None:
         save_figure(figure, path)
     return figure
+
+
+def _for_each(heads: int, pattern: S2Pattern) -> S2Pattern:
+    """The same pattern with `heads` heads, a multiple of those that it has."""
+    return pattern.select_heads([head * pattern.num_kv_heads // heads for head in range(heads)])
 
 
 def _share_colours():
@@ -329,18 +340,21 @@ def _legend(shown: set[int], some_lost: bool) -> list[Patch]:
     return [Patch(facecolor=kind.colour, label=kind.label) for kind in kinds]
 
 
-def _head_title(pattern: BlockPattern, head: int) -> str:
+def _head_title(pattern: BlockPattern, head: int, head_name: str) -> str:
+    title = f"{head_name} {head}"
     if not isinstance(pattern, S2Pattern):
-        return f"KV head {head}"
+        return title
     if pattern.is_dense(head):
-        return f"KV head {head}, dense"
+        return f"{title}, dense"
     if pattern.is_window_only(head):
-        return f"KV head {head}, window only"
-    return f"KV head {head}, phase {pattern.head_phases[head]}"
+        return f"{title}, window only"
+    return f"{title}, phase {pattern.head_phases[head]}"
 
 
-def _union_title(pattern: BlockPattern, num_layers: int) -> str:
-    heads = "the one KV head" if pattern.num_kv_heads == 1 else f"all {pattern.num_kv_heads} KV heads"
+def _union_title(pattern: BlockPattern, num_layers: int, head_name: str) -> str:
+    heads = (
+        f"the one {head_name}" if pattern.num_kv_heads == 1 else f"all {pattern.num_kv_heads} {head_name}s"
+    )
     if num_layers == 1:
         return f"{heads} together"
     return f"{heads} of layers {pattern.layer} to {pattern.layer + num_layers - 1} together"

@@ -85,6 +85,13 @@ def add_s2_args(parser: ArgumentParser) -> ArgumentParser:
     )
     add("--s2-dense-layer-freq", type=int, help="n: every n-th layer keeps dense attention. Default 0: none.")
     add(
+        "--s2-pattern-heads",
+        type=int,
+        help="Heads that strides, phases and dense heads are given for: by default the KV heads, or as many "
+        "as --num-attention-heads, for patterns that differ within a KV group. Keys and values are then "
+        "repeated for the query heads.",
+    )
+    add(
         flag_name(PATTERN_FILE),
         metavar="FILE",
         help="JSON file with the pattern of every layer (docs/pattern-files.md), instead of all flags above.",

@@ -5,7 +5,7 @@ Case ids read B batch, T queries, H KV heads, HQ query heads, D head_dim, then t
 
 import pytest
 import torch
-from attention_cases import Case, packed, random_mask, s2
+from attention_cases import Case, of_query_heads, packed, random_mask, s2
 from largest_tensor import LargestTensor
 from native_operators import require_native
 from selection import exhaustive
@@ -65,6 +65,8 @@ CASES = [
     Case(random_mask(3, 9), "mask", queries=60, q_start=55, sink_logits=True, group=1),
     Case(random_mask(2, 9), "mask packed", **packed(100, 0, 140, 7)),
     Case(random_mask(2, 1), "mask of one block", queries=10),
+    of_query_heads(2, "in pairs", queries=130, sink_logits=True),
+    of_query_heads(4, "packed", **packed(70, 0, 61)),
     Case(BlockMaskPattern(torch.eye(7, dtype=torch.bool).expand(2, 7, 7), 16), "mask of the diagonal"),
 ]  # fmt: skip
 
@@ -131,6 +133,22 @@ def each_path(request, monkeypatch):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_results_and_gradients_equal_the_reference(case, each_path):
     require_equal(case.results("torch"), case.results("reference"))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        of_query_heads(3, "q_start", q_start=77, queries=60),
+        Case(random_mask(6, 9), "mask", queries=130, group=1, kv_group=3, batch=1),
+    ],
+    ids=str,
+)
+def test_query_heads_of_a_group_may_see_different_blocks(case):
+    """Beside plain attention with a mask for each query head, which repeats no pattern."""
+    inputs = case.inputs(torch.float64)
+    assert inputs["k"].shape[2] * 3 == inputs["q"].shape[2] == case.pattern.num_kv_heads
+    require_equal(case.results("torch"), case.results("plain"))
+    require_equal(case.results("reference"), case.results("plain"))
 
 
 @pytest.mark.parametrize("through", ["lse", *exhaustive("out")])

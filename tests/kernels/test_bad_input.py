@@ -31,8 +31,8 @@ ANY_BACKEND = {
         "v on meta: must be on the device of q, cpu",
     ),
     "pattern of other heads": (
-        tensors() | {"pattern": s2(4)},
-        "pattern for 4 KV heads: must be for the 2 heads of k",
+        tensors() | {"pattern": s2(3)},
+        "pattern for 3 heads: must be for the 2 heads of k, or for the 4 heads of q",
     ),
     "short mask": (
         tensors() | {"pattern": random_mask(2, 2)},

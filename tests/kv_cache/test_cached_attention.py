@@ -9,7 +9,7 @@ from attention_cases import s2
 from megatron_s2 import s2_attention
 from megatron_s2.kernels.compare import require_as_exact_as_plain, require_equal
 from megatron_s2.kernels.reference import masked_attention, visible_tokens
-from megatron_s2.kv_cache.cache import KVCache, cache_bytes
+from megatron_s2.kv_cache.cache import KVCache, cache_bytes, dense_cache_bytes
 from megatron_s2.kv_cache.cached_attention import cached_attention
 from megatron_s2.pattern import S2Pattern
 
@@ -26,6 +26,7 @@ class Generation:
     steps: tuple[tuple[int, ...], ...]
     pattern: S2Pattern = field(default_factory=lambda: s2(num_kv_heads=2))
     group: int = 2
+    kv_group: int = 1  # heads of the pattern that share a KV head: more than one are query heads
     dim: int = 16
     sink_logits: bool = False
     softmax_scale: float | None = None
@@ -41,9 +42,10 @@ class Generation:
     def inputs(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         draw = torch.Generator().manual_seed(0)
         batch, longest, H = len(self.lengths), max(self.lengths), self.pattern.num_kv_heads
+        kv_heads = H // self.kv_group
         q, k, v = (
             torch.randn(batch, longest, heads, self.dim, generator=draw, dtype=torch.float64).to(dtype)
-            for heads in (H * self.group, H, H)
+            for heads in (H * self.group, kv_heads, kv_heads)
         )
         sinks = torch.randn(H * self.group, generator=draw, dtype=torch.float64).to(dtype)
         return q, k, v, sinks if self.sink_logits else None
@@ -52,7 +54,10 @@ class Generation:
         """Outputs of the real tokens, row after row, computed through the cache."""
         q, k, v, sinks = self.inputs(dtype)
         batch = len(self.lengths)
-        cache = KVCache(self.pattern, batch, self.dim, dtype, max_tokens=self.max_tokens)
+        kv_heads = k.shape[2]
+        cache = KVCache(
+            self.pattern, batch, self.dim, dtype, max_tokens=self.max_tokens, num_kv_heads=kv_heads
+        )
         outs, done = [[] for _ in range(batch)], [0] * batch
         for step in self.steps:
             padded = []
@@ -68,6 +73,7 @@ class Generation:
                 done[row] += new
             assert cache.lengths == done
             assert cache.bytes == sum(cache_bytes(self.pattern, n, self.dim, dtype) for n in done)
+            assert cache.dense_bytes == sum(dense_cache_bytes(kv_heads, n, self.dim, dtype) for n in done)
         return torch.cat([part for row in outs for part in row])
 
     def recomputed(self, dtype: torch.dtype, attention) -> torch.Tensor:
@@ -82,6 +88,7 @@ class Generation:
         )
 
     def plain(self, q, k, v, sinks) -> torch.Tensor:
+        k, v = (x.repeat_interleave(self.kv_group, 2) for x in (k, v))
         visible = visible_tokens(self.pattern, q.shape[1], k.shape[1], [(0, q.shape[1])], 0)
         return masked_attention(q, k, v, visible, self.softmax_scale or self.dim**-0.5, sinks)[0]
 
@@ -109,6 +116,13 @@ GENERATIONS = [
     Generation("sink logits", ((90, 5), (33, 20), (1, 1), (1, 0)), sink_logits=True),
     Generation("scale", ((90,), (33,), (1,)), softmax_scale=0.7),
     Generation("no groups", ((90,), (33,), (1,)), s2(4), group=1),
+    Generation(
+        "query heads",
+        ((90, 7), (33, 40), (1, 1), (1, 1)),
+        s2(4, vert_stride=(4, 3, 1, 4), phases=(0, 2, 0, 3)),
+        group=1,
+        kv_group=2,
+    ),
     Generation("known maximum", ((90, 60), (1, 1), (20, 50)), max_tokens=111),
 ]
 

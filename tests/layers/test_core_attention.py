@@ -203,6 +203,35 @@ def test_a_tensor_parallel_rank_computes_its_heads_of_the_whole(attention, secon
     assert (sinks.global_shape, sinks.global_offset) == ((HEADS,), (HEADS // 2,))
 
 
+def test_a_tensor_parallel_rank_computes_its_query_heads_of_a_pattern_for_each(
+    attention, second_of_two_ranks
+):
+    """Layer 1 has different phases in a group; layer 2 has not, and needs no copies of its keys."""
+    entries = [{"local_blocks": 2, "strides": [3] * HEADS, "phases": p} for p in ([0, 1, 2, 0], [1, 1, 2, 2])]
+    of_query_heads = S2Settings(2, KV_HEADS, 16, layers=entries, pattern_heads=HEADS)
+    kind = partial(S2CoreAttention, settings=of_query_heads)
+    assert [attention(n, kind).pattern.num_kv_heads for n in (1, 2)] == [HEADS, KV_HEADS]
+    q, k, v = inputs = tensors(100, BATCH)
+    whole = attention(1, kind)(*inputs, None)
+    mask = of_query_heads.pattern(1).block_mask(7).repeat_interleave(16, 1).repeat_interleave(16, 2)
+    assert_equal(attention(1, kind)(q, k, v, None), whole)
+    scores = torch.einsum("qbhd,kbhd->bhqk", q, k.repeat_interleave(HEADS // KV_HEADS, 2)) / DIM**0.5
+    scores = scores.masked_fill(~(mask[:, :100, :100].tril()), float("-inf"))
+    plain = torch.einsum("bhqk,kbhd->qbhd", scores.softmax(-1), v.repeat_interleave(HEADS // KV_HEADS, 2))
+    assert_equal(whole, plain.flatten(2))
+
+    rank = S2CoreAttention(
+        config(),
+        1,
+        AttnMaskType.causal,
+        "self",
+        pg_collection=second_of_two_ranks,
+        settings=of_query_heads,
+    )
+    half = rank(q[:, :, HEADS // 2 :], k[:, :, 1:], v[:, :, 1:], None)
+    assert_equal(half, whole[:, :, HEADS * DIM // 2 :])
+
+
 # Beside Megatron's DotProductAttention.
 
 

@@ -9,7 +9,7 @@ from itertools import product
 
 import pytest
 import torch
-from attention_cases import Case, packed, s2
+from attention_cases import Case, of_query_heads, packed, s2
 from interpreter import quicken_interpreter
 from largest_tensor import LargestTensor
 from ranks import run_on_ranks
@@ -49,6 +49,8 @@ CASES = [
     Case(s2(), "packed many short", **packed(*range(1, 20), 2)),
     PACKED_OVER,
     Case(s2(4, num_dense_heads=1, sink_blocks=3), "packed dense heads", **packed(205, 100, 7)),
+    of_query_heads(2, "of a group", queries=240, sink_logits=True),
+    of_query_heads(2, "packed", **packed(205, 100, 7)),
     Case(s2(), "wider v", v_dim=24, queries=240),
     Case(s2(), "narrower v", v_dim=8, sink_logits=True, queries=240),
     Case(s2(), "sequence first", layout="sequence first", queries=240),
@@ -64,6 +66,7 @@ FEW = [
         *("gqa", "KV heads that ranks share", "window over several chunks", "mixed strides"),
         *("window only", "window only mixed"),
         *("neighbours of equal phase", "sinks of both kinds", "packed over the chunks", "narrower v"),
+        "query heads of a group",
     )
 ]
 CASES_OF = {"P4": FEW, "P4 others": [case for case in CASES if case not in FEW], "P3": CASES}

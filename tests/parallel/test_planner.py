@@ -72,6 +72,31 @@ def test_gather_moves_the_bytes_of_its_index_plans(case):
         )
 
 
+def test_a_pattern_for_each_query_head_costs_copies_only_in_our_schedules():
+    """Of shards with different phases it moves the union, once; ring and all-gather move KV heads."""
+    of_query_heads = S2Pattern(32, 64, 16, 8, phases=tuple((h + 1) % 8 for h in range(32)))
+    call = replace(CALL, kv_group=4)
+    for schedule in ("ring", "all_gather"):
+        assert exchange_bytes(schedule, of_query_heads, call, 0) == exchange_bytes(schedule, PATTERN, CALL, 0)
+        assert (
+            key_value_tokens(schedule, of_query_heads, call).tolist()
+            == key_value_tokens(schedule, PATTERN, CALL).tolist()
+        )
+    shards = {
+        pattern: transfers("gather", pattern, of_call).gathered
+        for pattern, of_call in ((PATTERN, CALL), (of_query_heads, call))
+    }
+    assert shards[of_query_heads] == pytest.approx(4 * shards[PATTERN], rel=0.02)
+
+    settings = S2Settings(2, 8, 64, 16, 8, phases=of_query_heads.phases, dense_layer_freq=2, pattern_heads=32)
+    sizes = {"seq_length": 16384, "head_dim": 128, "context_parallel": 4, "tensor_parallel": 2}
+    plan = plan_model(settings, num_attention_heads=32, **sizes)
+    patterns = {group.layers: group.plan.pattern.num_kv_heads for group in plan.groups}
+    assert patterns == {(1,): 16, (2,): 4}
+    with pytest.raises(ValueError, match="pattern_heads 32: must be the 64 query heads of the model"):
+        plan_model(settings, num_attention_heads=64, **sizes)
+
+
 @given(calls(), st.booleans())
 def test_window_only_heads_move_only_halos(case, has_sinks):
     pattern, call = case

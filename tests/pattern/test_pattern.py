@@ -356,6 +356,40 @@ def test_with_more_ranks_than_kv_heads_neighbouring_ranks_have_the_same_head(p, 
         assert torch.equal(part.block_mask(20), mask[rank // copies, None])
 
 
+# Query heads: patterns that differ within a KV group
+
+
+def test_phi_3_small_has_dkernels_phases_per_query_head():
+    """From the published model: query head h sees the blocks j of the past with (j + h + 1) % 8 == 0."""
+    published = S2Pattern.from_dkernel(
+        num_heads=32, block_size=64, local_blocks=16, vert_stride=8, head_sliding_offset=1
+    )
+    seen = [
+        [[j <= i and (i - j < 16 or (j + h + 1) % 8 == 0) for j in range(40)] for i in range(40)]
+        for h in range(32)
+    ]
+    assert published.block_mask(40).tolist() == seen
+    assert published.shared_by(8) is published
+    assert published.coverage().lost == 0
+
+
+@given(patterns(), st.integers(1, 4))
+def test_heads_that_see_the_same_are_one_head(p, group):
+    repeated = p.select_heads([g for g in range(p.num_kv_heads) for _ in range(group)])
+    shared = repeated.shared_by(p.num_kv_heads)
+    assert torch.equal(shared.block_mask(20), p.block_mask(20))
+    assert shared.num_kv_heads == p.num_kv_heads
+
+
+def test_one_different_head_keeps_a_head_for_each_query_head():
+    for different in ({"phases": (0, 0, 1, 2)}, {"vert_stride": (4, 4, 1, 4), "phases": (0, 0, 0, 0)}):
+        pattern = a_pattern(**different, warn_lost=False)
+        assert pattern.shared_by(2) is pattern
+        assert pattern.slice_heads(0, 2).shared_by(1).num_kv_heads == 1
+    with pytest.raises(ValueError, match="num_kv_heads 3: must be a divisor of the pattern's 4 heads"):
+        pattern.shared_by(3)
+
+
 # BlockMaskPattern: the same interface for any mask
 
 

@@ -91,6 +91,31 @@ def test_settings_without_layers_are_written_layer_by_layer(path, fields):
     assert again.mean_pairs(5000) == settings.mean_pairs(5000)
 
 
+PER_QUERY_HEAD = CONTENT | {
+    "version": 2,
+    "pattern_heads": 6,
+    "layers": [
+        {"dense": True},
+        {"local_blocks": 4, "strides": [8, 8, 0, 4, 1, 1], "phases": [1, 2, 0, 0, 0, 0]},
+        {"local_blocks": 2, "strides": [4, 4, 0, 0, 2, 2], "phases": [1, 1, 0, 0, 0, 0]},
+        {"local_blocks": 2, "strides": [6] * 6},
+    ],
+}
+
+
+def test_a_file_of_version_2_has_patterns_for_query_heads(path):
+    settings = read_pattern_file(written(path, PER_QUERY_HEAD), num_kv_heads=3, num_query_heads=6)
+    assert [settings.pattern(n).num_kv_heads for n in (1, 2, 3, 4)] == [3, 6, 3, 6]
+    assert settings.pattern(3).strides == (4, 0, 2)
+    assert settings.pattern(4).head_phases == (0, 1, 2, 3, 4, 5)
+    write_pattern_file(path, settings)
+    assert json.loads(path.read_text())["version"] == 2
+    assert read_pattern_file(path) == settings == settings.per_layer
+    only_layer_3 = [{"dense": True}, {"dense": True}, PER_QUERY_HEAD["layers"][2], {"dense": True}]
+    write_pattern_file(path, read_pattern_file(written(path, PER_QUERY_HEAD | {"layers": only_layer_3})))
+    assert json.loads(path.read_text())["version"] == 1, "of KV heads, which is all that it needs"
+
+
 def test_a_model_of_window_only_layers_sees_nothing_of_the_distant_past():
     layer = {"local_blocks": 2, "strides": [0, 0]}
     assert S2Settings(2, 2, layers=(layer, layer)).coverage().fraction == 0
@@ -107,8 +132,22 @@ LAYER_FIELDS = "dense, local_blocks, sink_blocks, strides, phases"
         ('{"a": 1, "a": 2}', "a: is there twice"),
         ("[]", 'is not a pattern file: its "format" must be "megatron-s2-pattern"'),
         (CONTENT | {"format": "x"}, 'is not a pattern file: its "format" must be "megatron-s2-pattern"'),
-        (CONTENT | {"version": 2}, "version 2: must be 1, the one that this version reads"),
-        (without("version"), "version None: must be 1, the one that this version reads"),
+        (CONTENT | {"version": 3}, "version 3: must be 1 or 2, the ones that this version reads"),
+        (without("version"), "version None: must be 1 or 2, the ones that this version reads"),
+        (CONTENT | {"version": 2}, "pattern_heads: is missing"),
+        (CONTENT | {"pattern_heads": 6}, "pattern_heads: needs version 2"),
+        (
+            PER_QUERY_HEAD | {"pattern_heads": 4},
+            "pattern_heads 4: must be the number of query heads, a multiple of the 3 KV heads",
+        ),
+        (
+            PER_QUERY_HEAD | {"pattern_heads": 12},
+            "layer 2: strides [8, 8, 0, 4, 1, 1]: must be one per query head (12)",
+        ),
+        (
+            CONTENT | {"version": 2, "pattern_heads": 3},
+            "pattern_heads 3: must be the 6 query heads of the model, or left out for a pattern per KV head",
+        ),
         (CONTENT | {"window": 3}, "window: is not a field of a pattern file"),
         (without("layers"), "layers: is missing"),
         (without("block_size"), "block_size: is missing"),
@@ -148,7 +187,7 @@ LAYER_FIELDS = "dense, local_blocks, sink_blocks, strides, phases"
 )
 def test_a_file_that_is_not_for_the_model_is_refused_by_layer_and_field(path, content, message):
     with pytest.raises(InputError) as refused:
-        read_pattern_file(written(path, content), num_layers=4, num_kv_heads=3)
+        read_pattern_file(written(path, content), num_layers=4, num_kv_heads=3, num_query_heads=6)
     assert str(refused.value) == f"--s2-pattern-file {path}: {message}"
 
 

@@ -96,9 +96,41 @@ def test_mean_pairs_equal_those_of_the_masks(fields, seq_len):
     assert chosen.mean_pairs([[seq_len], [5]]).tolist() == [[chosen.mean_pairs(seq_len)], [15]]
 
 
+def test_a_pattern_for_each_query_head():
+    """Dense layers, and layers whose groups see the same, have the pattern of their KV heads."""
+    chosen = settings(pattern_heads=4, vert_stride=4, phases=(1, 2, 3, 0), dense_layer_freq=2)
+    assert [chosen.pattern(n).num_kv_heads for n in (1, 2, 3)] == [4, 2, 4]
+    assert chosen.pattern(3).head_phases == (1, 2, 3, 0)
+    assert chosen.mean_pairs(200) == pytest.approx(
+        (sum(chosen.pattern(1).visible_pairs(200)) / 4 + dense_pairs(200)) / 2
+    )
+    alike = settings(pattern_heads=4, phases=(1, 1, 0, 0), vert_stride=2)
+    per_kv_head = settings(phases=(1, 0), vert_stride=2)
+    assert alike.pattern(1) == per_kv_head.pattern(1).select_heads((0, 1))
+    assert alike.per_layer == per_kv_head.per_layer
+    assert alike.distinct_patterns == per_kv_head.distinct_patterns
+    assert alike.mean_pairs(200) == per_kv_head.mean_pairs(200)
+
+
+def test_default_phases_spread_over_the_query_heads():
+    assert settings(pattern_heads=4).pattern(1).head_phases == (0, 1, 2, 3)
+    assert settings(pattern_heads=4).coverage().lost == 0
+
+
+def test_the_query_heads_are_those_of_the_model():
+    settings().check_query_heads(8)
+    settings(pattern_heads=8).check_query_heads(8)
+    with pytest.raises(ValueError, match="pattern_heads 4: must be the 8 query heads of the model, or left"):
+        settings(pattern_heads=4).check_query_heads(8)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        (
+            {"pattern_heads": 3},
+            "pattern_heads 3: must be the number of query heads, a multiple of the 2 KV heads",
+        ),
         ({"dense_layers": (9,)}, "dense_layers 9: must be between 1 and the 8 layers"),
         ({"dense_layers": (0, 1)}, "dense_layers 0: must be between 1 and the 8 layers"),
         ({"dense_layer_freq": -1}, "dense_layer_freq -1: must be >= 0"),
