@@ -7,6 +7,7 @@ family" of docs/checkpoints.md lists the steps.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from megatron_s2.checkpoint import phi3_small
 from megatron_s2.checkpoint.model_config import ModelConfig
 from megatron_s2.checkpoint.tensors import GATE_UP, LAYERS, QKV, ModelTensor, TensorMapping, model_tensor
 
@@ -23,7 +24,7 @@ SIZES = (
 )
 
 EMBEDDING = TensorMapping("embedding.word_embeddings.weight", {"model.embed_tokens.weight": "vocab hidden"})
-FINAL_NORM = TensorMapping("decoder.final_layernorm.weight", {"model.norm.weight": "hidden"})
+FINAL_NORM = (TensorMapping("decoder.final_layernorm.weight", {"model.norm.weight": "hidden"}),)
 OUTPUT = TensorMapping("output_layer.weight", {"lm_head.weight": "vocab hidden"})
 LAYER = (
     TensorMapping("self_attention.linear_qkv.layer_norm_weight", {"input_layernorm.weight": "hidden"}),
@@ -63,6 +64,7 @@ class Family:
     Args:
         architecture: the class that `architectures` in config.json names.
         layer_tensors: the tensors of one layer.
+        final_norm: the tensors of the norm behind the last layer.
         megatron_args: Megatron arguments that this family has and the others lack. The family of a Megatron
             checkpoint is recognized by them.
         required_entries: sizes that config.json must state, because transformers would otherwise use a fixed
@@ -76,6 +78,7 @@ class Family:
 
     architecture: str
     layer_tensors: tuple[TensorMapping, ...] = LAYER
+    final_norm: tuple[TensorMapping, ...] = FINAL_NORM
     megatron_args: Mapping[str, object] = field(default_factory=dict)
     required_entries: tuple[str, ...] = ()
     has_window_switch: bool = False
@@ -103,6 +106,13 @@ FAMILIES = {
         required_entries=("num_key_value_heads", "head_dim"),
         has_window_switch=True,
     ),
+    phi3_small.NAME: Family(
+        phi3_small.ARCHITECTURE,
+        layer_tensors=phi3_small.LAYER,
+        final_norm=phi3_small.FINAL_NORM,
+        megatron_args=phi3_small.MARKS,
+        required_entries=("num_key_value_heads",),
+    ),
 }
 
 
@@ -118,7 +128,8 @@ def model_tensors(model: ModelConfig) -> Iterator[ModelTensor]:
     for layer in range(model.num_layers):
         for mapping in FAMILIES[model.family].layer_tensors:
             yield model_tensor(mapping, model, layer)
-    yield model_tensor(FINAL_NORM, model)
+    for mapping in FAMILIES[model.family].final_norm:
+        yield model_tensor(mapping, model)
     if not model.tied:
         yield model_tensor(OUTPUT, model)
 

@@ -1,8 +1,7 @@
 """Hugging Face's `config.json`: reading a model's architecture and S2 settings from it, and writing them."""
 
-import math
-from collections.abc import Mapping
-
+from megatron_s2.checkpoint import phi3_small
+from megatron_s2.checkpoint.config_entries import Config, entry_error, positive_int, positive_number
 from megatron_s2.checkpoint.families import FAMILIES, SIZES, Family
 from megatron_s2.checkpoint.model_config import ModelConfig
 from megatron_s2.errors import InputError
@@ -20,10 +19,10 @@ _DEFAULT_ROPE_THETA = 10000.0
 # Of families whose layers from `max_window_layers` on have a window if `use_sliding_window` is true.
 _DEFAULT_FULL_LAYERS = 28
 _DEFAULT_WINDOW = 4096
+# Sizes that Phi-3-small states otherwise, or not at all.
+_DERIVED = ("intermediate_size", "head_dim")
 # Constants in Megatron (`RotaryEmbedding._apply_scaling`), where only the factor can be chosen.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-
-Config = Mapping[str, object]
 
 
 def model_from_config(config: Config) -> ModelConfig:
@@ -34,11 +33,14 @@ def model_from_config(config: Config) -> ModelConfig:
     """
     name = config.get("model_type")
     if name not in FAMILIES:
-        raise _error("model_type", name, f"must be one of {', '.join(FAMILIES)}")
+        raise entry_error("model_type", name, f"must be one of {', '.join(FAMILIES)}")
     family = FAMILIES[name]
     architectures = config.get("architectures") or [family.architecture]
     if architectures != [family.architecture]:
-        raise _error("architectures", architectures, f"must be {family.architecture}")
+        raise entry_error("architectures", architectures, f"must be {family.architecture}")
+    own = None
+    if name == phi3_small.NAME:
+        own, config = phi3_small.own_entries(config), phi3_small.common_entries(config)
     for entry, allowed in (
         ("hidden_act", ("silu",)),
         ("attention_bias", (False, None)),
@@ -46,34 +48,35 @@ def model_from_config(config: Config) -> ModelConfig:
         ("quantization_config", (None,)),
     ):
         if config.get(entry, allowed[0]) not in allowed:
-            raise _error(entry, config[entry], f"must be {allowed[0]}")
+            raise entry_error(entry, config[entry], f"must be {allowed[0]}")
     tied = config.get("tie_word_embeddings", False)
     if not isinstance(tied, bool):
-        raise _error("tie_word_embeddings", repr(tied), "must be true or false")
+        raise entry_error("tie_word_embeddings", repr(tied), "must be true or false")
     config = _with_derived_sizes(config, family)
-    sizes = {size: _positive_int(config, entry) for size, entry, _ in SIZES}
+    sizes = {size: positive_int(config, entry) for size, entry, _ in SIZES}
     heads, groups = sizes["num_attention_heads"], sizes["num_query_groups"]
     if heads % groups:
-        raise _error("num_key_value_heads", groups, f"must divide num_attention_heads {heads}")
+        raise entry_error("num_key_value_heads", groups, f"must divide num_attention_heads {heads}")
     return ModelConfig(
         family=name,
         **sizes,
-        norm_epsilon=_positive_number("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
+        norm_epsilon=positive_number("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
         **_rope_from_config(config),
         tied=tied,
+        phi3_small=own,
     )
 
 
 def _with_derived_sizes(config: Config, family: Family) -> Config:
     """Returns `config` with `head_dim` and `num_key_value_heads`, which some families may omit."""
-    hidden, heads = _positive_int(config, "hidden_size"), _positive_int(config, "num_attention_heads")
+    hidden, heads = positive_int(config, "hidden_size"), positive_int(config, "num_attention_heads")
     omitted = [
         entry
         for entry in ("head_dim", "num_key_value_heads")
         if config.get(entry) is None and entry not in family.required_entries
     ]
     if "head_dim" in omitted and hidden % heads:
-        raise _error("hidden_size", hidden, f"must be a multiple of num_attention_heads {heads}")
+        raise entry_error("hidden_size", hidden, f"must be a multiple of num_attention_heads {heads}")
     derived = {"head_dim": hidden // heads, "num_key_value_heads": heads}
     return {**config, **{entry: derived[entry] for entry in omitted}}
 
@@ -82,36 +85,38 @@ def _rope_from_config(config: Config) -> dict[str, object]:
     """Reads `rope_parameters`, or the entries before transformers 5: `rope_theta` and `rope_scaling`."""
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}  # transformers' precedence
     if not isinstance(rope, dict):
-        raise _error("rope_scaling", rope, "must be an object or null")
+        raise entry_error("rope_scaling", rope, "must be an object or null")
     rope = dict(rope)
     theta = rope.pop("rope_theta", None) or config.get("rope_theta") or _DEFAULT_ROPE_THETA
-    if _positive_number("rope_theta", theta) != int(theta):
-        raise _error("rope_theta", theta, "must be a whole number (Megatron's --rotary-base)")
+    if positive_number("rope_theta", theta) != int(theta):
+        raise entry_error("rope_theta", theta, "must be a whole number (Megatron's --rotary-base)")
     partial = rope.pop("partial_rotary_factor", None)
     partial = config.get("partial_rotary_factor") if partial is None else partial
     if partial not in (None, 1.0):
-        raise _error("partial_rotary_factor", partial, "must be 1.0")
+        raise entry_error("partial_rotary_factor", partial, "must be 1.0")
     older_type = rope.pop("type", "default")
     rope_type = rope.pop("rope_type", older_type)
     factor = None
     if rope_type in ("llama3", "linear"):
         factor = rope.pop("factor", None)
-        _positive_number("rope_scaling: factor", factor)
+        positive_number("rope_scaling: factor", factor)
     fields = {"rotary_base": int(theta), "llama3_factor": None, "linear_factor": None}
     if rope_type == "llama3":
         for entry, constant in _LLAMA3.items():
             value = rope.pop(entry, config.get(entry))
             if value != constant:
-                raise _error(f"rope_scaling: {entry}", value, f"must be {constant:g}, fixed in Megatron")
+                raise entry_error(f"rope_scaling: {entry}", value, f"must be {constant:g}, fixed in Megatron")
         fields["llama3_factor"] = float(factor)
     elif rope_type == "linear":
         if factor != int(factor):
-            raise _error("rope_scaling: factor", factor, "must be a whole number, as in Megatron, for linear")
+            raise entry_error(
+                "rope_scaling: factor", factor, "must be a whole number, as in Megatron, for linear"
+            )
         fields["linear_factor"] = int(factor)
     elif rope_type != "default":
-        raise _error("rope_scaling: rope_type", rope_type, "must be default, linear or llama3")
+        raise entry_error("rope_scaling: rope_type", rope_type, "must be default, linear or llama3")
     for entry, value in rope.items():
-        raise _error(f"rope_scaling: {entry}", value, f"is not known for rope_type {rope_type}")
+        raise entry_error(f"rope_scaling: {entry}", value, f"is not known for rope_type {rope_type}")
     return fields
 
 
@@ -134,17 +139,21 @@ def s2_settings_from_config(config: Config, model: ModelConfig) -> S2Settings | 
     Raises:
         InputError: a setting is unknown, has another type, or is out of range.
     """
+    if model.phi3_small is not None:
+        return phi3_small.settings_from_config(config, model)
     saved = config.get(_S2_KEY)
     if saved is None:
         return None
     if not isinstance(saved, dict):
-        raise _error(_S2_KEY, saved, "must be an object")
+        raise entry_error(_S2_KEY, saved, "must be an object")
     for name in saved:
         if name not in PATTERN_FIELDS:
-            raise _error(_S2_KEY, name, "is not a setting of S2 attention")
+            raise entry_error(_S2_KEY, name, "is not a setting of S2 attention")
     fields = {name: _setting(name, value) for name, value in saved.items()}
     try:
-        return S2Settings(num_layers=model.num_layers, num_kv_heads=model.num_query_groups, **fields)
+        settings = S2Settings(num_layers=model.num_layers, num_kv_heads=model.num_query_groups, **fields)
+        settings.check_query_heads(model.num_attention_heads)
+        return settings
     except ValueError as error:
         raise InputError(f"config.json: {_S2_KEY}: {error}") from None
 
@@ -156,13 +165,13 @@ def _setting(name: str, value: object) -> object:
     """
     if name == "layers":
         if type(value) is not list:
-            raise _error(f"{_S2_KEY}: {name}", repr(value), "must be a list with one object per layer")
+            raise entry_error(f"{_S2_KEY}: {name}", repr(value), "must be a list with one object per layer")
         return tuple(value)
     allowed = _SETTING_TYPES.get(name, (int,))
     members = value if type(value) is list else []
     if type(value) not in allowed or any(type(member) is not int for member in members):
         rule = " or ".join(_TYPE_NAMES[each] for each in allowed)
-        raise _error(f"{_S2_KEY}: {name}", repr(value), f"must be {rule}")
+        raise entry_error(f"{_S2_KEY}: {name}", repr(value), f"must be {rule}")
     return tuple(value) if type(value) is list else value
 
 
@@ -176,6 +185,9 @@ def config_from_model(
             its entries that do not describe the architecture are kept.
         settings: S2 settings to store; None for dense attention.
         dtype: dtype of the weights, such as "bfloat16".
+
+    Raises:
+        InputError: a config.json of the family cannot describe the settings.
     """
     described = _model_or_none(base)
     if described is None or described.family != model.family:
@@ -191,6 +203,8 @@ def config_from_model(
         if family.has_window_switch:
             config |= {"use_sliding_window": False, "layer_types": ["full_attention"] * model.num_layers}
     config["dtype" if "dtype" in base else "torch_dtype"] = dtype
+    if model.phi3_small is not None:
+        return config | phi3_small.pattern_entries(model, settings)
     if settings is not None:
         config[_S2_KEY] = pattern_fields(settings)
         config[_ATTENTION_KEY] = _ATTENTION
@@ -205,6 +219,9 @@ def _model_or_none(config: Config) -> ModelConfig | None:
 
 
 def _architecture_entries(model: ModelConfig) -> dict[str, object]:
+    if model.phi3_small is not None:
+        sizes = {entry: getattr(model, size) for size, entry, _ in SIZES if entry not in _DERIVED}
+        return sizes | phi3_small.architecture_entries(model)
     scaling = None
     if model.llama3_factor is not None:
         scaling = {"rope_type": "llama3", "factor": model.llama3_factor, **_LLAMA3}
@@ -220,20 +237,3 @@ def _architecture_entries(model: ModelConfig) -> dict[str, object]:
         "rope_scaling": scaling,
         "tie_word_embeddings": model.tied,
     }
-
-
-def _positive_int(config: Config, entry: str) -> int:
-    value = config.get(entry)
-    if not isinstance(value, int) or value < 1:
-        raise _error(entry, value, "must be a whole number >= 1")
-    return value
-
-
-def _positive_number(entry: str, value: object) -> float:
-    if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-        raise _error(entry, value, "must be a number > 0")
-    return float(value)
-
-
-def _error(entry: str, value: object, rule: str) -> InputError:
-    return InputError(f"config.json: {entry} {value}: {rule}")

@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 
+from megatron_s2.checkpoint import phi3_small
 from megatron_s2.checkpoint.families import FAMILIES, SIZES
 from megatron_s2.checkpoint.model_config import ModelConfig
 from megatron_s2.errors import InputError, flag_name
@@ -9,7 +10,7 @@ from megatron_s2.layers.arguments import PATTERN_FILE, settings_from_args
 from megatron_s2.pattern import S2Settings
 from megatron_s2.pattern.settings import PATTERN_FIELDS, pattern_fields
 
-_FLAG_OF_FALSE = {"add_bias_linear": "--disable-bias-linear"}
+_FLAG_OF_FALSE = {"add_bias_linear": "--disable-bias-linear", "bias_gelu_fusion": "--no-bias-gelu-fusion"}
 # Arguments that are the same in all families, apart from sizes.
 _COMMON = {
     "position_embedding_type": "rope",
@@ -82,6 +83,8 @@ def args_from_model(model: ModelConfig) -> dict[str, object]:
         args |= {"use_rope_scaling": True, "rope_scaling_factor": model.llama3_factor}
     if model.linear_factor is not None:
         args["rotary_seq_len_interpolation_factor"] = model.linear_factor
+    if model.phi3_small is not None:
+        args |= phi3_small.megatron_args(model)
     return args | FAMILIES[model.family].megatron_args
 
 
@@ -106,13 +109,13 @@ def flags_from_args(args: dict[str, object]) -> list[list[str]]:
         flag = _flag(argument)
         if value is False and argument in _FLAG_OF_FALSE:
             flags.append([_FLAG_OF_FALSE[argument]])
-        elif value is True:
+        elif value is True and argument not in _FLAG_OF_FALSE:
             flags.append([flag])
         elif argument == "s2_dense_layers" and value:
             flags.append([flag, ",".join(map(str, value))])
         elif isinstance(value, tuple) and value:
             flags.append([flag, *map(str, value)])
-        elif value is not False and value is not None and value != ():
+        elif not isinstance(value, bool) and value is not None and value != ():
             flags.append([flag, str(value)])
     return flags
 
@@ -159,7 +162,8 @@ def model_from_args(args: Namespace, family: str, vocab_size: int | None) -> Mod
             raise InputError(
                 f"{_flag(argument)}: missing from the checkpoint's arguments, so the model is not known"
             )
-    for argument, required in _REQUIRED_VALUES.items():
+    own = phi3_small.required_args(args) if family == phi3_small.NAME else {}
+    for argument, required in (_REQUIRED_VALUES | own).items():
         value = getattr(args, argument, required)
         if value != required:
             raise InputError(
@@ -178,6 +182,7 @@ def model_from_args(args: Namespace, family: str, vocab_size: int | None) -> Mod
         llama3_factor=args.rope_scaling_factor if getattr(args, "use_rope_scaling", False) else None,
         linear_factor=getattr(args, "rotary_seq_len_interpolation_factor", None),
         tied=not args.untie_embeddings_and_output_weights,
+        phi3_small=phi3_small.from_args(args) if family == phi3_small.NAME else None,
     )
 
 

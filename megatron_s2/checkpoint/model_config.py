@@ -6,8 +6,24 @@ _VOCAB_MULTIPLE = 128
 
 
 @dataclass(frozen=True)
+class Phi3Small:
+    """What only Phi-3-small has (`phi3_small.py`).
+
+    Args:
+        embedding_multiplier: factor on the embeddings.
+        logits_divisor: number by which logits are divided.
+        gegelu_limit: limit of the gated activation; None without one.
+    """
+
+    embedding_multiplier: float
+    logits_divisor: float
+    gegelu_limit: float | None
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """A decoder with RMSNorm, SwiGLU, rotary position embeddings and grouped-query attention.
+    """A decoder with RMSNorm, SwiGLU, rotary position embeddings and grouped-query attention; or Phi-3-small,
+    which has another norm and activation.
 
     Args:
         family: Hugging Face's `model_type`, a key of `families.FAMILIES`.
@@ -15,6 +31,7 @@ class ModelConfig:
         llama3_factor: factor of `llama3` rope scaling, as in Llama 3.1; None without such scaling.
         linear_factor: factor of `linear` rope scaling, which divides positions; None without such scaling.
         tied: whether the output layer shares its weight with the embedding.
+        phi3_small: what only Phi-3-small has; None in the other families.
     """
 
     family: str
@@ -31,6 +48,7 @@ class ModelConfig:
     llama3_factor: float | None
     linear_factor: int | None
     tied: bool
+    phi3_small: Phi3Small | None = None
 
     @property
     def padded_vocab_size(self) -> int:

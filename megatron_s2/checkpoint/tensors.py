@@ -53,8 +53,22 @@ def _split_qkv(fused: torch.Tensor, model: ModelConfig) -> Tensors:
     return [tensor.flatten(0, 1) for tensor in groups.split(rows, dim=1)]
 
 
+def _part_rows(tensors: Tensors, model: ModelConfig) -> torch.Tensor:
+    """Returns the even rows and then the odd ones."""
+    import torch
+
+    return torch.cat((tensors[0][::2], tensors[0][1::2]))
+
+
+def _alternate_rows(fused: torch.Tensor, model: ModelConfig) -> Tensors:
+    import torch
+
+    return [torch.stack(fused.chunk(2), 1).flatten(0, 1)]
+
+
 IDENTITY = Fusion(lambda tensors, model: tensors[0], lambda tensor, model: [tensor])
 GATE_UP = Fusion(_concatenate_gate_up, _split_gate_up)
+GATE_UP_ROWS = Fusion(_part_rows, _alternate_rows)
 QKV = Fusion(_interleave_qkv, _split_qkv)
 
 
@@ -125,4 +139,6 @@ def _dim_sizes(model: ModelConfig) -> dict[str, int]:
         "head": model.head_dim,
         "query": model.num_attention_heads * model.head_dim,
         "key": model.num_query_groups * model.head_dim,
+        "query+key+value": (model.num_attention_heads + 2 * model.num_query_groups) * model.head_dim,
+        "gate+up": 2 * model.ffn_hidden_size,
     }

@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from megatron_s2.checkpoint import phi3_small
+from megatron_s2.checkpoint.safetensors_files import read_json
 from megatron_s2.hf import CACHE_ARGUMENT, NAME, PaddingMask, S2Cache, set_pattern, settings_of
 from megatron_s2.kernels.host_integers import copy_to_device
 from megatron_s2.kv_cache.cache import KVCache
@@ -41,6 +43,11 @@ def load_pretrained(
     if not (Path(directory) / "config.json").is_file():
         raise ValueError(f"--hf {directory}: is not a directory with a config.json")
     disable_progress_bar()
+    if read_json(Path(directory) / "config.json").get("model_type") == phi3_small.NAME:
+        raise ValueError(
+            f"--hf {directory}: transformers has no {phi3_small.NAME}; convert it "
+            "(scripts/convert_checkpoint.py hf-to-megatron) and give the checkpoint with --load"
+        )
     try:
         config = AutoConfig.from_pretrained(directory)
         has_pattern = getattr(config, "s2_attention", None) is not None
@@ -81,7 +88,12 @@ def pattern_of_file(model: PreTrainedModel, directory: str | Path, pattern_file:
             "with a pattern of its own (s2_attention in config.json)"
         )
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return read_pattern_file(pattern_file, num_layers=config.num_hidden_layers, num_kv_heads=kv_heads)
+    return read_pattern_file(
+        pattern_file,
+        num_layers=config.num_hidden_layers,
+        num_kv_heads=kv_heads,
+        num_query_heads=config.num_attention_heads,
+    )
 
 
 class HuggingFaceDecoder:
