@@ -87,8 +87,8 @@ def add_s2_args(parser: ArgumentParser) -> ArgumentParser:
     add(
         "--s2-pattern-heads",
         type=int,
-        help="Heads that strides, phases and dense heads are given for: by default the KV heads, or as many "
-        "as --num-attention-heads, for patterns that differ within a KV group. Keys and values are then "
+        help="Heads that strides, phases and dense heads are given for. By default the KV heads; or as many "
+        "as --num-attention-heads, for patterns that differ within a KV group: keys and values are then "
         "repeated for the query heads.",
     )
     add(

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from gpt_models import SHAPE, VOCAB, gpt, greedy, logits_of, one_rank, prompts
+from megatron.core.activations import quick_gelu
 from transfers import Transfers
 
 from megatron_s2.generation import decoding
@@ -23,6 +24,19 @@ KINDS = {
         "normalization": "LayerNorm",
         "gated_linear_unit": False,
         "add_bias_linear": True,
+    },
+    "phi-3-small": {
+        "normalization": "LayerNorm",
+        "add_bias_linear": True,
+        "activation_func": quick_gelu,
+        "glu_linear_offset": 1.0,
+        "activation_func_clamp_value": 1.5,
+        "use_mup": True,
+        "mup_embedding_mult": 10.0,
+        "mup_output_mult": 0.125,
+        "s2_pattern_heads": 4,
+        "s2_vert_stride": 4,
+        "s2_phases": (1, 2, 3, 0),
     },
 }
 LENGTHS = (5, 150, 47)

@@ -78,6 +78,22 @@ def test_a_model_has_a_row_for_each_layer_and_a_column_for_each_head(tmp_path):
         assert text in said
 
 
+def test_a_model_with_patterns_of_query_heads_has_a_column_for_each():
+    """A layer whose groups see the same keeps keys of its KV heads, and is drawn for each query head."""
+    layers = [{"dense": True}, {"local_blocks": 2, "strides": [4] * 4, "phases": [0, 1, 2, 3]}]
+    settings = S2Settings(2, 2, 16, layers=layers, pattern_heads=4)
+    figure = draw_model(settings, num_blocks=32)
+    shares = panels(figure)[0].images[0].get_array()
+    assert shares.shape == (2, 4) and (shares[0] == 1).all()
+    kept = (2 * 512 + sum(settings.pattern(2).kv_tokens(512))) / (2 * 2 * 512)
+    assert "2 layers of 4 query heads" in words(figure)
+    assert f"{kept:.1%} of dense keys and values" in words(figure)
+    assert titles(draw_pattern(settings.pattern(2), head_name="query head"))[-2:] == [
+        "query head 3, phase 3",
+        "all 4 query heads together",
+    ]
+
+
 def test_with_many_heads_seven_and_the_last_are_shown_and_named():
     figure = draw_pattern(a_pattern(num_kv_heads=32, num_dense_heads=1))
     assert len(panels(figure)) == 9

@@ -74,8 +74,9 @@ def test_every_setting_is_a_field_of_the_configuration_with_the_same_default():
 def test_the_help_text_names_the_default_of_the_setting(name):
     said = re.search(r"Default (\w+(?:\.\d+)?)", flags()[name].help)
     default = (CHOSEN | RATES)[name].default
-    if name == "phases":
-        assert default is None and "By default phases spread over the KV heads" in flags()[name].help
+    if default is None:
+        by_default = {"phases": "phases spread over the KV heads", "pattern_heads": "the KV heads"}
+        assert f"By default {by_default[name]}" in flags()[name].help
     else:
         assert said[1] == ("none" if default == () else str(default))
 
@@ -284,6 +285,23 @@ def test_a_pattern_file_is_read_once_and_reaches_layers_and_checkpoint(by_file, 
         **{f"s2_{name}": getattr(args, f"s2_{name}") for name in CHOSEN},
     )
     assert s2_settings(config) == PER_LAYER
+
+
+def test_patterns_of_query_heads_by_flags_and_by_file(tmp_path):
+    flags = f"{S2} --s2-pattern-heads 4 --s2-vert-stride 4 --s2-phases 0 1 2 3"
+    args, _ = validated(flags)
+    settings = settings_from_args(args)
+    assert settings.pattern(1).head_phases == (0, 1, 2, 3)
+    write_pattern_file(tmp_path / "pattern.json", settings)
+    by_file, _ = validated(f"{S2} --s2-pattern-file {tmp_path / 'pattern.json'}")
+    assert by_file.s2_pattern_heads == 4
+    assert differences_from_checkpoint(args, by_file) == differences_from_checkpoint(by_file, args) == []
+    for heads, rule in (
+        (6, "the 4 query heads of the model, or left out for a pattern per KV head"),
+        (3, "the number of query heads, a multiple of the 2 KV heads"),
+    ):
+        refused = refusal(f"{S2} --s2-pattern-heads {heads}")
+        assert refused == f"--s2-pattern-heads {heads}: must be {rule}"
 
 
 def test_a_pattern_file_for_another_model_is_refused(by_file, tmp_path):
