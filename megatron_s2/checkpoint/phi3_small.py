@@ -111,16 +111,15 @@ def own_entries(config: Config) -> Phi3Small:
         InputError: an entry describes something that Megatron does not have.
     """
     config = _DEFAULTS | config
-    for entry, allowed, why in (
-        ("hidden_act", "gegelu", ""),
-        ("ff_dim_multiplier", None, "; state ff_intermediate_size"),
-        ("mup_use_scaling", True, ""),
-        ("mup_attn_multiplier", 1.0, ""),
-        ("rope_scaling", None, "; Megatron has no LongRoPE, which the models for 128K tokens have"),
+    for entry, allowed, rule in (
+        ("hidden_act", "gegelu", "gegelu"),
+        ("ff_dim_multiplier", None, "null; state ff_intermediate_size"),
+        ("mup_use_scaling", True, "true"),
+        ("mup_attn_multiplier", 1.0, "1.0"),
+        ("rope_scaling", None, "null; Megatron has no LongRoPE, which the models for 128K tokens have"),
     ):
         if config[entry] != allowed:
-            text = {None: "null", True: "true"}.get(allowed, allowed)
-            raise entry_error(entry, config[entry], f"must be {text}{why}")
+            raise entry_error(entry, config[entry], f"must be {rule}")
     divisor = positive_number("mup_width_multiplier", config["mup_width_multiplier"])
     if 1 / (1 / divisor) != divisor:
         raise entry_error("mup_width_multiplier", divisor, "must have an exact inverse, by which logits grow")
