@@ -203,7 +203,7 @@ def test_a_pattern_for_each_query_head(tmp_path):
     assert got[:, 150:].tolist() == [greedy(model, text, 20) for text in prompts(5, 150)]
     assert cache.caches[0].dense_bytes == 2 * cache.caches[0].head_dim * 4 * 2 * sum(cache.caches[0].lengths)
 
-    model.config.s2_attention = of_query_heads | {"pattern_heads": 2}
+    model.config.s2_attention = of_query_heads | {"pattern_heads": 2, "phases": [1, 2]}
     with pytest.raises(ValueError, match="pattern_heads 2: must be the 4 query heads of the model"):
         settings_of(model.config)
 

@@ -1,22 +1,18 @@
 """Phi-3-small: the converted model computes what a plain implementation does, and survives the way back."""
 
-import contextlib
-import io
 import json
 
-import eval_loss
-import generate as generate_script
 import pytest
 import torch
 from hf_models import assert_bit_equal, assert_refused, convert, edit_config, weights
 from megatron_logits import logits
 from plain_phi3_small import CONFIG, save_model
 from plain_phi3_small import logits as plain_logits
-from script_main import exit_status
 
 from megatron_s2.checkpoint.hf_config import config_from_model, model_from_config, s2_settings_from_config
 from megatron_s2.checkpoint.megatron_args import args_from_model
 from megatron_s2.errors import InputError
+from megatron_s2.generation.hugging_face import load_pretrained
 from megatron_s2.pattern import S2Settings
 
 LENGTH = 300
@@ -173,10 +169,6 @@ def test_another_pattern_is_refused(sources, tmp_path):
             config_from_model(model, CONFIG, settings, "float32")
 
 
-@pytest.mark.parametrize("script", [generate_script, eval_loss], ids=["generate", "eval_loss"])
-def test_transformers_has_no_such_model(sources, script, tmp_path):
-    words = ["--hf", str(sources["published"])]
-    words += ["--prompt-ids", "1"] if script is generate_script else ["--data-path", "x", "--seq-length", "8"]
-    with contextlib.redirect_stderr(io.StringIO()) as errors:
-        assert exit_status(script.main, words) == 2
-    assert "transformers has no phi3small; convert it" in errors.getvalue().splitlines()[-1]
+def test_transformers_has_no_such_model(sources):
+    with pytest.raises(ValueError, match=r"^--hf \S+: transformers has no phi3small; convert it"):
+        load_pretrained(sources["published"])

@@ -194,7 +194,10 @@ def test_megatrons_static_inference_equals_a_full_recompute(model):
     for layer, cache in zip(model.decoder.layers, caches.values()):
         pattern = layer.self_attention.core_attention.pattern
         assert cache.bytes == 2 * cache_bytes(pattern, 120, head_dim, torch.float32)
-    assert sum(cache.bytes for cache in caches.values()) < sum(cache.dense_bytes for cache in caches.values())
+    if pattern.num_kv_heads == SHAPE["num_query_groups"]:  # else keys and values are kept for each query head
+        assert sum(cache.bytes for cache in caches.values()) < sum(
+            cache.dense_bytes for cache in caches.values()
+        )
     assert torch.equal(logits_of(model, texts[0].tolist()), expected[0]), "the model keeps a cache"
 
 
