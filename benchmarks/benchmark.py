@@ -42,6 +42,8 @@ class Benchmark:
         table: formats rows as text.
         plot: draws the rows of one machine into a directory and returns the paths of the pictures.
         takes_device: whether the subcommand has `--device`; if so, `args.device` is `cpu` or `cuda`.
+        portable: whether results hold for other machines and other code, too: then `stored` has the rows of
+            all of them, `plot` draws them together, and the results page has one section for them.
     """
 
     name: str
@@ -51,3 +53,4 @@ class Benchmark:
     table: Callable[[list[Row]], str]
     plot: Callable[[list[Row], Path], list[Path]] = _draw_nothing
     takes_device: bool = True
+    portable: bool = False

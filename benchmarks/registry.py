@@ -10,6 +10,7 @@ from benchmarks import (
     offload,
     offload_timeline,
     patterns,
+    quality,
     quickstart,
     training_step,
 )
@@ -28,6 +29,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         offload_timeline,
         decode,
         patterns,
+        quality,
         quickstart,
     )
 }

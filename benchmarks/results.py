@@ -38,6 +38,12 @@ def read_rows(directory: Path, benchmark: str) -> dict[Path, list[Row]]:
     return rows
 
 
+def read_all_rows(directory: Path, benchmark: str) -> list[Row]:
+    """Reads all rows of a benchmark, of whatever machine, oldest first."""
+    rows = [row for some in read_rows(directory, benchmark).values() for row in some]
+    return sorted(rows, key=lambda row: row["date"])
+
+
 def newest_match(rows: Iterable[Row], setting: Row) -> Row | None:
     """Returns the last row that has all items of `setting`, or None."""
     return next((row for row in reversed(list(rows)) if setting.items() <= row.items()), None)

@@ -10,9 +10,10 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.benchmark import Row
 from benchmarks.environment import ROOT
 from benchmarks.registry import BENCHMARKS
-from benchmarks.results import read_rows
+from benchmarks.results import read_all_rows, read_rows
 from benchmarks.targets import TARGETS, Rows
 from megatron_s2.data.output import check_file_writable
 from megatron_s2.errors import InputError
@@ -40,7 +41,8 @@ def page(results: Path, link: str) -> str:
         link: path of the directory in the page's links.
     """
     machines: dict[str, Rows] = {}
-    for name in BENCHMARKS:
+    portable = [name for name, benchmark in BENCHMARKS.items() if benchmark.portable]
+    for name in (name for name in BENCHMARKS if name not in portable):
         for machine, rows in read_rows(results, name).items():
             machines.setdefault(machine.name, {})[name] = rows
     gpus = {name: rows for name, rows in machines.items() if _gpu(rows)}
@@ -50,6 +52,11 @@ def page(results: Path, link: str) -> str:
         parts += _machine(results / name, machines[name])
         pictures = sorted((results / name).glob("*.png"))
         parts += [f"![{picture.stem}]({link}/{name}/{picture.name})\n" for picture in pictures]
+    for name in portable:
+        if rows := read_all_rows(results, name):
+            parts += _portable(name, rows)
+            pictures = sorted(results.glob(f"{name}-*.png"))
+            parts += [f"![{picture.stem}]({link}/{picture.name})\n" for picture in pictures]
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -78,6 +85,15 @@ def _machine(directory: Path, rows: Rows) -> list[str]:
         f"### {benchmark}, on {name}\n\n```text\n{table}\n```\n" for benchmark, table in tables.items()
     ]
     return [f"## {name}\n", f"{kind}\n", _versions(rows), *sections]
+
+
+def _portable(name: str, rows: list[Row]) -> list[str]:
+    """Returns the section of a benchmark whose rows hold for all machines."""
+    by_machine: Rows = {}
+    for row in rows:
+        by_machine.setdefault(f"{name}, on {row['machine']['name']}", []).append(row)
+    table = f"```text\n{BENCHMARKS[name].table(rows)}\n```\n"
+    return [f"## {name}, on all machines\n", _versions(by_machine), table]
 
 
 def _versions(rows: Rows) -> str:

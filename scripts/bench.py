@@ -14,7 +14,7 @@ from benchmarks.benchmark import WrongResultError  # noqa: E402
 from benchmarks.environment import facts, same_setting  # noqa: E402
 from benchmarks.options import require_positive  # noqa: E402
 from benchmarks.registry import BENCHMARKS  # noqa: E402
-from benchmarks.results import ResultFile, read_rows  # noqa: E402
+from benchmarks.results import ResultFile, read_all_rows, read_rows  # noqa: E402
 from megatron_s2.data.output import check_writable  # noqa: E402
 
 
@@ -65,8 +65,13 @@ def measure(args: argparse.Namespace) -> None:
         device = args.device = _device(args.device)
     now = facts(device)
     results = ResultFile(args.out, benchmark.name, now)
-    earlier = read_rows(args.out, benchmark.name).get(results.path.parent, [])
-    stored = [] if args.again else [row for row in earlier if same_setting(row, now)]
+    if benchmark.portable:
+        stored = read_all_rows(args.out, benchmark.name)
+    else:
+        earlier = read_rows(args.out, benchmark.name).get(results.path.parent, [])
+        stored = [row for row in earlier if same_setting(row, now)]
+    if args.again:
+        stored = []
     new, wrong = [], None
     try:
         for row in benchmark.run(args, stored):
@@ -89,8 +94,12 @@ def _device(choice: str) -> str:
 
 def plot(directory: Path) -> None:
     for benchmark in BENCHMARKS.values():
-        for machine, rows in read_rows(directory, benchmark.name).items():
-            for path in benchmark.plot(rows, machine):
+        if benchmark.portable:
+            places = {directory: read_all_rows(directory, benchmark.name)}
+        else:
+            places = read_rows(directory, benchmark.name)
+        for place, rows in places.items():
+            for path in benchmark.plot(rows, place):
                 print(path)
 
 

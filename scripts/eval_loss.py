@@ -2,6 +2,8 @@
 
 The tokens of the dataset, in order, are cut into windows of --seq-length tokens; the loss is the mean over
 all tokens. Run it before and after a conversion, or with and without S2 attention, to see the difference.
+With --position-parts it also prints the loss by position in the window: the far end is where attention that
+sees too little of the past would show.
 
 With --s2-pattern-file, once or several times, it judges patterns on a dense model as it is: a table of the
 losses, dense first.
@@ -29,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megatron_s2.errors import InputError
     from megatron_s2.generation.decoding import beyond_positions
     from megatron_s2.generation.evaluation import (
+        check_position_parts,
         compare_patterns,
         evaluate,
         load_hugging_face,
@@ -42,6 +45,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if args.s2_pattern_file and not args.hf:
             raise ValueError("--s2-pattern-file: must be given with --hf")
+        if args.position_parts is not None:
+            if args.s2_pattern_file:
+                raise ValueError("--position-parts: must not be given with --s2-pattern-file; leave one out")
+            check_position_parts(args.position_parts, args.seq_length)
         batches()  # checks the flags and the data before a model is loaded
         model = load_hugging_face(args.hf, args.dtype) if args.hf else load_megatron(args.load)
         # What this does not look at is checked window by window.
@@ -52,7 +59,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.s2_pattern_file:
             print(compare_patterns(model, args.s2_pattern_file, args.seq_length, batches))
         else:
-            print(evaluate(model.token_losses, batches()))
+            found = evaluate(model.token_losses, batches(), args.position_parts or 1)
+            if args.position_parts is not None:
+                print(found.position_table())
+            print(found)
     except ValueError as error:
         raise InputError(" ".join(str(error).split())) from error
 
@@ -80,6 +90,12 @@ def arguments() -> CommandParser:
         default=1,
         metavar="N",
         help="number of windows per batch (default: 1)",
+    )
+    add(
+        "--position-parts",
+        type=int,
+        metavar="N",
+        help="also print the loss in each of N equal parts of the windows",
     )
     add(
         "--dtype",

@@ -38,10 +38,14 @@ class Evaluation:
     Args:
         loss: mean cross entropy in nats per token.
         tokens: number of predicted tokens.
+        window: tokens of a window.
+        by_position: mean loss of each of the equal parts into which a window was cut, first to last.
     """
 
     loss: float
     tokens: int
+    window: int
+    by_position: tuple[float, ...]
 
     @property
     def perplexity(self) -> float:
@@ -49,6 +53,14 @@ class Evaluation:
 
     def __str__(self) -> str:
         return f"loss {self.loss:.6f}, perplexity {self.perplexity:.4f}, over {self.tokens} tokens"
+
+    def position_table(self) -> str:
+        """Returns a table of the loss by position in the window, counted from 1."""
+        part = self.window // len(self.by_position)
+        rows = [("tokens", "loss")]
+        for n, loss in enumerate(self.by_position):
+            rows.append((f"{n * part + 1} to {(n + 1) * part}", f"{loss:.4f}"))
+        return "\n".join(aligned(rows))
 
 
 def windows(
@@ -102,20 +114,37 @@ def windows(
     return _batches(dataset, seq_length, chosen, batch)
 
 
-def evaluate(token_losses: Callable[[Tensor], Tensor], batches: Iterator[Tensor]) -> Evaluation:
-    """Returns the mean loss over all tokens of all batches.
+def check_position_parts(parts: int, seq_length: int) -> None:
+    """Raises ValueError unless windows of `seq_length` tokens can be cut into equal parts."""
+    if parts < 1 or seq_length % parts:
+        raise ValueError(
+            f"--position-parts {parts}: must be >= 1 and divide --seq-length {seq_length}; give another"
+        )
+
+
+def evaluate(
+    token_losses: Callable[[Tensor], Tensor], batches: Iterator[Tensor], position_parts: int = 1
+) -> Evaluation:
+    """Returns the mean loss over all tokens of all batches, and by position.
 
     Args:
         token_losses: as `ScoredModel.token_losses`.
         batches: batches from `windows`.
+        position_parts: number of equal parts of a window whose losses are told apart.
+
+    Raises:
+        ValueError: the parts do not divide the windows.
     """
-    total, count = 0.0, 0
+    count, totals = 0, torch.zeros(position_parts, dtype=torch.float64)
     for tokens in batches:
         with torch.no_grad():
             losses = token_losses(tokens)
-        total += losses.double().sum().item()
+        window = losses.shape[1]
+        check_position_parts(position_parts, window)
+        totals += losses.double().sum(0).view(position_parts, -1).sum(1).cpu()
         count += losses.numel()
-    return Evaluation(total / count, count)
+    by_position = (totals / (count / position_parts)).tolist()
+    return Evaluation(totals.sum().item() / count, count, window, tuple(by_position))
 
 
 @dataclass(frozen=True)

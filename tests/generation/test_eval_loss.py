@@ -170,10 +170,15 @@ def test_the_loss_is_the_mean_over_tokens(directory, data, monkeypatch):
     (tokens,) = windows(data, LENGTH, samples=3, batch=3)
     with torch.no_grad():
         expected = reference(input_ids=tokens[:, :-1]).logits.log_softmax(-1)
-    expected = -expected.gather(-1, tokens[:, 1:, None]).mean().item()
+    losses = -expected.gather(-1, tokens[:, 1:, None])
+    expected = losses.mean().item()
     model = load_hugging_face(source)
     found = evaluate(model.token_losses, windows(data, LENGTH, samples=3))
     assert found.tokens == 3 * LENGTH and found.loss == pytest.approx(expected, rel=1e-6)
+    assert found.by_position == (found.loss,)
+    in_quarters = evaluate(model.token_losses, windows(data, LENGTH, samples=3, batch=2), position_parts=4)
+    assert in_quarters.loss == pytest.approx(expected, rel=1e-6)
+    assert in_quarters.by_position == pytest.approx([q.mean().item() for q in losses.chunk(4, 1)], rel=1e-6)
     monkeypatch.setattr(evaluation, "LOGITS_CHUNK", 50)
     in_chunks = evaluate(model.token_losses, windows(data, LENGTH, samples=3))
     assert in_chunks.loss == pytest.approx(expected, rel=1e-6)
@@ -258,8 +263,21 @@ def test_an_incomplete_model_is_refused(directory, tmp_path, data, capsys, damag
 
 
 def test_the_printed_line():
-    assert str(Evaluation(math.log(2), 10)) == "loss 0.693147, perplexity 2.0000, over 10 tokens"
-    assert "perplexity inf" in str(Evaluation(1e4, 1))
+    found = Evaluation(math.log(2), 16, 8, (0.5, 1.25))
+    assert str(found) == "loss 0.693147, perplexity 2.0000, over 16 tokens"
+    assert found.position_table() == "tokens    loss\n1 to 4  0.5000\n5 to 8  1.2500"
+    assert "perplexity inf" in str(Evaluation(1e4, 1, 1, (1e4,)))
+
+
+def test_the_command_prints_the_loss_by_position_first(directory, data, capsys):
+    source = make_model(directory / "by-position", "llama2", vocab_size=256)
+    words = ["--hf", str(source), "--data-path", str(data), "--seq-length", str(LENGTH)]
+    main([*words, "--position-parts", "2"])
+    heading, first, second, loss = capsys.readouterr().out.splitlines(keepends=True)
+    assert heading.split() == ["tokens", "loss"]
+    assert first.startswith("1 to 64") and second.startswith("65 to 128")
+    mean = (float(first.split()[-1]) + float(second.split()[-1])) / 2
+    assert loss_of(loss) == pytest.approx(mean, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -268,6 +286,14 @@ def test_the_printed_line():
         (["--hf", "/nowhere"], "--hf /nowhere: is not a directory with a config.json"),
         (["--load", "/nowhere"], "--load /nowhere: is not a directory"),
         (["--hf", "/nowhere", "--seq-length", "0"], "--seq-length 0: must be >= 1"),
+        (
+            ["--hf", "/nowhere", "--position-parts", "3"],
+            "--position-parts 3: must be >= 1 and divide --seq-length 128; give another",
+        ),
+        (
+            ["--hf", "/nowhere", "--position-parts", "2", "--s2-pattern-file", "a.json"],
+            "--position-parts: must not be given with --s2-pattern-file; leave one out",
+        ),
         (["--hf", "/nowhere", "--samples", "9"], "has 8 windows of 128 tokens, not 9"),
         (
             ["--hf", "/nowhere", "--data-path", "/no/data"],

@@ -1,0 +1,111 @@
+"""Quality of models that are trained with S2 attention, beside dense ones: lists of independent trainings.
+
+Each training goes on from its last checkpoint, and one that has a stored row, of whatever machine, is not
+repeated.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks import quality_scratch
+from benchmarks.benchmark import Benchmark, Row, WrongResultError
+from benchmarks.environment import ROOT
+from benchmarks.options import add_integers
+from benchmarks.quality_experiment import Experiment
+from benchmarks.quality_training import Launcher, TrainingError
+from benchmarks.results import newest_match
+
+EXPERIMENTS: dict[str, Experiment] = {
+    module.EXPERIMENT.name: module.EXPERIMENT for module in (quality_scratch,)
+}
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    kinds = "; ".join(f"{name}: {experiment.help}" for name, experiment in EXPERIMENTS.items())
+    add("experiment", choices=EXPERIMENTS, help=kinds)
+    add("--sizes", nargs="+", metavar="NAME", help="sizes to train (default: all)")
+    add("--variants", nargs="+", metavar="NAME", help="variants to train (default: all)")
+    add_integers(parser, "--seeds", "numbers, such as 1,2", "seeds (default: those of each size)")
+    add(
+        "--work",
+        type=Path,
+        default=ROOT / "runs" / "quality",
+        metavar="DIR",
+        help="directory of data, checkpoints and logs (default: runs/quality)",
+    )
+    add("--toy", action="store_true", help="tiny sizes that take a minute and show nothing")
+    add("--dtype", default="bfloat16", choices=["float32", "bfloat16"], help="default: %(default)s")
+    add(
+        "--python",
+        default=sys.executable,
+        metavar="FILE",
+        help="interpreter that trains, and whose packages' sources are the text (default: this one)",
+    )
+    add("--ranks", type=int, default=1, metavar="N", help="processes of a training (default: %(default)s)")
+
+
+def run(args: Namespace, stored: list[Row]) -> Iterator[Row]:
+    """Yields the row of each run that has none. One that fails is told of, and the others go on."""
+    experiment = EXPERIMENTS[args.experiment]
+    args.sizes = _chosen(args, "sizes", experiment.toy_sizes if args.toy else experiment.sizes)
+    args.variants = _chosen(args, "variants", experiment.variants)
+    if args.ranks < 1:
+        raise ValueError(f"--ranks {args.ranks}: must be >= 1")
+    if shutil.which(args.python) is None:
+        raise ValueError(f"--python {args.python}: must be an interpreter, is not an executable file")
+    launcher = Launcher(args.python, args.work.absolute(), args.device, args.ranks, args.threads)
+    failures = []
+    for one in experiment.runs(args, launcher):
+        setting = {"experiment": experiment.name, **one.setting}
+        if newest_match(stored, setting):
+            continue
+        print(f"{experiment.name}: {one.name}", file=sys.stderr, flush=True)
+        try:
+            yield setting | one.measure()
+        except TrainingError as error:
+            failures.append(f"{one.name} {error}")
+    if failures:
+        raise WrongResultError("; ".join(failures))
+
+
+def _chosen(args: Namespace, option: str, names: tuple[str, ...]) -> list[str]:
+    chosen = getattr(args, option) or list(names)
+    if unknown := [name for name in chosen if name not in names]:
+        toy = " with --toy" if args.toy and option == "sizes" else ""
+        raise ValueError(f"--{option} {unknown[0]}: must be one of {', '.join(names)}{toy}")
+    return chosen
+
+
+def _by_experiment(rows: list[Row]) -> dict[str, list[Row]]:
+    return {
+        name: some for name in EXPERIMENTS if (some := [row for row in rows if row["experiment"] == name])
+    }
+
+
+def table(rows: list[Row]) -> str:
+    return "\n\n".join(EXPERIMENTS[name].table(some) for name, some in _by_experiment(rows).items())
+
+
+def plot(rows: list[Row], directory: Path) -> list[Path]:
+    return [
+        path
+        for name, some in _by_experiment(rows).items()
+        for path in EXPERIMENTS[name].plot(some, directory)
+    ]
+
+
+BENCHMARK = Benchmark(
+    name="quality",
+    help="quality of models trained with S2 attention beside dense ones",
+    add_arguments=add_arguments,
+    run=run,
+    table=table,
+    plot=plot,
+    portable=True,
+)
