@@ -92,8 +92,8 @@ class Size:
 
 SIZES = {
     "1M": Size(6, 128, 4, steps=600, lr=3e-3, seeds=(1, 2)),
-    "4M": Size(6, 256, 8, steps=900, lr=2e-3),
-    "12M": Size(8, 384, 12, steps=1200, lr=1.5e-3),
+    "4M": Size(6, 256, 8, steps=800, lr=2e-3),
+    "12M": Size(8, 384, 12, steps=900, lr=1.5e-3),
 }
 TOY_SIZES = {
     "toy": Size(
@@ -144,7 +144,8 @@ def _measure(launcher: Launcher, size: Size, setting: Row, text: Text) -> Row:
     data += ["--data-cache-path", launcher.work / "cache", "--tokenizer-type", "HuggingFaceTokenizer"]
     data += ["--tokenizer-model", text.tokenizer]
     trained = train(launcher, directory, [*setting["flags"], *data], size.steps, max(1, size.steps // 20))
-    loss = evaluate(launcher, trained, text.held_out, size.seq_length, size.evaluated, PARTS)
+    log = directory / "log.txt"
+    loss = evaluate(launcher, trained, text.held_out, size.seq_length, size.evaluated, PARTS, log)
     settings = size.settings(setting["variant"])
     dense = size.settings(DENSE)
     pairs = settings.mean_pairs(size.seq_length) / dense.mean_pairs(size.seq_length)

@@ -77,7 +77,7 @@ class Trained:
 
     Args:
         checkpoint: directory of Megatron's `--save`.
-        command: what was run, as a row stores it.
+        command: what was run at its beginning, as a row stores it.
         losses: mean training loss of each of at most 50 equal stretches, by the last step of a stretch.
         step_seconds: median and spread, as `benchmarks.measure.summary` gives them.
         other_cpus: cores that other processes kept busy during its last part; None where that is not known.
@@ -116,23 +116,21 @@ def train(
     words += ["--save-interval", save_interval, "--save-retain-interval", save_interval * (steps + 1)]
     words += ["--tensorboard-dir", directory / "tensorboard", "--log-interval", "1"]
     words += ["--log-timers-to-tensorboard"]
-    if _last_step(checkpoint) is not None:
-        words += ["--load", checkpoint]
-    elif start is not None:
-        words += ["--load", start, "--finetune"]
-    ranks = ("--standalone", "--nproc-per-node", launcher.ranks)
-    words = [*ranks, "scripts/pretrain_gpt.py", *words]
-    other_cpus = None
-    if (_last_step(checkpoint) or 0) < steps:
+    launch = ["--standalone", "--nproc-per-node", launcher.ranks, "scripts/pretrain_gpt.py", *words]
+    going_on = ["--load", checkpoint]  # from nothing, if there is no checkpoint
+    beginning = going_on if start is None else ["--load", start, "--finetune"]
+    step, other_cpus = _last_step(checkpoint), None
+    if (step or 0) < steps:
         directory.mkdir(parents=True, exist_ok=True)
+        command = [launcher.python, "-m", "torch.distributed.run", *launch]
+        command += beginning if step is None else going_on
         with OtherLoad() as load, _only_one(directory) as lock, log.open("a") as output:
-            command = [launcher.python, "-m", "torch.distributed.run", *words]
             _run(command, launcher.environment(launcher.ranks), output, lock, log)
         other_cpus = load.cpus()
     losses, seconds = (read_scalars(directory / "tensorboard", tag) for tag in (TRAIN_LOSS, "iteration-time"))
     return Trained(
         checkpoint,
-        launcher.shown(["torchrun", *words]),
+        launcher.shown(["torchrun", *launch, *beginning]),
         _curve(losses),
         summary(np.array(list(seconds.values()))),
         other_cpus,
@@ -158,15 +156,7 @@ def evaluate(
     """
     words = ["--load", trained.checkpoint, "--data-path", data, "--seq-length", seq_length]
     words += ["--samples", samples, "--micro-batch-size", 4, "--position-parts", parts]
-    command = [launcher.python, ROOT / "scripts" / "eval_loss.py", *words]
-    with log.open("a+") as output:
-        start = output.tell()
-        _run(command, launcher.environment(1), output, None, log)
-        output.seek(start)
-        return _read_loss(output.read())
-
-
-def _read_loss(printed: str) -> dict:
+    printed = _printed(launcher, [ROOT / "scripts" / "eval_loss.py", *words], log)
     *_, total = re.finditer(r"^loss (\S+), perplexity \S+, over (\d+) tokens$", printed, re.MULTILINE)
     by_position = re.findall(r"^\d+ to \d+ +(\S+)$", printed, re.MULTILINE)
     return {
@@ -174,6 +164,15 @@ def _read_loss(printed: str) -> dict:
         "by_position": [*map(float, by_position)],
         "evaluated_tokens": int(total[2]),
     }
+
+
+def _printed(launcher: Launcher, words: Sequence[object], log: Path) -> str:
+    """Runs Python in one process; returns its output, which `log` has, too."""
+    with log.open("a+") as output:
+        start = output.tell()
+        _run([launcher.python, *words], launcher.environment(1), output, None, log)
+        output.seek(start)
+        return output.read()
 
 
 def _last_step(checkpoint: Path) -> int | None:
@@ -194,7 +193,8 @@ def _only_one(directory: Path) -> Iterator[int]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{directory}: another process trains there; wait for its end") from None
+            message = f"--work: another process trains in {directory}; wait for its end, or give another"
+            raise ValueError(message) from None
         yield lock.fileno()
 
 
