@@ -68,6 +68,9 @@ def _model(args: Namespace) -> dict[str, object]:
     values = dict(vars(args))
     if "add_bias_linear" in values:
         values["disable_bias_linear"] = not values["add_bias_linear"]
+    if values.get("group_query_attention") is False:
+        # The argument says nothing then; Megatron's count of FLOPs sets it to this during training.
+        values["num_query_groups"] = values.get("num_attention_heads")
     return values
 
 

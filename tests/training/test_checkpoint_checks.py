@@ -37,6 +37,9 @@ def test_what_differs_in_no_weight_is_accepted():
     check_weights(model(softmax_type="off-by-one"), model())
     check_weights(model(add_qkv_bias=True, dist_ckpt_strictness="log_all"), model())
     check_weights(model(), Namespace(num_layers=2))  # a converted model says little
+    # Megatron sets this argument while it trains, before it saves.
+    every_head = {"group_query_attention": False, "num_attention_heads": 4}
+    check_weights(model(**every_head, num_query_groups=1), model(**every_head, num_query_groups=4))
 
 
 def optimizer(**given) -> Namespace:
