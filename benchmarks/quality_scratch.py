@@ -98,7 +98,7 @@ SIZES = {
 TOY_SIZES = {
     "toy": Size(
         *(3, 64, 2),
-        *(4, 1e-3),
+        *(6, 1e-3),
         seq_length=128,
         batch=2,
         vocab_size=512,
@@ -143,7 +143,7 @@ def _measure(launcher: Launcher, size: Size, setting: Row, text: Text) -> Row:
     data = ["--data-path", text.train, "--split", "100,0,0", "--eval-iters", "0", "--num-workers", "1"]
     data += ["--data-cache-path", launcher.work / "cache", "--tokenizer-type", "HuggingFaceTokenizer"]
     data += ["--tokenizer-model", text.tokenizer]
-    trained = train(launcher, directory, [*setting["flags"], *data], size.steps, max(1, size.steps // 20))
+    trained = train(launcher, directory, [*setting["flags"], *data], size.steps, max(1, size.steps // 10))
     log = directory / "log.txt"
     loss = evaluate(launcher, trained, text.held_out, size.seq_length, size.evaluated, PARTS, log)
     settings = size.settings(setting["variant"])
@@ -301,7 +301,7 @@ def _draw_sizes(group: list[Row], path: Path) -> None:
             axis.minorticks_off()
             axis.set_xlabel("weights without embeddings; a point for each seed")
             axis.grid(alpha=0.3)
-            axis.legend()
+        loss.legend()
 
 
 def _draw_positions(group: list[Row], path: Path) -> None:

@@ -171,7 +171,7 @@ def test_sizes_are_what_they_are_called_and_windows_cost_as_much_as_shards(scrat
         assert s2.coverage().lost == 0
         pairs = s2.mean_pairs(size.seq_length), window.mean_pairs(size.seq_length)
         assert pairs[0] <= pairs[1] < 1.2 * pairs[0] < 0.5 * dense_pairs(size.seq_length)
-        assert window.pattern(1).vert_stride == (0,) * size.num_attention_heads
+        assert window.vert_stride == 0
         assert size.settings("s2-first-two-dense").sparse_layers == list(range(3, size.num_layers + 1))
         assert size.settings("dense").sparse_layers == []
 
@@ -238,8 +238,9 @@ def test_the_results_page_has_one_section_for_all_machines(bench, fakes, tmp_pat
 
 
 @pytest.mark.exhaustive
-def test_what_is_interrupted_goes_on_from_its_checkpoint(in_forks, tmp_path):
-    command = [sys.executable, str(RUNNER), *words(tmp_path, "--variants", "s2", "--python", "python")]
+def test_what_is_interrupted_goes_on_from_its_checkpoint(tmp_path):
+    """Not in forks, which a signal to the group would not reach."""
+    command = [sys.executable, str(RUNNER), *words(tmp_path, "--variants", "s2")]
     environment = {**os.environ, "PYTHONPATH": str(RUNNER.parents[1])}
     running = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, process_group=0)
 
