@@ -12,7 +12,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks import quality_scratch
+from benchmarks import patterns, quality_continue, quality_scratch
 from benchmarks.benchmark import Benchmark, Row, WrongResultError
 from benchmarks.environment import ROOT
 from benchmarks.options import add_integers
@@ -21,7 +21,7 @@ from benchmarks.quality_training import Launcher, TrainingError
 from benchmarks.results import newest_match
 
 EXPERIMENTS: dict[str, Experiment] = {
-    module.EXPERIMENT.name: module.EXPERIMENT for module in (quality_scratch,)
+    module.EXPERIMENT.name: module.EXPERIMENT for module in (quality_scratch, quality_continue)
 }
 
 
@@ -46,6 +46,14 @@ def add_arguments(parser: ArgumentParser) -> None:
         default=sys.executable,
         metavar="FILE",
         help="interpreter that trains, and whose packages' sources are the text (default: this one)",
+    )
+    add("--hf", type=Path, metavar="DIR", help="model of `continue`, made by scripts/get_small_model.sh DIR")
+    add(
+        "--pattern-file",
+        type=Path,
+        default=patterns.FILES / "b195-m2.json",
+        metavar="FILE",
+        help="calibrated pattern of `continue` (default: benchmarks/patterns/b195-m2.json)",
     )
     add("--ranks", type=int, default=1, metavar="N", help="processes of a training (default: %(default)s)")
 

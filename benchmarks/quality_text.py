@@ -1,6 +1,6 @@
 """Text of the quality benchmark: Python sources of installed packages, a tokenizer, two datasets.
 
-The tokenizer is trained on the files of the training dataset, which has no file in common with the other one.
+The datasets have no file in common. The tokenizer is a given one, or trained on the training files.
 """
 
 from __future__ import annotations
@@ -49,21 +49,19 @@ class Text:
     """Tokenizer and datasets on disk.
 
     Args:
-        directory: where they are; datasets by prefix.
+        directory: where the datasets are, by prefix.
+        tokenizer: directory of the tokenizer.
         packages: versions of the packages.
         train_tokens, held_out_tokens: number of tokens of the datasets.
         hash: of all tokens: rows with the same one were measured on the same text.
     """
 
     directory: Path
+    tokenizer: Path
     packages: dict[str, str]
     train_tokens: int
     held_out_tokens: int
     hash: str
-
-    @property
-    def tokenizer(self) -> Path:
-        return self.directory / "tokenizer"
 
     @property
     def train(self) -> Path:
@@ -76,19 +74,19 @@ class Text:
     def row(self) -> dict:
         """Returns what a row says about the text."""
         fields = asdict(self)
-        del fields["directory"]
+        del fields["directory"], fields["tokenizer"]
         return fields
 
 
 def make_text(
-    work: Path, python: str, packages: tuple[str, ...], held_out: int, vocab_size: int, workers: int
+    work: Path, python: str, packages: tuple[str, ...], held_out: int, tokenizer: int | Path, workers: int
 ) -> Text:
     """Returns the text, which is made if `work` does not have it.
 
     Args:
         python: interpreter that has the packages.
         held_out: n holds every n-th file out.
-        vocab_size: tokens of the tokenizer, which is trained on the training files.
+        tokenizer: directory of a tokenizer, or tokens of one that is trained on the training files.
         workers: number of processes that tokenize.
 
     Raises:
@@ -96,11 +94,18 @@ def make_text(
     """
     sources = _sources(python, packages)
     versions = {name: source["version"] for name, source in sources.items()}
-    key = hashlib.sha256(json.dumps([versions, held_out, vocab_size]).encode()).hexdigest()[:8]
+    key = hashlib.sha256(json.dumps([versions, held_out, _name_of(tokenizer)]).encode()).hexdigest()[:8]
     directory = work / f"text-{key}"
     if not (directory / _RECORD).exists():
-        _make(directory, sources, held_out, vocab_size, workers)
-    return Text(directory, versions, **json.loads((directory / _RECORD).read_text()))
+        _make(directory, sources, held_out, tokenizer, workers)
+    found = directory / "tokenizer" if isinstance(tokenizer, int) else tokenizer
+    return Text(directory, found, versions, **json.loads((directory / _RECORD).read_text()))
+
+
+def _name_of(tokenizer: int | Path) -> int | str:
+    if isinstance(tokenizer, int):
+        return tokenizer
+    return hashlib.sha256((tokenizer / "tokenizer.json").read_bytes()).hexdigest()
 
 
 def _sources(python: str, packages: tuple[str, ...]) -> dict:
@@ -110,7 +115,7 @@ def _sources(python: str, packages: tuple[str, ...]) -> dict:
     return json.loads(done.stdout)
 
 
-def _make(directory: Path, sources: dict, held_out: int, vocab_size: int, workers: int) -> None:
+def _make(directory: Path, sources: dict, held_out: int, tokenizer: int | Path, workers: int) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     paths = [Path(path) for _, source in sorted(sources.items()) for path in source["files"]]
     parts = {"train": [], "held-out": []}
@@ -121,15 +126,17 @@ def _make(directory: Path, sources: dict, held_out: int, vocab_size: int, worker
         path = directory / f"{name}.jsonl"
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
         corpora[name] = Corpus(str(path))
-    tokenizer = str(directory / "tokenizer")
-    train_tokenizer(corpora["train"], vocab_size, tokenizer, max_bytes=_TOKENIZER_BYTES, overwrite=True)
+    if isinstance(tokenizer, int):
+        trained = directory / "tokenizer"
+        train_tokenizer(corpora["train"], tokenizer, str(trained), max_bytes=_TOKENIZER_BYTES, overwrite=True)
+        tokenizer = trained
     tokens, digest = {}, hashlib.sha256()
     for name, corpus in corpora.items():
         done = preprocess_data(
             corpus,
             str(directory / name),
             "HuggingFaceTokenizer",
-            tokenizer,
+            str(tokenizer),
             append_eod=True,
             workers=workers,
             overwrite=True,

@@ -20,6 +20,7 @@ import numpy as np
 from benchmarks.benchmark import Row
 from benchmarks.environment import ROOT
 from benchmarks.measure import OtherLoad, summary
+from benchmarks.quality_text import Text
 from megatron_s2.report.losses import TRAIN_LOSS, read_scalars
 
 _CURVE_POINTS = 50
@@ -127,14 +128,58 @@ def train(
         with OtherLoad() as load, _only_one(directory) as lock, log.open("a") as output:
             _run(command, launcher.environment(launcher.ranks), output, lock, log)
         other_cpus = load.cpus()
+    return _trained(directory, checkpoint, launcher.shown(["torchrun", *launch, *beginning]), other_cpus)
+
+
+def train_by_recipe(
+    launcher: Launcher,
+    directory: Path,
+    hf: Path,
+    text: Text,
+    pattern: Sequence[str],
+    seq_length: int,
+    flags: Sequence[str],
+    steps: int,
+    save_interval: int,
+) -> Trained:
+    """Makes a pretrained model sparse and trains it, by `examples/continue-pretraining/train.sh`.
+
+    Args:
+        directory: `--out` of the recipe, of this training alone; the result is in `exported`.
+        hf: dense model.
+        text: training and held-out data in its tokens.
+        pattern: flags of the pattern.
+        flags: what the training is given besides the recipe's own flags.
+        steps, save_interval: as in `train`.
+
+    Raises:
+        TrainingError, ValueError: as `train`.
+    """
+    checkpoint, log = directory / "checkpoint", directory / "log.txt"
+    words = ["examples/continue-pretraining/train.sh", "--hf", hf, "--out", directory]
+    words += ["--data-prefix", text.train, "--eval-prefix", text.held_out, "--ranks", launcher.ranks]
+    words += ["--seq-length", seq_length, *flags, "--train-iters", steps, "--log-interval", "1"]
+    words += ["--save-interval", save_interval, "--save-retain-interval", save_interval * (steps + 1)]
+    words += ["--log-timers-to-tensorboard", "--data-cache-path", launcher.work / "cache"]
+    assigned = {"PATTERN": shlex.join(pattern), "SAMPLES": "1"}  # judged better by who calls this
+    other_cpus = None
+    if (_last_step(checkpoint) or 0) < steps or not (directory / "exported").exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        environment = launcher.environment(launcher.ranks) | assigned
+        environment["PATH"] = os.pathsep.join([str(Path(launcher.python).parent), environment["PATH"]])
+        with OtherLoad() as load, _only_one(directory) as lock, log.open("a") as output:
+            _run(["bash", *words], environment, output, lock, log)
+        other_cpus = load.cpus()
+    shown = [f"{name}={shlex.quote(value)}" for name, value in assigned.items()]
+    command = " ".join([*shown, launcher.shown(["bash", *words])])
+    for path in (hf, *(Path(word) for word in pattern if Path(word).is_absolute())):
+        command = command.replace(str(path), path.name)
+    return _trained(directory, checkpoint, command, other_cpus)
+
+
+def _trained(directory: Path, checkpoint: Path, command: str, other_cpus: float | None) -> Trained:
     losses, seconds = (read_scalars(directory / "tensorboard", tag) for tag in (TRAIN_LOSS, "iteration-time"))
-    return Trained(
-        checkpoint,
-        launcher.shown(["torchrun", *launch, *beginning]),
-        _curve(losses),
-        summary(np.array(list(seconds.values()))),
-        other_cpus,
-    )
+    return Trained(checkpoint, command, _curve(losses), summary(np.array(list(seconds.values()))), other_cpus)
 
 
 def evaluate(

@@ -3,7 +3,7 @@
 # Run it again and it goes on from its last checkpoint.
 #
 #   bash examples/continue-pretraining/train.sh --hf DIR --data-prefix P [--eval-prefix P] [--out DIR]
-#        [--ranks N] [--seq-length N] [--prompt TEXT] [Megatron or --s2-… flags]
+#        [--ranks N] [--seq-length N] [--keep-activations] [--prompt TEXT] [Megatron or --s2-… flags]
 #
 # --hf DIR          model and tokenizer: Llama, Mistral, Qwen2 or Qwen3, in safetensors
 # --data-prefix P   dataset written by scripts/preprocess_data.py with that tokenizer, without .bin
@@ -11,6 +11,7 @@
 # --out DIR         everything that is made (default runs/continue-pretraining); the result in DIR/exported
 # --ranks N         processes, one per GPU (default 1)
 # --seq-length N    tokens per sequence (default 32768)
+# --keep-activations  do not compute layers again in backward: faster, where memory is enough
 # --prompt TEXT     what the result continues (default: The)
 #
 # Relative paths count from the repository. Every other argument goes to the training and counts more than the
@@ -22,6 +23,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 python -P -c 'import megatron_s2' 2>/dev/null || export PATH="$PWD/.venv/bin:$PATH"
 
 HF='' PREFIX='' EVAL='' OUT=runs/continue-pretraining RANKS=1 LENGTH=32768 PROMPT=The MORE=()
+RECOMPUTE=(--recompute-granularity full --recompute-method uniform --recompute-num-layers 1)
 while (($#)); do
     case $1 in
         --hf) HF=${2:?--hf: needs a value} && shift ;;
@@ -30,6 +32,7 @@ while (($#)); do
         --out) OUT=${2:?--out: needs a value} && shift ;;
         --ranks) RANKS=${2:?--ranks: needs a value} && shift ;;
         --seq-length) LENGTH=${2:?--seq-length: needs a value} && shift ;;
+        --keep-activations) RECOMPUTE=() ;;
         --prompt) PROMPT=${2:?--prompt: needs a value} && shift ;;
         *) MORE+=("$1") ;;
     esac
@@ -45,7 +48,6 @@ TRAINING=(
     --lr 2e-5 --min-lr 2e-6 --lr-decay-style cosine --lr-warmup-iters 50
     --weight-decay 0.1 --clip-grad 1.0 --adam-beta1 0.9 --adam-beta2 0.95
     --use-distributed-optimizer --s2-anneal-steps 500
-    --recompute-granularity full --recompute-method uniform --recompute-num-layers 1
 )
 DATA=(--data-path "$PREFIX" --split 100,0,0 --eval-iters 0)
 LOGGING=(--log-interval 10 --log-throughput --tensorboard-dir "$OUT/tensorboard")
@@ -79,7 +81,7 @@ fi
 say "Training: ${FROM[*]}"
 read -ra MODEL -d '' <"$START/resume.args" || true
 torchrun --standalone --nproc-per-node "$RANKS" scripts/pretrain_gpt.py \
-    "${MODEL[@]}" "${TRAINING[@]}" "${DATA[@]}" "${LOGGING[@]}" \
+    "${MODEL[@]}" "${TRAINING[@]}" "${RECOMPUTE[@]}" "${DATA[@]}" "${LOGGING[@]}" \
     "${FROM[@]}" --save "$TRAINED" --save-interval 500 --ckpt-format torch_dist "${MORE[@]}"
 
 # Refuses what is still being annealed.
