@@ -78,7 +78,8 @@ class Fakes:
         self.ran, self.failing, self.text_hash = [], "none", "a"
 
         def make_text(work, python, packages, held_out, tokenizer, workers):
-            return Text(work / "text", {"torch": "2"}, 1000, 100, self.text_hash)
+            directory = work / "text"
+            return Text(directory, directory / "tokenizer", {"torch": "2"}, 1000, 100, self.text_hash)
 
         def train(launcher, directory, flags, steps, save_interval):
             self.ran.append(directory.name)
