@@ -5,11 +5,13 @@
    Sundararajan, Taly & Yan 2017). So an effect is taken while the other heads are sparse, too, and what
    heads do together counts.
 2. *Starts*: uniform plans within the budget are measured.
-3. *Moves*: `choose` finds the best plan by these effects within the budget, exactly, and it is measured. Then
-   plans like it are sampled: the best ones by effects that are off by random factors, another one for each
-   text and needle. The effects there, averaged with those so far, are of plans within the budget instead
-   of mixtures, and of many instead of one. They propose the next plan. The best one that was measured is
-   kept.
+3. *Proposals*: `choose` finds the best plan by effects within the budget, exactly. Those along the whole path
+   propose one, and so do those along its denser parts alone: where heads recall a needle together, the
+   effect of each shows only while the others still do. All are measured.
+4. *Moves*: plans like the best proposal are sampled, by effects that are off by random factors, another one
+   for each text and needle. The effects there, averaged with those so far, are of plans within the budget
+   instead of mixtures, and of many instead of one. They propose the next plan. The best one that was
+   measured is kept.
 
 Everything is in a `State`, which is saved after each step.
 """
@@ -36,7 +38,7 @@ _PATH = ((0.03, 0.06), (0.13, 0.14), (0.325, 0.25), (0.725, 0.55))
 # Strides of uniform plans that are measured, besides window-only: the largest ones.
 _STRIDES = 2
 # Standard deviation of the logarithm of the factors on the effects of a head, and on those of a candidate.
-_HEAD_NOISE, _CANDIDATE_NOISE = 0.6, 0.3
+_HEAD_NOISE, _CANDIDATE_NOISE = 0.4, 0.2
 # Smallest weight of the latest effects in the average.
 _LATEST = 0.25
 
@@ -48,20 +50,20 @@ class State:
     Args:
         setting: what the search was started with; a file is continued only by the same.
         dense: value of the dense model.
-        points: points of the path that are done.
-        effects: averaged effects, `[layers][heads][candidates]`.
-        context: the first plan that effects proposed, which the keys and values before the rows are of.
+        path: weighted effects at the points of the path that are done, each `[layers][heads][candidates]`.
         starts: uniform plans that were measured, with their values.
+        proposals: values of the plans that the last n points of the path propose, n counted down.
+        effects: those that proposed the best of these, later averaged.
         best, value: the best plan measured, and its value.
-        moves: proposals measured.
+        moves: later proposals measured.
     """
 
     setting: dict
     dense: dict | None = None
-    points: int = 0
-    effects: list | None = None
-    context: list | None = None
+    path: list = field(default_factory=list)
     starts: list = field(default_factory=list)
+    proposals: list = field(default_factory=list)
+    effects: list | None = None
     best: list | None = None
     value: dict | None = None
     moves: int = 0
@@ -147,17 +149,24 @@ class Search:
             ValueError: the budget is below the cheapest plan.
         """
         state, starts = self.state, self._starts()
-        if state.context is None:
+        if len(state.path) < len(_PATH):
             self.objective.refresh(None)
             if state.dense is None:
                 state.dense = asdict(self._measured("dense", self._dense))
-            while state.points < len(_PATH):
+            while len(state.path) < len(_PATH):
                 self._go(starts[0])
-            state.context = _entries(self._choose(torch.tensor(state.effects)))
-        self.objective.refresh(self.candidates.settings(_plan(state.context)))
+        path = torch.tensor(state.path)
+        self.objective.refresh(self.candidates.settings(self._choose(path.sum(0))))
         for plan in starts[len(state.starts) :]:
             value = self._keep_better("uniform", plan)
             state.starts.append([_entries(plan), asdict(value)])
+            state.save(self.resume)
+        for first in range(len(state.proposals), len(_PATH)):
+            effects = path[first:].sum(0)
+            value = self._keep_better("proposal", self._choose(effects))
+            if value.total <= min(state.proposals, default=value.total):
+                state.effects = effects.tolist()
+            state.proposals.append(value.total)
             state.save(self.resume)
         while state.moves < moves:
             self._move()
@@ -196,27 +205,22 @@ class Search:
     def _go(self, sparse: Plan) -> None:
         """Takes the gradient at the next point of the path from a plan to the dense model."""
         state = self.state
-        share, weight = _PATH[state.points]
+        share, weight = _PATH[len(state.path)]
         ends = self.objective.corner(sparse), self.objective.corner(self._dense)
         value, effects = self.objective.effects(torch.lerp(*ends, share))
         self.log(f"{share:.0%} dense: {value}")
-        effects = weight * effects
-        if state.effects is not None:
-            effects += torch.tensor(state.effects)
-        state.effects = effects.tolist()
-        state.points += 1
+        state.path.append((weight * effects).tolist())
         state.save(self.resume)
 
     def _move(self) -> None:
-        """Measures the best plan by the effects; but for the first time, after effects of plans like it."""
+        """Averages effects with those of plans like the best one by them, and measures the new best one."""
         state, effects = self.state, torch.tensor(self.state.effects)
-        if state.moves:
-            random = np.random.default_rng([self.seed, state.moves])
-            value, there = self.objective.effects(lambda: self._sample(effects, random))
-            self.log(f"plans like it: {value}")
-            effects.lerp_(there, max(_LATEST, 1 / (state.moves + 1)))
-            state.effects = effects.tolist()
+        random = np.random.default_rng([self.seed, state.moves])
+        value, there = self.objective.effects(lambda: self._sample(effects, random))
+        self.log(f"plans like it: {value}")
+        effects.lerp_(there, max(_LATEST, 1 / (state.moves + 2)))
         self._keep_better(f"move {state.moves + 1}", self._choose(effects))
+        state.effects = effects.tolist()
         state.moves += 1
         state.save(self.resume)
 

@@ -47,8 +47,8 @@ def test_a_search_keeps_the_budget_and_the_best_plan(objective, candidates):
     assert found.dense.total == found.dense.text + 0.5 * found.dense.needles
     assert found.effects.shape == (2, 2, len(candidates.all))
     assert cost_of(candidates.settings(found.plan), TOKENS, "kv") <= BUDGET
-    measured = [line for line in lines if line.startswith(("uniform", "move"))]
-    assert len(measured) == len(found.starts) + 5
+    measured = [line for line in lines if line.startswith(("uniform", "proposal", "move"))]
+    assert len(measured) == len(found.starts) + len(_PATH) + 5
     lowest = min(float(line.rpartition(" ")[2]) for line in measured)
     # Both with the keys and values that belong to it, which differ.
     assert found.value.total == pytest.approx(lowest, rel=0.1)
@@ -59,10 +59,10 @@ def test_effects_along_the_path_add_up_to_what_lies_between_its_ends(objective, 
     found = search(objective, candidates)
     start, dense = found._starts()[0], (Choice(1, 0, (1, 1)),) * 2
     objective.refresh(None)
-    while found.state.points < len(_PATH):
+    while len(found.state.path) < len(_PATH):
         found._go(start)
     step = objective.corner(dense) - objective.corner(start)
-    total = float((torch.tensor(found.state.effects) * step).sum())
+    total = float((torch.tensor(found.state.path).sum(0) * step).sum())
     between = objective.value(dense).total - objective.value(start).total
     assert total == pytest.approx(between, rel=0.2)
 
@@ -70,7 +70,7 @@ def test_effects_along_the_path_add_up_to_what_lies_between_its_ends(objective, 
 def test_an_interrupted_search_ends_where_another_does(objective, candidates, tmp_path):
     whole = search(objective, candidates).run(moves=3).plan
     path = tmp_path / "state.json"
-    for last in ("32% dense", "uniform", "move 2", "plans like it"):
+    for last in ("32% dense", "uniform", "proposal", "move 2", "plans like it"):
 
         def stop(line, last=last):
             if line.startswith(last):
@@ -78,7 +78,7 @@ def test_an_interrupted_search_ends_where_another_does(objective, candidates, tm
 
         with pytest.raises(KeyboardInterrupt):
             search(objective, candidates, path, log=stop).run(moves=3)
-    assert json.loads(path.read_text())["points"] == len(_PATH)
+    assert len(json.loads(path.read_text())["path"]) == len(_PATH)
     assert search(objective, candidates, path).run(moves=3).plan == whole
 
 
