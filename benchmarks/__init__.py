@@ -11,6 +11,7 @@ context_parallel     bytes and time of S2 attention on local_ranks, ranks of thi
 offload              optimizer offload in training, of offload_cases; offload_timeline, one step of it;
                      offload_schedules, other schedules simulated beside ours
 decode               attention of a decoded token over the small cache and over everything
+prefixes             prompts with a common prefix, prefilled once and each by itself
 patterns             what patterns cost a pretrained model: loss, needles found
 quickstart           the quickstart's time and losses
 training_process     a Megatron training in a process of its own

@@ -4,6 +4,8 @@
     model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="s2")
     model.generate(**inputs, cache=megatron_s2.hf.S2Cache(model.config))
 
+Prompts that begin alike share what `S2Cache.fork` returns for their common beginning.
+
 The pattern is read from `s2_attention` in the model's config.json, an object with fields of `S2Settings`.
 With `"attn_implementation": "s2"` in config.json, transformers refuses to load the model unless this module
 has been imported, instead of running it dense. transformers drops that entry whenever it writes a
@@ -22,6 +24,8 @@ everything.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, wraps
 from inspect import signature
@@ -38,6 +42,7 @@ from megatron_s2.kernels.numerics import autocast_dtype
 from megatron_s2.kv_cache.cache import KVCache
 from megatron_s2.kv_cache.cached_attention import cached_attention
 from megatron_s2.kv_cache.decode_step import plan_step
+from megatron_s2.parallel.collectives import ContextParallelGroup
 from megatron_s2.pattern import S2Pattern, S2Settings
 from megatron_s2.pattern.settings import PATTERN_FIELDS, pattern_fields
 
@@ -358,16 +363,23 @@ class S2CacheLayer(CacheLayerMixin):
     Args:
         pattern: the blocks that each KV head sees.
         max_tokens: largest number of tokens of a row; None where it is not known.
+        context: ranks over which the cache is spread (`KVCache`); None for one rank.
 
     Attributes:
         padding: padding of the next pass where `attention_mask` is not given; None where there is none.
         layers: all layers of the same cache, whose decoding steps are planned at once.
     """
 
-    def __init__(self, pattern: S2Pattern, max_tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        pattern: S2Pattern,
+        max_tokens: int | None = None,
+        context: ContextParallelGroup | None = None,
+    ) -> None:
         super().__init__()
         self.pattern = pattern
         self.max_tokens = max_tokens
+        self.context = context
         self.cache: KVCache | None = None
         self.columns = 0
         self.padding: PaddingMask | None = None
@@ -377,7 +389,9 @@ class S2CacheLayer(CacheLayerMixin):
         batch, kv_heads, _, head_dim = key_states.shape
         dtype = autocast_dtype(key_states) or key_states.dtype
         device = key_states.device
-        self.cache = KVCache(self.pattern, batch, head_dim, dtype, device, self.max_tokens, kv_heads)
+        self.cache = KVCache(
+            self.pattern, batch, head_dim, dtype, device, self.max_tokens, kv_heads, self.context
+        )
         self.is_initialized = True
 
     def plan(self, rows: list[int]) -> None:
@@ -429,7 +443,15 @@ class S2CacheLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.cache is not None:
-            self.cache.select([row for row in range(self.cache.batch) for _ in range(repeats)])
+            self.cache = self.cache.fork([row for row in range(self.cache.batch) for _ in range(repeats)])
+
+    def fork(self, rows: Sequence[int | None]) -> S2CacheLayer:
+        """Returns a layer of another cache, whose sequences are these (`KVCache.fork`)."""
+        forked = copy(self)
+        forked.padding = None
+        if self.cache is not None:
+            forked.cache = self.cache.fork(rows)
+        return forked
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.cache is not None:
@@ -443,12 +465,19 @@ class S2Cache(Cache):
         config: the model's configuration.
         max_tokens: largest number of tokens of a row, including the prompt; memory is then allocated once and
             exactly. None where it is not known.
+        context: ranks over which the keys and values of every head are spread, each of which runs the model
+            on the same tokens; None to keep all of them here.
 
     Raises:
         ValueError: the model does not run with `attn_implementation="s2"`, or has no S2 settings.
     """
 
-    def __init__(self, config: PreTrainedConfig, max_tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        max_tokens: int | None = None,
+        context: ContextParallelGroup | None = None,
+    ) -> None:
         config = config.get_text_config(decoder=True)
         if config._attn_implementation != NAME:
             raise ValueError(
@@ -457,10 +486,28 @@ class S2Cache(Cache):
         settings = settings_of(config)
         layer_numbers = range(1, settings.num_layers + 1)
         super().__init__(
-            layers=[S2CacheLayer(_pattern(settings, number), max_tokens) for number in layer_numbers]
+            layers=[S2CacheLayer(_pattern(settings, number), max_tokens, context) for number in layer_numbers]
         )
+        self._connect()
+
+    def _connect(self) -> None:
         for layer in self.layers:
             layer.layers = self.layers
+
+    def fork(self, rows: Sequence[int | None]) -> S2Cache:
+        """Returns a cache of these sequences, in this order, which share what they have in common.
+
+        A row may occur several times, such as the common beginning of several prompts; its shard is then
+        stored once, and only the window is copied. None is a sequence without tokens. This cache can be used
+        on, and neither changes the other. Padding of the next pass is forgotten.
+
+        Args:
+            rows: indices of sequences of this cache.
+        """
+        forked = copy(self)
+        forked.layers = [layer.fork(rows) for layer in self.layers]
+        forked._connect()
+        return forked
 
     def set_padding(self, padding: PaddingMask | None) -> None:
         """Sets the padding of the next pass for a caller that knows it and gives no `attention_mask`."""

@@ -7,14 +7,11 @@
 from __future__ import annotations
 
 import atexit
-import json
 import os
-import signal
 import sys
 import time
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -34,8 +31,7 @@ from megatron_s2.training.patches import (
     hide_transformer_engine,
     quiet_known_warnings,
 )
-
-_RANK_0_MESSAGE_SECONDS = 10.0
+from megatron_s2.training.refusal import refuse, report_to_launcher
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -60,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _leave(130)
     except PeerLostError as error:
         print(f"error: {error} (on rank {rank()})", file=sys.stderr)
-        _report_to_launcher(str(error))
+        report_to_launcher(str(error))
         _leave(1)
     except SystemExit as ended:
         if torch.distributed.is_initialized() and isinstance(ended.code, int):
@@ -68,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise
     except Exception as error:
         sys.excepthook(type(error), error, error.__traceback__)
-        _report_to_launcher("".join(traceback.format_exception(error)))
+        report_to_launcher("".join(traceback.format_exception(error)))
         _leave(1)
 
 
@@ -97,7 +93,7 @@ def train(argv: Sequence[str]) -> None:
     try:
         argv, added = runnable_arguments(argv, environment)
     except ValueError as error:
-        _refuse(str(error))
+        refuse(str(error))
     if rank() == 0 and (line := describe(environment, added)):
         print(line, flush=True)
 
@@ -112,11 +108,11 @@ def train(argv: Sequence[str]) -> None:
     try:
         args, container = configure(argv)
     except OneRankError as error:
-        _refuse(str(error), only_here=True)
+        refuse(str(error), only_here=True)
     except ValueError as error:
-        _refuse(str(error))
+        refuse(str(error))
     except AssertionError as error:
-        _refuse(failed_assertion(error))
+        refuse(failed_assertion(error))
 
     from megatron.core.enums import ModelType
     from megatron.training import get_tensorboard_writer, pretrain
@@ -137,10 +133,10 @@ def train(argv: Sequence[str]) -> None:
         )
     except (EmptySplitError, OffloadError) as error:
         _end(offload)
-        _refuse(str(error))
+        refuse(str(error))
     except TokenIdError as error:
         _end(offload)
-        _refuse(str(error), only_here=True)
+        refuse(str(error), only_here=True)
     except SystemExit:  # Megatron's, between two steps
         _end(offload)
         raise
@@ -153,38 +149,6 @@ def train(argv: Sequence[str]) -> None:
 def _end(offload: OffloadManager | None) -> None:
     if offload is not None:
         offload.close()
-
-
-def _refuse(message: str, only_here: bool = False) -> NoReturn:
-    """Ends this rank with status 2; rank 0, or with `only_here` this rank, prints the message, in one line.
-
-    A launcher kills all ranks when one has ended, so other ranks first wait for rank 0. If it does not end,
-    the input is bad only on this node (for example a missing path), and one rank of the node prints it.
-    """
-    line = f"error: {' '.join(message.split())}"
-    if rank() == 0:
-        print(line, file=sys.stderr, flush=True)
-        _report_to_launcher(message)
-    elif only_here:
-        print(f"{line} (on rank {rank()})", file=sys.stderr, flush=True)
-        _report_to_launcher(message)
-    else:
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(2))
-        time.sleep(_RANK_0_MESSAGE_SECONDS)
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{line} (on rank {rank()})", file=sys.stderr, flush=True)
-            _report_to_launcher(message)
-    sys.exit(2)
-
-
-def _report_to_launcher(message: str) -> None:
-    """Gives torchrun the message for its summary, in place of the advice to enable tracebacks.
-
-    The file and its fields are those of `torch.distributed.elastic.multiprocessing.errors`.
-    """
-    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        details = {"py_callstack": message, "timestamp": str(int(time.time()))}
-        Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": details}}))
 
 
 def _leave(status: int) -> NoReturn:

@@ -3,9 +3,13 @@
 A single prompt is continued on the terminal token by token. Several prompts form a batch; their
 continuations are printed when all have ended, labelled `[1]`, `[2]` and so on. Text is written to stdout;
 times and the size of the cache to stderr.
+
+On several ranks, `torchrun --nproc-per-node 4 scripts/generate.py --tensor-model-parallel-size 2
+--context-parallel-size 2 …` spreads the model over two, and the keys and values of the context over two.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,10 +29,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         hide_transformer_engine()
     from megatron_s2.errors import InputError
     from megatron_s2.generation.generate_text import generate_text
+    from megatron_s2.training.refusal import refuse
 
     try:
         generate_text(args)
     except ValueError as error:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            refuse(str(error))
         raise InputError(" ".join(str(error).split())) from error
 
 
@@ -93,6 +100,21 @@ def arguments() -> CommandParser:
         "--s2-pattern-file",
         metavar="FILE",
         help="pattern file (docs/pattern-files.md) by which a model that was trained dense attends",
+    )
+    add(
+        "--tensor-model-parallel-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="ranks over which heads and matrices are spread, as in training (default: %(default)s)",
+    )
+    add(
+        "--context-parallel-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="ranks over which the keys and values of every head are spread, for a context that one does not "
+        "hold (default: %(default)s)",
     )
     add("--tokenizer-model", metavar="DIR", help="tokenizer to use instead of the model's")
     add("--token-ids", action="store_true", help="use no tokenizer; prompts and output are token ids")

@@ -24,7 +24,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -251,13 +251,25 @@ def call_in_fork(module: str, function: str, *arguments) -> Called:
     with tempfile.TemporaryDirectory() as directory:
         call = Path(directory) / "call.pickle"
         call.write_bytes(pickle.dumps((sys.path, module, function, arguments)))
-        _in_fork("megatron_run", "_call", call)
-        out, err = (call.with_name(name).read_text() for name in ("out.txt", "err.txt"))
-        if not call.with_name("returned.pickle").exists():
-            raise RuntimeError(
-                f"{module}.{function} did not end well:\n{_last_lines(out)}\n{_last_lines(err)}"
-            )
-        return Called(pickle.loads(call.with_name("returned.pickle").read_bytes()), out, err)
+        _in_fork("megatron_run", "_call", call, call.parent)
+        return _ended(call.parent, f"{module}.{function}")
+
+
+def _ended(folder: Path, name: str) -> Called:
+    out, err = ((folder / name).read_text() for name in ("out.txt", "err.txt"))
+    returned = folder / "returned.pickle"
+    if not returned.exists():
+        raise RuntimeError(f"{name} did not end well:\n{_last_lines(out)}\n{_last_lines(err)}")
+    return Called(pickle.loads(returned.read_bytes()), out, err)
+
+
+def call_on_ranks(ranks: int, module: str, function: str, *arguments) -> list[Called]:
+    """`call_in_fork` in a process of each rank, as a launcher starts them; the ends of all, by rank."""
+    with tempfile.TemporaryDirectory() as directory:
+        call = Path(directory) / "call.pickle"
+        call.write_bytes(pickle.dumps((sys.path, module, function, arguments)))
+        _in_fork("megatron_run", "_call_group", call, ranks)
+        return [_ended(call.parent / str(rank), f"{module}.{function}") for rank in range(ranks)]
 
 
 def _train(
@@ -424,23 +436,34 @@ def _end_together(group: list[multiprocessing.Process]) -> None:
 def _run_group(job_file: Path, ranks: int) -> None:
     """All ranks of `train_all`; ends as the first of them."""
     if ranks == 1:
-        return _run_jobs(job_file, 0, 1, 0)
+        return _run_jobs(0, job_file)
+    sys.exit(_fork_ranks(ranks, _run_jobs, job_file))
+
+
+def _fork_ranks(ranks: int, function: Callable, *arguments) -> int:
+    """Calls `function(rank, *arguments)` in a process of each rank; the exit status of the first."""
     fork, port = multiprocessing.get_context("fork"), _free_port()
-    group = [fork.Process(target=_run_jobs, args=(job_file, rank, ranks, port)) for rank in range(ranks)]
+    group = [
+        fork.Process(target=_as_rank, args=(rank, ranks, port, function, *arguments)) for rank in range(ranks)
+    ]
     for process in group:
         process.start()
     _end_together(group)
-    sys.exit(group[0].exitcode)
+    return group[0].exitcode
 
 
-def _run_jobs(job_file: Path, rank: int, ranks: int, port: int) -> None:
+def _as_rank(rank: int, ranks: int, port: int, function: Callable, *arguments) -> None:
+    """Calls a function in the environment that torchrun would set."""
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    addresses = {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in (places | addresses).items()}
+    function(rank, *arguments)
+
+
+def _run_jobs(rank: int, job_file: Path) -> None:
     """One rank of `train_all`: the jobs one after another, each with its output in a file of its own."""
     from megatron_s2.pretrain import train
 
-    if ranks > 1:  # what torchrun would set
-        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-        addresses = {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
-        os.environ |= {name: str(value) for name, value in (places | addresses).items()}
     logging.root.setLevel(logging.INFO)
     work = json.loads(job_file.read_text())
     if work["before"]:
@@ -471,18 +494,29 @@ def _require_no_threads() -> None:
         raise RuntimeError(f"threads left by the training: {left}")
 
 
-def _call(call: Path, *_) -> None:
-    """The process of `call_in_fork`."""
+def _call_group(call: Path, ranks: int) -> None:
+    """All ranks of `call_on_ranks`."""
+    sys.exit(_fork_ranks(ranks, _call_as_rank, call))
+
+
+def _call_as_rank(rank: int, call: Path) -> None:
+    folder = call.parent / str(rank)
+    folder.mkdir()
+    _call(call, folder)
+
+
+def _call(call: Path, folder: Path) -> None:
+    """The process of `call_in_fork`, or of a rank of `call_on_ranks`; what is left of it lies in `folder`."""
     import torch
 
     for name, descriptor in {"out.txt": 1, "err.txt": 2}.items():
-        with call.with_name(name).open("w") as output:
+        with (folder / name).open("w") as output:
             os.dup2(output.fileno(), descriptor)
     torch.set_num_threads(1)
     sys.path[:], module, function, arguments = pickle.loads(call.read_bytes())
     returned = getattr(import_module(module), function)(*arguments)
     sys.stdout.flush()
-    call.with_name("returned.pickle").write_bytes(pickle.dumps(returned))
+    (folder / "returned.pickle").write_bytes(pickle.dumps(returned))
 
 
 def _forget_run() -> None:

@@ -130,6 +130,22 @@ def test_beams_share_and_reorder_the_cache(llama):
     )
 
 
+def test_prompts_share_a_forked_prefix(llama):
+    """Tails of unequal length are padded behind it."""
+    [prefix], tails = prompts(150), prompts(9, 1, 30)
+    cache, batch = S2Cache(llama.config), Batch.of(tails, "left")
+    with torch.no_grad():
+        llama(torch.tensor([prefix]), use_cache=True, **{CACHE_ARGUMENT: cache})
+    forked = cache.fork([0, 0, 0])
+    assert all(len(layer.shared) == 1 for layer in forked.caches)
+    ids = torch.cat([torch.tensor([prefix] * 3), batch.input_ids], 1)
+    mask = torch.cat([torch.ones(3, len(prefix), dtype=torch.long), batch.attention_mask], 1)
+    for made in (forked, cache.fork([0, 0, 0])):
+        given = {"input_ids": ids, "attention_mask": mask, CACHE_ARGUMENT: made}
+        got = llama.generate(**given, max_new_tokens=20, do_sample=False)
+        assert got[:, ids.shape[1] :].tolist() == [greedy(llama, prefix + tail, 20) for tail in tails]
+
+
 def test_max_tokens_bounds_the_allocation(llama):
     batch, cache = Batch.of(prompts(40), "left"), S2Cache(llama.config, max_tokens=59)
     llama.generate(**vars(batch), max_new_tokens=20, do_sample=False, **{CACHE_ARGUMENT: cache})

@@ -17,6 +17,7 @@ from megatron_s2.hf import CACHE_ARGUMENT, NAME, PaddingMask, S2Cache, set_patte
 from megatron_s2.kernels.host_integers import copy_to_device
 from megatron_s2.kv_cache.cache import KVCache
 from megatron_s2.kv_cache.decode_step import plan_step
+from megatron_s2.parallel.collectives import ContextParallelGroup
 from megatron_s2.pattern import S2Settings
 from megatron_s2.pattern.pattern_file import read_pattern_file
 
@@ -103,20 +104,35 @@ class HuggingFaceDecoder:
         model: model with `attn_implementation="s2"`; set to evaluation mode.
         batch: number of sequences.
         max_tokens: largest number of tokens of a sequence.
+        context: as in `S2Cache`.
 
     Raises:
         ValueError: the model has another attention, or no S2 settings.
     """
 
-    def __init__(self, model: PreTrainedModel, batch: int, max_tokens: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batch: int,
+        max_tokens: int,
+        context: ContextParallelGroup | None = None,
+    ) -> None:
         self._model = model.eval()
-        self._cache = S2Cache(model.config, max_tokens)
+        self._cache = S2Cache(model.config, max_tokens, context)
         self._lengths = [0] * batch
         self._real = torch.zeros(batch, 0, dtype=torch.bool, device=model.device)
 
     @property
     def caches(self) -> list[KVCache]:
         return self._cache.caches
+
+    def fork(self, rows: Sequence[int | None]) -> None:
+        """See `Decoder.fork`."""
+        self._cache = self._cache.fork(rows)
+        self._lengths = [0 if row is None else self._lengths[row] for row in rows]
+        # Padding within the cache has no effect: all columns so far become those of the real tokens.
+        columns = torch.arange(max(self._lengths), device=self._real.device)
+        self._real = columns < torch.tensor(self._lengths, device=self._real.device)[:, None]
 
     @torch.no_grad()
     def feed(self, rows: Sequence[Sequence[int]]) -> Tensor:

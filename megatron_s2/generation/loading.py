@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
 from argparse import Namespace
@@ -21,10 +20,13 @@ from megatron_s2.checkpoint.megatron_args import flags_from_args
 from megatron_s2.checkpoint.torch_dist import CheckpointReader
 from megatron_s2.data.tokenizer import has_tokenizer
 from megatron_s2.errors import InputError
+from megatron_s2.generation.ranks import RankLayout, leave_ranks_at_exit
 from megatron_s2.generation.text_codec import TextCodec, megatron_codec, stop_tokens
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
+
+    from megatron_s2.parallel.collectives import ContextParallelGroup
 
 # Arguments that describe a model or its tokenizer and that --use-checkpoint-args does not restore.
 _NOT_RESTORED = (
@@ -56,7 +58,7 @@ _LOAD_FLAGS = [
     "--no-use-tokenizer-model-from-checkpoint-args",  # the tokenizer may have been moved
     # Megatron's parser requires the flags of a training.
     *("--skip-train", "--train-iters", "1", "--eval-iters", "0", "--lr", "1", "--mock-data"),
-    *("--micro-batch-size", "1", "--global-batch-size", "1", "--num-workers", "0", "--no-rope-fusion"),
+    *("--micro-batch-size", "1", "--num-workers", "0", "--no-rope-fusion"),
 ]
 
 
@@ -69,6 +71,7 @@ class LoadedGPT:
         padded_vocab_size: number of rows of the embedding.
         positions: `--max-position-embeddings`.
         note: a message for the user if the attention is still being annealed; None otherwise.
+        context: ranks over which caches are to be spread; None for caches on one rank.
     """
 
     model: GPTModel
@@ -77,6 +80,7 @@ class LoadedGPT:
     padded_vocab_size: int
     positions: int
     note: str | None
+    context: ContextParallelGroup | None
 
 
 def load_gpt(
@@ -86,8 +90,9 @@ def load_gpt(
     needs_cache: bool = True,
     needs_tokenizer: bool = True,
     pattern_file: str | None = None,
+    layout: RankLayout | None = None,
 ) -> LoadedGPT:
-    """Loads a `torch_dist` checkpoint as one rank onto the GPU, or the CPU where there is none.
+    """Loads a `torch_dist` checkpoint onto the GPU of each rank, or the CPU where there is none.
 
     Megatron's own loader reads it, which trusts the file, as `--load` of a training does. Megatron's global
     state and a process group stay until the process ends, so that a process can load only one checkpoint.
@@ -98,6 +103,7 @@ def load_gpt(
         needs_cache: whether to refuse a model without S2 attention, which has no small cache.
         needs_tokenizer: False to encode and decode token ids only.
         pattern_file: pattern file by which a model that was trained dense attends.
+        layout: the ranks that load it; None for one.
 
     Raises:
         ValueError: the directory has no checkpoint, or one whose model cannot be built; or the pattern file
@@ -126,10 +132,11 @@ def load_gpt(
     hf_files = Path(path) if path is not None and Path(path).is_dir() else directory / HF_FILES
     stop = stop_tokens(hf_files)
     with _without_output():
-        argv = _command_line(directory, saved, dtype, *tokenizer)
+        layout = layout or RankLayout()
+        argv = _command_line(directory, saved, dtype, *tokenizer, layout)
         if pattern_file is not None:
             argv += ["--s2-attention", "--s2-pattern-file", str(pattern_file), "--finetune"]
-        return _build(argv, stop)
+        return _build(argv, stop, layout)
 
 
 @contextmanager
@@ -160,7 +167,12 @@ def _choose_tokenizer(
 
 
 def _command_line(
-    directory: Path, saved: Namespace, dtype: torch.dtype, tokenizer_type: str, tokenizer_model: str | None
+    directory: Path,
+    saved: Namespace,
+    dtype: torch.dtype,
+    tokenizer_type: str,
+    tokenizer_model: str | None,
+    layout: RankLayout,
 ) -> list[str]:
     """Returns the flags that load a checkpoint, given the arguments and the dtype stored in it."""
     args = {name: getattr(saved, name, None) for name in _NOT_RESTORED}
@@ -173,14 +185,20 @@ def _command_line(
         "tokenizer_model": tokenizer_model,
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
+        "tensor_model_parallel_size": layout.tensor,
+        # To Megatron, ranks that share a context are data-parallel: each runs the model on the same tokens.
+        "global_batch_size": layout.context,
     }
     return [*_LOAD_FLAGS, *(word for words in flags_from_args(args) for word in words)]
 
 
-def _build(argv: list[str], stop: frozenset[int]) -> LoadedGPT:
+def _build(argv: list[str], stop: frozenset[int], layout: RankLayout) -> LoadedGPT:
     from megatron_s2.training.environment import Environment, runnable_arguments
     from megatron_s2.training.patches import apply_patches, hide_transformer_engine
 
+    if layout.tensor > 1:
+        # Megatron requires it before Blackwell, for an order of kernels that only training relies on.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     environment = Environment.detect()
     argv, _ = runnable_arguments(argv, environment)
     if not environment.transformer_engine:
@@ -203,8 +221,9 @@ def _build(argv: list[str], stop: frozenset[int]) -> LoadedGPT:
         args, container = configure(argv)
     except AssertionError as error:
         raise ValueError(f"--load: Megatron refuses the checkpoint's arguments: {error}") from error
-    initialize_megatron(allow_no_cuda=not environment.gpu, store=torch.distributed.HashStore())
-    atexit.register(_destroy_process_group)
+    store = torch.distributed.HashStore() if layout.ranks == 1 else None
+    initialize_megatron(allow_no_cuda=not environment.gpu, store=store)
+    leave_ranks_at_exit()
     builder = container.model.get_builder_cls()(container.model)
     models = builder.build_distributed_models(
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
@@ -223,13 +242,16 @@ def _build(argv: list[str], stop: frozenset[int]) -> LoadedGPT:
         args.padded_vocab_size,
         args.max_position_embeddings,
         _annealing_note(model),
+        _context_group() if layout.context > 1 else None,
     )
 
 
-def _destroy_process_group() -> None:
-    """Destroys the process group before the interpreter shuts down; later, NCCL would print a warning."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+def _context_group() -> ContextParallelGroup:
+    from megatron.core import parallel_state
+
+    from megatron_s2.parallel.collectives import ContextParallelGroup
+
+    return ContextParallelGroup(parallel_state.get_data_parallel_group())
 
 
 def _annealing_note(model: GPTModel) -> str | None:

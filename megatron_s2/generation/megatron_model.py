@@ -14,32 +14,42 @@ from megatron_s2.kernels.host_integers import copy_to_device
 from megatron_s2.kv_cache.cache import KVCache
 from megatron_s2.kv_cache.decode_step import plan_step
 from megatron_s2.layers.core_attention import S2CoreAttention
+from megatron_s2.parallel.collectives import ContextParallelGroup
 
 _POSITION_TYPES = ("learned_absolute", "rope", "yarn", "none")
 
 
 class GPTDecoder:
-    """A `Decoder` (decoding.py) over a Megatron model on one rank.
+    """A `Decoder` (decoding.py) over a Megatron model, on one rank or tensor-parallel.
 
     Megatron's inference contexts keep all keys, without rotary embedding. This class runs the model as in
     training, on the new tokens only: it passes their positions, and gives each core attention a cache.
     `close` restores the model.
 
     Args:
-        model: model on one rank, with S2 core attention in every layer; set to evaluation mode.
+        model: model with S2 core attention in every layer; set to evaluation mode.
         batch: number of sequences.
         max_tokens: largest number of tokens of a sequence.
         vocab_size: number of tokens; further rows of the output layer are padding. None for all rows.
+        context: ranks over which the keys and values of every head are spread. Each has a decoder, with the
+            same part of the model, that is fed the same tokens. None to keep all keys and values here.
 
     Raises:
-        ValueError: the model is parallel, has a layer without S2 attention or too few positions, or an
-            unsupported position embedding.
+        ValueError: the model is pipeline- or context-parallel, has a layer without S2 attention or too few
+            positions, or an unsupported position embedding.
     """
 
-    def __init__(self, model: GPTModel, batch: int, max_tokens: int, vocab_size: int | None = None) -> None:
+    def __init__(
+        self,
+        model: GPTModel,
+        batch: int,
+        max_tokens: int,
+        vocab_size: int | None = None,
+        context: ContextParallelGroup | None = None,
+    ) -> None:
         config = model.config
         layers = [module for module in model.modules() if isinstance(module, S2CoreAttention)]
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
+        for name in ("pipeline_model_parallel_size", "context_parallel_size"):
             if (size := getattr(config, name)) > 1:
                 raise ValueError(f"{flag_name(name)} {size}: must be 1 in generation")
         if len(layers) != config.num_layers:
@@ -65,20 +75,33 @@ class GPTDecoder:
         self._rope_fusion, config.apply_rope_fusion = config.apply_rope_fusion, False
         self._layers = layers
         weight = next(model.parameters())
-        self.caches = [
-            KVCache(
-                layer.pattern,
-                batch,
-                config.kv_channels,
-                weight.dtype,
-                weight.device,
-                max_tokens,
-                config.num_query_groups,
-            )
-            for layer in layers
-        ]
-        for layer, cache in zip(layers, self.caches):
+        tensor_parallel = config.tensor_model_parallel_size
+        kv_heads = max(1, config.num_query_groups // tensor_parallel)  # of this rank
+        self._use(
+            [
+                KVCache(
+                    layer.pattern,
+                    batch,
+                    config.kv_channels,
+                    weight.dtype,
+                    weight.device,
+                    max_tokens,
+                    kv_heads,
+                    context,
+                )
+                for layer in layers
+            ]
+        )
+
+    def _use(self, caches: list[KVCache]) -> None:
+        self.caches = caches
+        for layer, cache in zip(self._layers, caches):
             layer.kv_cache = cache
+
+    def fork(self, rows: Sequence[int | None]) -> None:
+        """See `Decoder.fork`."""
+        self._use([cache.fork(rows) for cache in self.caches])
+        self._lengths = list(self.caches[0].lengths)
 
     def close(self) -> None:
         """Removes the caches from the model."""
@@ -148,5 +171,5 @@ def _last_logits(*, hidden_states, output_layer, output_weight, scale_logits, co
     """Returns the logits `[batch, vocabulary]` after token `context[row]` of each row of the hidden states
     `[tokens, batch, hidden]`."""
     last = hidden_states[context, torch.arange(hidden_states.shape[1], device=hidden_states.device)]
-    logits, _ = output_layer(last[None], weight=output_weight)
+    logits, _ = output_layer(last[None], weight=output_weight, runtime_gather_output=True)
     return scale_logits(logits)[0]

@@ -27,6 +27,16 @@ def autocast_off(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
+def merge_parts(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
+    """Merges attention over further keys into `out` `[…, head_dim]` and `lse` `[…]`, in place.
+
+    The weights exp(lse - total) and exp(more_lse - total) with total = logaddexp(lse, more_lse) are
+    sigmoids.
+    """
+    out.lerp_(more, torch.sigmoid(more_lse - lse)[..., None])
+    torch.logaddexp(lse, more_lse, out=lse)
+
+
 def merge_sink(out: Tensor, lse: Tensor, sink_logits: Tensor) -> Tensor:
     """Lets a sink logit per head join a finished softmax: scales `out` in place and returns the new lse.
 

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_s2.kernels.numerics import merge_parts
 from megatron_s2.kernels.torch_flash import flash_backward, flash_forward
 from megatron_s2.kernels.torch_plan import Band, Call, Causal, Gathered, Past
 from megatron_s2.pattern import BlockPattern
@@ -104,7 +105,7 @@ def forward_calls(tensors: ForwardTensors) -> None:
         else:
             t = plan.queries(call.start, call.stop)
             o, logsum = flash_forward(_queries(q, t, sources), *_past_keys(call, plan, sources), plan.scale)
-            _merge(out[:, :, t], lse[:, :, t], o[..., : out.shape[-1]], logsum)
+            merge_parts(out[:, :, t], lse[:, :, t], o[..., : out.shape[-1]], logsum)
 
 
 def backward_calls(tensors: BackwardTensors) -> None:
@@ -155,16 +156,6 @@ def padded(x: Tensor, width: int) -> Tensor:
 def _add(total: Tensor, part: Tensor) -> None:
     """Adds a part whose dim may be padded."""
     total += part[..., : total.shape[-1]]
-
-
-def _merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
-    """Merges attention over further keys into `out` and `lse`, in place.
-
-    The weights exp(lse - total) and exp(more_lse - total) with total = logaddexp(lse, more_lse) are
-    sigmoids.
-    """
-    out.lerp_(more, torch.sigmoid(more_lse - lse)[..., None])
-    torch.logaddexp(lse, more_lse, out=lse)
 
 
 def _causal_keys(call: Causal, sources: Sources) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ entries in use ends at once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -165,7 +166,8 @@ def decode_attention(
     kept: Tensor,
     softmax_scale: float,
     sink_logits: Tensor | None,
-) -> Tensor:
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of one token of each sequence to the entries of its KV heads, without gradients.
 
     Args:
@@ -176,9 +178,11 @@ def decode_attention(
             behind them in a storage may be anything. The output of a head without entries is zero.
         softmax_scale: factor on the scores.
         sink_logits: `[heads]`, a logit per query head that joins the softmax with no value.
+        return_lse: whether to return the log-sum-exp, too.
 
     Returns:
-        `[batch, heads, head_dim]` in the dtype of `q`.
+        `[batch, heads, head_dim]` in the dtype of `q`. With `return_lse` also the natural-log log-sum-exp of
+        the keys, without the sink, `[batch, heads]` float32: minus infinity for a head without entries.
 
     Raises:
         ValueError: the kernels do not support the device, the dtype or the head_dim.
@@ -213,4 +217,8 @@ def decode_attention(
             **strides("o", out, "bh"), H=heads, BS=_MERGED_SPLITS, HAS_SINK=sink_logits is not None,
             enable_fp_fusion=True,
         )  # fmt: skip
-    return out
+    if not return_lse:
+        return out
+    used = (kept.repeat_interleave(group, 1, output_size=heads) + span - 1) // span
+    unused = torch.arange(splits, device=q.device) >= used[..., None]
+    return out, (lse * math.log(2)).masked_fill_(unused, float("-inf")).logsumexp(-1)

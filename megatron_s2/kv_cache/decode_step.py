@@ -19,18 +19,21 @@ class DecodeStep:
     Args:
         rows: the sequences that get a token.
         lengths: number of tokens of every sequence before.
-        kept: number of entries of every sequence and KV head afterwards; zeros for the other sequences.
+        stored: number of entries that the storages have of every sequence and KV head afterwards; zeros for
+            the other sequences.
+        read: number of these, from the first on, that attention reads.
         row_index: `rows`, int64 `[rows]` on the device of the cache.
         slots: index of the new entry in each KV head, int64 `[rows, kv_heads]` on that device.
-        kept_table: `kept`, int32 `[batch, kv_heads]`, contiguous, on that device.
+        read_table: `read`, int32 `[batch, kv_heads]`, contiguous, on that device.
     """
 
     rows: list[int]
     lengths: list[int]
-    kept: list[list[int]]
+    stored: list[list[int]]
+    read: list[list[int]]
     row_index: Tensor
     slots: Tensor
-    kept_table: Tensor
+    read_table: Tensor
 
 
 class PlannedCache(Protocol):
@@ -41,7 +44,7 @@ class PlannedCache(Protocol):
     lengths: list[int]
     planned: DecodeStep | None
 
-    def kept_after_write(self, rows: Sequence[int]) -> list[list[int]]: ...
+    def step_counts(self, rows: Sequence[int]) -> tuple[list[list[int]], list[list[int]]]: ...
 
 
 def plan_step(
@@ -71,16 +74,16 @@ def plan_step(
 def _plan(
     caches: Sequence[PlannedCache], rows: Sequence[int], tables: Sequence[Sequence[Sequence[int]]]
 ) -> list[Tensor]:
-    kept = [cache.kept_after_write(rows) for cache in caches]
-    slots = [[entries - 1 for entries in counts[row]] for counts in kept for row in rows]
-    [row_index], slot_table, kept_table, *copies = copy_to_device(
-        caches[0].device, [rows], slots, [row for counts in kept for row in counts], *tables
+    counts = [cache.step_counts(rows) for cache in caches]
+    slots = [[entries - 1 for entries in stored[row]] for stored, _ in counts for row in rows]
+    [row_index], slot_table, read_table, *copies = copy_to_device(
+        caches[0].device, [rows], slots, [row for _, read in counts for row in read], *tables
     )
-    slot_tables, kept_tables = (
-        table.unflatten(0, (len(caches), -1)) for table in (slot_table, kept_table.int())
+    slot_tables, read_tables = (
+        table.unflatten(0, (len(caches), -1)) for table in (slot_table, read_table.int())
     )
     for n, cache in enumerate(caches):
         cache.planned = DecodeStep(
-            list(rows), list(cache.lengths), kept[n], row_index, slot_tables[n], kept_tables[n]
+            list(rows), list(cache.lengths), *counts[n], row_index, slot_tables[n], read_tables[n]
         )
     return copies

@@ -40,6 +40,31 @@ def generated(directory: Path, prompts: list[list[int]], tokens: int) -> dict:
     return found | {"has process group": torch.distributed.is_initialized()}
 
 
+def generated_on_rank(
+    directory: Path, prompts: list[list[int]], tokens: int, tensor: int, context: int
+) -> dict:
+    """Returns the continuations on a rank of several, the bytes that its caches keep, and their formula."""
+    from megatron_s2.generation.decoding import GenerationRequest, generate
+    from megatron_s2.generation.loading import load_gpt
+    from megatron_s2.generation.megatron_model import GPTDecoder
+    from megatron_s2.generation.ranks import RankLayout
+    from megatron_s2.kv_cache.cache import cache_bytes
+    from megatron_s2.kv_cache.shard_part import shard_part
+
+    loaded = load_gpt(directory, needs_tokenizer=False, layout=RankLayout(tensor, context))
+    request = GenerationRequest(prompts, tokens)
+    decoder = GPTDecoder(loaded.model, request.first_batch, request.max_tokens, context=loaded.context)
+    result = generate(decoder, request, ranks=torch.distributed.group.WORLD)
+    formula = 0
+    for layer in loaded.model.decoder.layers:
+        pattern = layer.self_attention.core_attention.pattern
+        if loaded.context is not None:
+            pattern = shard_part(pattern, loaded.context.rank, context)
+        formula += sum(cache_bytes(pattern, len(x) + tokens - 1, 16, torch.float32) for x in prompts)
+    atexit._run_exitfuncs()
+    return {"rows": result.rows, "kept": result.kept_bytes, "formula": formula, "dense": result.dense_bytes}
+
+
 def _by_megatron(model, prompts: list[list[int]], tokens: int) -> list[list[int]]:
     from megatron.core.inference.contexts import StaticInferenceContext
     from megatron.core.inference.engines import StaticInferenceEngine

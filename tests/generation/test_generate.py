@@ -11,8 +11,9 @@ import pytest
 from generate import main
 from generation_models import VOCAB, greedy, prompts, save_model
 from hf_models import convert
-from megatron_run import call_in_fork, train_all
+from megatron_run import call_in_fork, call_on_ranks, train_all
 from script_main import exit_status
+from selection import exhaustive
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import ByteLevel, Metaspace, WhitespaceSplit
@@ -147,6 +148,17 @@ def test_a_source_file_is_continued_from_its_end(capsys, tmp_path):
     assert err.startswith("prefill: 6000 tokens in ")
 
 
+def test_prompts_that_begin_alike_share(capsys, hugging_face, model):
+    [common], tails = prompts(100), prompts(3, 1, 20)
+    texts = [common + tail for tail in tails]
+    out, err = output(capsys, "--hf", hugging_face, *prompt_flags(texts), "--max-new-tokens", 9)
+    assert out.splitlines() == [f"[{n + 1}] {words(greedy(model, text, 9))}" for n, text in enumerate(texts)]
+    prefill, decode, _ = err.splitlines()
+    assert prefill.startswith("prefill: 324 tokens in ")
+    assert prefill.endswith("; 124 ran through the model, 200 are shared")
+    assert decode.startswith("decode: 24 tokens in ")
+
+
 def test_a_text_is_a_prompt_as_it_is(tmp_path):
     """With its line breaks, and white space at its end."""
     text = "def f():\r\n\treturn 1\n\n  "
@@ -262,12 +274,80 @@ def test_a_dense_model_generates_by_a_pattern_file(capsys, model, tmp_path, hugg
     assert "which was trained with a pattern of its own" in capsys.readouterr().err
 
 
-def test_a_trained_checkpoint_generates_the_same_with_any_cache(trained):
-    found = call_in_fork("checkpoint_generation", "generated", trained, prompts(*LENGTHS), 16).returned
+@pytest.fixture(scope="module")
+def generated(trained):
+    """What one rank generates, in several ways."""
+    return call_in_fork("checkpoint_generation", "generated", trained, prompts(*LENGTHS), 16).returned
+
+
+def test_a_trained_checkpoint_generates_the_same_with_any_cache(generated):
+    found = generated
     assert found["cache"] == found["recomputed"] == found["static"] == found["cache again"]
     assert (found["sinks"], found["epsilon"]) == (3, 1e-6)
     assert not found["has process group"]
     assert (found["text"], found["stop"]) == ("1 2 3", [])
+
+
+@pytest.mark.parametrize(("tensor", "context"), [(1, 2), *exhaustive((2, 1), (2, 2), (4, 1), (1, 4))])
+def test_ranks_generate_the_tokens_of_one(trained, generated, tensor, context):
+    given = trained, prompts(*LENGTHS), 16, tensor, context
+    ranks = call_on_ranks(tensor * context, "checkpoint_generation", "generated_on_rank", *given)
+    for rank in ranks:
+        assert rank.returned["rows"] == generated["cache"]
+        assert rank.returned["kept"] == rank.returned["formula"] < rank.returned["dense"]
+
+
+def test_a_checkpoint_generates_on_two_ranks(converted, model):
+    """By the command, tensor-parallel; prompts share a beginning, and rank 0 alone writes."""
+    [common], tails = prompts(90), prompts(5, 30)
+    texts = [common + tail for tail in tails]
+    given = ["--load", str(converted), *prompt_flags(texts), "--token-ids", "--max-new-tokens", "12"]
+    first, second = call_on_ranks(2, "generate", "main", [*given, "--tensor-model-parallel-size", "2"])
+    assert first.out.splitlines() == [f"[{n + 1}] {words(greedy(model, x, 12))}" for n, x in enumerate(texts)]
+    prefill, _, cache = first.err.splitlines()
+    assert prefill.endswith("; 125 ran through the model, 90 are shared")
+    assert cache.startswith("cache of rank 0: ")
+    assert (second.out, second.err) == ("", "")
+
+
+@pytest.mark.exhaustive
+def test_a_hugging_face_model_generates_on_two_ranks(hugging_face, model):
+    texts = prompts(*LENGTHS)
+    given = ["--hf", str(hugging_face), *prompt_flags(texts), "--token-ids", "--max-new-tokens", "12"]
+    first, second = call_on_ranks(2, "generate", "main", [*given, "--context-parallel-size", "2"])
+    assert first.out.splitlines() == [f"[{n + 1}] {words(greedy(model, x, 12))}" for n, x in enumerate(texts)]
+    assert (second.out, second.err) == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--tensor-model-parallel-size 0", "--tensor-model-parallel-size 0: must be >= 1"),
+        ("--context-parallel-size -1", "--context-parallel-size -1: must be >= 1"),
+        (
+            "--tensor-model-parallel-size 2 --context-parallel-size 3",
+            "--tensor-model-parallel-size 2, --context-parallel-size 3: the product must be the number of "
+            "ranks, 1: start torchrun --nproc-per-node 6 scripts/generate.py",
+        ),
+        ("--pipeline-model-parallel-size 2", "unrecognized arguments: --pipeline-model-parallel-size 2"),
+    ],
+)
+def test_sizes_that_do_not_fit_the_ranks_are_refused(capsys, hugging_face, given, message):
+    words = flags("--hf", hugging_face, "--prompt", 1, *given.split())
+    assert exit_status(main, words) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
+def test_a_rank_of_several_refuses_in_one_line(capsys, hugging_face, monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    words = flags("--hf", hugging_face, "--prompt", 1)
+    assert exit_status(main, words) == 2
+    message = "--tensor-model-parallel-size 1, --context-parallel-size 1: the product must be the number"
+    assert capsys.readouterr().err.startswith(f"error: {message} of ranks, 2: ")
+    assert exit_status(main, [*words, "--tensor-model-parallel-size", "2"]) == 2
+    message = "--tensor-model-parallel-size 2: must be 1 with --hf; convert the model"
+    assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
 def test_ctrl_c_ends_quietly(hugging_face):

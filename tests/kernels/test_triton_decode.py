@@ -142,6 +142,23 @@ def test_splits_do_not_depend_on_the_number_of_entries():
     assert torch.equal(decode_attention(**given)[0], both[0])
 
 
+@on_device
+def test_returns_the_log_sum_exp_of_the_keys():
+    """Of keys in several splits, and without any; a sink has no part in it."""
+    from megatron_s2.kernels.triton_decode import decode_attention
+
+    case = Decoding("lse", ((300, 17), (0, 256)), group=2, sink_logits=True)
+    given = case.inputs(torch.float32)
+    out, lse = decode_attention(**given, return_lse=True)
+    assert torch.equal(out, decode_attention(**given))
+    [(k, _)], q = given["storages"], given["q"].double()
+    for row, counts in enumerate(case.kept):
+        for g, kept in enumerate(counts):
+            heads = slice(g * case.group, (g + 1) * case.group)
+            exact = (q[row, heads] @ k[row, g, :kept].double().T * 0.3).logsumexp(-1)
+            torch.testing.assert_close(lse[row, heads].double(), exact, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("capacities", "batch", "span"),
     [
@@ -224,7 +241,7 @@ def poison_spare(cache: KVCache) -> None:
         for row in range(cache.batch):
             for i, g in enumerate(storage.heads):
                 for x in (storage.k, storage.v):
-                    x[row, i, cache.kept(row, g) :] = float("nan")
+                    x[row, i, cache.own(row, g) :] = float("nan")
 
 
 CACHED = {
@@ -260,6 +277,22 @@ def test_attention_through_the_cache_equals_recomputing(name, backend, calls):
     # Four times tokens follow cached ones, with a pass over the window and one over the shard.
     decoded = sum(max(step) == 1 for step in STEPS)
     assert calls == ({"decode_attention": decoded, "forward": 8} if backend == "triton" else {})
+
+
+@on_device
+def test_a_token_reads_what_sequences_share(calls):
+    pattern, draw = s2(2, local_blocks=1, vert_stride=(1, 4)), torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, 90, heads, 16, generator=draw).to(DEVICE) for heads in (4, 2, 2))
+    q, k, v = (torch.cat([x[:1, :80].expand(3, -1, -1, -1), x[:, 80:]], 1) for x in (q, k, v))
+    cache = KVCache(pattern, 1, 16, device=DEVICE)
+    cached_attention(q[:1, :80], k[:1, :80], v[:1, :80], cache, backend="torch")
+    cache, outs = cache.fork([0, 0, 0]), []
+    poison_spare(cache)
+    for t in (80, 81):
+        outs.append(cached_attention(*(x[:, t : t + 1] for x in (q, k, v)), cache, backend="triton"))
+    assert calls == {"decode_attention": 2}
+    exact = s2_attention(*(x[:, :82].double() for x in (q, k, v)), pattern, backend="reference")[0]
+    require_equal({"out": torch.cat(outs, 1)}, {"out": exact[:, 80:]}, most=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from megatron_s2 import S2Pattern
 from megatron_s2.kv_cache.cache import KVCache, cache_bytes, dense_cache_bytes, kept_tokens
+from megatron_s2.kv_cache.shard_part import shard_part
 
 patterns = st.builds(
     lambda strides, phases, **others: S2Pattern(
@@ -109,6 +110,33 @@ def test_at_32k_tokens_the_cache_has_an_eighth_of_the_dense_bytes(layer):
     assert cache.bytes == cache_bytes(pattern, tokens, head_dim, torch.bfloat16)
     dense = dense_cache_bytes(8, tokens, head_dim, torch.bfloat16)
     assert cache.bytes <= cache.capacity_bytes <= dense / 8
+
+
+@given(pattern=patterns, ranks=st.integers(1, 4), blocks=st.integers(0, 40))
+@settings(max_examples=60)
+def test_the_shard_is_dealt_to_the_ranks_in_turn(pattern, ranks, blocks):
+    for head in range(pattern.num_kv_heads):
+        shard = [pattern.shard_block(head, n) for n in range(pattern.shard_size(head, blocks))]
+        sinks = [block for block in shard if block < pattern.sink_blocks]
+        for rank in range(ranks):
+            part = shard_part(pattern, rank, ranks)
+            dealt = [part.shard_block(head, n) for n in range(part.shard_size(head, blocks))]
+            assert dealt == [*(sinks if rank == 0 else []), *shard[len(sinks) :][rank::ranks]]
+            assert part.local_blocks == pattern.local_blocks
+
+
+@given(pattern=patterns, tokens=st.integers(0, 600), ranks=st.integers(1, 4))
+@settings(max_examples=30)
+def test_a_rank_keeps_its_part_of_the_shard_and_the_window(pattern, tokens, ranks):
+    """In bytes: those of the window, and of every `ranks`-th strided block of the head."""
+    window, window_blocks = tokens - pattern.window_start(tokens), pattern.window_start(tokens) // 16
+    for rank in range(ranks):
+        kept = 0
+        for head in range(pattern.num_kv_heads):
+            sinks = min(pattern.sink_blocks, window_blocks)
+            strided = pattern.shard_size(head, window_blocks) - sinks
+            kept += window + 16 * (max(0, -(-(strided - rank) // ranks)) + (sinks if rank == 0 else 0))
+        assert cache_bytes(shard_part(pattern, rank, ranks), tokens, 8, torch.bfloat16) == 2 * 8 * 2 * kept
 
 
 def test_a_dense_layer_keeps_everything():

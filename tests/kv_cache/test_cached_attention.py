@@ -4,13 +4,17 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+import torch.distributed as dist
 from attention_cases import s2
+from ranks import run_on_ranks
+from selection import exhaustive
 
 from megatron_s2 import s2_attention
 from megatron_s2.kernels.compare import require_as_exact_as_plain, require_equal
 from megatron_s2.kernels.reference import masked_attention, visible_tokens
 from megatron_s2.kv_cache.cache import KVCache, cache_bytes, dense_cache_bytes
 from megatron_s2.kv_cache.cached_attention import cached_attention
+from megatron_s2.parallel.collectives import ContextParallelGroup
 from megatron_s2.pattern import S2Pattern
 
 
@@ -50,14 +54,13 @@ class Generation:
         sinks = torch.randn(H * self.group, generator=draw, dtype=torch.float64).to(dtype)
         return q, k, v, sinks if self.sink_logits else None
 
-    def fed(self, dtype: torch.dtype) -> torch.Tensor:
+    def fed(self, dtype: torch.dtype, group: ContextParallelGroup | None = None) -> torch.Tensor:
         """Outputs of the real tokens, row after row, computed through the cache."""
         q, k, v, sinks = self.inputs(dtype)
         batch = len(self.lengths)
         kv_heads = k.shape[2]
-        cache = KVCache(
-            self.pattern, batch, self.dim, dtype, max_tokens=self.max_tokens, num_kv_heads=kv_heads
-        )
+        given = {"max_tokens": self.max_tokens, "num_kv_heads": kv_heads, "group": group}
+        cache = KVCache(self.pattern, batch, self.dim, dtype, **given)
         outs, done = [[] for _ in range(batch)], [0] * batch
         for step in self.steps:
             padded = []
@@ -72,7 +75,7 @@ class Generation:
                 assert not out[row, new:].any()
                 done[row] += new
             assert cache.lengths == done
-            assert cache.bytes == sum(cache_bytes(self.pattern, n, self.dim, dtype) for n in done)
+            assert cache.bytes == sum(cache_bytes(cache.pattern, n, self.dim, dtype) for n in done)
             assert cache.dense_bytes == sum(dense_cache_bytes(kv_heads, n, self.dim, dtype) for n in done)
         return torch.cat([part for row in outs for part in row])
 
@@ -136,6 +139,21 @@ def test_equals_the_reference_in_float64(generation):
     got = generation.fed(torch.float64)
     exact = generation.recomputed(torch.float64, generation.with_everything)
     require_equal({"out": got}, {"out": exact})
+
+
+def fed_on_rank(rank: int) -> dict[str, torch.Tensor]:
+    group = ContextParallelGroup(dist.group.WORLD)
+    return {case.name: case.fed(torch.float64, group) for case in GENERATIONS}
+
+
+@pytest.mark.parametrize("ranks", [2, *exhaustive(3, 4)])
+def test_equals_the_reference_if_the_cache_is_spread_over_ranks(ranks, tmp_path):
+    """On every rank, which also checks its bytes after each step."""
+    results = run_on_ranks(ranks, fed_on_rank, tmp_path)
+    for case in GENERATIONS:
+        exact = case.recomputed(torch.float64, case.with_everything)
+        require_equal({"out": results[0][case.name]}, {"out": exact})
+        assert all(torch.equal(result[case.name], results[0][case.name]) for result in results)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

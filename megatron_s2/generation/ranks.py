@@ -1,0 +1,76 @@
+"""The ranks that generate together, each with a part of the heads, or of the keys and values of a context."""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class RankLayout:
+    """How the ranks of a launcher generate together.
+
+    Args:
+        tensor: number of ranks over which the heads, and the matrices, are spread.
+        context: number of ranks over which the keys and values of every head are spread.
+
+    Raises:
+        ValueError: a size is out of range, or the ranks that were launched are not as many; the message names
+            the flags.
+    """
+
+    tensor: int = 1
+    context: int = 1
+
+    def __post_init__(self) -> None:
+        flags = {"--tensor-model-parallel-size": self.tensor, "--context-parallel-size": self.context}
+        for flag, size in flags.items():
+            if size < 1:
+                raise ValueError(f"{flag} {size}: must be >= 1")
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if self.tensor * self.context != launched:
+            given = ", ".join(f"{flag} {size}" for flag, size in flags.items())
+            raise ValueError(
+                f"{given}: the product must be the number of ranks, {launched}: start torchrun "
+                f"--nproc-per-node {self.tensor * self.context} scripts/generate.py"
+            )
+
+    @property
+    def ranks(self) -> int:
+        return self.tensor * self.context
+
+
+def join_ranks() -> dist.ProcessGroup:
+    """Joins the other ranks of the launcher, each with a GPU where there is one, and returns their group."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    leave_ranks_at_exit()
+    return dist.group.WORLD
+
+
+def leave_ranks_at_exit() -> None:
+    """Destroys the process group before the interpreter shuts down; later, NCCL would print a warning."""
+    atexit.register(_leave_ranks)
+
+
+def _leave_ranks() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def tokens_of_first_rank(
+    chosen: Mapping[int, int], group: dist.ProcessGroup, device: torch.device
+) -> dict[int, int]:
+    """Returns the tokens that the first rank of a group has chosen for the same rows, on all of its ranks.
+
+    Ranks can round differently, and must not go on with different tokens.
+    """
+    tokens = torch.tensor(list(chosen.values()), device=device)
+    dist.broadcast(tokens, dist.get_global_rank(group, 0), group=group)
+    return dict(zip(chosen, tokens.tolist()))
