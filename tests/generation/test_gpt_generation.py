@@ -158,9 +158,10 @@ def test_shared_prefixes_run_through_the_model_once(plain_model, decoder_of, mon
     system, more, other, alone, *tails = prompts(150, 70, 90, 40, 3, 30, 17, 1)
     texts = [system + tails[0], other + tails[0], [*system, *more, *tails[1]], alone, other]
     texts += [[*system, *more, *tails[2]], [*system, *more], [*system, *more]]
+    expected = [greedy(plain_model, text, 20) for text in texts]
     request = GenerationRequest(texts, max_new_tokens=20)
     done = generate(decoder_of(plain_model, request.first_batch, request.max_tokens), request)
-    assert done.rows == [greedy(plain_model, text, 20) for text in texts]
+    assert done.rows == expected
     assert done.prompt_tokens == sum(map(len, texts))
     assert done.prefill_tokens == 150 + 70 + 90 + 40 + 3 + 3 + 30 + 17
     apart = GenerationRequest(texts, max_new_tokens=20, least_shared=10**6)
@@ -174,13 +175,14 @@ def test_32_prompts_with_a_common_prefix_cost_one_and_the_tails(plain_model, dec
     """Counted where tokens enter the model, padding included."""
     [prefix] = prompts(480)
     texts = [[*prefix, n, n + 1] for n in range(32)]
+    expected = [greedy(plain_model, text, 1) for text in texts[::8]]
     request = GenerationRequest(texts, max_new_tokens=1)
     fed, hook = [], lambda module, arguments: fed.append(arguments[0].numel())
     handle = plain_model.embedding.word_embeddings.register_forward_pre_hook(hook)
     done = generate(decoder_of(plain_model, request.first_batch, request.max_tokens), request)
     handle.remove()
     assert fed == [480, 32 * 2] and done.prefill_tokens == 480 + 32 * 2
-    assert done.rows[::8] == [greedy(plain_model, text, 1) for text in texts[::8]]
+    assert done.rows[::8] == expected
 
 
 def test_a_stop_token_ends_only_its_row(plain_model, decoder_of):
