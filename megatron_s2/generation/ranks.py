@@ -36,8 +36,8 @@ class RankLayout:
         if self.tensor * self.context != launched:
             given = ", ".join(f"{flag} {size}" for flag, size in flags.items())
             raise ValueError(
-                f"{given}: the product must be the number of ranks, {launched}: start torchrun "
-                f"--nproc-per-node {self.tensor * self.context} scripts/generate.py"
+                f"{given}: the product must be {launched}, the number of ranks, which torchrun "
+                "--nproc-per-node sets"
             )
 
     @property

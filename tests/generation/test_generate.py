@@ -326,8 +326,8 @@ def test_a_hugging_face_model_generates_on_two_ranks(hugging_face, model):
         ("--context-parallel-size -1", "--context-parallel-size -1: must be >= 1"),
         (
             "--tensor-model-parallel-size 2 --context-parallel-size 3",
-            "--tensor-model-parallel-size 2, --context-parallel-size 3: the product must be the number of "
-            "ranks, 1: start torchrun --nproc-per-node 6 scripts/generate.py",
+            "--tensor-model-parallel-size 2, --context-parallel-size 3: the product must be 1, the number "
+            "of ranks, which torchrun --nproc-per-node sets",
         ),
         ("--pipeline-model-parallel-size 2", "unrecognized arguments: --pipeline-model-parallel-size 2"),
     ],
@@ -343,8 +343,8 @@ def test_a_rank_of_several_refuses_in_one_line(capsys, hugging_face, monkeypatch
         monkeypatch.setenv(name, value)
     words = flags("--hf", hugging_face, "--prompt", 1)
     assert exit_status(main, words) == 2
-    message = "--tensor-model-parallel-size 1, --context-parallel-size 1: the product must be the number"
-    assert capsys.readouterr().err.startswith(f"error: {message} of ranks, 2: ")
+    message = "--tensor-model-parallel-size 1, --context-parallel-size 1: the product must be 2, the number"
+    assert capsys.readouterr().err.startswith(f"error: {message} of ranks, ")
     assert exit_status(main, [*words, "--tensor-model-parallel-size", "2"]) == 2
     message = "--tensor-model-parallel-size 2: must be 1 with --hf; convert the model"
     assert capsys.readouterr().err.startswith(f"error: {message}")

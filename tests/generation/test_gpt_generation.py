@@ -110,13 +110,14 @@ def test_rows_may_be_empty(plain_model, decoder_of):
     assert_close(last, torch.stack(expected))
 
 
-def test_a_step_is_one_copy_to_the_device_and_one_back(plain_model, decoder_of):
-    """Also where a window moves on, and where a row has ended."""
+@pytest.mark.parametrize("common", [0, 100], ids=["apart", "shared"])
+def test_a_step_is_one_copy_to_the_device_and_one_back(plain_model, decoder_of, common):
+    """Also where a window moves on, where a row has ended, and where prompts share what they begin with."""
     counted = {}
     for tokens in (2, 42):
-        texts = prompts(*LENGTHS)
+        texts = [[7] * common + text for text in prompts(*LENGTHS)]
         request = GenerationRequest(texts, tokens)
-        decoder = decoder_of(plain_model, len(texts), request.max_tokens)
+        decoder = decoder_of(plain_model, request.first_batch, request.max_tokens)
         with Transfers() as transfers:
             generate(decoder, request)
         decoder.close()

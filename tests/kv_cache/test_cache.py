@@ -1,5 +1,7 @@
 """The cache holds exactly the entries that later tokens see, in a number of bytes with a closed form."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from attention_cases import s2
@@ -68,10 +70,12 @@ def test_bytes_of_a_batch_are_the_sum_over_its_sequences(pattern, lengths):
     assert cache.bytes == sum(cache_bytes(pattern, n, 4, torch.bfloat16) for n in lengths)
 
 
-@given(pattern=patterns, tokens=st.integers(1, 300))
+@given(pattern=patterns, tokens=st.integers(1, 300), ranks=st.integers(1, 3), rank=st.integers(0, 2))
 @settings(max_examples=30)
-def test_a_known_maximum_is_allocated_exactly(pattern, tokens):
-    cache = KVCache(pattern, 1, 2, max_tokens=tokens)
+def test_a_known_maximum_is_allocated_exactly(pattern, tokens, ranks, rank):
+    """Also on each rank of several over which the cache is spread."""
+    group = SimpleNamespace(rank=rank % ranks, ranks=ranks)
+    cache = KVCache(pattern, 1, 2, max_tokens=tokens, group=group)
     capacity = cache.capacity_bytes
     most = [0] * len(cache.storages)
     for _ in range(tokens):
