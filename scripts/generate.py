@@ -9,7 +9,6 @@ On several ranks, `torchrun --nproc-per-node 4 scripts/generate.py --tensor-mode
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,12 +28,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         hide_transformer_engine()
     from megatron_s2.errors import InputError
     from megatron_s2.generation.generate_text import generate_text
+    from megatron_s2.generation.ranks import launched_ranks
     from megatron_s2.training.refusal import refuse
 
     try:
         generate_text(args)
     except ValueError as error:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if launched_ranks() > 1:
             refuse(str(error))
         raise InputError(" ".join(str(error).split())) from error
 

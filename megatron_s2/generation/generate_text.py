@@ -21,7 +21,7 @@ from megatron_s2.generation.decoding import (
     generate,
 )
 from megatron_s2.generation.prompts import Prompt, excerpt, read_prompts
-from megatron_s2.generation.ranks import RankLayout, join_ranks
+from megatron_s2.generation.ranks import RankLayout, join_ranks, launched_ranks
 from megatron_s2.generation.sampling import Sampling
 from megatron_s2.generation.text_codec import (
     TextCodec,
@@ -46,6 +46,7 @@ def generate_text(args: Namespace) -> None:
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     GenerationRequest([[0]], args.max_new_tokens)  # checks the flag before a model is loaded
     layout = RankLayout(args.tensor_model_parallel_size, args.context_parallel_size)
+    layout.require_ranks(launched_ranks())
     model = (_hugging_face if args.hf is not None else _megatron)(args, layout)
     ids = [_encode(prompt, model) for prompt in prompts]
     stop = frozenset() if args.ignore_eos else model.codec.stop

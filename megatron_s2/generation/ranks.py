@@ -13,36 +13,45 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class RankLayout:
-    """How the ranks of a launcher generate together.
+    """How several ranks generate together.
 
     Args:
         tensor: number of ranks over which the heads, and the matrices, are spread.
         context: number of ranks over which the keys and values of every head are spread.
 
     Raises:
-        ValueError: a size is out of range, or the ranks that were launched are not as many; the message names
-            the flags.
+        ValueError: a size is out of range; the message starts with its flag.
     """
 
     tensor: int = 1
     context: int = 1
 
     def __post_init__(self) -> None:
-        flags = {"--tensor-model-parallel-size": self.tensor, "--context-parallel-size": self.context}
-        for flag, size in flags.items():
+        for flag, size in self._flags.items():
             if size < 1:
                 raise ValueError(f"{flag} {size}: must be >= 1")
-        launched = int(os.environ.get("WORLD_SIZE", "1"))
-        if self.tensor * self.context != launched:
-            given = ", ".join(f"{flag} {size}" for flag, size in flags.items())
+
+    @property
+    def ranks(self) -> int:
+        return self.tensor * self.context
+
+    @property
+    def _flags(self) -> dict[str, int]:
+        return {"--tensor-model-parallel-size": self.tensor, "--context-parallel-size": self.context}
+
+    def require_ranks(self, launched: int) -> None:
+        """Raises ValueError, which names the flags, unless as many ranks were launched."""
+        if self.ranks != launched:
+            given = ", ".join(f"{flag} {size}" for flag, size in self._flags.items())
             raise ValueError(
                 f"{given}: the product must be {launched}, the number of ranks, which torchrun "
                 "--nproc-per-node sets"
             )
 
-    @property
-    def ranks(self) -> int:
-        return self.tensor * self.context
+
+def launched_ranks() -> int:
+    """Returns how many ranks the launcher has started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def join_ranks() -> dist.ProcessGroup:

@@ -22,7 +22,7 @@ def generated(directory: Path, prompts: list[list[int]], tokens: int) -> dict:
 
     loaded = load_gpt(directory)
     request = GenerationRequest(prompts, tokens)
-    decoder = GPTDecoder(loaded.model, len(request.prompts), request.max_tokens)
+    decoder = GPTDecoder(loaded.model, request.first_batch, request.max_tokens)
     result = generate(decoder, request)
     decoder.close()
     sinks = [name for name, _ in loaded.model.named_parameters() if "softmax_offset" in name]
@@ -43,18 +43,23 @@ def generated(directory: Path, prompts: list[list[int]], tokens: int) -> dict:
 def generated_on_rank(
     directory: Path, prompts: list[list[int]], tokens: int, tensor: int, context: int
 ) -> dict:
-    """Returns the continuations on a rank of several, the bytes that its caches keep, and their formula."""
+    """Returns what a rank of several generates, with shared prefixes and apart, and the formula of the bytes
+    that its caches keep for prompts apart."""
     from megatron_s2.generation.decoding import GenerationRequest, generate
     from megatron_s2.generation.loading import load_gpt
     from megatron_s2.generation.megatron_model import GPTDecoder
+    from megatron_s2.generation.prefill import LEAST_SHARED
     from megatron_s2.generation.ranks import RankLayout
     from megatron_s2.kv_cache.cache import cache_bytes
     from megatron_s2.kv_cache.shard_part import shard_part
 
     loaded = load_gpt(directory, needs_tokenizer=False, layout=RankLayout(tensor, context))
-    request = GenerationRequest(prompts, tokens)
-    decoder = GPTDecoder(loaded.model, request.first_batch, request.max_tokens, context=loaded.context)
-    result = generate(decoder, request, ranks=torch.distributed.group.WORLD)
+    results = {}
+    for name, least in {"shared": LEAST_SHARED, "apart": 10**6}.items():
+        request = GenerationRequest(prompts, tokens, least_shared=least)
+        decoder = GPTDecoder(loaded.model, request.first_batch, request.max_tokens, context=loaded.context)
+        results[name] = generate(decoder, request, ranks=torch.distributed.group.WORLD)
+        decoder.close()
     formula = 0
     for layer in loaded.model.decoder.layers:
         pattern = layer.self_attention.core_attention.pattern
@@ -62,7 +67,7 @@ def generated_on_rank(
             pattern = shard_part(pattern, loaded.context.rank, context)
         formula += sum(cache_bytes(pattern, len(x) + tokens - 1, 16, torch.float32) for x in prompts)
     atexit._run_exitfuncs()
-    return {"rows": result.rows, "kept": result.kept_bytes, "formula": formula, "dense": result.dense_bytes}
+    return results | {"formula": formula}
 
 
 def _by_megatron(model, prompts: list[list[int]], tokens: int) -> list[list[int]]:
@@ -96,4 +101,4 @@ def _again(model, request) -> list[list[int]]:
     from megatron_s2.generation.decoding import generate
     from megatron_s2.generation.megatron_model import GPTDecoder
 
-    return generate(GPTDecoder(model, len(request.prompts), request.max_tokens), request).rows
+    return generate(GPTDecoder(model, request.first_batch, request.max_tokens), request).rows

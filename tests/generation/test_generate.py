@@ -274,10 +274,16 @@ def test_a_dense_model_generates_by_a_pattern_file(capsys, model, tmp_path, hugg
     assert "which was trained with a pattern of its own" in capsys.readouterr().err
 
 
+def texts_of_which_two_begin_alike() -> list[list[int]]:
+    *texts, common, tail = prompts(*LENGTHS, 90, 20)
+    return [*texts, common + tail, common + tail[:3]]
+
+
 @pytest.fixture(scope="module")
 def generated(trained):
     """What one rank generates, in several ways."""
-    return call_in_fork("checkpoint_generation", "generated", trained, prompts(*LENGTHS), 16).returned
+    given = trained, texts_of_which_two_begin_alike(), 16
+    return call_in_fork("checkpoint_generation", "generated", *given).returned
 
 
 def test_a_trained_checkpoint_generates_the_same_with_any_cache(generated):
@@ -290,11 +296,11 @@ def test_a_trained_checkpoint_generates_the_same_with_any_cache(generated):
 
 @pytest.mark.parametrize(("tensor", "context"), [(1, 2), *exhaustive((2, 1), (2, 2), (4, 1), (1, 4))])
 def test_ranks_generate_the_tokens_of_one(trained, generated, tensor, context):
-    given = trained, prompts(*LENGTHS), 16, tensor, context
-    ranks = call_on_ranks(tensor * context, "checkpoint_generation", "generated_on_rank", *given)
-    for rank in ranks:
-        assert rank.returned["rows"] == generated["cache"]
-        assert rank.returned["kept"] == rank.returned["formula"] < rank.returned["dense"]
+    given = trained, texts_of_which_two_begin_alike(), 16, tensor, context
+    for rank in call_on_ranks(tensor * context, "checkpoint_generation", "generated_on_rank", *given):
+        shared, apart = rank.returned["shared"], rank.returned["apart"]
+        assert shared.rows == apart.rows == generated["cache"]
+        assert shared.kept_bytes < apart.kept_bytes == rank.returned["formula"] < apart.dense_bytes
 
 
 def test_a_checkpoint_generates_on_two_ranks(converted, model):
