@@ -184,13 +184,11 @@ def _refuse_recompute_modules(argv: Sequence[str]) -> None:
 
 def _refuse_torch_norms(argv: Sequence[str], environment: Environment) -> None:
     """Refuses what torch's norms do not support, which Megatron checks only when it builds them."""
-    tensor_parallel = given(argv, "--tensor-model-parallel-size") not in (None, "1")
-    for flag in ("--sequence-parallel", "--apply-layernorm-1p"):
-        if given(argv, flag) and (tensor_parallel or flag != "--sequence-parallel"):
-            reason = "and neither is here; remove it"
-            if environment.transformer_engine:
-                reason = "and --transformer-impl local has neither; remove one of the two flags"
-            raise ValueError(f"{flag}: needs the norms of Transformer Engine or Apex, {reason}")
+    if given(argv, "--apply-layernorm-1p"):
+        reason = "and neither is here; remove it"
+        if environment.transformer_engine:
+            reason = "and --transformer-impl local has neither; remove one of the two flags"
+        raise ValueError(f"--apply-layernorm-1p: needs the norms of Transformer Engine or Apex, {reason}")
 
 
 def describe(environment: Environment, added: Sequence[str]) -> str | None:

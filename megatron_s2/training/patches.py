@@ -48,9 +48,11 @@ def apply_patches(cpu: bool) -> None:
     log_the_loss_of_each_interval()
     end_without_saving_nowhere()
     accumulate_weight_gradients_without_apex()
+    let_torch_norms_be_sequence_parallel()
     if cpu:
         let_pretrain_start_without_cuda()
         skip_jit_warmup()
+        send_tokens_to_experts_on_a_cpu()
 
 
 def quiet_known_warnings() -> None:
@@ -263,6 +265,21 @@ def skip_jit_warmup() -> None:
     training.set_jit_fusion_options = lambda *args, **kwargs: None
 
 
+def send_tokens_to_experts_on_a_cpu() -> None:
+    """`--moe-token-dispatcher-type alltoall` ends in a TypeError on a CPU (seen in 0.19.2).
+
+    The numbers of tokens that each rank gets must be numpy arrays, and become some only when they are copied
+    from a GPU. Touches `maybe_move_tensor_to_cpu` of `megatron.core.transformer.moe.token_dispatcher`.
+    """
+    from megatron.core.transformer.moe import token_dispatcher
+
+    def move(original, tensor, as_numpy=False, record_stream=False):
+        moved = original(tensor, as_numpy, record_stream)
+        return moved.numpy() if as_numpy and torch.is_tensor(moved) else moved
+
+    wrap_once(token_dispatcher, "maybe_move_tensor_to_cpu", move)
+
+
 def rotate_packed_tokens_of_a_row() -> None:
     """Rotary embedding misplaces packed documents under context parallelism, and waits for the device and
     rotates one document after another in every layer (seen in 0.19.2).
@@ -373,6 +390,26 @@ def accumulate_weight_gradients_without_apex() -> None:
 
     wrap_once(layers.ColumnParallelLinear, "__init__", construct)
     wrap_once(layers.RowParallelLinear, "__init__", construct)
+
+
+def let_torch_norms_be_sequence_parallel() -> None:
+    """`--sequence-parallel` ends in an assertion with torch's norms (seen in 0.19.2).
+
+    Experts under tensor parallelism are trained only with it, so that they would need Transformer Engine or
+    Apex. A norm of a rank's own tokens needs nothing but its weight marked, whose gradient Megatron then sums
+    over the ranks. Touches `WrappedTorchNorm.__new__` of `megatron.core.transformer.torch_norm`.
+    """
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    def new(original, cls, config, *args, **kwargs):
+        alone = copy.copy(config)
+        alone.sequence_parallel = False
+        norm = original(cls, alone, *args, **kwargs)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        return norm
+
+    wrap_once(WrappedTorchNorm, "__new__", new)
 
 
 def let_resumes_change_the_learning_rate() -> None:

@@ -26,10 +26,9 @@ def test_local_layers_get_what_they_need_without_apex_beside_transformer_engine(
         "--no-masked-softmax-fusion",
     ]
     assert describe(WITHOUT_APEX, added).startswith("megatron-s2: no Apex; set: --no-persist-layer-norm ")
-    for words in ("--sequence-parallel --tensor-model-parallel-size 2", "--apply-layernorm-1p"):
-        flag = words.partition(" ")[0]
-        with pytest.raises(ValueError, match=rf"^{flag}: needs the norms of .* --transformer-impl local has"):
-            runnable_arguments([*given, *words.split()], WITHOUT_APEX)
+    message = "^--apply-layernorm-1p: needs the norms of .* --transformer-impl local has"
+    with pytest.raises(ValueError, match=message):
+        runnable_arguments([*given, "--apply-layernorm-1p"], WITHOUT_APEX)
 
 
 @pytest.mark.parametrize("environment", [CPU, PLAIN_GPU, WITHOUT_APEX], ids=["cpu", "gpu", "no Apex"])
@@ -100,7 +99,6 @@ def test_what_the_user_gave_already_is_not_added(given):
         ["--use-megatron-fsdp"],
         ["--async-save"],
         ["--optimizer-cpu-offload"],
-        ["--sequence-parallel", "--tensor-model-parallel-size", "2"],
         ["--apply-layernorm-1p"],
     ],
     ids=" ".join,
@@ -111,7 +109,7 @@ def test_a_wish_that_needs_a_gpu_is_refused_by_name(flags):
 
 
 def test_a_refused_flag_with_its_harmless_value_is_let_through():
-    runnable_arguments(["--cuda-graph-impl", "none", "--sequence-parallel"], CPU)
+    runnable_arguments(["--cuda-graph-impl", "none"], CPU)
 
 
 def test_a_flag_given_twice_counts_the_last_time():

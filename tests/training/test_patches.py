@@ -21,6 +21,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import layers
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe import token_dispatcher
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.training import argument_utils, training
 from torch import distributed
 
@@ -33,6 +35,7 @@ from megatron_s2.training.patches import (
     keep_padding_to_its_own_sample,
     let_distributed_optimizer_resume_with_torch_adam,
     let_eval_interval_be_unset,
+    let_torch_norms_be_sequence_parallel,
     quiet_known_warnings,
     refuse_empty_splits,
     refuse_tokens_beyond,
@@ -51,8 +54,14 @@ TOUCHED = [
     (training, "set_jit_fusion_options"),
     (ColumnParallelLinear, "__init__"),
     (RowParallelLinear, "__init__"),
+    (WrappedTorchNorm, "__new__"),
+    (token_dispatcher, "maybe_move_tensor_to_cpu"),
 ]
-ONLY_ON_CPU = {(training, "initialize_megatron"), (training, "set_jit_fusion_options")}
+ONLY_ON_CPU = {
+    (training, "initialize_megatron"),
+    (training, "set_jit_fusion_options"),
+    (token_dispatcher, "maybe_move_tensor_to_cpu"),
+}
 
 
 def names() -> dict[tuple[object, str], object]:
@@ -146,6 +155,23 @@ def test_the_extension_of_apex_is_used_where_it_is(unpatched, monkeypatch):
     monkeypatch.setattr(layers, "_grad_accum_fusion_available", True)
     accumulate_weight_gradients_without_apex()
     assert names() == unpatched
+
+
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+def test_a_norm_is_marked_where_each_rank_norms_its_own_tokens(unpatched, sequence_parallel):
+    let_torch_norms_be_sequence_parallel()
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=8,
+        num_attention_heads=2,
+        normalization="RMSNorm",
+        persist_layer_norm=False,
+        sequence_parallel=sequence_parallel,
+        tensor_model_parallel_size=2,
+    )
+    norm = WrappedTorchNorm(config=config, hidden_size=8, eps=1e-6)
+    assert isinstance(norm, torch.nn.RMSNorm)
+    assert norm.weight.sequence_parallel == config.sequence_parallel == sequence_parallel
 
 
 def test_only_known_warnings_are_silenced_and_only_where_they_come_from():
