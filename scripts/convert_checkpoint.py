@@ -1,14 +1,18 @@
 """Convert a Hugging Face directory to a Megatron checkpoint, and back."""
 
+import math
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from megatron_s2.checkpoint.families import ambiguous_families
+from megatron_s2.checkpoint.longer_context import SCALINGS, LongerContext
 from megatron_s2.data.command import CommandParser, run_command
 from megatron_s2.training.arguments import add_s2_args
 
+_CONTEXT = [field.name for field in fields(LongerContext)]
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -24,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megatron_s2.checkpoint.convert import RESUME, left_out, to_hugging_face, to_megatron
 
     if args.direction == "hf-to-megatron":
-        imported = to_megatron(args.input, args.output, args)
+        context = LongerContext(**{name: getattr(args, name) for name in _CONTEXT})
+        imported = to_megatron(args.input, args.output, args, context)
         print(f"{args.output}: load it with --load {args.output} and the flags in {args.output / RESUME}:")
         print("\n".join(imported.flags))
         if names := left_out(args.input):
@@ -61,6 +66,7 @@ def arguments() -> CommandParser:
     directions = parser.add_subparsers(dest="direction", required=True, parser_class=CommandParser)
     import_parser = directions.add_parser("hf-to-megatron", help="write a checkpoint for --load")
     _add_paths(import_parser, "directory with config.json and safetensors", "checkpoint, a new directory")
+    _add_context(import_parser)
     add_s2_args(import_parser)
     export_parser = directions.add_parser("megatron-to-hf", help="write a directory for transformers")
     _add_paths(export_parser, "checkpoint written by --save or hf-to-megatron", "a new directory")
@@ -91,6 +97,20 @@ def arguments() -> CommandParser:
     return parser
 
 
+def _add_context(parser: CommandParser) -> None:
+    group = parser.add_argument_group("longer context", "other rotary positions than those of the model")
+    group.add_argument(
+        "--max-position-embeddings", type=_positive, metavar="N", help="number of positions to train with"
+    )
+    group.add_argument("--rotary-base", type=_positive, metavar="N", help="base of the rotary frequencies")
+    group.add_argument(
+        "--rope-scaling", choices=SCALINGS, help="scaling of the rotary frequencies, in place of the model's"
+    )
+    group.add_argument(
+        "--rope-scaling-factor", type=_factor, metavar="F", help="how many times the original context"
+    )
+
+
 def _add_paths(parser: CommandParser, source: str, output: str) -> None:
     parser.add_argument("--input", required=True, type=Path, metavar="DIR", help=source)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help=output)
@@ -104,6 +124,15 @@ def _positive(text: str) -> int:
     return number
 
 
+def _factor(text: str) -> float:
+    """Returns a finite number >= 1, or raises ValueError."""
+    number = float(text)
+    if not 1 <= number < math.inf:
+        raise ValueError(text)
+    return number
+
+
+_factor.__name__ = "number >= 1"
 _positive.__name__ = "whole number >= 1"  # argparse names the type in its message
 
 

@@ -29,6 +29,13 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+QWEN3_MOE = {
+    "model_type": "qwen3_moe",
+    "head_dim": 32,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 48,
+}
 CONFIGS = {
     "llama2": {"model_type": "llama", "num_key_value_heads": 4},
     "llama3.1": {"model_type": "llama", "rope_parameters": {**LLAMA3, "factor": 8.0}},
@@ -54,6 +61,51 @@ CONFIGS = {
     "qwen3, tied": {"model_type": "qwen3", "head_dim": 32, "tie_word_embeddings": True},
     "llama, one KV head": {"model_type": "llama", "num_key_value_heads": 1},
     "qwen3, one KV head": {"model_type": "qwen3", "num_key_value_heads": 1, "head_dim": 32},
+    "llama, yarn": {
+        "model_type": "llama",
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "qwen3, yarn with every entry": {
+        "model_type": "qwen3",
+        "head_dim": 32,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1000000.0,
+            "factor": 8.0,
+            "original_max_position_embeddings": 128,
+            "beta_fast": 16.0,
+            "beta_slow": 2.0,
+            "mscale": 0.7,
+            "mscale_all_dim": 0.4,
+            "truncate": False,
+        },
+    },
+    "phi3": {"model_type": "phi3", "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "phi3, partial and tied": {
+        "model_type": "phi3",
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 250000.0,
+            "partial_rotary_factor": 0.75,
+        },
+        "tie_word_embeddings": True,
+    },
+    "mixtral": {
+        "model_type": "mixtral",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": None,
+    },
+    "qwen3 moe": {**QWEN3_MOE, "norm_topk_prob": True},
+    "qwen3 moe, dense layers": {**QWEN3_MOE, "mlp_only_layers": [1], "tie_word_embeddings": True},
 }
 
 

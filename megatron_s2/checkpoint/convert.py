@@ -20,6 +20,7 @@ from megatron_s2.checkpoint.families import (
     extra_state_keys,
     model_tensors,
 )
+from megatron_s2.checkpoint.longer_context import LongerContext
 from megatron_s2.checkpoint.model_config import ModelConfig
 from megatron_s2.checkpoint.safetensors_files import DTYPES, SafetensorsReader, read_json, write_safetensors
 from megatron_s2.checkpoint.tensors import ModelTensor
@@ -94,13 +95,16 @@ class ExportSummary:
     note: str | None
 
 
-def to_megatron(source: Path, output: Path, s2_flags: Namespace) -> ImportSummary:
+def to_megatron(
+    source: Path, output: Path, s2_flags: Namespace, context: LongerContext | None = None
+) -> ImportSummary:
     """Writes the model in a Hugging Face directory as a Megatron checkpoint.
 
     Args:
         source: directory with config.json, safetensors and, optionally, a tokenizer.
         output: new directory, for `--load`.
         s2_flags: parsed `--s2-…` flags (`add_s2_args`).
+        context: changes of the model's positions; None for none.
 
     Raises:
         InputError: the model cannot be converted, or `output` exists.
@@ -109,7 +113,10 @@ def to_megatron(source: Path, output: Path, s2_flags: Namespace) -> ImportSummar
     _check_paths(source, output)
     _check_no_shell_characters(output)
     config = read_json(source / _CONFIG)
-    model = hf_config.model_from_config(config)
+    own = hf_config.model_from_config(config)
+    model = own if context is None else context.of(own)
+    if model != own:
+        config = hf_config.with_architecture(config, model)
     settings = _choose_settings(config, model, s2_flags)
     window = hf_config.sliding_window(config)
     if window is not None and settings is None:
@@ -120,9 +127,11 @@ def to_megatron(source: Path, output: Path, s2_flags: Namespace) -> ImportSummar
     reader = SafetensorsReader(source)
     tensors = list(model_tensors(model))
     _check_weights(reader, tensors, model)
-    dtypes = {tensor.key: reader.dtype(next(iter(tensor.hf_shapes))) for tensor in tensors}
-    size = sum(math.prod(tensor.shape) * dtypes[tensor.key].itemsize for tensor in tensors)
+    dtypes = {key: reader.dtype(next(iter(tensor.hf_shapes))) for tensor in tensors for key in tensor.keys}
+    size = sum(math.prod(tensor.shape) * dtypes[key].itemsize for tensor in tensors for key in tensor.keys)
     args = megatron_args.args_from_model(model)
+    if model.experts is not None:
+        args["moe_aux_loss_coeff"] = hf_config.aux_loss_coefficient(config)
     args |= megatron_args.args_from_s2_settings(settings, s2_flags.s2_anneal_steps or 0)
     if has_tokenizer(source):
         tokenizer = os.path.join(os.path.abspath(output), HF_FILES)
@@ -143,6 +152,8 @@ def to_megatron(source: Path, output: Path, s2_flags: Namespace) -> ImportSummar
         saved_args = megatron_args.checkpoint_args(args)
         write_release(directory, tensors, dtypes, load, extra_state_keys(model), saved_args)
         _copy(source, directory / HF_FILES, (*_COPIED_FILES, _CONFIG))
+        if model != own:
+            _write_json(directory / HF_FILES / _CONFIG, config)
         (directory / RESUME).write_text("".join(line + "\n" for line in lines))
         if has_pattern_file:
             write_pattern_file(directory / _PATTERN, settings)
@@ -190,8 +201,7 @@ def to_hugging_face(
     settings = megatron_args.s2_settings_from_args(reader.args, model)
     if settings is not None:
         megatron_args.check_annealed(reader.args, reader.iteration)
-    tensors = list(model_tensors(model))
-    _check_tensors(reader, tensors, model)
+    tensors = _check_tensors(reader, model)
     dtypes = {key: DTYPES[dtype] if dtype else stored for key, (_, stored) in reader.tensors().items()}
     sizes = {
         name: math.prod(shape) * dtypes[tensor.key].itemsize
@@ -202,7 +212,7 @@ def to_hugging_face(
     with atomic_directory(output, sum(sizes.values())) as directory:
         write_safetensors(directory, sizes, _hf_tensors(reader, tensors, model, dtypes), max_shard_size)
         _copy(hf_files, directory, _COPIED_FILES)
-        (directory / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        _write_json(directory / _CONFIG, config)
     tokenizer = hf_files if has_tokenizer(hf_files) else None
     note = _note_on_tokenizer(hf_files, model.vocab_size)
     return ExportSummary(model, settings, family_source, tokenizer, note)
@@ -287,7 +297,7 @@ def _choose_family(
     families = megatron_args.families_of(args)
     family, *others = families
     if not others:
-        flags = " and ".join(map(flag_name, FAMILIES[family].megatron_args))
+        flags = " and ".join(map(flag_name, FAMILIES[family].marks or ["rotary_percent"]))
         inferred_from = f"from the checkpoint's {flags}"
     elif requested in families:
         return requested, "from --family"
@@ -327,10 +337,17 @@ def _hf_files(source: Path, args: Namespace) -> Path:
     return Path(tokenizer) if from_hf and not inside.is_dir() else inside
 
 
-def _check_tensors(reader: CheckpointReader, tensors: Iterable[ModelTensor], model: ModelConfig) -> None:
-    """Raises InputError unless the checkpoint has exactly the tensors of the model. Embedding and output
-    layer may have further rows, the padding of the vocabulary."""
+def _check_tensors(reader: CheckpointReader, model: ModelConfig) -> list[ModelTensor]:
+    """Returns the tensors of the model, with the keys that the checkpoint has for them.
+
+    Embedding and output layer may have further rows, the padding of the vocabulary.
+
+    Raises:
+        InputError: the checkpoint has not exactly these tensors.
+    """
     stored = {key: shape for key, shape in reader.tensors().items() if key.startswith(_MODEL_KEYS)}
+    known = {key for tensor in model_tensors(model) for key in tensor.keys}
+    tensors = [tensor.stored_in(stored) for tensor in model_tensors(model)]
     for tensor in tensors:
         if tensor.key not in stored:
             raise InputError(f"{tensor.key}: missing; the checkpoint's arguments say that the model has it")
@@ -345,10 +362,10 @@ def _check_tensors(reader: CheckpointReader, tensors: Iterable[ModelTensor], mod
             )
         if dtype not in DTYPES.values():
             raise InputError(f"{tensor.key}: is stored as {dtype}; must be one of {', '.join(DTYPES)}")
-    known = {tensor.key for tensor in tensors}
     for key in stored:
         if key not in known:
             raise InputError(f"{key}: no {model.family} model has it; the checkpoint cannot be converted")
+    return tensors
 
 
 def _hf_tensors(
@@ -382,6 +399,10 @@ def left_out(directory: Path) -> list[str]:
     used = {_CONFIG, *(path.name for glob in _WEIGHT_FILES for path in directory.glob(glob))}
     used |= {path.relative_to(directory).parts[0] for glob in _COPIED_FILES for path in directory.glob(glob)}
     return sorted(path.name for path in directory.glob("[!.]*") if path.name not in used)
+
+
+def _write_json(path: Path, content: hf_config.Config) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _copy(source: Path, destination: Path, globs: Iterable[str]) -> None:

@@ -20,32 +20,35 @@ from megatron_s2.pattern import S2Pattern, S2Settings
 NAME = "phi3small"
 ARCHITECTURE = "Phi3SmallForCausalLM"
 
-_NORMS = {"input_layernorm": "self_attention.linear_qkv", "post_attention_layernorm": "mlp.linear_fc1"}
-_OUT = {
-    "self_attn.dense": ("self_attention.linear_proj", "query"),
-    "mlp.down_proj": ("mlp.linear_fc2", "ffn"),
-}
-LAYER = (
-    *(
+
+def _norm(name: str, module: str) -> tuple[TensorMapping, ...]:
+    return tuple(
         TensorMapping(f"{module}.layer_norm_{part}", {f"{name}.{part}": "hidden"})
-        for name, module in _NORMS.items()
         for part in ("weight", "bias")
-    ),
+    )
+
+
+def _output(name: str, module: str, columns: str) -> tuple[TensorMapping, ...]:
+    return (
+        TensorMapping(f"{module}.weight", {f"{name}.weight": f"hidden {columns}"}),
+        TensorMapping(f"{module}.bias", {f"{name}.bias": "hidden"}),
+    )
+
+
+ATTENTION = (
+    *_norm("input_layernorm", "self_attention.linear_qkv"),
     # The queries of a group, its key and its value follow one another, as in Megatron.
     TensorMapping(
         "self_attention.linear_qkv.weight", {"self_attn.query_key_value.weight": "query+key+value hidden"}
     ),
     TensorMapping("self_attention.linear_qkv.bias", {"self_attn.query_key_value.bias": "query+key+value"}),
+    *_output("self_attn.dense", "self_attention.linear_proj", "query"),
+)
+MLP = (
+    *_norm("post_attention_layernorm", "mlp.linear_fc1"),
     TensorMapping("mlp.linear_fc1.weight", {"mlp.up_proj.weight": "gate+up hidden"}, GATE_UP_ROWS),
     TensorMapping("mlp.linear_fc1.bias", {"mlp.up_proj.bias": "gate+up"}, GATE_UP_ROWS),
-    *(
-        mapping
-        for name, (module, columns) in _OUT.items()
-        for mapping in (
-            TensorMapping(f"{module}.weight", {f"{name}.weight": f"hidden {columns}"}),
-            TensorMapping(f"{module}.bias", {f"{name}.bias": "hidden"}),
-        )
-    ),
+    *_output("mlp.down_proj", "mlp.linear_fc2", "ffn"),
 )
 FINAL_NORM = tuple(
     TensorMapping(f"decoder.final_layernorm.{part}", {f"model.final_layernorm.{part}": "hidden"})

@@ -1,13 +1,14 @@
 """How one Megatron tensor corresponds to one or more Hugging Face tensors.
 
-Hugging Face stores one tensor per layer and projection. Megatron stores one tensor for all layers, stacked
-along the first axis, and fuses query, key and value into one tensor and gate and up into another.
+Hugging Face stores one tensor per layer, expert and projection. Megatron stacks the experts of a layer along
+an axis, and all layers along another if they have the same tensors; it fuses query, key and value into one
+tensor and gate and up into another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from megatron_s2.checkpoint.model_config import ModelConfig
@@ -53,6 +54,19 @@ def _split_qkv(fused: torch.Tensor, model: ModelConfig) -> Tensors:
     return [tensor.flatten(0, 1) for tensor in groups.split(rows, dim=1)]
 
 
+def _interleave_rows(tensors: Tensors, model: ModelConfig) -> torch.Tensor:
+    """As `_interleave_qkv`, of one tensor with the rows of query, then key, then value."""
+    [tensor] = tensors
+    sizes = _dim_sizes(model)
+    return _interleave_qkv(tensor.split([sizes["query"], sizes["key"], sizes["key"]]), model)
+
+
+def _split_rows(fused: torch.Tensor, model: ModelConfig) -> Tensors:
+    import torch
+
+    return [torch.cat(tuple(_split_qkv(fused, model)))]
+
+
 def _part_rows(tensors: Tensors, model: ModelConfig) -> torch.Tensor:
     """Returns the even rows and then the odd ones."""
     import torch
@@ -70,6 +84,7 @@ IDENTITY = Fusion(lambda tensors, model: tensors[0], lambda tensor, model: [tens
 GATE_UP = Fusion(_concatenate_gate_up, _split_gate_up)
 GATE_UP_ROWS = Fusion(_part_rows, _alternate_rows)
 QKV = Fusion(_interleave_qkv, _split_qkv)
+QKV_ROWS = Fusion(_interleave_rows, _split_rows)
 
 
 @dataclass(frozen=True)
@@ -77,62 +92,96 @@ class TensorMapping:
     """A Megatron tensor and the Hugging Face tensors it is made of.
 
     Args:
-        key: key in a Megatron checkpoint, without the prefix `LAYERS`.
+        key: key in a Megatron checkpoint, without the prefix of a layer.
         hf_dims: names of the Hugging Face tensors, without the prefix of a layer, each with its dimensions in
-            the words of `_dim_sizes`, such as "vocab hidden".
+            the words of `_dim_sizes`, such as "vocab hidden". Those of a tensor that each expert has contain
+            `{expert}`.
+        transformer_engine_key: key that Transformer Engine's layers use; None where it is `key`.
     """
 
     key: str
     hf_dims: dict[str, str]
     fusion: Fusion = IDENTITY
+    transformer_engine_key: str | None = None
 
 
 @dataclass(frozen=True)
 class ModelTensor:
-    """One tensor of a model, or one layer of it, in both formats.
+    """One tensor of a model, or one layer of it, or one expert of a layer, in both formats.
 
     Args:
-        key: key in a Megatron checkpoint.
-        layer: index of the layer, from 0; None for a tensor outside of layers.
-        shape: shape in Megatron, without the layer axis.
-        global_shape: shape of the whole tensor in the checkpoint, with all layers.
+        keys: key in a Megatron checkpoint, and then that of Transformer Engine's layers if it is another. A
+            checkpoint of `write_release` has all of them, one of a training has one.
+        stacked: index and size of each leading axis along which it is stacked in the checkpoint.
+        shape: shape in Megatron, without the leading axes.
         hf_shapes: names and shapes of its Hugging Face tensors, in the order that `fusion` expects.
     """
 
-    key: str
-    layer: int | None
+    keys: tuple[str, ...]
+    stacked: tuple[tuple[int, int], ...]
     shape: tuple[int, ...]
-    global_shape: tuple[int, ...]
     hf_shapes: dict[str, tuple[int, ...]]
     fusion: Fusion = field(repr=False)
 
     @property
+    def key(self) -> str:
+        return self.keys[0]
+
+    def stored_in(self, keys: Container[str]) -> ModelTensor:
+        """Returns the tensor with the key that a checkpoint with `keys` has for it; itself if it has none."""
+        found = tuple(key for key in self.keys if key in keys)
+        return replace(self, keys=found[:1]) if found else self
+
+    @property
+    def global_shape(self) -> tuple[int, ...]:
+        """Shape of the whole tensor in the checkpoint."""
+        return (*(size for _, size in self.stacked), *self.shape)
+
+    @property
     def local_shape(self) -> tuple[int, ...]:
-        """Shape of this part of the tensor in the checkpoint, with a layer axis of 1."""
-        return self.shape if self.layer is None else (1, *self.shape)
+        """Shape of this part of the tensor in the checkpoint, with leading axes of 1."""
+        return (*(1 for _ in self.stacked), *self.shape)
 
     @property
     def global_offset(self) -> tuple[int, ...]:
         """Index of the first element of this part in the tensor in the checkpoint."""
-        zeros = (0,) * len(self.shape)
-        return zeros if self.layer is None else (self.layer, *zeros)
+        return (*(index for index, _ in self.stacked), *(0 for _ in self.shape))
 
 
-def model_tensor(mapping: TensorMapping, model: ModelConfig, layer: int | None = None) -> ModelTensor:
-    """Returns the tensor of `model` that a mapping describes, in layer `layer` or outside of layers."""
-    key_prefix, hf_prefix = ("", "") if layer is None else (LAYERS, f"model.layers.{layer}.")
+def layer_prefix(model: ModelConfig, layer: int) -> tuple[str, tuple[tuple[int, int], ...]]:
+    """Returns the prefix of the keys of a layer, and the axes along which its tensors are stacked."""
+    if model.layers_are_alike:
+        return LAYERS, ((layer, model.num_layers),)
+    return f"{LAYERS}{layer}.", ()
+
+
+def mapped_tensors(
+    mapping: TensorMapping, model: ModelConfig, layer: int | None = None
+) -> Iterator[ModelTensor]:
+    """Yields the tensor of `model` that a mapping describes, in layer `layer` or outside of layers; that of
+    each expert if the experts have it."""
+    prefix, stacked = ("", ()) if layer is None else layer_prefix(model, layer)
+    hf_prefix = "" if layer is None else f"model.layers.{layer}."
     sizes = _dim_sizes(model)
-    hf_shapes = {
-        hf_prefix + name: tuple(sizes[dim] for dim in dims.split()) for name, dims in mapping.hf_dims.items()
-    }
-    shapes = list(hf_shapes.values())
-    shape = (sum(rows for rows, *_ in shapes), *shapes[0][1:])
-    global_shape = shape if layer is None else (model.num_layers, *shape)
-    return ModelTensor(key_prefix + mapping.key, layer, shape, global_shape, hf_shapes, mapping.fusion)
+    keys = (mapping.key, *filter(None, [mapping.transformer_engine_key]))
+    per_expert = any("{expert}" in name for name in mapping.hf_dims)
+    for expert in range(model.experts.count if per_expert else 1):
+        hf_shapes = {
+            hf_prefix + name.format(expert=expert): tuple(sizes[dim] for dim in dims.split())
+            for name, dims in mapping.hf_dims.items()
+        }
+        shapes = list(hf_shapes.values())
+        yield ModelTensor(
+            tuple(prefix + key for key in keys),
+            (*stacked, (expert, model.experts.count)) if per_expert else stacked,
+            (sum(rows for rows, *_ in shapes), *shapes[0][1:]),
+            hf_shapes,
+            mapping.fusion,
+        )
 
 
 def _dim_sizes(model: ModelConfig) -> dict[str, int]:
-    return {
+    sizes = {
         "vocab": model.vocab_size,
         "hidden": model.hidden_size,
         "ffn": model.ffn_hidden_size,
@@ -142,3 +191,6 @@ def _dim_sizes(model: ModelConfig) -> dict[str, int]:
         "query+key+value": (model.num_attention_heads + 2 * model.num_query_groups) * model.head_dim,
         "gate+up": 2 * model.ffn_hidden_size,
     }
+    if model.experts is not None:
+        sizes |= {"experts": model.experts.count, "expert_ffn": model.experts.ffn_hidden_size}
+    return sizes

@@ -13,6 +13,7 @@ import re
 import struct
 import zipfile
 from argparse import Namespace
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -154,23 +155,23 @@ class _StreamingPlanner(DefaultSavePlanner):
         objects: dict[str, object],
     ):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._tensors = {(tensor.key, tensor.global_offset): tensor for tensor in tensors}
+        self._tensors = {(key, tensor.global_offset): tensor for tensor in tensors for key in tensor.keys}
         self._dtypes, self._load, self._objects = dtypes, load, objects
 
     def create_local_plan(self) -> SavePlan:
         tensors = [
             WriteItem(
-                index=MetadataIndex(tensor.key, tensor.global_offset),
+                index=MetadataIndex(key, tensor.global_offset),
                 type=WriteItemType.SHARD,
                 tensor_data=TensorWriteData(
                     chunk=ChunkStorageMetadata(
                         torch.Size(tensor.global_offset), torch.Size(tensor.local_shape)
                     ),
-                    properties=TensorProperties(dtype=self._dtypes[tensor.key]),
+                    properties=TensorProperties(dtype=self._dtypes[key]),
                     size=torch.Size(tensor.global_shape),
                 ),
             )
-            for tensor in self._tensors.values()
+            for (key, _), tensor in self._tensors.items()
         ]
         objects = [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self._objects]
         self.plan = SavePlan(objects + tensors)
@@ -206,6 +207,8 @@ class CheckpointReader:
             for key, stored in self._metadata.state_dict_metadata.items()
             if isinstance(stored, TensorStorageMetadata)
         }
+        # Of each tensor that has been read, by their index along the first axis; None for more than one.
+        self._chunks: dict[str, dict[int | None, list[ChunkStorageMetadata]]] = {}
         self.common = self._read_common()
 
     @property
@@ -232,10 +235,9 @@ class CheckpointReader:
         Raises:
             InputError: a file is damaged, or no file contains some of the elements.
         """
-        stored = self._tensors[key]
-        part = torch.empty(shape, dtype=stored.properties.dtype)
+        part = torch.empty(shape, dtype=self._tensors[key].properties.dtype)
         filled = 0
-        for chunk in stored.chunks:
+        for chunk in self._chunks_near(key, offset, shape):
             begin = [max(a, b) for a, b in zip(offset, chunk.offsets)]
             end = [min(a + b, c + d) for a, b, c, d in zip(offset, shape, chunk.offsets, chunk.sizes)]
             if all(a < b for a, b in zip(begin, end)):
@@ -245,6 +247,21 @@ class CheckpointReader:
         if filled != part.numel():
             raise InputError(f"{self.path}: {key} is incomplete: no file contains a part of it")
         return part
+
+    def _chunks_near(
+        self, key: str, offset: tuple[int, ...], shape: tuple[int, ...]
+    ) -> Iterable[ChunkStorageMetadata]:
+        """Returns the chunks of a tensor without those that cannot overlap a part of it.
+
+        Of a tensor that is stacked, each part has one element along the first axis, and so has each chunk; a
+        model of experts has thousands of parts and of chunks.
+        """
+        if key not in self._chunks:
+            by_index = self._chunks[key] = defaultdict(list)
+            for chunk in self._tensors[key].chunks:
+                by_index[chunk.offsets[0] if tuple(chunk.sizes[:1]) == (1,) else None].append(chunk)
+        by_index = self._chunks[key]
+        return [*by_index[offset[0]], *by_index[None]] if shape[0] == 1 else self._tensors[key].chunks
 
     def _read_chunk(self, key: str, chunk: ChunkStorageMetadata) -> torch.Tensor:
         tensor = self._load(MetadataIndex(key, chunk.offsets), _load_tensor)

@@ -42,15 +42,22 @@ _NOT_RESTORED = (
     "mup_base_hidden_size",
     "mup_embedding_mult",
     "mup_output_mult",
+    "mscale",
+    "mscale_all_dim",
     "qk_l2_norm",
     "qk_layernorm",
     "quick_geglu",
     "rope_scaling_factor",
+    "rotary_scaling_factor",
     "rotary_seq_len_interpolation_factor",
     "softmax_type",
     "use_mup",
     "use_rope_scaling",
     "vocab_size",
+    "yarn_beta_fast",
+    "yarn_beta_slow",
+    "yarn_correction_range_round_to_int",
+    "yarn_original_max_position_embeddings",
 )
 _NO_TOKENIZER = "NullTokenizer"
 _LOAD_FLAGS = [

@@ -5,7 +5,6 @@ import json
 import pytest
 from transformers import AutoConfig
 
-from megatron_s2.checkpoint.families import FAMILIES, Family
 from megatron_s2.checkpoint.hf_config import config_from_model, model_from_config, sliding_window
 
 # As saved by transformers 4, without the entries that do not describe the model.
@@ -108,6 +107,75 @@ PUBLISHED = {
         "use_sliding_window": False,
         "vocab_size": 151936,
     },
+    "Phi-4": {
+        "architectures": ["Phi3ForCausalLM"],
+        "attention_bias": False,
+        "hidden_act": "silu",
+        "hidden_size": 5120,
+        "intermediate_size": 17920,
+        "max_position_embeddings": 16384,
+        "model_type": "phi3",
+        "num_attention_heads": 40,
+        "num_hidden_layers": 40,
+        "num_key_value_heads": 10,
+        "original_max_position_embeddings": 16384,
+        "resid_pdrop": 0.0,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "rope_theta": 250000,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "vocab_size": 100352,
+    },
+    "Mixtral": {
+        "architectures": ["MixtralForCausalLM"],
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+        "model_type": "mixtral",
+        "num_attention_heads": 32,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "output_router_logits": False,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.02,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "vocab_size": 32000,
+    },
+    "Qwen3-30B-A3B": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "attention_bias": False,
+        "decoder_sparse_step": 1,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 48,
+        "mlp_only_layers": [],
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "num_attention_heads": 32,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 4,
+        "output_router_logits": False,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.001,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
 }
 LINEAR = {"factor": 4.0, "type": "linear"}
 
@@ -123,9 +191,8 @@ def test_transformers_4_and_5_describe_the_same_model(tmp_path, name):
     assert sliding_window(newer) is sliding_window(older) is None
 
 
-def test_a_window_without_a_switch_and_without_a_default(monkeypatch):
+def test_a_window_without_a_switch_and_without_a_default():
     """As in Phi-3, whose `sliding_window` applies wherever it is not null, and is null if missing."""
-    monkeypatch.setitem(FAMILIES, "phi3", Family("Phi3ForCausalLM"))
     config = PUBLISHED["Llama 2"] | {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}
     assert sliding_window(config) is sliding_window(config | {"sliding_window": None}) is None
     windowed = config | {"sliding_window": 2047}

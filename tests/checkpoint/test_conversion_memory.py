@@ -22,14 +22,18 @@ SHARD = 40 * 10**6
 # For allocators, and for a tensor that is fused or split.
 SLACK = 40 * 10**6
 # Many small tensors, so that one in memory weighs little.
-CONFIG = {
-    "model_type": "llama",
-    "num_hidden_layers": 32,
+SIZES = {
     "hidden_size": 512,
     "intermediate_size": 2048,
     "num_attention_heads": 8,
+    "num_key_value_heads": 8,
     "max_position_embeddings": 128,
     "vocab_size": 4000,
+}
+EXPERTS = {"num_experts": 64, "num_experts_per_tok": 4, "moe_intermediate_size": 256}
+CONFIGS = {
+    "llama": {"model_type": "llama", "num_hidden_layers": 32},
+    "qwen3_moe": {"model_type": "qwen3_moe", "num_hidden_layers": 6, **EXPERTS},
 }
 CONVERT = """
 import sys
@@ -63,9 +67,8 @@ print(to_megatron, to_hugging_face)
 """
 
 
-def write_model(directory, **changes) -> int:
+def write_model(directory, config: dict) -> int:
     """Writes a Hugging Face model in files of at most `SHARD` bytes, and returns its bytes."""
-    config = CONFIG | changes
     shapes = {
         name: shape
         for tensor in model_tensors(model_from_config(config))
@@ -80,9 +83,11 @@ def write_model(directory, **changes) -> int:
 
 
 @pytest.mark.exhaustive
-def test_at_most_one_file_of_weights_is_in_memory(tmp_path):
-    write_model(tmp_path / "small/hf", num_hidden_layers=1)
-    total = write_model(tmp_path / "large/hf")
+@pytest.mark.parametrize("family", CONFIGS)
+def test_at_most_one_file_of_weights_is_in_memory(tmp_path, family):
+    config = SIZES | CONFIGS[family]
+    write_model(tmp_path / "small/hf", config | {"num_hidden_layers": 1})
+    total = write_model(tmp_path / "large/hf", config)
     assert total > 250e6
     done = subprocess.run(
         [

@@ -1,15 +1,18 @@
 """A model survives the conversion to Megatron and back bit by bit, in every family and dtype."""
 
 import json
+import pickle
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from hf_models import (
     CONFIGS,
+    LLAMA3,
     assert_bit_equal,
     convert,
     edit_config,
@@ -26,6 +29,7 @@ from megatron_s2.pattern import S2Settings
 from megatron_s2.pattern.pattern_file import read_pattern_file, write_pattern_file
 
 S2 = ("--s2-attention", "--s2-block-size", "16", "--s2-local-blocks", "2", "--s2-vert-stride", "3", "4")
+LLAMA3_SCALING = {entry: value for entry, value in LLAMA3.items() if entry != "rope_theta"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -78,7 +82,10 @@ def test_family_of_a_mistral_whose_config_is_missing(tmp_path, flags):
     assert f"beside: mistral (from {config_path}), 3 layers, " in printed
     shutil.rmtree(tmp_path / "megatron/huggingface")  # as in a checkpoint that a training saved
     printed = convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "plain")
-    assert "plain: llama (or Mistral, the same in Megatron: --family mistral), 3 layers, " in printed
+    assert (
+        "plain: llama (or Mistral or Phi3, the same in Megatron: --family mistral or phi3), 3 layers, "
+        in printed
+    )
     printed = convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "asked", "--family", "mistral")
     assert "asked: mistral (from --family), 3 layers, " in printed
     assert config(tmp_path / "plain")["architectures"] == ["LlamaForCausalLM"]
@@ -92,20 +99,71 @@ def test_family_of_a_mistral_whose_config_is_missing(tmp_path, flags):
         assert_bit_equal(dict(loaded.named_parameters()), weights(source))
 
 
-@pytest.mark.parametrize(("family", "flag"), [("qwen2", "--add-qkv-bias"), ("qwen3, tied", "--qk-layernorm")])
+@pytest.mark.parametrize(
+    ("family", "flag"),
+    [
+        ("qwen2", "--add-qkv-bias"),
+        ("qwen3, tied", "--qk-layernorm"),
+        ("phi3, partial and tied", "--rotary-percent"),
+        ("mixtral", "--num-experts"),
+        ("qwen3 moe, dense layers", "--qk-layernorm and --num-experts"),
+    ],
+)
 def test_families_that_the_arguments_identify(tmp_path, family, flag):
-    convert("hf-to-megatron", make_model(tmp_path / "hf", family), tmp_path / "megatron")
+    source = make_model(tmp_path / "hf", family)
+    convert("hf-to-megatron", source, tmp_path / "megatron")
     shutil.rmtree(tmp_path / "megatron/huggingface")
     printed = convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "back")
-    assert f"back: {family[:5]} (from the checkpoint's {flag}), 3 layers, dense attention, no tok" in printed
+    model_type = config(source)["model_type"]
+    assert f"back: {model_type} (from the checkpoint's {flag}), 3 layers, dense attention, no tok" in printed
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert_bit_equal(dict(loaded.named_parameters()), parameters(source))
+
+
+def parameters(source) -> dict[str, torch.Tensor]:
+    """Returns the parameters of a model as transformers loads it; it may fuse those of experts."""
+    return dict(AutoModelForCausalLM.from_pretrained(source).named_parameters())
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3 moe, dense layers"])
+def test_the_norm_of_experts_under_the_key_of_either_spec(tmp_path, family):
+    """A training saves it under the key of its own layers, Megatron's or Transformer Engine's."""
+    source = make_model(tmp_path / "hf", family)
+    convert("hf-to-megatron", source, tmp_path / "megatron")
+    path = tmp_path / "megatron/release/.metadata"
+    metadata = pickle.loads(path.read_bytes())
+    keys = metadata.state_dict_metadata.keys()
+    local = [key for key in keys if key.endswith("mlp.linear_fc1.layer_norm_weight")]
+    other = [key for key in keys if key.endswith("pre_mlp_layernorm.weight")]
+    for number, left in enumerate((local, other)):
+        kept = {
+            key: stored
+            for key, stored in metadata.state_dict_metadata.items()
+            if key not in left or key.replace("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.") not in keys
+        }
+        path.write_bytes(pickle.dumps(replace(metadata, state_dict_metadata=kept)))
+        assert len(kept) < len(keys)
+        convert("megatron-to-hf", tmp_path / "megatron", tmp_path / f"back{number}")
+        assert_bit_equal(weights(source), weights(tmp_path / f"back{number}"))
+
+
+def test_the_coefficient_of_the_balancing_loss_is_a_flag(tmp_path):
+    source = make_model(tmp_path / "hf", "mixtral", router_aux_loss_coef=0.02)
+    printed = convert("hf-to-megatron", source, tmp_path / "megatron")
+    assert "\n--moe-aux-loss-coeff 0.02\n" in printed
+    assert "--moe-layer-freq" not in printed
+    source = make_model(tmp_path / "other", "qwen3 moe, dense layers", norm_topk_prob=False)
+    printed = convert("hf-to-megatron", source, tmp_path / "other-megatron")
+    assert "\n--moe-layer-freq ([1]*1+[0]*1+[1]*1)\n" in printed
+    assert "\n--moe-router-pre-softmax\n" in printed
 
 
 def test_family_offers_the_families_that_are_the_same_in_megatron(tmp_path, monkeypatch):
     _, _, errors = run_conversion("megatron-to-hf", tmp_path, tmp_path / "output", "--family", "none")
-    assert re.findall(r"\w+", errors.partition("choose from")[2]) == ["llama", "mistral"]
+    assert re.findall(r"\w+", errors.partition("choose from")[2]) == ["llama", "mistral", "phi3"]
     other = families.Family("OtherForCausalLM", megatron_args={"qk_layernorm": True})
     monkeypatch.setitem(families.FAMILIES, "other", other)
-    assert families.ambiguous_families() == ["llama", "mistral", "qwen3", "other"]
+    assert families.ambiguous_families() == ["llama", "mistral", "qwen3", "phi3", "other"]
 
 
 def test_reads_symlinks_in_read_only_directories(tmp_path):
@@ -308,3 +366,56 @@ def test_every_kind_of_tokenizer_file_is_copied(tmp_path):
     for name in kept:
         assert (tmp_path / "back" / name).read_text() == name
     assert (tmp_path / "back" / "additional_chat_templates" / "tools.jinja").read_text() == "tools"
+
+
+@pytest.mark.parametrize(
+    ("family", "flags", "entries", "printed"),
+    [
+        (
+            "qwen3",
+            "--max-position-embeddings 32768 --rotary-base 4000000",
+            {"max_position_embeddings": 32768, "rope_theta": 4000000.0, "rope_scaling": None},
+            "--rotary-base 4000000",
+        ),
+        (
+            "mistral",
+            "--max-position-embeddings 65536 --rope-scaling yarn --rope-scaling-factor 4",
+            {
+                "max_position_embeddings": 65536,
+                "rope_scaling": {
+                    "rope_type": "yarn",
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 16384,
+                    "beta_fast": 32.0,
+                    "beta_slow": 1.0,
+                    "truncate": True,
+                },
+            },
+            "--yarn-original-max-position-embeddings 16384",
+        ),
+        (
+            "llama3.1",
+            "--rope-scaling llama3 --rope-scaling-factor 32",
+            {"rope_theta": 500000.0, "rope_scaling": {**LLAMA3_SCALING, "factor": 32.0}},
+            "--rope-scaling-factor 32.0",
+        ),
+        (
+            "llama, yarn",
+            "--rope-scaling linear --rope-scaling-factor 8",
+            {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+            "--rotary-seq-len-interpolation-factor 8",
+        ),
+    ],
+    ids=["base", "yarn", "llama3", "linear"],
+)
+def test_a_longer_context_is_part_of_the_model_from_then_on(tmp_path, family, flags, entries, printed):
+    source = make_model(tmp_path / "hf", family)
+    lines = convert("hf-to-megatron", source, tmp_path / "megatron", *flags.split())
+    assert f"\n{printed}\n" in lines
+    convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "back")
+    longer = config(tmp_path / "back")
+    assert {entry: longer.get(entry) for entry in entries} == entries
+    assert "rope_parameters" not in longer
+    assert_bit_equal(weights(source), weights(tmp_path / "back"))
+    again = convert("hf-to-megatron", tmp_path / "back", tmp_path / "again")
+    assert again.replace("again", "megatron") == lines

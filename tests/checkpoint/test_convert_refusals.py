@@ -38,7 +38,15 @@ def change_arguments(trained: Path, **changes) -> None:
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"model_type": "gpt_neox"}, "model_type gpt_neox: must be one of llama, mistral, qwen2, qwen3"),
+        (
+            {"model_type": "gpt_neox"},
+            "model_type gpt_neox: must be one of llama, mistral, qwen2, qwen3,",
+        ),
+        (
+            {"model_type": "olmo2"},
+            "model_type olmo2: cannot be converted: its norms follow attention and MLP",
+        ),
+        ({"model_type": ["llama"]}, "model_type ['llama']: must be one of llama,"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "architectures ['LlamaForSequenceC"),
         ({"hidden_act": "gelu"}, "config.json: hidden_act gelu: must be silu"),
         ({"attention_bias": True}, "config.json: attention_bias True: must be False"),
@@ -46,7 +54,10 @@ def change_arguments(trained: Path, **changes) -> None:
         ({"quantization_config": {"bits": 4}}, "quantization_config {'bits': 4}: must be None"),
         ({"hidden_size": "64"}, "config.json: hidden_size 64: must be a whole number >= 1"),
         ({"num_key_value_heads": 3}, "num_key_value_heads 3: must divide num_attention_heads 4"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type yarn: must be default,"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}},
+            "rope_type dynamic: must be default, linear, llama3 or yarn",
+        ),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.5}}, "factor 2.5: must be a whole number"),
         ({"rope_parameters": {"rope_type": "linear"}}, "rope_scaling: factor None: must be a number"),
         ({"rope_parameters": {"rope_theta": 0.5}}, "rope_theta 0.5: must be a whole number"),
@@ -71,7 +82,7 @@ def change_arguments(trained: Path, **changes) -> None:
             {"rope_parameters": {"rope_type": "linear", "factor": 4, "beta_fast": 32}},
             "rope_scaling: beta_fast 32: is not known for rope_type linear",
         ),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type yarn: must be default,"),
+        ({"rope_scaling": {"type": "longrope", "factor": 4.0}}, "rope_type longrope: must be default,"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings 'false': must be true or false"),
         ({"tie_word_embeddings": 1}, "config.json: tie_word_embeddings 1: must be true or false"),
         (
@@ -102,7 +113,56 @@ def test_an_unsupported_config(source, entries, message):
     assert_refused("hf-to-megatron", source, message)
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("family", "rope", "message"),
+    [
+        ("llama, yarn", YARN | {"attention_factor": 1.1}, "attention_factor 1.1: must be null: Megatron"),
+        ("llama, yarn", YARN | {"truncate": 1}, "rope_scaling: truncate 1: must be true or false"),
+        ("llama, yarn", YARN | {"beta_fast": -1}, "rope_scaling: beta_fast -1: must be a number > 0"),
+        ("llama, yarn", YARN | {"factor": None}, "rope_scaling: factor None: must be a number > 0"),
+        ("llama, yarn", YARN | {"original_max_position_embeddings": 1.5}, "beddings 1.5: must be a whole"),
+        ("llama, yarn", YARN | {"low_freq_factor": 2}, "low_freq_factor 2: is not known for rope_type yarn"),
+        ("phi3", YARN, "rope_scaling: rope_type yarn: must be default"),
+        ("phi3", {"rope_type": "longrope"}, "rope_scaling: rope_type longrope: must be default"),
+        ("phi3", {"type": "su"}, "rope_scaling: rope_type su: must be default"),
+        ("phi3", {"partial_rotary_factor": 0.7}, "factor 0.7: must leave an even part of head_dim 16"),
+        ("phi3", {"partial_rotary_factor": 2.0}, "factor 2.0: must leave an even part of head_dim 16"),
+    ],
+    ids=str,
+)
+def test_unsupported_rotary_positions(tmp_path, family, rope, message):
+    source = make_model(tmp_path / "hf", family)
+    edit_config(source, rope_parameters=rope)
+    assert_refused("hf-to-megatron", source, message)
+
+
+@pytest.mark.parametrize(
+    ("family", "entries", "message"),
+    [
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise 0.1: must be 0.0"),
+        ("mixtral", {"num_experts_per_tok": 5}, "num_experts_per_tok 5: must be at most num_local_experts 4"),
+        ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok 1: must be at least 2"),
+        ("mixtral", {"num_local_experts": None}, "num_local_experts None: must be a whole number >= 1"),
+        ("mixtral", {"router_aux_loss_coef": "no"}, "router_aux_loss_coef no: must be a number >= 0"),
+        ("qwen3 moe", {"num_experts_per_tok": 1}, "1: must be at least 2, as in Megatron where weights sum"),
+        ("qwen3 moe", {"norm_topk_prob": 1}, "config.json: norm_topk_prob 1: must be true or false"),
+        ("qwen3 moe", {"mlp_only_layers": 1}, "mlp_only_layers 1: must be a list of whole numbers"),
+        ("qwen3 moe", {"decoder_sparse_step": 0}, "decoder_sparse_step 0: must be a whole number >= 1"),
+        ("qwen3 moe", {"decoder_sparse_step": 4}, "decoder_sparse_step 4 leave no layer experts"),
+        ("qwen3 moe", {"moe_intermediate_size": None}, "moe_intermediate_size None: must be a whole number"),
+    ],
+    ids=str,
+)
+def test_unsupported_experts(tmp_path, family, entries, message):
+    source = make_model(tmp_path / "hf", family)
+    edit_config(source, **entries)
+    assert_refused("hf-to-megatron", source, message)
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "mixtral", "qwen3 moe"])
 def test_a_sliding_window_without_s2(tmp_path, family):
     windowed = {"sliding_window": 4096, "use_sliding_window": True, "max_window_layers": 1}
     source = make_model(tmp_path / "hf", family, **windowed)
@@ -185,8 +245,11 @@ def test_a_pattern_that_differs_from_the_models(source, trained, tmp_path):
         ({"softmax_type": "learnable"}, "--s2-learnable-sink: none of the families has learned sinks"),
         ({"normalization": "LayerNorm"}, "--normalization LayerNorm: the checkpoint was trained with it"),
         ({"spec": ["a", "b"]}, "--spec"),
-        ({"num_experts": 8}, "--num-experts 8: the checkpoint was trained with it; must be None"),
+        ({"num_experts": 8, "add_qkv_bias": True}, "--add-qkv-bias: no family has it together with --num"),
         ({"add_qkv_bias": True, "qk_layernorm": True}, "--add-qkv-bias: no family has it together with"),
+        ({"rotary_percent": 0.5, "add_qkv_bias": True}, "--rotary-percent 0.5: the checkpoint was trained"),
+        ({"position_embedding_type": "none"}, "--position-embedding-type none: the checkpoint was trained"),
+        ({"rotary_seq_len_interpolation_factor": 2}, "--rotary-seq-len-interpolation-factor 2: the check"),
         ({"ffn_hidden_size": 48}, "linear_fc1.weight: has shape [2, 192, 64]; its arguments say [2, 96, 64]"),
         ({"qk_layernorm": True}, "q_layernorm.weight: missing; the checkpoint's arguments say"),
         ({"untie_embeddings_and_output_weights": False}, "output_layer.weight: no llama model has it"),
@@ -201,6 +264,42 @@ def test_a_checkpoint_that_fits_no_family(trained, changes, message):
         common = torch.load(trained / "release/common.pt", weights_only=False)
         torch.save(common | {"iteration": 7}, trained / "release/common.pt")
     assert_refused("megatron-to-hf", trained, message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"moe_router_score_function": "sigmoid"}, "--moe-router-score-function sigmoid: the checkpoint was"),
+        ({"moe_shared_expert_intermediate_size": 64}, "--moe-shared-expert-intermediate-size 64: the check"),
+        ({"moe_router_load_balancing_type": ["sinkhorn"]}, "--moe-router-load-balancing-type sinkhorn: the"),
+        ({"moe_router_pre_softmax": True}, "--moe-router-pre-softmax True: the checkpoint was trained with"),
+        ({"moe_layer_freq": 2}, "--moe-layer-freq 2: the checkpoint was trained with it; must be 1"),
+        ({"num_experts": 3}, "mlp.router.weight: has shape [3, 4, 64]; its arguments say [3, 3, 64]"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_experts_that_fit_no_family(tmp_path, changes, message):
+    convert("hf-to-megatron", make_model(tmp_path / "hf", "mixtral"), tmp_path / "megatron")
+    change_arguments(tmp_path / "megatron", **changes)
+    assert_refused("megatron-to-hf", tmp_path / "megatron", message)
+
+
+@pytest.mark.parametrize(
+    ("family", "flags", "message"),
+    [
+        ("qwen3", "--rope-scaling yarn", "--rope-scaling-factor: must be given with --rope-scaling"),
+        ("qwen3", "--rope-scaling-factor 2", "--rope-scaling: must be given with --rope-scaling-factor"),
+        ("qwen3", "--rope-scaling linear --rope-scaling-factor 2.5", "-factor 2.5: must be a whole number"),
+        ("qwen3", "--rope-scaling llama3 --rope-scaling-factor 4", "needs a model of 8192 positions, fixed"),
+        ("phi3", "--rope-scaling yarn --rope-scaling-factor 4", "--rope-scaling yarn: must be left out"),
+        ("qwen3", "--rope-scaling yarn --rope-scaling-factor 0.5", "invalid number >= 1 value: '0.5'"),
+        ("qwen3", "--rope-scaling longrope --rope-scaling-factor 4", "invalid choice: 'longrope'"),
+        ("qwen3", "--max-position-embeddings 0", "invalid whole number >= 1 value: '0'"),
+    ],
+)
+def test_a_longer_context_that_the_model_cannot_have(tmp_path, family, flags, message):
+    source = make_model(tmp_path / "hf", family)
+    assert_refused("hf-to-megatron", source, message, *flags.split())
 
 
 def test_a_checkpoint_with_annealing_that_was_never_trained(source, tmp_path):

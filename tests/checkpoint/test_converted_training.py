@@ -19,26 +19,47 @@ from megatron_s2.data.documents import Corpus
 from megatron_s2.data.tokenizer import train_tokenizer
 
 S2 = ("--s2-attention", "--s2-block-size", "16", "--s2-local-blocks", "2", "--s2-vert-stride", "3")
-# A dense model, and a sparse one whose output layer is tied to the embedding, which pipeline stages share.
-MODELS = {"llama": ("llama3.1", ()), "qwen2": ("qwen2, tied", S2)}
+# A dense model, and sparse ones: one whose output layer is tied to the embedding, which pipeline stages
+# share, and two with experts, in each layer or not.
+MODELS = {
+    "llama": ("llama3.1", ()),
+    "qwen2": ("qwen2, tied", S2),
+    "mixtral": ("mixtral", S2),
+    "qwen3-moe": ("qwen3 moe, dense layers", S2),
+}
+WITH_EXPERTS = ("mixtral", "qwen3-moe")
 LAYOUTS = {
-    "TP2": "--tensor-model-parallel-size 2",
+    "TP2": "--tensor-model-parallel-size 2 --sequence-parallel",  # without it, no experts
     "PP2": "--pipeline-model-parallel-size 2",
     "DP2": "--use-distributed-optimizer",
 }
-CASES = [*((model, layout) for model in MODELS for layout in LAYOUTS), ("qwen2", "CP2")]
+EXPERT_PARALLEL = {
+    "EP2": "--expert-model-parallel-size 2",
+    "EP2 by all-to-all": "--expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall",
+}
+CASES = [
+    *((model, layout) for model in MODELS for layout in LAYOUTS),
+    ("qwen2", "CP2"),
+    *((model, layout) for model in WITH_EXPERTS for layout in EXPERT_PARALLEL),
+]
+IN_DEFAULT_SUITE = [("qwen2", "TP2"), ("mixtral", "EP2")]
 # Models whose first loss is compared with that of scripts/eval_loss.py: family, S2 flags and vocabulary size,
 # of which 250 is padded to 256.
 EVALUATED = {
     "tied": ("llama3.2, tied", (), 256),
     "mistral": ("mistral", S2, 256),
     "padded": ("qwen2", (), 250),
+    "experts": ("qwen3 moe, dense layers", S2, 256),
+    "phi3": ("phi3, partial and tied", S2, 256),
+    "yarn": ("llama, yarn", S2, 256),
 }
 # Models and the layouts in which their first loss is compared.
 EVALUATED_IN = [
     ("tied", "PP2"),
     ("mistral", "DP2"),
     ("padded", "TP2"),
+    ("experts", "TP2"),
+    ("phi3", "TP2"),
     *((model, "TP1") for model in EVALUATED),
 ]
 LENGTH = 128
@@ -143,6 +164,8 @@ def one_rank(directory, flags) -> Runs:
         {
             "llama": flags["llama"],
             "qwen2": f"{flags['qwen2']} {NO_PADDING} --save {directory / 'trained'} --save-interval 10",
+            "mixtral": f"{flags['mixtral']} --save {directory / 'mixtral-trained'} --save-interval 10",
+            "qwen3-moe": flags["qwen3-moe"],
             "tokenizer": f"{flags['qwen2']} --train-iters 2",
             "finetune": f"{flags['llama']} --finetune",
             "checkpoint args": f"{loads} --use-checkpoint-args --vocab-size {VOCAB_SIZE} --norm-epsilon 1e-6 "
@@ -156,18 +179,19 @@ def one_rank(directory, flags) -> Runs:
 
 @pytest.fixture(scope="module")
 def two_ranks(directory, flags) -> Runs:
-    layouts = LAYOUTS | {"CP2": "--context-parallel-size 2"}
+    layouts = LAYOUTS | EXPERT_PARALLEL | {"CP2": "--context-parallel-size 2"}
     runs = {f"{model} {layout}": f"{flags[model]} {NO_PADDING} {layouts[layout]}" for model, layout in CASES}
     runs["qwen2 TP2"] += f" --save {directory / 'trained-by-two'} --save-interval 10"
+    runs["mixtral EP2"] += f" --save {directory / 'mixtral-by-two'} --save-interval 10"
     return Runs(directory / "two", runs, ranks=2, model="")
 
 
-@pytest.mark.parametrize(("model", "layout"), thinned(CASES, lambda case: case == ("qwen2", "TP2")))
+@pytest.mark.parametrize(("model", "layout"), thinned(CASES, IN_DEFAULT_SUITE.__contains__))
 def test_losses_are_the_same_in_every_layout(one_rank, two_ranks, model, layout):
     assert_same_losses(two_ranks[f"{model} {layout}"], one_rank[model], 1e-4)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", thinned(MODELS, lambda model: model != "qwen3-moe"))
 def test_the_loss_falls(one_rank, model):
     losses = one_rank[model].losses
     assert losses[STEPS] < losses[1] - 0.4
@@ -218,12 +242,22 @@ def test_another_attention_needs_finetune(one_rank, run, message):
     assert f"error: {message}" in one_rank[run].output
 
 
-def test_trained_checkpoints_of_every_layout_are_exported(directory, one_rank, two_ranks):
-    assert one_rank["qwen2"].status == two_ranks["qwen2 TP2"].status == 0
-    for name in ("trained", "trained-by-two"):
+@pytest.mark.parametrize(
+    ("model", "layout", "names"),
+    [
+        ("qwen2", "TP2", ("trained", "trained-by-two")),
+        ("mixtral", "EP2", ("mixtral-trained", "mixtral-by-two")),
+    ],
+)
+def test_trained_checkpoints_of_every_layout_are_exported(
+    directory, one_rank, two_ranks, model, layout, names
+):
+    assert one_rank[model].status == two_ranks[f"{model} {layout}"].status == 0
+    for name in names:
         convert("megatron-to-hf", directory / name, directory / f"{name}-hf")
-        assert AutoTokenizer.from_pretrained(directory / f"{name}-hf").vocab_size <= VOCAB_SIZE
-    one, two, before = (weights(directory / f"{name}-hf") for name in ("trained", "trained-by-two", "qwen2"))
+        if model == "qwen2":
+            assert AutoTokenizer.from_pretrained(directory / f"{name}-hf").vocab_size <= VOCAB_SIZE
+    one, two, before = (weights(directory / f"{name}-hf") for name in (*names, model))
     assert one.keys() == two.keys() == before.keys()
     for name, tensor in one.items():
         assert tensor.shape == before[name].shape
