@@ -4,6 +4,7 @@ Of the others, the command line is taken from the script, by stand-ins for the l
 the parser, our checks and Megatron's own validation, as on the machine that the recipe is for.
 """
 
+import json
 import re
 import shlex
 import subprocess
@@ -186,6 +187,59 @@ def test_a_dense_model_is_made_sparse_in_two_calls(tmp_path):
     assert losses_of(ended)[0] < sparse - 0.3
     assert "exported.new: qwen3 (from " in ended.stdout
     assert "It goes on: The" in ended.stdout
+
+
+STAND_IN = """#!/bin/bash
+printf "%s\\n" "$*" >>"$(dirname "$0")/calls"
+while (($#)); do [[ $1 != --output ]] || { mkdir -p "$2" && echo --swiglu >"$2/resume.args"; }; shift; done
+"""
+
+
+def test_each_stage_of_a_longer_context_begins_with_the_model_of_the_one_before(tmp_path):
+    for name in ("python", "torchrun"):
+        (tmp_path / name).write_text(STAND_IN)
+        (tmp_path / name).chmod(0o755)
+    out = tmp_path / "out"
+    words = ["--hf", "model", "--data-prefix", "data", "--out", str(out), "--lr", "1e-6"]
+    script = EXAMPLES / "longer-context" / "train.sh"
+    for _ in range(2):  # the second call finds that all is done
+        done = subprocess.run(
+            ["bash", str(script), *words], env=environment(tmp_path), capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        calls = (tmp_path / "calls").read_text().splitlines()
+        conversions = [call for call in calls if "hf-to-megatron" in call]
+        trainings = [call for call in calls if "pretrain_gpt" in call]
+        assert len(conversions) == len(trainings) == 2
+    stages = {"32768": ("model", "2044000", "500"), "131072": (f"{out}/32768/exported", "8360000", "0")}
+    for (tokens, (model, base, anneal)), conversion, training in zip(stages.items(), conversions, trainings):
+        assert f"--input {model} --output {out}/{tokens}/start " in conversion
+        assert f" --max-position-embeddings {tokens} --rotary-base {base} --s2-attention " in conversion
+        assert "pretrain_gpt.py --swiglu " in training
+        assert f" --seq-length {tokens} " in training
+        assert f" --s2-anneal-steps {anneal} " in training
+        assert training.endswith(" --lr 1e-6")
+
+
+@pytest.mark.exhaustive
+def test_a_context_is_made_longer_in_two_stages(tmp_path):
+    model, prefix = tiny_model(tmp_path), tiny_data(tmp_path)
+    words = f"--hf {model} --data-prefix {prefix} --out {tmp_path / 'out'} --num-workers 0 --lr 3e-3"
+    words += " --global-batch-size 4 --lr-warmup-iters 0 --log-interval 1 --save-interval 4"
+    pattern = "--s2-block-size 16 --s2-local-blocks 1 --s2-vert-stride 2"
+    stages = {"STAGES": "128 40000 8\n256 80000 4", "PATTERN": pattern, "SAMPLES": "4"}
+    done = subprocess.run(
+        ["bash", str(EXAMPLES / "longer-context" / "train.sh"), *words.split(), "--s2-anneal-steps", "4"],
+        env=environment_of_forks() | stages,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    exported = json.loads((tmp_path / "out/256/exported/config.json").read_text())
+    assert (exported["rope_theta"], exported["max_position_embeddings"]) == (80000.0, 256)
+    before, _, after, *_ = losses_of(done)
+    assert after < before - 0.3
 
 
 def tiny_model(directory: Path) -> Path:

@@ -3,14 +3,17 @@
 # Run it again and it goes on from its last checkpoint.
 #
 #   bash examples/continue-pretraining/train.sh --hf DIR --data-prefix P [--eval-prefix P] [--out DIR]
-#        [--ranks N] [--seq-length N] [--keep-activations] [--prompt TEXT] [Megatron or --s2-… flags]
+#        [--ranks N] [--seq-length N] [--longer "FLAGS"] [--keep-activations] [--prompt TEXT]
+#        [Megatron or --s2-… flags]
 #
-# --hf DIR          model and tokenizer: Llama, Mistral, Qwen2 or Qwen3, in safetensors
+# --hf DIR          model and tokenizer in safetensors, of a family in docs/checkpoints.md
 # --data-prefix P   dataset written by scripts/preprocess_data.py with that tokenizer, without .bin
 # --eval-prefix P   dataset to judge by (default: the training data)
 # --out DIR         everything that is made (default runs/continue-pretraining); the result in DIR/exported
 # --ranks N         processes, one per GPU (default 1)
 # --seq-length N    tokens per sequence (default 32768)
+# --longer "FLAGS"  for a context longer than the model's: --max-position-embeddings N, --rotary-base N,
+#                   --rope-scaling TYPE --rope-scaling-factor F (docs/checkpoints.md); as one argument
 # --keep-activations  do not compute layers again in backward: faster, where memory is enough
 # --prompt TEXT     what the result continues (default: The)
 #
@@ -22,7 +25,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 # The active environment; if megatron-s2 is not in it, the .venv that scripts/quickstart.sh makes.
 python -P -c 'import megatron_s2' 2>/dev/null || export PATH="$PWD/.venv/bin:$PATH"
 
-HF='' PREFIX='' EVAL='' OUT=runs/continue-pretraining RANKS=1 LENGTH=32768 PROMPT=The MORE=()
+HF='' PREFIX='' EVAL='' OUT=runs/continue-pretraining RANKS=1 LENGTH=32768 LONGER=() PROMPT=The MORE=()
 RECOMPUTE=(--recompute-granularity full --recompute-method uniform --recompute-num-layers 1)
 while (($#)); do
     case $1 in
@@ -32,6 +35,7 @@ while (($#)); do
         --out) OUT=${2:?--out: needs a value} && shift ;;
         --ranks) RANKS=${2:?--ranks: needs a value} && shift ;;
         --seq-length) LENGTH=${2:?--seq-length: needs a value} && shift ;;
+        --longer) read -ra LONGER <<<"${2:?--longer: needs a value}" && shift ;;
         --keep-activations) RECOMPUTE=() ;;
         --prompt) PROMPT=${2:?--prompt: needs a value} && shift ;;
         *) MORE+=("$1") ;;
@@ -60,16 +64,17 @@ refuse() {
     exit 2
 }
 
-ASKED="$HF ${PATTERN[*]}"
+ASKED="$HF ${PATTERN[*]}${LONGER:+ ${LONGER[*]}}"
 mkdir -p "$OUT"
 [[ -e $OUT/asked ]] || printf '%s\n' "$ASKED" >"$OUT/asked"
 [[ $(<"$OUT/asked") == "$ASKED" ]] || refuse "--out $OUT: was made from $(<"$OUT/asked"); give another"
 if [[ ! -e $START ]]; then
     say "Converting $HF"
-    python scripts/convert_checkpoint.py hf-to-megatron --input "$HF" --output "$START" --s2-attention "${PATTERN[@]}"
+    python scripts/convert_checkpoint.py hf-to-megatron --input "$HF" --output "$START" \
+        "${LONGER[@]}" --s2-attention "${PATTERN[@]}"
 fi
 if [[ ! -e $TRAINED/latest_checkpointed_iteration.txt ]]; then
-    say "Before training, dense"
+    say "Before training, as it is"
     python scripts/eval_loss.py --hf "$HF" "${JUDGE[@]}"
     say "Before training, with the pattern"
     python scripts/eval_loss.py --load "$START" "${JUDGE[@]}"
