@@ -55,7 +55,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="FILE",
         help="calibrated pattern of `continue` (default: benchmarks/patterns/b195-m2.json)",
     )
-    add("--ranks", type=int, default=1, metavar="N", help="processes of a training (default: %(default)s)")
+    text = "processes of a training (default: on a CPU 2, if there are as many --threads, else 1)"
+    add("--ranks", type=int, metavar="N", help=text)
 
 
 def run(args: Namespace, stored: list[Row]) -> Iterator[Row]:
@@ -63,6 +64,8 @@ def run(args: Namespace, stored: list[Row]) -> Iterator[Row]:
     experiment = EXPERIMENTS[args.experiment]
     args.sizes = _chosen(args, "sizes", experiment.toy_sizes if args.toy else experiment.sizes)
     args.variants = _chosen(args, "variants", experiment.variants)
+    if args.ranks is None:
+        args.ranks = min(2, args.threads) if args.device == "cpu" else 1
     if args.ranks < 1:
         raise ValueError(f"--ranks {args.ranks}: must be >= 1")
     if shutil.which(args.python) is None:

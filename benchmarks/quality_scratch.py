@@ -82,7 +82,7 @@ class Size:
             f"--ffn-hidden-size {self.ffn_hidden_size} --num-attention-heads {self.num_attention_heads} "
             f"--seq-length {self.seq_length} --max-position-embeddings {self.seq_length} "
             f"--init-method-std {self.hidden_size**-0.5:.4g} --seed {seed} "
-            f"--micro-batch-size {min(2, self.batch)} --global-batch-size {self.batch} "
+            f"--global-batch-size {self.batch} "
             f"--lr {self.lr:g} --min-lr {self.lr / 10:g} --lr-decay-style cosine "
             f"--lr-warmup-iters {self.steps // 20}"
         )
@@ -91,9 +91,9 @@ class Size:
 
 
 SIZES = {
-    "1M": Size(6, 128, 4, steps=600, lr=3e-3, seeds=(1, 2)),
-    "4M": Size(6, 256, 8, steps=800, lr=2e-3),
-    "12M": Size(8, 384, 12, steps=900, lr=1.5e-3),
+    "1M": Size(6, 128, 4, steps=1000, lr=3e-3, seeds=(1, 2)),
+    "4M": Size(6, 256, 4, steps=1000, lr=2e-3),
+    "12M": Size(8, 384, 6, steps=1000, lr=1.5e-3),
 }
 TOY_SIZES = {
     "toy": Size(
@@ -143,6 +143,7 @@ def _measure(launcher: Launcher, size: Size, setting: Row, text: Text) -> Row:
     data = ["--data-path", text.train, "--split", "100,0,0", "--eval-iters", "0", "--num-workers", "1"]
     data += ["--data-cache-path", launcher.work / "cache", "--tokenizer-type", "HuggingFaceTokenizer"]
     data += ["--tokenizer-model", text.tokenizer]
+    data += ["--micro-batch-size", launcher.sequences_per_rank(size.batch)]
     trained = train(launcher, directory, [*setting["flags"], *data], size.steps, max(1, size.steps // 10))
     log = directory / "log.txt"
     loss = evaluate(launcher, trained, text.held_out, size.seq_length, size.evaluated, PARTS, log)
@@ -156,6 +157,7 @@ def _measure(launcher: Launcher, size: Size, setting: Row, text: Text) -> Row:
         "pairs": float(pairs),
         **loss,
         "train_losses": list(trained.losses.items()),
+        "ranks": launcher.ranks,
         "tokens_per_second": size.batch * size.seq_length / trained.step_seconds["median"],
         "step_seconds": trained.step_seconds,
         "other_cpus": trained.other_cpus,

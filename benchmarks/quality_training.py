@@ -49,6 +49,16 @@ class Launcher:
     ranks: int
     threads: int
 
+    def sequences_per_rank(self, batch: int) -> int:
+        """Returns the number of sequences of a step that each rank has.
+
+        Raises:
+            ValueError: the ranks cannot have equally many.
+        """
+        if batch % self.ranks:
+            raise ValueError(f"--ranks {self.ranks}: must divide the {batch} sequences of a step")
+        return batch // self.ranks
+
     def directory(self, experiment: str, setting: Row, fields: Sequence[str]) -> Path:
         """Returns the directory of a training, which has another name if one of these fields is another."""
         key = json.dumps([setting[name] for name in fields], sort_keys=True)

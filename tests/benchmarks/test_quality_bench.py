@@ -18,7 +18,7 @@ KEYS = {
     *("benchmark", "date", "machine", "versions", "commit", "experiment", "size", "variant", "seed", "dtype"),
     *("steps", "flags", "evaluated", "text", "parameters", "seq_length", "tokens", "pairs", "loss"),
     *("by_position", "evaluated_tokens", "train_losses", "tokens_per_second", "step_seconds", "other_cpus"),
-    *("command",),
+    *("command", "ranks"),
 }
 
 
@@ -161,6 +161,12 @@ def test_one_that_fails_is_told_of_and_the_others_go_on(bench, fakes, tmp_path, 
 def test_what_does_not_fit_is_refused_by_name(bench, tmp_path, capsys, options, message):
     assert bench.main([*words(tmp_path), *options]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {message}")
+
+
+def test_ranks_have_equally_many_sequences(bench, fakes, tmp_path, capsys):
+    assert bench.main(words(tmp_path, "--ranks", "3")) == 2
+    message = "--ranks 3: must divide the 2 sequences of a step"
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {message}"
 
 
 def test_sizes_are_what_they_are_called_and_windows_cost_as_much_as_shards(scratch):
