@@ -55,7 +55,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="FILE",
         help="calibrated pattern of `continue` (default: benchmarks/patterns/b195-m2.json)",
     )
-    text = "processes of a training (default: on a CPU 2, if there are as many --threads, else 1)"
+    several = ", ".join(f"{experiment.cpu_ranks} for {name}" for name, experiment in EXPERIMENTS.items())
+    text = f"processes of a training (default: 1, on a CPU {several}, if there are as many --threads)"
     add("--ranks", type=int, metavar="N", help=text)
 
 
@@ -65,7 +66,7 @@ def run(args: Namespace, stored: list[Row]) -> Iterator[Row]:
     args.sizes = _chosen(args, "sizes", experiment.toy_sizes if args.toy else experiment.sizes)
     args.variants = _chosen(args, "variants", experiment.variants)
     if args.ranks is None:
-        args.ranks = min(2, args.threads) if args.device == "cpu" else 1
+        args.ranks = min(experiment.cpu_ranks, args.threads) if args.device == "cpu" else 1
     if args.ranks < 1:
         raise ValueError(f"--ranks {args.ranks}: must be >= 1")
     if shutil.which(args.python) is None:

@@ -267,6 +267,7 @@ EXPERIMENT = Experiment(
     sizes=tuple(SIZES),
     toy_sizes=tuple(TOY_SIZES),
     variants=VARIANTS,
+    cpu_ranks=1,  # two would need twice the memory
     runs=runs,
     table=table,
     plot=plot,

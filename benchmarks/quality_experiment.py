@@ -34,6 +34,8 @@ class Experiment:
         help: one line that says what it shows.
         sizes, toy_sizes: names of the sizes, without and with `--toy`.
         variants: names of the variants.
+        cpu_ranks: processes of a training on a CPU by default; each of several has the model and runs on one
+            thread or more.
         runs: `runs(args, launcher)` yields the runs in their order. `args` has `sizes`, `variants`, `seeds`
             (None for the defaults of each size), `dtype` and `toy`.
         table: formats the experiment's rows as text.
@@ -45,6 +47,7 @@ class Experiment:
     sizes: tuple[str, ...]
     toy_sizes: tuple[str, ...]
     variants: tuple[str, ...]
+    cpu_ranks: int
     runs: Callable[[Namespace, Launcher], Iterator[Run]]
     table: Callable[[list[Row]], str]
     plot: Callable[[list[Row], Path], list[Path]]

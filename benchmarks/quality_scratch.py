@@ -332,6 +332,7 @@ EXPERIMENT = Experiment(
     sizes=tuple(SIZES),
     toy_sizes=tuple(TOY_SIZES),
     variants=VARIANTS,
+    cpu_ranks=2,
     runs=runs,
     table=table,
     plot=plot,
