@@ -12,7 +12,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks import patterns, quality_continue, quality_scratch
+from benchmarks import patterns, quality_continue, quality_needles, quality_scratch
 from benchmarks.benchmark import Benchmark, Row, WrongResultError
 from benchmarks.environment import ROOT
 from benchmarks.options import add_integers
@@ -21,7 +21,8 @@ from benchmarks.quality_training import Launcher, TrainingError
 from benchmarks.results import newest_match
 
 EXPERIMENTS: dict[str, Experiment] = {
-    module.EXPERIMENT.name: module.EXPERIMENT for module in (quality_scratch, quality_continue)
+    module.EXPERIMENT.name: module.EXPERIMENT
+    for module in (quality_scratch, quality_needles, quality_continue)
 }
 
 

@@ -230,6 +230,14 @@ def _printed(launcher: Launcher, words: Sequence[object], log: Path) -> str:
         return output.read()
 
 
+def recalled(launcher: Launcher, trained: Trained, arguments: dict, log: Path) -> list[dict]:
+    """Returns the cells of `benchmarks.quality_recall.recall` for a trained model; `log` and errors as in
+    `evaluate`."""
+    arguments = json.dumps({"checkpoint": str(trained.checkpoint), **arguments})
+    printed = _printed(launcher, ["-m", "benchmarks.quality_recall", arguments], log)
+    return json.loads(next(line for line in reversed(printed.splitlines()) if line.startswith("[{")))
+
+
 def _last_step(checkpoint: Path) -> int | None:
     tracker = checkpoint / "latest_checkpointed_iteration.txt"
     return int(tracker.read_text()) if tracker.exists() else None

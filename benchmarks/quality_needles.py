@@ -1,0 +1,255 @@
+"""Needles: a small model learns to recall values of keys from anywhere in up to 32768 tokens, in stages."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks import display
+from benchmarks.benchmark import Row
+from benchmarks.quality_experiment import Experiment, Run
+from benchmarks.quality_needles_data import VOCABULARY, needle_sequences, span_sequences, write_sequences
+from benchmarks.quality_training import Launcher, Trained, recalled, train
+from benchmarks.quality_variants import COMMON_FLAGS, DENSE, S2, WINDOW, attention_flags, variant_settings
+from megatron_s2.pattern import S2Settings
+
+VARIANTS = (S2, WINDOW, DENSE)
+_DATA_SEED = 7  # of training sequences; those of the evaluation have another
+_RECALL = {"sequences": 16, "needles": 32, "depths": 16, "seed": 11}
+_TOY_RECALL = {"sequences": 1, "needles": 4, "depths": 2, "seed": 11}
+
+
+@dataclass(frozen=True)
+class Model:
+    """Sizes and pattern of the model, which has rotary positions in half of each head's dimensions.
+
+    Keys are then found by the other half at any distance.
+    """
+
+    num_layers: int = 4
+    hidden_size: int = 256
+    num_attention_heads: int = 8
+    block_size: int = 32
+    local_blocks: int = 4
+    vert_stride: int = 16
+
+    def settings(self, variant: str, longest: int) -> S2Settings:
+        """Returns the attention of a variant; that of `window-only` costs as much as S2 at `longest`."""
+        s2 = S2Settings(
+            self.num_layers, self.num_attention_heads, self.block_size, self.local_blocks, self.vert_stride
+        )
+        return variant_settings(s2, variant, longest)
+
+    def flags(self, variant: str, longest: int) -> list[str]:
+        """Returns the part of Megatron's command line that is the same in all stages."""
+        words = (
+            f"--num-layers {self.num_layers} --hidden-size {self.hidden_size} "
+            f"--ffn-hidden-size {2 * self.hidden_size} --num-attention-heads {self.num_attention_heads} "
+            f"--rotary-percent 0.5 --init-method-std {self.hidden_size**-0.5:.4g} "
+            f"--tokenizer-type NullTokenizer --vocab-size {VOCABULARY - 1} "
+            f"{COMMON_FLAGS}"
+        ).split()
+        return words + attention_flags(self.settings(variant, longest))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the curriculum.
+
+    Args:
+        length: tokens of a sequence.
+        batch: sequences of a step.
+        spans: share of sequences of repeated spans, which make induction heads form; the others have needles.
+    """
+
+    length: int
+    steps: int
+    batch: int
+    lr: float
+    spans: float = 0.0
+
+    @property
+    def needles(self) -> int:
+        """Needles of a sequence, in training: one per 16 tokens, at most 512."""
+        return min(512, self.length // 16)
+
+    def flags(self, seed: int) -> list[str]:
+        return (
+            f"--seq-length {self.length} --max-position-embeddings {self.length} --seed {seed} "
+            f"--global-batch-size {self.batch} --lr {self.lr:g} --min-lr {self.lr / 10:g} "
+            f"--lr-decay-style cosine --lr-warmup-iters {self.steps // 20}"
+        ).split()
+
+
+MODEL, TOY_MODEL = Model(), Model(2, 64, 2, 16, 2, 2)
+STAGES = {
+    "512": Stage(512, 1500, 32, 1e-3, spans=0.5),
+    "2048": Stage(2048, 300, 8, 5e-4),
+    "8192": Stage(8192, 200, 4, 5e-4),
+    "32768": Stage(32768, 150, 2, 5e-4),
+}
+TOY_STAGES = {"64": Stage(64, 2, 2, 1e-3, spans=0.5), "128": Stage(128, 2, 2, 5e-4)}
+
+
+def runs(args: Namespace, launcher: Launcher) -> Iterator[Run]:
+    """Yields the stages of one variant after another; a stage begins from the checkpoint of the former."""
+    model, stages = (TOY_MODEL, TOY_STAGES) if args.toy else (MODEL, STAGES)
+    asked = _TOY_RECALL if args.toy else _RECALL
+    longest = max(stage.length for stage in stages.values())
+    precision = ["--bf16"] if args.dtype == "bfloat16" else []
+    for seed in args.seeds or (1,):
+        for variant in args.variants:
+            former, trained = None, None
+            for name, stage in stages.items():
+                setting = {
+                    "size": name,
+                    "variant": variant,
+                    "seed": seed,
+                    "dtype": args.dtype,
+                    "steps": stage.steps,
+                    "flags": [*model.flags(variant, longest), *precision, *stage.flags(seed)],
+                    "data": asdict(stage) | {"seed": _DATA_SEED},
+                    "asked": asked,
+                    "former": former,
+                }
+                directory = launcher.directory("needles", setting, ("flags", "steps", "data", "former"))
+                train_it = partial(_train, launcher, stage, setting, directory, trained)
+                if name in args.sizes:
+                    lengths = [some.length for some in stages.values() if some.length <= stage.length]
+                    measure = partial(_measure, launcher, setting, lengths, directory, train_it)
+                    yield Run(f"{name} {variant} seed {seed}", setting, measure)
+                former, trained = directory.name, train_it
+
+
+def _train(launcher: Launcher, stage: Stage, setting: Row, directory: Path, former) -> Trained:
+    """Trains a stage, after the former ones if their checkpoints are not here."""
+    start = None if former is None else former().checkpoint
+    data = launcher.work / f"needles-{stage.length}-{stage.steps * stage.batch}-{stage.spans:g}"
+    if not Path(f"{data}.idx").exists():
+        write_sequences(data, _sequences(stage))
+    flags = [*setting["flags"], "--data-path", data, "--split", "100,0,0", "--eval-iters", "0"]
+    flags += ["--num-workers", "1", "--data-cache-path", launcher.work / "cache"]
+    micro_batch = max(1, min(launcher.sequences_per_rank(stage.batch), 8192 // stage.length))
+    flags += ["--micro-batch-size", micro_batch]
+    return train(launcher, directory, flags, stage.steps, max(1, stage.steps // 10), start)
+
+
+def _sequences(stage: Stage) -> Iterator[np.ndarray]:
+    """Yields the sequences of a stage and one more, whose first token is the last label."""
+    rng = np.random.default_rng([_DATA_SEED, stage.length])
+    left = stage.steps * stage.batch + 1
+    while left:
+        count = min(left, max(1, 2**20 // stage.length))
+        spans = round(count * stage.spans)
+        if spans:
+            yield span_sequences(rng, spans, stage.length)
+        yield needle_sequences(rng, count - spans, stage.length, stage.needles)[0]
+        left -= count
+
+
+def _measure(launcher: Launcher, setting: Row, lengths: list[int], directory: Path, train_it) -> Row:
+    trained = train_it()
+    stage = setting["data"]
+    tokens = stage["batch"] * stage["length"]
+    return {
+        "tokens": tokens * stage["steps"],
+        "cells": recalled(launcher, trained, setting["asked"] | {"lengths": lengths}, directory / "log.txt"),
+        "train_losses": list(trained.losses.items()),
+        "ranks": launcher.ranks,
+        "tokens_per_second": tokens / trained.step_seconds["median"],
+        "step_seconds": trained.step_seconds,
+        "other_cpus": trained.other_cpus,
+        "command": trained.command,
+    }
+
+
+# Tables and pictures.
+
+_LEGEND = (
+    "mean / worst: share of needles found at all depths, and at the depth where fewest are; "
+    "found: the value has more than half of the probability"
+)
+
+
+def newest(rows: list[Row]) -> list[list[Row]]:
+    """Returns the newest row of each (variant, seed, stage), for each dtype and each way to ask."""
+    groups = display.newest_rows(rows, ("dtype", "asked"), ("variant", "seed", "size"), "cells")
+    return [sorted(group.values(), key=_order) for group in groups]
+
+
+def _order(row: Row) -> tuple:
+    return VARIANTS.index(row["variant"]), row["seed"], row["data"]["length"]
+
+
+def found_shares(row: Row) -> dict[int, np.ndarray]:
+    """Returns the share of needles found at each depth, shallow to deep, by length."""
+    shares: dict[int, list[float]] = {}
+    for cell in row["cells"]:
+        shares.setdefault(cell["length"], []).append(cell["found"] / max(1, cell["asked"]))
+    return {length: np.array(some) for length, some in shares.items()}
+
+
+def table(rows: list[Row]) -> str:
+    lines = []
+    for group in newest(rows):
+        lengths = sorted({length for row in group for length in found_shares(row)})
+        titles = ("attention", "seed", "trained to", "tokens", "loss", "tokens/s", *map(str, lengths))
+        columns = display.columns(titles, "<12 >5 >11 >8 >7 >9" + " >15" * len(lengths))
+        lines.append(f"needles, {group[0]['dtype']}; mean / worst at each length")
+        lines += display.format_table(columns, [_cells(row, lengths) for row in group])
+        lines += display.load_notes(group, lambda row: f"{row['size']} {row['variant']} seed {row['seed']}")
+    return "\n".join([*lines, _LEGEND])
+
+
+def _cells(row: Row, lengths: list[int]) -> list[str]:
+    shares = found_shares(row)
+    return [
+        row["variant"],
+        row["seed"],
+        row["size"],
+        f"{row['tokens'] / 1e6:.3g}M",
+        f"{row['train_losses'][-1][1]:.3f}",
+        f"{row['tokens_per_second']:.0f}",
+        *(
+            f"{shares[length].mean():.1%} / {shares[length].min():.0%}" if length in shares else "-"
+            for length in lengths
+        ),
+    ]
+
+
+def plot(rows: list[Row], directory: Path) -> list[Path]:
+    """Draws, for each dtype and way to ask, a heat map for each variant after its last stage."""
+    paths = []
+    for index, group in enumerate(newest(rows)):
+        paths.append(display.picture_path(directory, "quality-needles", index))
+        last = {row["variant"]: row for row in group}
+        with display.picture(paths[-1], (1 + 3.2 * len(last), 4.5), (1, len(last))) as (axes,):
+            for axis, (variant, row) in zip(axes, last.items()):
+                shares = found_shares(row)
+                grid = np.array([*shares.values()]).T
+                image = axis.imshow(
+                    grid, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto", extent=(0, len(shares), 1, 0)
+                )
+                axis.set_xticks(np.arange(len(shares)) + 0.5, map(str, shares))
+                axis.set(title=f"{variant}, trained to {row['size']}", xlabel="tokens")
+            axes[0].set(ylabel="depth of the needle")
+            axes[-1].figure.colorbar(image, ax=list(axes), label="share found")
+    return paths
+
+
+EXPERIMENT = Experiment(
+    name="needles",
+    help="values of keys recalled from each depth of up to 32768 tokens; the sizes are stages of training",
+    sizes=tuple(STAGES),
+    toy_sizes=tuple(TOY_STAGES),
+    variants=VARIANTS,
+    cpu_ranks=2,
+    runs=runs,
+    table=table,
+    plot=plot,
+)

@@ -1,0 +1,93 @@
+"""The needle experiment: its sequences, its stages, and what is recalled."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from conftest import rows_in
+from megatron_run import environment_of_forks
+
+
+@pytest.fixture(scope="module")
+def data(bench):
+    from benchmarks import quality_needles_data
+
+    return quality_needles_data
+
+
+@pytest.fixture(scope="module")
+def needles(bench):
+    from benchmarks import quality_needles
+
+    return quality_needles
+
+
+def test_each_key_is_asked_for_once_and_its_value_follows_both_times(data):
+    tokens, places = data.needle_sequences(np.random.default_rng(0), 3, 512, 32)
+    assert tokens.shape == (3, 512) and places.shape == (3, 32)
+    for sequence, keys in zip(tokens, places):
+        for question, place in zip(range(512 - 64, 512, 2), keys):
+            assert np.flatnonzero(sequence == sequence[question]).tolist() == [place, question]
+            assert sequence[place + 1] == sequence[question + 1] >= data.HAY + data.KEYS
+        assert np.array_equal(np.sort(keys) * 32 // 448, np.arange(32)), "one in each part"
+        assert not np.array_equal(np.sort(keys), keys), "asked for in another order"
+    assert tokens.max() < data.VOCABULARY - 1
+
+
+def test_half_of_the_spans_repeat_earlier_tokens(data):
+    sequences = data.span_sequences(np.random.default_rng(0), 20, 512)
+    assert sequences.max() < data.VOCABULARY - 1
+    pairs = [set(pairwise(sequence)) for sequence in sequences]
+    repeated = np.mean([1 - len(some) / 511 for some in pairs])
+    assert 0.35 < repeated < 0.55
+
+
+@pytest.mark.parametrize("count", [0, 513, 30])
+def test_needles_that_have_no_room_are_refused(data, count):
+    with pytest.raises(ValueError, match=rf"needles {count}: must be between 1 and"):
+        data.needle_sequences(np.random.default_rng(0), 1, 64, count)
+
+
+def test_a_dataset_is_the_same_each_time_and_its_sequences_fill_the_steps(needles):
+    stage = needles.Stage(64, 5, 3, 1e-3, spans=0.5)
+    first, again = (np.concatenate([*needles._sequences(stage)]) for _ in range(2))
+    assert np.array_equal(first, again)
+    assert first.shape == (16, 64), "one more, for the last label"
+
+
+def test_windows_cost_as_much_as_shards_at_the_longest_stage(needles):
+    longest = max(stage.length for stage in needles.STAGES.values())
+    s2, window = (needles.MODEL.settings(variant, longest) for variant in ("s2", "window-only"))
+    assert s2.coverage().lost == 0 and s2.vert_stride == 16
+    assert s2.mean_pairs(longest) <= window.mean_pairs(longest) < 1.05 * s2.mean_pairs(longest)
+    after_the_first = [s2.pattern(layer).head_phases for layer in range(2, s2.num_layers + 1)]
+    assert {phase for phases in after_the_first for phase in phases} == set(range(16)), (
+        "the layers that can look for a key see every block"
+    )
+
+
+@pytest.mark.exhaustive
+def test_stages_begin_from_the_former_and_are_not_repeated(bench, needles, tmp_path, monkeypatch, capsys):
+    for name, value in environment_of_forks().items():
+        monkeypatch.setenv(name, value)
+    options = [
+        "quality",
+        "needles",
+        "--toy",
+        "--work",
+        str(tmp_path / "work"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    options += ["--threads", "1", "--device", "cpu", "--variants", "s2", "--python", "python"]
+    assert bench.main([*options, "--sizes", "128"]) == 0, "the stage before has no row and is trained, too"
+    [row] = rows_in(tmp_path / "out")
+    assert {cell["length"] for cell in row["cells"]} == {64, 128}
+    assert sum(cell["asked"] for cell in row["cells"]) == 2 * 4
+    assert "--finetune" in row["command"] and str(tmp_path) not in row["command"]
+    trained = len([*tmp_path.glob("work/needles-*/checkpoint")])
+    assert bench.main(options) == 0
+    assert len(rows_in(tmp_path / "out")) == 2 and trained == 2
+    assert "mean / worst" in capsys.readouterr().out
+    assert bench.main(["plot", "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "quality-needles.png").exists()
