@@ -11,7 +11,7 @@ With `"attn_implementation": "s2"` in config.json, transformers refuses to load 
 has been imported, instead of running it dense. transformers drops that entry whenever it writes a
 configuration; while this module is imported, every configuration with `s2_attention` is written with it, and
 runs with S2 unless another attention is chosen by name. Every decoder that uses transformers' attention
-interface works; Llama, Mistral, Qwen2 and Qwen3 are tested.
+interface works; the families that transformers has and docs/checkpoints.md converts are tested.
 
 Padding is ignored: the position of a token, which determines its block, is its index among the real tokens of
 its row, on whichever side the padding is. No mask of tokens x tokens is built.
