@@ -11,14 +11,16 @@
 # --hf DIR          model and tokenizer of 8192 positions
 # --data-prefix P   dataset with documents as long as the last stage's sequences, or packed ones
 # --out DIR         everything that is made (default runs/longer-context); results in DIR/TOKENS/exported
+# --s2-anneal-steps N   of the first stage, which makes the model sparse (default 500); the others have none
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-HF='' OUT=runs/longer-context MORE=()
+HF='' OUT=runs/longer-context ANNEAL=500 MORE=()
 while (($#)); do
     case $1 in
         --hf) HF=${2:?--hf: needs a value} && shift ;;
         --out) OUT=${2:?--out: needs a value} && shift ;;
+        --s2-anneal-steps) ANNEAL=${2:?--s2-anneal-steps: needs a value} && shift ;; # of the first stage alone
         *) MORE+=("$1") ;;
     esac
     shift
@@ -26,7 +28,7 @@ done
 : "${HF:?--hf: must be given}"
 STAGES=${STAGES:-$'32768 2044000 1000\n131072 8360000 500'}
 
-MODEL=$HF ANNEAL=500 # the first stage makes the model sparse
+MODEL=$HF # the first stage makes the model sparse
 while read -r TOKENS BASE ITERATIONS; do
     printf '\nStage of %s tokens, rotary base %s\n' "$TOKENS" "$BASE"
     [[ -e $OUT/$TOKENS/exported ]] || bash examples/continue-pretraining/train.sh --hf "$MODEL" \

@@ -52,7 +52,8 @@ class GenerationResult:
     Args:
         rows: tokens generated for each prompt, including the stop token.
         prompt_tokens: number of tokens of the prompts.
-        prefill_tokens: number of these that ran through the model; the prompts share the others.
+        prefill_tokens: number of these that ran through the model, without padding; the prompts share the
+            others.
         decoded_tokens: number of generated tokens without the first of each sequence, which prefill computes.
         prefill_seconds, decode_seconds: time spent on the prompts and on the decoded tokens.
         kept_bytes, dense_bytes, capacity_bytes: size of the caches at the end: of the entries they keep, of

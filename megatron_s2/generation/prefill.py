@@ -27,9 +27,28 @@ class PrefillPass:
     rows: list[Tokens]
     ends: dict[int, int]
 
+    @property
+    def padded_tokens(self) -> int:
+        """Number of tokens that the model runs for the pass, in which rows are padded to the longest."""
+        return len(self.rows) * max(map(len, self.rows))
+
 
 def plan_prefill(prompts: Sequence[Tokens], least_shared: int = LEAST_SHARED) -> list[PrefillPass]:
     """Returns the passes that feed all prompts; the sequences of the last one are the prompts, in order.
+
+    They are those of `shared_passes`, unless one pass of whole prompts has no more tokens, padding included:
+    for example where one of many prompts is long and shares nothing.
+
+    Args:
+        prompts: tokens of each prompt, at least one.
+    """
+    shared = shared_passes(prompts, least_shared)
+    whole = PrefillPass(None, [*prompts], {n: n for n in range(len(prompts))})
+    return shared if sum(step.padded_tokens for step in shared) < whole.padded_tokens else [whole]
+
+
+def shared_passes(prompts: Sequence[Tokens], least_shared: int) -> list[PrefillPass]:
+    """Returns the passes that feed what prompts have in common once.
 
     What at least two prompts have in common, if it is at least `least_shared` tokens, is fed once: first what
     prompts begin with, level by level where groups share more, at last the rest of every prompt.

@@ -275,7 +275,7 @@ def test_a_dense_model_generates_by_a_pattern_file(capsys, model, tmp_path, hugg
 
 
 def texts_of_which_two_begin_alike() -> list[list[int]]:
-    *texts, common, tail = prompts(*LENGTHS, 90, 20)
+    *texts, common, tail = prompts(*LENGTHS, 190, 20)
     return [*texts, common + tail, common + tail[:3]]
 
 

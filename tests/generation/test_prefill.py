@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_s2.generation.prefill import PrefillPass, plan_prefill
+from megatron_s2.generation.prefill import PrefillPass, plan_prefill, shared_passes
 
 prompts_of_few_tokens = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=12), min_size=1, max_size=7)
 
@@ -27,7 +27,7 @@ def tokens(passes: list[PrefillPass]) -> int:
 
 @given(prompts=prompts_of_few_tokens, least=st.integers(1, 5))
 def test_the_sequences_of_the_last_pass_are_the_prompts(prompts, least):
-    passes = plan_prefill(prompts, least)
+    passes = shared_passes(prompts, least)
     assert passes[0].parents is None and all(step.parents is not None for step in passes[1:])
     assert fed(passes) == prompts
 
@@ -35,7 +35,7 @@ def test_the_sequences_of_the_last_pass_are_the_prompts(prompts, least):
 @given(prompts=prompts_of_few_tokens)
 def test_every_distinct_beginning_is_fed_once(prompts):
     beginnings = {tuple(prompt[:n]) for prompt in prompts for n in range(1, len(prompt) + 1)}
-    assert tokens(plan_prefill(prompts, least_shared=1)) == len(beginnings)
+    assert tokens(shared_passes(prompts, least_shared=1)) == len(beginnings)
 
 
 def test_32_prompts_with_4096_tokens_in_common():
@@ -54,7 +54,7 @@ def test_fewer_tokens_than_the_least_are_not_shared():
 def test_prompts_that_share_nothing_are_fed_with_the_tails():
     """Beside the tokens that others share they would only be padding there."""
     shared = [5] * 100
-    passes = plan_prefill([[1, 2], [*shared, 1], [3] * 200, shared])
+    passes = shared_passes([[1, 2], [*shared, 1], [3] * 200, shared], 64)
     assert [step.parents for step in passes] == [None, [None, 0, None, 0]]
     assert [[len(row) for row in step.rows] for step in passes] == [[100], [2, 1, 200, 0]]
     assert [step.ends for step in passes] == [{3: 0}, {0: 0, 1: 1, 2: 2}]
@@ -62,6 +62,19 @@ def test_prompts_that_share_nothing_are_fed_with_the_tails():
 
 def test_groups_share_more_than_all_do():
     system, few = [1] * 70, [2] * 80
-    passes = plan_prefill([[*system, *few, 1], [*system, 9], [*system, *few, 3]])
+    passes = shared_passes([[*system, *few, 1], [*system, 9], [*system, *few, 3]], 64)
     assert [[len(row) for row in step.rows] for step in passes] == [[70], [80, 0], [1, 1, 1]]
     assert [step.parents for step in passes] == [None, [0, 0], [0, 1, 0]]
+
+
+@given(prompts=prompts_of_few_tokens, least=st.integers(1, 5))
+def test_sharing_never_runs_more_tokens_than_whole_prompts(prompts, least):
+    passes = plan_prefill(prompts, least)
+    assert fed(passes) == prompts
+    assert sum(step.padded_tokens for step in passes) <= len(prompts) * max(map(len, prompts))
+
+
+def test_a_long_prompt_that_shares_nothing_makes_whole_prompts_cheaper():
+    alike = [[7] * 4096 + [n] for n in range(31)]
+    assert len(plan_prefill([*alike, [8] * 4096])) == 1
+    assert len(plan_prefill(alike)) == 2
