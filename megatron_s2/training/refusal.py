@@ -12,14 +12,15 @@ from typing import NoReturn
 
 from megatron_s2.training.environment import rank
 
-_RANK_0_MESSAGE_SECONDS = 10.0
+_MESSAGE_SECONDS = 10.0
 
 
 def refuse(message: str, only_here: bool = False) -> NoReturn:
     """Ends this rank with status 2; rank 0, or with `only_here` this rank, prints the message, in one line.
 
     A launcher kills all ranks when one has ended, so other ranks first wait for rank 0. If it does not end,
-    the input is bad only on this node (for example a missing path), and one rank of the node prints it.
+    the input is bad only on this node (for example a missing path), and its first rank prints it; if that
+    does not end either, only here.
     """
     line = f"error: {' '.join(message.split())}"
     if rank() == 0:
@@ -30,10 +31,10 @@ def refuse(message: str, only_here: bool = False) -> NoReturn:
         report_to_launcher(message)
     else:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(2))
-        time.sleep(_RANK_0_MESSAGE_SECONDS)
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{line} (on rank {rank()})", file=sys.stderr, flush=True)
-            report_to_launcher(message)
+        is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+        time.sleep(_MESSAGE_SECONDS if is_first else 2 * _MESSAGE_SECONDS)
+        print(f"{line} (on rank {rank()})", file=sys.stderr, flush=True)
+        report_to_launcher(message)
     sys.exit(2)
 
 
