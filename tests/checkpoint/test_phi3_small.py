@@ -6,6 +6,7 @@ import pytest
 import torch
 from hf_models import assert_bit_equal, assert_refused, convert, edit_config, weights
 from megatron_logits import logits
+from megatron_run import call_in_fork
 from plain_phi3_small import CONFIG, save_model
 from plain_phi3_small import logits as plain_logits
 
@@ -91,6 +92,17 @@ def test_logits_equal_those_of_the_plain_implementation(sources, computed, token
     )
     for other in set(VARIANTS) - {name}:
         assert (computed[name] - computed[other]).abs().max() > 1e-2
+
+
+def test_the_checkpoint_generates_what_the_plain_implementation_does(sources, checkpoints, tokens):
+    """By the command, which restores muP and the activation from the checkpoint's arguments."""
+    prompt, of_model = tokens[0, :150].tolist(), weights(sources["published"])
+    expected = list(prompt)
+    for _ in range(8):
+        expected.append(int(plain_logits(of_model, CONFIG, torch.tensor([expected]))[0, -1].argmax()))
+    given = ["--load", str(checkpoints["published"]), "--prompt", " ".join(map(str, prompt)), "--token-ids"]
+    done = call_in_fork("generate", "main", [*given, "--max-new-tokens", "8"])
+    assert done.out.split() == [str(token) for token in expected[150:]]
 
 
 @pytest.mark.filterwarnings("ignore:S2 pattern")
