@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from generation_models import greedy
-from hf_models import CONFIGS, TINY, convert, edit_config, make_model
+from hf_models import CONFIGS, TINY, assert_bit_equal, convert, edit_config, make_model, weights
 from megatron_logits import ONE_STEP, logits, run_all
 from megatron_run import call_in_fork
 from te_process import build, in_te_process
@@ -25,6 +25,7 @@ STRIDES = {  # one per KV head
     "llama, one KV head": ("3",),
     "qwen3, one KV head": ("3",),
     "llama, yarn": ("3", "4"),
+    "phi3": ("3", "4"),
     "phi3, partial and tied": ("3", "4"),
     "mixtral": ("3", "4"),
     "qwen3 moe": ("3", "4"),
@@ -82,7 +83,9 @@ def test_logits_equal_those_of_transformers_sparse(sources, logits_in_megatron, 
     import megatron_s2.hf  # noqa: F401 - registers the attention function
 
     convert("hf-to-megatron", sources[family], tmp_path / "megatron", *S2, *STRIDES[family])
-    convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "sparse")
+    convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "sparse", "--max-shard-size", "60KB")
+    assert len(list(tmp_path.glob("sparse/*.safetensors"))) > 2
+    assert_bit_equal(weights(sources[family]), weights(tmp_path / "sparse"))
     sparse = logits_in_transformers(tmp_path / "sparse", tokens)
     expected = logits_in_megatron[f"sparse {family}"][..., : TINY["vocab_size"]]
     torch.testing.assert_close(sparse, expected, rtol=1e-5, atol=1e-5)
