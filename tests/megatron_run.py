@@ -486,6 +486,7 @@ def _run_jobs(rank: int, job_file: Path) -> None:
         _forget_run()
         if rank == 0:
             (log_dir / "status.txt").write_text(str(status))
+    sys.exit(status)  # a refusal of the last ends the group, as a launcher does
 
 
 def _require_no_threads() -> None:
@@ -512,6 +513,7 @@ def _call(call: Path, folder: Path) -> None:
     for name, descriptor in {"out.txt": 1, "err.txt": 2}.items():
         with (folder / name).open("w") as output:
             os.dup2(output.fileno(), descriptor)
+    logging.root.handlers.clear()  # the log of a training; what other libraries log would reach it
     torch.set_num_threads(1)
     sys.path[:], module, function, arguments = pickle.loads(call.read_bytes())
     returned = getattr(import_module(module), function)(*arguments)

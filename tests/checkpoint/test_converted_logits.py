@@ -13,6 +13,7 @@ from te_process import build, in_te_process
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
+import megatron_s2.hf  # noqa: F401 - registers the attention function
 from megatron_s2.calibration.layered_model import LayeredModel, dense_attention
 
 S2 = ("--s2-attention", "--s2-block-size", "16", "--s2-local-blocks", "2", "--s2-vert-stride")
@@ -80,8 +81,6 @@ def test_logits_equal_those_of_transformers_dense(sources, logits_in_megatron, t
 
 @pytest.mark.parametrize("family", STRIDES)
 def test_logits_equal_those_of_transformers_sparse(sources, logits_in_megatron, tokens, tmp_path, family):
-    import megatron_s2.hf  # noqa: F401 - registers the attention function
-
     convert("hf-to-megatron", sources[family], tmp_path / "megatron", *S2, *STRIDES[family])
     convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "sparse", "--max-shard-size", "60KB")
     assert len(list(tmp_path.glob("sparse/*.safetensors"))) > 2
