@@ -26,6 +26,7 @@ from megatron_s2.pattern.pattern_file import read_pattern_file
 DENSE, UNIFORM, CALIBRATED = "dense", "uniform", "calibrated"
 _ANNEALED = "-annealed"
 VARIANTS = (DENSE, UNIFORM, CALIBRATED, UNIFORM + _ANNEALED, CALIBRATED + _ANNEALED)
+_SAVE_INTERVAL = 16  # steps; a checkpoint of 135M weights has 2 GB
 _UNIFORM = {"local_blocks": 8, "vert_stride": 16, "sink_blocks": 1}
 
 
@@ -37,28 +38,31 @@ class Size:
         steps: number of steps; 0 judges the model as it is.
         batch: sequences of a step.
         texts: held-out sequences of the loss.
-        kinds: of needles, ten of each.
+        kinds: of needles, ten for each item, each in a text of its own.
     """
 
     steps: int
     seq_length: int = 4096
     batch: int = 4
     texts: int = 16
-    kinds: tuple[str, ...] = ("code", "assignment", "comment")
+    kinds: tuple[str, ...] = 3 * ("code", "assignment", "comment", "entry")
 
     @property
     def tokens(self) -> int:
         """Tokens of the whole training."""
         return self.steps * self.batch * self.seq_length
 
-    def flags(self, variant: str, dtype: str) -> list[str]:
-        """Returns what the training is given besides the recipe's flags; half of an annealed one anneals."""
-        annealed = self.steps // 2 if variant.endswith(_ANNEALED) else 0
+    def flags(self, dtype: str) -> list[str]:
+        """Returns what the training is given besides the recipe's flags and the pattern."""
         words = (
             f"--global-batch-size {self.batch} --lr 1e-4 --min-lr 1e-5 --lr-warmup-iters {self.steps // 10} "
-            f"--s2-anneal-steps {annealed} --keep-activations"
+            "--keep-activations"
         ).split()
         return [*words, "--bf16"] if dtype == "bfloat16" else words
+
+    def anneal_steps(self, variant: str) -> int:
+        """Returns how many steps anneal: half of those of an annealed variant."""
+        return self.steps // 2 if variant.endswith(_ANNEALED) else 0
 
 
 def pattern_flags(variant: str, file: Path) -> list[str]:
@@ -108,7 +112,8 @@ def runs(args: Namespace, launcher: Launcher) -> Iterator[Run]:
                 "steps": size.steps,
                 "pattern": file.stem if variant.startswith(CALIBRATED) else variant.removesuffix(_ANNEALED),
                 "pattern_hash": patterns.pattern_hash(settings_of(variant, file, **model)),
-                "flags": size.flags(variant, args.dtype),
+                "flags": size.flags(args.dtype),
+                "anneal_steps": size.anneal_steps(variant),
                 "seq_length": size.seq_length,
                 "texts": size.texts,
                 "kinds": list(size.kinds),
@@ -129,7 +134,7 @@ def _measure(launcher: Launcher, size: Size, setting: Row, text: Text, hf: Path,
         source = load_source(hf, None, setting["dtype"])
         settings = settings_of(setting["variant"], file, source.model.num_layers, source.model.num_kv_heads)
         return {"tokens": 0, **_judged(patterns.measure(source, settings, judged, None))}
-    fields = ("model", "steps", "pattern_hash", "flags", "seq_length", "text")
+    fields = ("model", "steps", "pattern_hash", "flags", "anneal_steps", "seq_length", "text")
     directory = launcher.directory("continue", setting, fields)
     trained = train_by_recipe(
         launcher,
@@ -138,9 +143,9 @@ def _measure(launcher: Launcher, size: Size, setting: Row, text: Text, hf: Path,
         text,
         pattern_flags(setting["variant"], file),
         size.seq_length,
-        setting["flags"],
+        [*setting["flags"], "--s2-anneal-steps", str(setting["anneal_steps"])],
         size.steps,
-        max(1, size.steps // 16),
+        min(size.steps, _SAVE_INTERVAL),
     )
     source = load_source(directory / "exported", None, setting["dtype"])
     return {
@@ -171,19 +176,26 @@ _STYLES = {
 _ALLOWED_GAP = 1.0  # percent over dense, drawn as a line
 _COLUMNS = display.columns(
     ("tokens", "attention", "K/V", "loss", "over dense", "needles", "of dense's", "tokens/s"),
-    "<6 <19 >5 >8 >10 >8 >10 >9",
+    "<6 <34 >5 >8 >10 >8 >10 >9",
 )
 _LEGEND = (
-    "K/V: keys and values that the last token sees, as a share of all. over dense, of dense's: against the\n"
-    "dense model after as many tokens. needles: statements hidden in held-out text, recalled greedily."
+    "K/V: keys and values that the last token sees, as a share of all. over dense: of the loss, against the\n"
+    "dense model after as many tokens. needles: statements hidden in held-out text, recalled greedily; of\n"
+    "dense's: of those that this dense model recalls."
 )
 
 
 def newest(rows: list[Row]) -> list[list[Row]]:
-    """Returns the newest row of each (tokens, variant), shortest training first, for each model and text."""
-    groups = display.newest_rows(rows, ("model", "text", "dtype", "seq_length"), ("size", "variant"), "loss")
+    """Returns the newest row of each (tokens, variant, pattern), shortest training first.
+
+    They are grouped by model, text and what is judged.
+    """
+    setting = ("model", "text", "dtype", "seq_length", "texts", "kinds")
+    groups = display.newest_rows(rows, setting, ("size", "variant", "pattern"), "loss")
     return [
-        sorted(group.values(), key=lambda row: (row["tokens"], VARIANTS.index(row["variant"])))
+        sorted(
+            group.values(), key=lambda row: (row["tokens"], VARIANTS.index(row["variant"]), row["pattern"])
+        )
         for group in groups
     ]
 
@@ -191,11 +203,17 @@ def newest(rows: list[Row]) -> list[list[Row]]:
 def _control(row: Row, group: list[Row]) -> Row | None:
     """Returns the row of dense attention after the same training."""
     dense = (other for other in group if other["variant"] == DENSE)
-    return next((other for other in dense if other["size"] == row["size"]), None)
+    same = ("size", "flags", "steps")
+    return next((other for other in dense if all(other[name] == row[name] for name in same)), None)
 
 
-def _found(row: Row) -> int:
-    return sum(needle["found"] for needle in row["needles"])
+def _found(row: Row) -> np.ndarray:
+    """Returns which needles were found; they are the same for all rows of a group."""
+    return np.array([needle["found"] for needle in row["needles"]])
+
+
+def _name(row: Row) -> str:
+    return f"{row['variant']} ({row['pattern']})" if row["variant"].startswith(CALIBRATED) else row["variant"]
 
 
 def table(rows: list[Row]) -> str:
@@ -208,20 +226,22 @@ def table(rows: list[Row]) -> str:
         )
         lines += display.format_table(_COLUMNS, [_cells(row, _control(row, group)) for row in group])
         trained = [row for row in group if row["tokens"]]
-        lines += display.load_notes(trained, lambda row: f"{row['size']} {row['variant']}")
+        lines += display.load_notes(trained, lambda row: f"{row['size']} {_name(row)}")
     return "\n".join([*lines, _LEGEND])
 
 
 def _cells(row: Row, control: Row | None) -> list[str]:
     gap = None if control is None else 100 * (row["loss"] / control["loss"] - 1)
-    share = None if control is None or not _found(control) else 100 * _found(row) / _found(control)
+    share = None
+    if control is not None and _found(control).any():
+        share = 100 * _found(row)[_found(control)].mean()
     return [
         row["size"],
-        row["variant"],
+        _name(row),
         f"{row['kv']:.3f}",
         f"{row['loss']:.4f}",
         display.cell(gap, "{:+.2f}%"),
-        f"{_found(row)}/{len(row['needles'])}",
+        f"{_found(row).sum()}/{len(row['needles'])}",
         display.cell(share, "{:.0f}%"),
         display.cell(row.get("tokens_per_second"), "{:.0f}"),
     ]
@@ -239,17 +259,17 @@ def plot(rows: list[Row], directory: Path) -> list[Path]:
 def _draw(group: list[Row], path: Path) -> None:
     longest = max(row["tokens"] for row in group)
     with display.picture(path, (10, 4), (1, 2)) as ((gap, needles),):
-        for variant, style in _STYLES.items():
-            rows = [row for row in group if row["variant"] == variant]
+        for name in dict.fromkeys(map(_name, group)):
+            rows = [row for row in group if _name(row) == name]
+            style = _STYLES[rows[0]["variant"]]
             for row in rows:
-                if row["tokens"] == longest and longest and variant != DENSE and _control(row, group):
+                if row["tokens"] == longest > 0 and row["variant"] != DENSE and _control(row, group):
                     ends, ours = np.array(row["train_losses"]).T
                     _, theirs = np.array(_control(row, group)["train_losses"]).T
                     tokens = ends * longest / row["steps"]
-                    gap.plot(tokens, 100 * (ours / theirs - 1), label=variant, **style)
-            if rows:
-                points = [(row["tokens"], 100 * _found(row) / len(row["needles"])) for row in rows]
-                needles.plot(*zip(*points), marker="o", label=variant, **style)
+                    gap.plot(tokens, 100 * (ours / theirs - 1), label=name, **style)
+            points = [(row["tokens"], 100 * _found(row).mean()) for row in rows]
+            needles.plot(*zip(*points), marker="o", label=name, **style)
         gap.axhline(_ALLOWED_GAP, color="#999999", linewidth=1, linestyle=":")
         gap.axhline(0, color="#333333", linewidth=1)
         gap.set(ylabel="training loss over dense (%)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -13,29 +14,37 @@ import numpy as np
 from benchmarks import display
 from benchmarks.benchmark import Row
 from benchmarks.quality_experiment import Experiment, Run
-from benchmarks.quality_needles_data import VOCABULARY, needle_sequences, span_sequences, write_sequences
+from benchmarks.quality_needles_data import (
+    VOCABULARY,
+    needle_sequences,
+    needles_of,
+    span_sequences,
+    write_sequences,
+)
 from benchmarks.quality_training import Launcher, Trained, recalled, train
 from benchmarks.quality_variants import COMMON_FLAGS, DENSE, S2, WINDOW, attention_flags, variant_settings
 from megatron_s2.pattern import S2Settings
 
 VARIANTS = (S2, WINDOW, DENSE)
 _DATA_SEED = 7  # of training sequences; those of the evaluation have another
-_RECALL = {"sequences": 16, "needles": 32, "depths": 16, "seed": 11}
-_TOY_RECALL = {"sequences": 1, "needles": 4, "depths": 2, "seed": 11}
+_RECALL = {"tokens": 2**18, "depths": 16, "seed": 11}
+_TOY_RECALL = {"tokens": 256, "depths": 2, "seed": 11}
 
 
 @dataclass(frozen=True)
 class Model:
     """Sizes and pattern of the model, which has rotary positions in half of each head's dimensions.
 
-    Keys are then found by the other half at any distance.
+    Keys are then found by the other half at any distance. There are as many heads as phases: every layer sees
+    all blocks.
     """
 
-    num_layers: int = 4
+    num_layers: int = 3
     hidden_size: int = 256
-    num_attention_heads: int = 8
-    block_size: int = 32
-    local_blocks: int = 4
+    head_dim: int = 32
+    num_attention_heads: int = 16
+    block_size: int = 16
+    local_blocks: int = 2
     vert_stride: int = 16
 
     def settings(self, variant: str, longest: int) -> S2Settings:
@@ -45,16 +54,16 @@ class Model:
         )
         return variant_settings(s2, variant, longest)
 
-    def flags(self, variant: str, longest: int) -> list[str]:
-        """Returns the part of Megatron's command line that is the same in all stages."""
-        words = (
+    def flags(self) -> list[str]:
+        """Returns the part of Megatron's command line that is the same for all attentions and stages."""
+        return (
             f"--num-layers {self.num_layers} --hidden-size {self.hidden_size} "
             f"--ffn-hidden-size {2 * self.hidden_size} --num-attention-heads {self.num_attention_heads} "
-            f"--rotary-percent 0.5 --init-method-std {self.hidden_size**-0.5:.4g} "
+            f"--kv-channels {self.head_dim} --rotary-percent 0.5 "
+            "--init-method-std 0.02 --embedding-init-method-std 1 "
             f"--tokenizer-type NullTokenizer --vocab-size {VOCABULARY - 1} "
             f"{COMMON_FLAGS}"
         ).split()
-        return words + attention_flags(self.settings(variant, longest))
 
 
 @dataclass(frozen=True)
@@ -73,10 +82,23 @@ class Stage:
     lr: float
     spans: float = 0.0
 
-    @property
-    def needles(self) -> int:
-        """Needles of a sequence, in training: one per 16 tokens, at most 512."""
-        return min(512, self.length // 16)
+    def sequences(self) -> Iterator[np.ndarray]:
+        """Yields the sequences and one more, whose first token is the last label; the same ones each time."""
+        rng = np.random.default_rng([_DATA_SEED, self.length])
+        left = self.steps * self.batch + 1
+        while left:
+            count = min(left, max(1, 2**20 // self.length))
+            spans = round(count * self.spans)
+            if spans:
+                yield span_sequences(rng, spans, self.length)
+            if spans < count:
+                yield needle_sequences(rng, count - spans, self.length, needles_of(self.length))[0]
+            left -= count
+
+    def row(self) -> dict:
+        """Returns what a row says about the data; `hash` is that of the first sequences."""
+        first = hashlib.sha256(next(self.sequences()).tobytes())
+        return asdict(self) | {"hash": first.hexdigest()[:16]}
 
     def flags(self, seed: int) -> list[str]:
         return (
@@ -86,12 +108,13 @@ class Stage:
         ).split()
 
 
-MODEL, TOY_MODEL = Model(), Model(2, 64, 2, 16, 2, 2)
+MODEL, TOY_MODEL = Model(), Model(2, 64, 32, 2, vert_stride=2)
 STAGES = {
-    "512": Stage(512, 1500, 32, 1e-3, spans=0.5),
-    "2048": Stage(2048, 300, 8, 5e-4),
-    "8192": Stage(8192, 200, 4, 5e-4),
-    "32768": Stage(32768, 150, 2, 5e-4),
+    "128": Stage(128, 500, 128, 2e-3, spans=1.0),
+    "512": Stage(512, 500, 32, 1e-3, spans=0.5),
+    "2048": Stage(2048, 150, 8, 5e-4),
+    "8192": Stage(8192, 60, 4, 5e-4),
+    "32768": Stage(32768, 50, 2, 3e-4),
 }
 TOY_STAGES = {"64": Stage(64, 2, 2, 1e-3, spans=0.5), "128": Stage(128, 2, 2, 5e-4)}
 
@@ -99,8 +122,10 @@ TOY_STAGES = {"64": Stage(64, 2, 2, 1e-3, spans=0.5), "128": Stage(128, 2, 2, 5e
 def runs(args: Namespace, launcher: Launcher) -> Iterator[Run]:
     """Yields the stages of one variant after another; a stage begins from the checkpoint of the former."""
     model, stages = (TOY_MODEL, TOY_STAGES) if args.toy else (MODEL, STAGES)
-    asked = _TOY_RECALL if args.toy else _RECALL
+    phases = {"block_size": model.block_size, "phases": model.vert_stride}
+    asked = (_TOY_RECALL if args.toy else _RECALL) | phases
     longest = max(stage.length for stage in stages.values())
+    rows = {name: stage.row() for name, stage in stages.items()}
     precision = ["--bf16"] if args.dtype == "bfloat16" else []
     for seed in args.seeds or (1,):
         for variant in args.variants:
@@ -112,12 +137,14 @@ def runs(args: Namespace, launcher: Launcher) -> Iterator[Run]:
                     "seed": seed,
                     "dtype": args.dtype,
                     "steps": stage.steps,
-                    "flags": [*model.flags(variant, longest), *precision, *stage.flags(seed)],
-                    "data": asdict(stage) | {"seed": _DATA_SEED},
+                    "flags": [*model.flags(), *precision, *stage.flags(seed)],
+                    "attention": attention_flags(model.settings(variant, longest)),
+                    "data": rows[name],
                     "asked": asked,
                     "former": former,
                 }
-                directory = launcher.directory("needles", setting, ("flags", "steps", "data", "former"))
+                fields = ("flags", "attention", "steps", "data", "former")
+                directory = launcher.directory("needles", setting, fields)
                 train_it = partial(_train, launcher, stage, setting, directory, trained)
                 if name in args.sizes:
                     lengths = [some.length for some in stages.values() if some.length <= stage.length]
@@ -129,27 +156,23 @@ def runs(args: Namespace, launcher: Launcher) -> Iterator[Run]:
 def _train(launcher: Launcher, stage: Stage, setting: Row, directory: Path, former) -> Trained:
     """Trains a stage, after the former ones if their checkpoints are not here."""
     start = None if former is None else former().checkpoint
-    data = launcher.work / f"needles-{stage.length}-{stage.steps * stage.batch}-{stage.spans:g}"
+    data = launcher.work / f"needles-{stage.length}-{stage.steps * stage.batch}-{setting['data']['hash']}"
     if not Path(f"{data}.idx").exists():
-        write_sequences(data, _sequences(stage))
-    flags = [*setting["flags"], "--data-path", data, "--split", "100,0,0", "--eval-iters", "0"]
+        write_sequences(data, stage.sequences())
+    flags = [
+        *setting["flags"],
+        *setting["attention"],
+        "--data-path",
+        data,
+        "--split",
+        "100,0,0",
+        "--eval-iters",
+        "0",
+    ]
     flags += ["--num-workers", "1", "--data-cache-path", launcher.work / "cache"]
     micro_batch = max(1, min(launcher.sequences_per_rank(stage.batch), 8192 // stage.length))
     flags += ["--micro-batch-size", micro_batch]
     return train(launcher, directory, flags, stage.steps, max(1, stage.steps // 10), start)
-
-
-def _sequences(stage: Stage) -> Iterator[np.ndarray]:
-    """Yields the sequences of a stage and one more, whose first token is the last label."""
-    rng = np.random.default_rng([_DATA_SEED, stage.length])
-    left = stage.steps * stage.batch + 1
-    while left:
-        count = min(left, max(1, 2**20 // stage.length))
-        spans = round(count * stage.spans)
-        if spans:
-            yield span_sequences(rng, spans, stage.length)
-        yield needle_sequences(rng, count - spans, stage.length, stage.needles)[0]
-        left -= count
 
 
 def _measure(launcher: Launcher, setting: Row, lengths: list[int], directory: Path, train_it) -> Row:
@@ -171,8 +194,8 @@ def _measure(launcher: Launcher, setting: Row, lengths: list[int], directory: Pa
 # Tables and pictures.
 
 _LEGEND = (
-    "mean / worst: share of needles found at all depths, and at the depth where fewest are; "
-    "found: the value has more than half of the probability"
+    "share of needles found: at all depths, at the depth where fewest are, and in the phase (block of the\n"
+    "key, modulo the stride) where fewest are. found: the value has more than half of the probability."
 )
 
 
@@ -186,11 +209,16 @@ def _order(row: Row) -> tuple:
     return VARIANTS.index(row["variant"]), row["seed"], row["data"]["length"]
 
 
-def found_shares(row: Row) -> dict[int, np.ndarray]:
-    """Returns the share of needles found at each depth, shallow to deep, by length."""
+def found_shares(row: Row, by: str = "depth") -> dict[int, np.ndarray]:
+    """Returns the share of needles found in each group, by length.
+
+    Args:
+        by: `depth`, shallow to deep, or `phase`, of the block of a needle's key.
+    """
     shares: dict[int, list[float]] = {}
     for cell in row["cells"]:
-        shares.setdefault(cell["length"], []).append(cell["found"] / max(1, cell["asked"]))
+        if by in cell:
+            shares.setdefault(cell["length"], []).append(cell["found"] / max(1, cell["asked"]))
     return {length: np.array(some) for length, some in shares.items()}
 
 
@@ -199,15 +227,15 @@ def table(rows: list[Row]) -> str:
     for group in newest(rows):
         lengths = sorted({length for row in group for length in found_shares(row)})
         titles = ("attention", "seed", "trained to", "tokens", "loss", "tokens/s", *map(str, lengths))
-        columns = display.columns(titles, "<12 >5 >11 >8 >7 >9" + " >15" * len(lengths))
-        lines.append(f"needles, {group[0]['dtype']}; mean / worst at each length")
+        columns = display.columns(titles, "<12 >5 >11 >8 >7 >9" + " >21" * len(lengths))
+        lines.append(f"needles, {group[0]['dtype']}; mean / worst depth / worst phase at each length")
         lines += display.format_table(columns, [_cells(row, lengths) for row in group])
         lines += display.load_notes(group, lambda row: f"{row['size']} {row['variant']} seed {row['seed']}")
     return "\n".join([*lines, _LEGEND])
 
 
 def _cells(row: Row, lengths: list[int]) -> list[str]:
-    shares = found_shares(row)
+    shares, of_phases = found_shares(row), found_shares(row, "phase")
     return [
         row["variant"],
         row["seed"],
@@ -216,7 +244,9 @@ def _cells(row: Row, lengths: list[int]) -> list[str]:
         f"{row['train_losses'][-1][1]:.3f}",
         f"{row['tokens_per_second']:.0f}",
         *(
-            f"{shares[length].mean():.1%} / {shares[length].min():.0%}" if length in shares else "-"
+            f"{shares[length].mean():.1%} / {shares[length].min():.1%} / {of_phases[length].min():.1%}"
+            if length in shares
+            else "-"
             for length in lengths
         ),
     ]

@@ -20,6 +20,11 @@ _FOLLOWERS = np.random.default_rng(0).integers(0, HAY, (HAY, 4))
 _SPAN = (8, 32)  # shortest and longest
 
 
+def needles_of(length: int) -> int:
+    """Returns the number of needles of a sequence, in training and evaluation: one per 16 tokens."""
+    return min(KEYS, length // 16)
+
+
 def needle_sequences(
     rng: np.random.Generator, count: int, length: int, needles: int
 ) -> tuple[np.ndarray, np.ndarray]:

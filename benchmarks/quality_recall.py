@@ -1,4 +1,4 @@
-"""How many needles of each depth and length a Megatron checkpoint recalls.
+"""How many needles of each length, depth and phase of their block a Megatron checkpoint recalls.
 
 Run as a module, because a process can load only one checkpoint: a JSON object with the arguments of `recall`
 on the command line, a list of its cells in one line on stdout.
@@ -12,43 +12,62 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.quality_needles_data import needle_sequences
+from benchmarks.quality_needles_data import needle_sequences, needles_of
 
 _CERTAIN = 0.5  # a value with more than half of the probability is the one that greedy decoding gives
 
 
 def recall(
-    checkpoint: str, lengths: list[int], sequences: int, needles: int, depths: int, seed: int
+    checkpoint: str, lengths: list[int], tokens: int, depths: int, block_size: int, phases: int, seed: int
 ) -> list[dict]:
-    """Returns for each length and each of equal parts of the depth how many needles were asked for and found.
+    """Returns how many needles were asked for and found, of each length, part of the depth and phase.
 
     Args:
         checkpoint: directory of Megatron's `--save`.
-        sequences: sequences of each length.
-        needles: needles of a sequence, each asked for once at its end.
-        depths: number of parts.
+        tokens: tokens of all sequences of a length; at least one sequence.
+        depths: number of equal parts of the depth.
+        block_size, phases: a needle's phase is that of the block of its key, modulo `phases`.
         seed: of the sequences, which are the same for all checkpoints.
-    """
-    import torch
 
+    Returns:
+        Cells with `length`, `depth` (middle of the part), `asked`, `found`; after those of a length others
+        with `phase` in place of `depth`, which count the same needles.
+    """
     from megatron_s2.generation.evaluation import load_megatron
 
     model, cells = load_megatron(checkpoint), []
     for length in lengths:
-        rng = np.random.default_rng([seed, length])
-        asked, found = np.zeros(depths, dtype=int), np.zeros(depths, dtype=int)
-        for _ in range(sequences):
-            tokens, [places] = needle_sequences(rng, 1, length, needles)
-            with torch.no_grad():
-                [losses] = model.token_losses(torch.from_numpy(tokens)).cpu()
-            answers = np.exp(-losses[-2 * needles :: 2].double().numpy())
-            part = places * depths // (length - 2 * needles)
-            np.add.at(asked, part, 1)
-            np.add.at(found, part, answers > _CERTAIN)
-        for part in range(depths):
-            cell = {"length": length, "depth": (part + 0.5) / depths}
-            cells.append(cell | {"asked": int(asked[part]), "found": int(found[part])})
+        rng, needles = np.random.default_rng([seed, length]), needles_of(length)
+        places, found = [], []
+        for _ in range(max(1, tokens // length)):
+            sequence, [keys] = needle_sequences(rng, 1, length, needles)
+            places.append(keys)
+            found.append(answers(model, sequence, needles) > _CERTAIN)
+        places, found = np.concatenate(places), np.concatenate(found)
+        groups = {
+            "depth": (places * depths // (length - 2 * needles), (np.arange(depths) + 0.5) / depths),
+            "phase": (places // block_size % phases, np.arange(phases)),
+        }
+        for name, (group, values) in groups.items():
+            asked = np.bincount(group, minlength=len(values))
+            hits = np.bincount(group[found], minlength=len(values))
+            for value, count, hit in zip(values.tolist(), asked.tolist(), hits.tolist()):
+                cells.append({"length": length, name: value, "asked": count, "found": hit})
     return cells
+
+
+def answers(model, sequence: np.ndarray, needles: int) -> np.ndarray:
+    """Returns the probability of the value after each key that is asked for, in the order of the questions.
+
+    Args:
+        model: with `token_losses`, as of `load_megatron`; the loss at n is that of token n + 1.
+        sequence: `[1, length]`, of `needle_sequences`.
+    """
+    import torch
+
+    with torch.no_grad():
+        [losses] = model.token_losses(torch.from_numpy(sequence)).cpu()
+    return np.exp(-losses[len(losses) + 1 - 2 * needles :: 2].double().numpy())
 
 
 if __name__ == "__main__":

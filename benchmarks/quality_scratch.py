@@ -37,7 +37,7 @@ class Size:
         batch: sequences of a step.
         lr: largest learning rate; it ends at a tenth.
         seeds: seeds by default, of weights and of the order of the text.
-        evaluated: windows of `seq_length` tokens of held-out text.
+        evaluated: windows of `seq_length` tokens of held-out text; None for all.
     """
 
     num_layers: int
@@ -52,7 +52,7 @@ class Size:
     block_size: int = 64
     local_blocks: int = 4
     vert_stride: int = 8
-    evaluated: int = 256
+    evaluated: int | None = None
 
     @property
     def ffn_hidden_size(self) -> int:
@@ -75,8 +75,9 @@ class Size:
         )
         return variant_settings(s2, variant, self.seq_length)
 
-    def flags(self, variant: str, seed: int, dtype: str) -> list[str]:
-        """Returns Megatron's command line, without data, number of steps and where to save and log."""
+    def flags(self, seed: int, dtype: str) -> list[str]:
+        """Returns Megatron's command line, without attention, data, number of steps and where to save and
+        log."""
         model = (
             f"--num-layers {self.num_layers} --hidden-size {self.hidden_size} "
             f"--ffn-hidden-size {self.ffn_hidden_size} --num-attention-heads {self.num_attention_heads} "
@@ -87,7 +88,7 @@ class Size:
             f"--lr-warmup-iters {self.steps // 20}"
         )
         precision = ["--bf16"] if dtype == "bfloat16" else []
-        return [*f"{model} {COMMON_FLAGS}".split(), *precision, *attention_flags(self.settings(variant))]
+        return [*f"{model} {COMMON_FLAGS}".split(), *precision]
 
 
 SIZES = {
@@ -129,7 +130,8 @@ def runs(args: Namespace, launcher: Launcher) -> Iterator[Run]:
                     "seed": seed,
                     "dtype": args.dtype,
                     "steps": size.steps,
-                    "flags": size.flags(variant, seed, args.dtype),
+                    "flags": size.flags(seed, args.dtype),
+                    "attention": attention_flags(size.settings(variant)),
                     "evaluated": size.evaluated,
                     "text": text.row(),
                 }
@@ -139,12 +141,13 @@ def runs(args: Namespace, launcher: Launcher) -> Iterator[Run]:
 
 
 def _measure(launcher: Launcher, size: Size, setting: Row, text: Text) -> Row:
-    directory = launcher.directory("scratch", setting, ("flags", "steps", "text"))
+    directory = launcher.directory("scratch", setting, ("flags", "attention", "steps", "text"))
     data = ["--data-path", text.train, "--split", "100,0,0", "--eval-iters", "0", "--num-workers", "1"]
     data += ["--data-cache-path", launcher.work / "cache", "--tokenizer-type", "HuggingFaceTokenizer"]
     data += ["--tokenizer-model", text.tokenizer]
     data += ["--micro-batch-size", launcher.sequences_per_rank(size.batch)]
-    trained = train(launcher, directory, [*setting["flags"], *data], size.steps, max(1, size.steps // 10))
+    flags = [*setting["flags"], *setting["attention"], *data]
+    trained = train(launcher, directory, flags, size.steps, max(1, size.steps // 10))
     log = directory / "log.txt"
     loss = evaluate(launcher, trained, text.held_out, size.seq_length, size.evaluated, PARTS, log)
     settings = size.settings(setting["variant"])
@@ -192,7 +195,7 @@ def _order(row: Row) -> tuple:
 
 def dense_of(row: Row, group: Iterable[Row]) -> Row | None:
     """Returns the row of the dense model that a row is to be compared with, if there is one."""
-    same = ("size", "seed", "tokens", "evaluated_tokens")
+    same = ("size", "seed", "tokens", "evaluated_tokens", "flags")
     of_dense = (other for other in group if other["variant"] == DENSE)
     return next((other for other in of_dense if all(other[name] == row[name] for name in same)), None)
 

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -193,13 +194,19 @@ def _trained(directory: Path, checkpoint: Path, command: str, other_cpus: float 
 
 
 def evaluate(
-    launcher: Launcher, trained: Trained, data: Path, seq_length: int, samples: int, parts: int, log: Path
+    launcher: Launcher,
+    trained: Trained,
+    data: Path,
+    seq_length: int,
+    samples: int | None,
+    parts: int,
+    log: Path,
 ) -> dict:
     """Returns the loss of a trained model, as scripts/eval_loss.py prints it.
 
     Args:
         data: prefix of the held-out dataset.
-        samples: number of windows of `seq_length` tokens.
+        samples: number of windows of `seq_length` tokens; None for all.
         parts: number of equal parts of a window whose losses are told apart.
         log: file that the output is added to.
 
@@ -210,7 +217,8 @@ def evaluate(
         TrainingError: it ended with another status than 0.
     """
     words = ["--load", trained.checkpoint, "--data-path", data, "--seq-length", seq_length]
-    words += ["--samples", samples, "--micro-batch-size", 4, "--position-parts", parts]
+    words += ["--micro-batch-size", 4, "--position-parts", parts]
+    words += [] if samples is None else ["--samples", samples]
     printed = _printed(launcher, [ROOT / "scripts" / "eval_loss.py", *words], log)
     *_, total = re.finditer(r"^loss (\S+), perplexity \S+, over (\d+) tokens$", printed, re.MULTILINE)
     by_position = re.findall(r"^\d+ to \d+ +(\S+)$", printed, re.MULTILINE)
@@ -264,21 +272,46 @@ def _only_one(directory: Path) -> Iterator[int]:
 def _run(
     command: Sequence[object], environment: dict[str, str], output: IO, lock: int | None, log: Path
 ) -> None:
-    """Runs a command to its end; one that is interrupted ends with this process."""
+    """Runs a command to its end; if this process is interrupted or terminated, all of its processes end."""
     inherited = () if lock is None else (lock,)
-    words = [*map(str, command)]
     process = subprocess.Popen(
-        words, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, pass_fds=inherited
+        [*map(str, command)],
+        cwd=ROOT,
+        env=environment,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        pass_fds=inherited,
+        process_group=0,
     )
-    try:
-        status = process.wait()
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            try:
-                process.wait(_SECONDS_TO_END)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+    with _ended_by_exceptions():
+        try:
+            status = process.wait()
+        finally:
+            if process.poll() is None:
+                _end_group(process)
     if status:
         raise TrainingError(f"ended with status {status}, the log is {log}")
+
+
+def _end_group(process: subprocess.Popen) -> None:
+    """Ends a process and all others of its group."""
+    os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(_SECONDS_TO_END)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@contextmanager
+def _ended_by_exceptions() -> Iterator[None]:
+    """Context in which SIGTERM raises SystemExit, with the status of a shell."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

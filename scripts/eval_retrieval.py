@@ -1,6 +1,6 @@
 """Ask a model for needles hidden in your text, densely and by one or several attention patterns.
 
-A needle is a statement (a code in a sentence, an assignment, a word in a comment) that is put at each
+A needle is a statement (a code in a sentence, an assignment, …) that is put at each
 depth of a text of each length and asked for at its end; it is found if greedy decoding gives exactly the
 answer. Needs no training: it says what a pattern costs a model before anything is converted. The patterns
 are those of --s2-pattern-file, which may be given several times, of the other --s2-… flags, and of the
@@ -125,7 +125,7 @@ def arguments() -> CommandParser:
     add(
         "--kinds",
         type=_kinds,
-        default="code,assignment,comment",
+        default="code,assignment,comment,entry",
         metavar="KIND,…",
         help="default: %(default)s",
     )

@@ -11,7 +11,7 @@ import torch
 
 from megatron_s2.calibration.candidates import Candidates, Choice, cost_of
 from megatron_s2.calibration.choose import choose
-from megatron_s2.calibration.needles import KINDS, Needle, hide_needles
+from megatron_s2.calibration.needles import CALIBRATED_KINDS, Needle, hide_needles
 from megatron_s2.calibration.objective import Objective, Value
 from megatron_s2.calibration.search import Search, State
 from megatron_s2.calibration.source import Source
@@ -22,7 +22,7 @@ from megatron_s2.report.frontier import Point
 
 # Needles hidden in one text, whose keys and values are computed once for all of them: one of each kind,
 # because small models take one code for another.
-_NEEDLES_PER_TEXT = len(KINDS)
+_NEEDLES_PER_TEXT = len(CALIBRATED_KINDS)
 # Budgets of the predicted frontier, as multiples of the given one.
 _FRONTIER = (0.6, 0.8, 1.0, 1.25, 1.5, 2.0)
 _COST_NAMES = {"kv": "keys and values", "flops": "query-key pairs"}
@@ -182,7 +182,7 @@ def _samples(source: Source, settings: Settings) -> tuple[list[torch.Tensor], li
     random = Random(settings.seed)
     depths = [(n + random.random()) / settings.needles for n in range(settings.needles)]
     random.shuffle(depths)
-    places = [(KINDS[n % len(KINDS)], depth) for n, depth in enumerate(depths)]
+    places = [(CALIBRATED_KINDS[n % _NEEDLES_PER_TEXT], depth) for n, depth in enumerate(depths)]
     needles = [
         hide_needles(
             source.required_tokenizer(),

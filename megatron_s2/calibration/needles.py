@@ -1,7 +1,7 @@
 """Needles: statements hidden in a text, which the model is asked to repeat at its end.
 
-Three kinds, with names and values drawn at random: a four-digit code in a sentence, an assignment, and a word
-in a comment. A needle is found if greedy decoding gives exactly its answer.
+Four kinds, with names and values drawn at random: a four-digit code in a sentence, an assignment, a word in a
+comment, and an entry of a mapping. A needle is found if greedy decoding gives exactly its answer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_s2.generation.evaluation import windows
 
-KINDS = ("code", "assignment", "comment")
+CALIBRATED_KINDS = ("code", "assignment", "comment")  # those that calibration hides
+KINDS = (*CALIBRATED_KINDS, "entry")
 
 _THINGS = (
     *("harbor", "garden", "library", "bridge", "castle", "market", "tunnel", "museum", "station", "forest"),
@@ -96,8 +97,12 @@ def _sentence(kind: str, thing: str, random: Random) -> tuple[str, str]:
     """Returns a statement about a thing without its answer, which is the question too, and the answer."""
     if kind == "comment":
         return f"# The password of the {thing} is", f" {random.choice(_WORDS)}"
-    digits = f" {random.randrange(1000, 10000)}"
-    return (f"The secret code of the {thing} is" if kind == "code" else f"{thing}_limit ="), digits
+    statements = {
+        "code": f"The secret code of the {thing} is",
+        "assignment": f"{thing}_limit =",
+        "entry": f'    "{thing}":',
+    }
+    return statements[kind], f" {random.randrange(1000, 10000)}"
 
 
 def _line_start(tokenizer: PreTrainedTokenizerBase, text: Tensor, place: int) -> int:

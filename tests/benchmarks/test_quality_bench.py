@@ -1,5 +1,6 @@
 """The quality benchmark: a row for each training, which goes on if it was interrupted and is not repeated."""
 
+import fcntl
 import json
 import os
 import re
@@ -18,7 +19,7 @@ KEYS = {
     *("benchmark", "date", "machine", "versions", "commit", "experiment", "size", "variant", "seed", "dtype"),
     *("steps", "flags", "evaluated", "text", "parameters", "seq_length", "tokens", "pairs", "loss"),
     *("by_position", "evaluated_tokens", "train_losses", "tokens_per_second", "step_seconds", "other_cpus"),
-    *("command", "ranks"),
+    *("command", "ranks", "attention"),
 }
 
 
@@ -91,7 +92,7 @@ class Fakes:
         def evaluate(launcher, trained, data, seq_length, samples, parts, log):
             loss = 4.0 if log.parent.name.split("-")[2] == "dense" else 4.1
             by_position = np.linspace(loss + 0.1, loss - 0.1, parts).tolist()
-            return {"loss": loss, "by_position": by_position, "evaluated_tokens": samples * seq_length}
+            return {"loss": loss, "by_position": by_position, "evaluated_tokens": (samples or 9) * seq_length}
 
         for function in (make_text, train, evaluate):
             monkeypatch.setattr(scratch, function.__name__, function)
@@ -113,10 +114,9 @@ def test_each_size_has_all_variants_on_the_same_text(bench, scratch, fakes, tmp_
     assert names(fakes) == [f"{size}-{variant}-{n}" for size, n in seeds for variant in scratch.VARIANTS]
     rows = rows_in(tmp_path / "out")
     for size in scratch.SIZES:
-        flags = {row["variant"]: row["flags"] for row in rows if row["size"] == size and row["seed"] == 1}
-        first = flags["dense"].index("--s2-attention")
-        assert len({tuple(words[:first]) for words in flags.values()}) == 1, "only the attention differs"
-        assert "--bf16" in flags["dense"]
+        mine = [row for row in rows if row["size"] == size and row["seed"] == 1]
+        assert len({tuple(row["flags"]) for row in mine}) == 1 and "--bf16" in mine[0]["flags"]
+        assert len({tuple(row["attention"]) for row in mine}) == len(scratch.VARIANTS)
 
 
 def test_a_row_of_any_machine_counts_unless_the_text_is_another(bench, fakes, tmp_path):
@@ -226,6 +226,7 @@ def test_gaps_are_to_the_dense_model_of_the_same_size_seed_and_tokens(
     expected = 100 * (np.array(s2["by_position"]) / np.array(dense["by_position"]) - 1)
     assert gaps == pytest.approx(expected)
     assert scratch.dense_of({**s2, "tokens": 1}, group) is None
+    assert scratch.dense_of({**s2, "flags": ["--lr", "1"]}, group) is None
     assert scratch.mean_over_dense([s2, {**s2, "seed": 3}], group) == pytest.approx([2.5])
 
 
@@ -245,8 +246,12 @@ def test_the_results_page_has_one_section_for_all_machines(bench, fakes, tmp_pat
 
 
 @pytest.mark.exhaustive
-def test_what_is_interrupted_goes_on_from_its_checkpoint(tmp_path):
-    """Not in forks, which a signal to the group would not reach."""
+@pytest.mark.parametrize(
+    ("number", "to_all", "status"), [(signal.SIGINT, True, 130), (signal.SIGTERM, False, 143)]
+)
+def test_what_is_interrupted_goes_on_from_its_checkpoint(tmp_path, number, to_all, status):
+    """As a terminal interrupts, which signals to all, and as `kill` does. Not in forks, which have groups of
+    their own."""
     command = [sys.executable, str(RUNNER), *words(tmp_path, "--variants", "s2")]
     environment = {**os.environ, "PYTHONPATH": str(RUNNER.parents[1])}
     running = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, process_group=0)
@@ -255,8 +260,11 @@ def test_what_is_interrupted_goes_on_from_its_checkpoint(tmp_path):
         return any(tmp_path.glob("work/*/checkpoint/latest_checkpointed_iteration.txt"))
 
     wait_until(lambda: has_checkpoint() or running.poll() is not None)
-    os.killpg(running.pid, signal.SIGINT)  # as a terminal does
-    assert running.wait(PATIENCE) == 130, running.stderr.read()
+    (os.killpg if to_all else os.kill)(running.pid, number)
+    assert running.wait(PATIENCE) == status, running.stderr.read()
+    [lock] = tmp_path.glob("work/*/lock")
+    with lock.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # no process of the training is left
     assert not (tmp_path / "out").exists()
     assert subprocess.run(command, env=environment, timeout=PATIENCE).returncode == 0
     [row] = rows_in(tmp_path / "out")

@@ -49,6 +49,8 @@ def recipe(monkeypatch, made):
 
 
 def test_each_variant_is_judged_before_and_after(bench, made, recipe, tmp_path, capsys):
+    from benchmarks import quality_continue
+
     options = words(made, tmp_path)
     assert bench.main(options) == 0
     rows = rows_in(tmp_path / "out")
@@ -59,9 +61,16 @@ def test_each_variant_is_judged_before_and_after(bench, made, recipe, tmp_path, 
     ]
     assert [row["kv"] for row in before] == pytest.approx([1, 1, 3 / 8]), "8 blocks of 64, or 3 of them"
     assert all(row["tokens"] == 0 and len(row["needles"]) == 10 for row in before)
+    assert quality_continue._control(after[1], rows) is after[0]
+    needles = after[1]["needles"]
+    for row in (before[0], after[0]):
+        row["needles"] = [{**needle, "found": n < 4} for n, needle in enumerate(needles)]
+    after[1]["needles"] = [{**needle, "found": n in (0, 5, 6, 7)} for n, needle in enumerate(needles)]
+    assert "25%" in quality_continue._cells(after[1], after[0]), "of dense's needles, not of their number"
     assert str(tmp_path) not in json.dumps(rows), "a row has no directories of this machine"
-    flags = {row["variant"]: row["flags"] for row in after}
-    assert flags["calibrated"] == flags["dense"] != flags["calibrated-annealed"]
+    assert len({tuple(row["flags"]) for row in after}) == 1
+    assert [row["anneal_steps"] for row in after] == [0, 0, 0, 1, 1]
+    assert recipe[3][2] == [*after[3]["flags"], "--s2-anneal-steps", "1"]
     calibrated = str(made / "calibrated.json")
     assert [pattern[-1] for _, pattern, _ in recipe] == ["1", "1", calibrated, "1", calibrated]
     assert len({name for name, _, _ in recipe}) == 5, "a directory for each"

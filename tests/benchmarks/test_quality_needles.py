@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from conftest import rows_in
 from megatron_run import environment_of_forks
 
@@ -50,9 +51,24 @@ def test_needles_that_have_no_room_are_refused(data, count):
 
 def test_a_dataset_is_the_same_each_time_and_its_sequences_fill_the_steps(needles):
     stage = needles.Stage(64, 5, 3, 1e-3, spans=0.5)
-    first, again = (np.concatenate([*needles._sequences(stage)]) for _ in range(2))
+    first, again = (np.concatenate([*stage.sequences()]) for _ in range(2))
     assert np.array_equal(first, again)
     assert first.shape == (16, 64), "one more, for the last label"
+    assert stage.row()["hash"] != needles.Stage(64, 5, 3, 1e-3, spans=0.4).row()["hash"]
+
+
+def test_answers_are_the_probabilities_of_values(bench, data):
+    from benchmarks.quality_recall import answers
+
+    class Model:
+        def token_losses(self, tokens):
+            """Certain of the values at the end, sure of nothing else."""
+            labels, at = tokens[:, 1:], torch.arange(tokens.shape[1] - 1)
+            values = (labels >= data.HAY + data.KEYS) & (at >= tokens.shape[1] - 1 - 2 * 8)
+            return torch.where(values, labels / 1000, 99.0)
+
+    sequence, _ = data.needle_sequences(np.random.default_rng(0), 1, 128, 8)
+    assert answers(Model(), sequence, 8) == pytest.approx(np.exp(-sequence[0, -15::2] / 1000))
 
 
 def test_windows_cost_as_much_as_shards_at_the_longest_stage(needles):
@@ -60,10 +76,8 @@ def test_windows_cost_as_much_as_shards_at_the_longest_stage(needles):
     s2, window = (needles.MODEL.settings(variant, longest) for variant in ("s2", "window-only"))
     assert s2.coverage().lost == 0 and s2.vert_stride == 16
     assert s2.mean_pairs(longest) <= window.mean_pairs(longest) < 1.05 * s2.mean_pairs(longest)
-    after_the_first = [s2.pattern(layer).head_phases for layer in range(2, s2.num_layers + 1)]
-    assert {phase for phases in after_the_first for phase in phases} == set(range(16)), (
-        "the layers that can look for a key see every block"
-    )
+    for layer in range(1, s2.num_layers + 1):
+        assert set(s2.pattern(layer).head_phases) == set(range(16)), "every layer sees every block"
 
 
 @pytest.mark.exhaustive
@@ -83,11 +97,14 @@ def test_stages_begin_from_the_former_and_are_not_repeated(bench, needles, tmp_p
     assert bench.main([*options, "--sizes", "128"]) == 0, "the stage before has no row and is trained, too"
     [row] = rows_in(tmp_path / "out")
     assert {cell["length"] for cell in row["cells"]} == {64, 128}
-    assert sum(cell["asked"] for cell in row["cells"]) == 2 * 4
+    for by, groups in (("depth", 2), ("phase", 2)):
+        cells = [cell for cell in row["cells"] if by in cell]
+        assert len(cells) == 2 * groups
+        assert sum(cell["asked"] for cell in cells) == 4 * 4 + 2 * 8, "256 tokens of each length"
     assert "--finetune" in row["command"] and str(tmp_path) not in row["command"]
     trained = len([*tmp_path.glob("work/needles-*/checkpoint")])
     assert bench.main(options) == 0
     assert len(rows_in(tmp_path / "out")) == 2 and trained == 2
-    assert "mean / worst" in capsys.readouterr().out
+    assert "mean / worst depth / worst phase" in capsys.readouterr().out
     assert bench.main(["plot", "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "quality-needles.png").exists()

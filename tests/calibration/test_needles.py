@@ -47,7 +47,7 @@ def test_names_and_values_follow_the_seed():
 
 def test_needles_of_one_text_differ_at_its_end_only():
     needles = hide_needles(
-        Characters(), TEXT, [(kind, 0.8 - 0.3 * n) for n, kind in enumerate(KINDS)], Random(3)
+        Characters(), TEXT, [(kind, 0.8 - 0.25 * n) for n, kind in enumerate(KINDS)], Random(3)
     )
     first, *others = needles
     texts = [Characters().decode(needle.tokens.tolist()) for needle in needles]
