@@ -319,8 +319,12 @@ def _command(log_dir: Path, flags: str, ranks: int, model: str, data: str) -> li
 
 
 def _environment() -> dict[str, str]:
-    """One thread per rank: several ranks share few cores, and waiting threads would slow each other down."""
-    inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    """One thread per rank: several ranks share few cores, and waiting threads would slow each other down.
+
+    Where `CI` is set, transformers would log into the log of a training, too.
+    """
+    left_out = ("RANK", "WORLD_SIZE", "CI")
+    inherited = {name: value for name, value in os.environ.items() if name not in left_out}
     return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "MEGATRON_S2_CACHE": _cache()}
 
 
@@ -513,7 +517,6 @@ def _call(call: Path, folder: Path) -> None:
     for name, descriptor in {"out.txt": 1, "err.txt": 2}.items():
         with (folder / name).open("w") as output:
             os.dup2(output.fileno(), descriptor)
-    logging.root.handlers.clear()  # the log of a training; what other libraries log would reach it
     torch.set_num_threads(1)
     sys.path[:], module, function, arguments = pickle.loads(call.read_bytes())
     returned = getattr(import_module(module), function)(*arguments)

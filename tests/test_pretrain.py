@@ -313,7 +313,8 @@ def test_several_ranks_refuse_with_one_voice(tmp_path):
     run = train_all(tmp_path, {"run": "--data-path /nowhere/text"}, ranks=2, data="")["run"]
     assert run.status == 2
     assert_refused(run, "--data-path /nowhere/text")
-    assert "error" not in (run.log_dir / "output.1.txt").read_text()
+    other = run.log_dir / "output.1.txt"
+    assert not other.exists() or "error" not in other.read_text()  # it may end before it begins to write
 
 
 @pytest.mark.exhaustive
