@@ -13,6 +13,10 @@
    instead of mixtures, and of many instead of one. They propose the next plan. The best one that was
    measured is kept.
 
+The rows that are measured see keys and values of earlier tokens. Along the path these are the dense model's,
+then those of the first plan proposed, then, before every third move, those of the best plan so far, which is
+measured again with them.
+
 Everything is in a `State`, which is saved after each step.
 """
 
@@ -41,6 +45,8 @@ _STRIDES = 2
 _HEAD_NOISE, _CANDIDATE_NOISE = 0.4, 0.2
 # Smallest weight of the latest effects in the average.
 _LATEST = 0.25
+# Moves between two plans whose keys and values of earlier tokens are used.
+_MOVES_PER_CONTEXT = 3
 
 
 @dataclass
@@ -51,6 +57,7 @@ class State:
         setting: what the search was started with; a file is continued only by the same.
         dense: value of the dense model.
         path: weighted effects at the points of the path that are done, each `[layers][heads][candidates]`.
+        context: the plan whose keys and values of earlier tokens are used; None for the dense model.
         starts: uniform plans that were measured, with their values.
         proposals: values of the plans that the last n points of the path propose, n counted down.
         effects: those that proposed the best of these, later averaged.
@@ -61,6 +68,7 @@ class State:
     setting: dict
     dense: dict | None = None
     path: list = field(default_factory=list)
+    context: list | None = None
     starts: list = field(default_factory=list)
     proposals: list = field(default_factory=list)
     effects: list | None = None
@@ -156,7 +164,7 @@ class Search:
             while len(state.path) < len(_PATH):
                 self._go(starts[0])
         path = torch.tensor(state.path)
-        self.objective.refresh(self.candidates.settings(self._choose(path.sum(0))))
+        self._set_context(state.context or _entries(self._choose(path.sum(0))))
         for plan in starts[len(state.starts) :]:
             value = self._keep_better("uniform", plan)
             state.starts.append([_entries(plan), asdict(value)])
@@ -169,12 +177,29 @@ class Search:
             state.proposals.append(value.total)
             state.save(self.resume)
         while state.moves < moves:
+            if state.moves % _MOVES_PER_CONTEXT == 0:
+                self._measure_best_in_its_context()
             self._move()
-        plan = _plan(state.best)
-        self.objective.refresh(self.candidates.settings(plan))
-        value = self._measured("best", plan)
+        self._measure_best_in_its_context()
         measured = [(_plan(entries), Value(**start)) for entries, start in state.starts]
-        return Found(plan, value, Value(**state.dense), measured, torch.tensor(state.effects))
+        return Found(
+            _plan(state.best),
+            Value(**state.value),
+            Value(**state.dense),
+            measured,
+            torch.tensor(state.effects),
+        )
+
+    def _set_context(self, plan: list) -> None:
+        self.objective.refresh(self.candidates.settings(_plan(plan)))
+        self.state.context = plan
+
+    def _measure_best_in_its_context(self) -> None:
+        state = self.state
+        if state.context != state.best:
+            self._set_context(state.best)
+            state.value = asdict(self._measured("best so far", _plan(state.best)))
+            state.save(self.resume)
 
     @property
     def _dense(self) -> Plan:

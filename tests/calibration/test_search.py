@@ -52,6 +52,28 @@ def test_a_search_keeps_the_budget_and_the_best_plan(objective, candidates):
     lowest = min(float(line.rpartition(" ")[2]) for line in measured)
     # Both with the keys and values that belong to it, which differ.
     assert found.value.total == pytest.approx(lowest, rel=0.1)
+    objective.refresh(candidates.settings(found.plan))
+    assert objective.value(found.plan) == found.value
+
+
+def test_the_best_plan_is_measured_with_its_own_keys_and_values_before_every_third_move(
+    objective, candidates, monkeypatch
+):
+    contexts, moves, original = [], [], objective.refresh
+    monkeypatch.setattr(
+        objective, "refresh", lambda plan: contexts.append((len(moves), plan)) or original(plan)
+    )
+    found = search(objective, candidates, log=lambda line: line.startswith("move") and moves.append(line))
+    kept = []
+    monkeypatch.setattr(found, "_move", lambda: kept.append(found.state.best) or Search._move(found))
+    result = found.run(moves=7)
+    assert contexts[0] == (0, None), "the path"
+    of_moves = dict(contexts[2:])
+    assert of_moves.keys() <= {0, 3, 6, 7}
+    for number, plan in of_moves.items():
+        best = kept[number] if number < 7 else found.state.best
+        assert plan == candidates.settings(tuple(Choice(w, s, tuple(v)) for w, s, v in best))
+    assert contexts[-1][1] == candidates.settings(result.plan)
 
 
 def test_effects_along_the_path_add_up_to_what_lies_between_its_ends(objective, candidates, monkeypatch):
