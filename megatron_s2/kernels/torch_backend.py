@@ -131,7 +131,8 @@ class _BlockedAttention(torch.autograd.Function):
     def backward(ctx, dout, dlse):
         q, k, v, sink_logits, out, lse = ctx.saved_tensors
         pattern, scale, documents, q_start = ctx.constants
-        dtype, keys_dtype, width = lse.dtype, product_dtype(k, pattern), max(q.shape[-1], v.shape[-1])
+        dtype, width = lse.dtype, max(q.shape[-1], v.shape[-1])
+        keys_dtype = product_dtype(k, pattern, backward=True)
         if dout is None:
             dout = torch.zeros_like(out)
         if dlse is not None:
