@@ -110,14 +110,14 @@ def _dense(model, request: GenerationRequest) -> GenerationResult:
     """Returns what `generate` does, by the cache and the attention (SDPA) of transformers."""
     from transformers import DynamicCache
 
-    from megatron_s2.hf import set_pattern
+    from megatron_s2.hf import CACHE_ARGUMENT, set_pattern
 
     set_pattern(model, None)
     cache = DynamicCache(config=model.config)
     result = GenerationResult([[]])
     tokens, start = torch.tensor(request.prompts, device=model.device), time.perf_counter()
     for step in range(request.max_new_tokens):
-        logits = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(tokens, use_cache=True, logits_to_keep=1, **{CACHE_ARGUMENT: cache}).logits
         tokens = logits[:, -1].argmax(-1, keepdim=True)
         result.rows[0].append(tokens.item())
         if step == 0:

@@ -91,10 +91,11 @@ def product_dtype(x: Tensor, pattern: BlockPattern, backward: bool = False) -> t
     bfloat16 than in float32, with a head_dim of 32 four times as long.
     """
     is_fast = x.dtype == torch.bfloat16 and x.device.type == "cpu" and _multiplies_bfloat16()
-    if is_fast and isinstance(pattern, S2Pattern) and load() is not None:
-        if not backward or all(map(pattern.is_dense, range(pattern.num_kv_heads))):
-            return x.dtype
-    return compute_dtype(x.dtype)
+    if not is_fast or not isinstance(pattern, S2Pattern) or load() is None:
+        return compute_dtype(x.dtype)
+    if backward and not all(map(pattern.is_dense, range(pattern.num_kv_heads))):
+        return compute_dtype(x.dtype)
+    return x.dtype
 
 
 @cache
