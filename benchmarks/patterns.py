@@ -168,6 +168,11 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
+def _series(pattern: str) -> str:
+    first = pattern.split()[0]
+    return first if first in ("dense", "uniform") else "calibrated"
+
+
 def plot(rows: list[Row], directory: Path) -> list[Path]:
     """Draws, for each setting, loss and needles found against the share of keys and values."""
     from megatron_s2.report.frontier import Point, draw_frontier
@@ -178,14 +183,14 @@ def plot(rows: list[Row], directory: Path) -> list[Path]:
         points = [
             Point(
                 series,
-                row["pattern"].removeprefix(series).strip("- "),
+                row["pattern"].removeprefix(series).strip(),
                 row["kv"],
                 row["over_dense"],
                 -sum(needle["log_prob"] for needle in row["needles"]) / len(row["needles"]),
                 sum(needle["found"] for needle in row["needles"]) / len(row["needles"]),
             )
             for row in group
-            for series in [row["pattern"].replace("-", " ").split()[0]]
+            for series in [_series(row["pattern"])]
         ]
         shown = [point for point in points if point.loss < 0.5]
         if len(shown) < len(points):

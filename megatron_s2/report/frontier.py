@@ -68,6 +68,7 @@ def draw_frontier(points: Sequence[Point], path: str | Path, xlabel: str, ylabel
         panels[0].axhline(point.loss, color=Colour.GREY, linestyle=":", label="dense")
         if point.found is not None:
             panels[1].axhline(100 * point.found, color=Colour.GREY, linestyle=":", label="dense")
+    labels: dict = {axes: [] for axes in panels}
     for (name, series), style in zip(by_series.items(), _STYLES * len(by_series)):
         asked = [point for point in series if point.found is not None]
         heights = [point.loss for point in series], [100 * point.found for point in asked]
@@ -77,9 +78,7 @@ def draw_frontier(points: Sequence[Point], path: str | Path, xlabel: str, ylabel
             is_curve = len(shown) > 1 and not any(point.name for point in shown)
             costs = [point.cost for point in shown]
             axes.plot(costs, values, linestyle="-" if is_curve else "none", label=name, **style)
-            for point, value in zip(shown, values):
-                offset = {"textcoords": "offset points", "xytext": (5, 4)}
-                axes.annotate(point.name, (point.cost, value), fontsize=7, **offset)
+            labels[axes] += [(point.cost, value, point.name) for point, value in zip(shown, values)]
     panels[0].set_ylabel(ylabel)
     if has_needles:
         panels[1].set_ylabel("needles found, %")
@@ -87,9 +86,32 @@ def draw_frontier(points: Sequence[Point], path: str | Path, xlabel: str, ylabel
     for axes in panels:
         axes.set_xlabel(xlabel)
         axes.set_xlim(0, 1.2 * max(point.cost for point in points if point.series != "dense"))
+        _draw_labels(axes, labels[axes])
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8, frameon=False)
     draw_title(figure, "What patterns cost", 0.2, 0.12)
     save_figure(figure, path)
+
+
+def _draw_labels(axes, labels: Sequence[tuple[float, float, str]]) -> None:
+    """Writes names beside their points; those of points that are close have one label."""
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    together: list[list[tuple[float, float, str]]] = []
+    for x, y, name in sorted(labels):
+        for others in together:
+            if abs(x - others[0][0]) < 0.03 * (right - left) and abs(y - others[0][1]) < 0.03 * (
+                top - bottom
+            ):
+                others.append((x, y, name))
+                break
+        else:
+            together.append([(x, y, name)])
+    for some in together:
+        x, y, _ = some[-1]
+        is_right = x > left + 0.7 * (right - left)
+        place = {"xytext": (-5, 3) if is_right else (5, 3), "ha": "right" if is_right else "left"}
+        turned = {"rotation": -25 if is_right else 25, "rotation_mode": "anchor"}
+        names = ", ".join(dict.fromkeys(name for *_, name in some if name))
+        axes.annotate(names, (x, y), textcoords="offset points", fontsize=7, **place, **turned)
