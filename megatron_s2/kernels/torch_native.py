@@ -88,7 +88,7 @@ def product_dtype(x: Tensor, pattern: BlockPattern, backward: bool = False) -> t
     instructions for it, which sum in float32; else `compute_dtype`.
 
     In backward only if all heads are dense: on the short pieces of others PyTorch's kernel takes longer in
-    bfloat16 than in float32, with a head_dim of 32 four times as long.
+    bfloat16 than in float32.
     """
     is_fast = x.dtype == torch.bfloat16 and x.device.type == "cpu" and _multiplies_bfloat16()
     if not is_fast or not isinstance(pattern, S2Pattern) or load() is None:

@@ -202,3 +202,13 @@ def test_a_fork_with_one_thread_computes_after_its_parent_used_more(threads):
     expected = attend(*inputs(300)).sum().item()
     with multiprocessing.get_context("fork").Pool(1) as pool:
         assert pool.apply_async(_in_a_fork, (300,)).get(timeout=60) == pytest.approx(expected, rel=1e-4)
+
+
+def test_backward_multiplies_in_float32_unless_all_heads_are_dense(monkeypatch):
+    monkeypatch.setattr(torch_native, "_multiplies_bfloat16", lambda: True)
+    x = torch.zeros(1, dtype=torch.bfloat16)
+    for stride in (0, 4):
+        sparse = S2Pattern(2, block_size=16, local_blocks=2, vert_stride=stride)
+        assert torch_native.product_dtype(x, sparse, backward=True) == torch.float32
+    dense = S2Pattern(2, block_size=16, local_blocks=1, vert_stride=1)
+    assert torch_native.product_dtype(x, dense, backward=True) == torch_native.product_dtype(x, dense)
