@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks import display
@@ -77,7 +77,10 @@ def run(args: Namespace, stored: list[Row]) -> Iterator[Row]:
         named = setting | {"pattern": name, "pattern_hash": pattern_hash(settings)}
         row = newest_match(stored, named)
         if row is None:
-            row = named | measure(source, settings, args, dense_loss)
+            needles = {args.seq_length: args.kinds}
+            row = named | measure(
+                source, settings, args.data_path, args.seq_length, args.texts, needles, dense_loss
+            )
             yield row
         if name == "dense":
             dense_loss = row["loss"]
@@ -100,27 +103,49 @@ def pattern_hash(settings: S2Settings | None) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def measure(source, settings: S2Settings | None, args: Namespace, dense_loss: float | None) -> Row:
-    """Returns the part of a row that is measured. Texts and needles are the same for all patterns."""
+def measure(
+    source,
+    settings: S2Settings | None,
+    data_path: str | Path,
+    seq_length: int,
+    texts: int,
+    needles: dict[int, Sequence[str]],
+    dense_loss: float | None = None,
+) -> Row:
+    """Returns the part of a row that is measured. Texts and needles are the same for all patterns.
+
+    Args:
+        data_path: prefix of held-out text.
+        seq_length, texts: length and number of the texts of the loss.
+        needles: kinds of needles, ten depths for each, by the length of their texts.
+    """
     from megatron_s2.calibration.candidates import cost_of
     from megatron_s2.calibration.judge import answer, text_loss
     from megatron_s2.calibration.layered_model import pattern_attention
     from megatron_s2.calibration.needles import needle_grid
     from megatron_s2.generation.evaluation import windows
 
-    start, attend, length = time.perf_counter(), pattern_attention(settings), args.seq_length
-    texts = (text for [text] in windows(args.data_path, length, args.texts, seed=0))
-    loss = text_loss(source.model, texts, attend)
-    needles = needle_grid(source.required_tokenizer(), args.data_path, [length], DEPTHS, args.kinds, seed=1)
-    answers = [answer(source.model, needle, attend) for needle in needles]
+    start, attend, tokenizer = time.perf_counter(), pattern_attention(settings), source.required_tokenizer()
+    loss = text_loss(source.model, (text for [text] in windows(data_path, seq_length, texts, seed=0)), attend)
+    answers = [
+        (length, answer(source.model, needle, attend))
+        for length, kinds in needles.items()
+        for needle in needle_grid(tokenizer, data_path, [length], DEPTHS, kinds, seed=1)
+    ]
     return {
-        "kv": cost_of(settings, length, "kv"),
-        "flops": cost_of(settings, length, "flops"),
+        "kv": cost_of(settings, seq_length, "kv"),
+        "flops": cost_of(settings, seq_length, "flops"),
         "loss": loss,
         "over_dense": 0.0 if dense_loss is None else loss - dense_loss,
         "needles": [
-            {"kind": a.kind, "depth": a.depth, "found": a.found, "log_prob": round(a.log_prob, 4)}
-            for a in answers
+            {
+                "length": length,
+                "kind": a.kind,
+                "depth": a.depth,
+                "found": a.found,
+                "log_prob": round(a.log_prob, 4),
+            }
+            for length, a in answers
         ],
         "seconds": time.perf_counter() - start,
     }

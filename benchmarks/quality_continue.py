@@ -38,14 +38,17 @@ class Size:
         steps: number of steps; 0 judges the model as it is.
         batch: sequences of a step.
         texts: held-out sequences of the loss.
-        kinds: of needles, ten for each item, each in a text of its own.
+        kinds: of needles.
+        needles: how many of each kind at each of ten depths, each in a text of its own, by the length of the
+            texts, the longest of which is the model's full context.
     """
 
     steps: int
     seq_length: int = 4096
     batch: int = 4
     texts: int = 16
-    kinds: tuple[str, ...] = 3 * ("code", "assignment", "comment", "entry")
+    kinds: tuple[str, ...] = ("code", "assignment", "comment", "entry")
+    needles: tuple[tuple[int, int], ...] = ((4096, 2), (8192, 1))
 
     @property
     def tokens(self) -> int:
@@ -83,7 +86,8 @@ def settings_of(variant: str, file: Path, num_layers: int, num_kv_heads: int) ->
 
 
 SIZES = {"0": Size(0), "0.5M": Size(32), "2M": Size(128)}
-TOY_SIZES = {"0": Size(0, 512, 1, 2, ("code",)), "toy": Size(2, 512, 1, 2, ("code",))}
+_TOY = {"seq_length": 512, "batch": 1, "texts": 2, "kinds": ("code",), "needles": ((512, 1), (1024, 1))}
+TOY_SIZES = {"0": Size(0, **_TOY), "toy": Size(2, **_TOY)}
 
 
 def runs(args: Namespace, launcher: Launcher) -> Iterator[Run]:
@@ -117,6 +121,7 @@ def runs(args: Namespace, launcher: Launcher) -> Iterator[Run]:
                 "seq_length": size.seq_length,
                 "texts": size.texts,
                 "kinds": list(size.kinds),
+                "needles_of_each_kind": [list(pair) for pair in size.needles],
                 "text": text.row(),
             }
             measure = partial(_measure, launcher, size, setting, text, hf, file)
@@ -127,13 +132,18 @@ def _measure(launcher: Launcher, size: Size, setting: Row, text: Text, hf: Path,
     """Returns the part of a row that is measured; without steps, of the model with the pattern untrained."""
     from megatron_s2.calibration.source import load_source
 
-    judged = Namespace(
-        data_path=str(text.held_out), seq_length=size.seq_length, texts=size.texts, kinds=setting["kinds"]
+    needles = {length: count * size.kinds for length, count in size.needles}
+    judged = partial(
+        patterns.measure,
+        data_path=text.held_out,
+        seq_length=size.seq_length,
+        texts=size.texts,
+        needles=needles,
     )
     if not size.steps:
         source = load_source(hf, None, setting["dtype"])
         settings = settings_of(setting["variant"], file, source.model.num_layers, source.model.num_kv_heads)
-        return {"tokens": 0, **_judged(patterns.measure(source, settings, judged, None))}
+        return {"tokens": 0, **_judged(judged(source, settings))}
     fields = ("model", "steps", "pattern_hash", "flags", "anneal_steps", "seq_length", "text")
     directory = launcher.directory("continue", setting, fields)
     trained = train_by_recipe(
@@ -150,7 +160,7 @@ def _measure(launcher: Launcher, size: Size, setting: Row, text: Text, hf: Path,
     source = load_source(directory / "exported", None, setting["dtype"])
     return {
         "tokens": size.tokens,
-        **_judged(patterns.measure(source, source.settings, judged, None)),
+        **_judged(judged(source, source.settings)),
         "train_losses": list(trained.losses.items()),
         "tokens_per_second": size.batch * size.seq_length / trained.step_seconds["median"],
         "step_seconds": trained.step_seconds,
@@ -176,12 +186,13 @@ _STYLES = {
 _ALLOWED_GAP = 1.0  # percent over dense, drawn as a line
 _COLUMNS = display.columns(
     ("tokens", "attention", "K/V", "loss", "over dense", "needles", "of dense's", "tokens/s"),
-    "<6 <34 >5 >8 >10 >8 >10 >9",
+    "<6 <34 >5 >8 >10 >14 >11 >9",
 )
 _LEGEND = (
     "K/V: keys and values that the last token sees, as a share of all. over dense: of the loss, against the\n"
-    "dense model after as many tokens. needles: statements hidden in held-out text, recalled greedily; of\n"
-    "dense's: of those that this dense model recalls."
+    "dense model after as many tokens. needles: statements hidden in held-out text, recalled greedily, in\n"
+    "texts as long as those of training / as the model's full context. of dense's: of those that this dense\n"
+    "model recalls."
 )
 
 
@@ -190,7 +201,7 @@ def newest(rows: list[Row]) -> list[list[Row]]:
 
     They are grouped by model, text and what is judged.
     """
-    setting = ("model", "text", "dtype", "seq_length", "texts", "kinds")
+    setting = ("model", "text", "dtype", "seq_length", "texts", "kinds", "needles_of_each_kind")
     groups = display.newest_rows(rows, setting, ("size", "variant", "pattern"), "loss")
     return [
         sorted(
@@ -207,9 +218,21 @@ def _control(row: Row, group: list[Row]) -> Row | None:
     return next((other for other in dense if all(other[name] == row[name] for name in same)), None)
 
 
-def _found(row: Row) -> np.ndarray:
-    """Returns which needles were found; they are the same for all rows of a group."""
-    return np.array([needle["found"] for needle in row["needles"]])
+def _found(row: Row) -> dict[int, np.ndarray]:
+    """Returns which needles were found, by the length of their texts; they are the same for all rows of a
+    group."""
+    found: dict[int, list[bool]] = {}
+    for needle in row["needles"]:
+        found.setdefault(needle["length"], []).append(needle["found"])
+    return {length: np.array(some) for length, some in found.items()}
+
+
+def _of_controls(row: Row, control: Row) -> list[float | None]:
+    """Returns the share of the control's needles that were found, by the length of their texts."""
+    ours = _found(row)
+    return [
+        ours[length][theirs].mean() if theirs.any() else None for length, theirs in _found(control).items()
+    ]
 
 
 def _name(row: Row) -> str:
@@ -232,17 +255,15 @@ def table(rows: list[Row]) -> str:
 
 def _cells(row: Row, control: Row | None) -> list[str]:
     gap = None if control is None else 100 * (row["loss"] / control["loss"] - 1)
-    share = None
-    if control is not None and _found(control).any():
-        share = 100 * _found(row)[_found(control)].mean()
+    shares = [] if control is None else _of_controls(row, control)
     return [
         row["size"],
         _name(row),
         f"{row['kv']:.3f}",
         f"{row['loss']:.4f}",
         display.cell(gap, "{:+.2f}%"),
-        f"{_found(row).sum()}/{len(row['needles'])}",
-        display.cell(share, "{:.0f}%"),
+        " / ".join(f"{found.sum()}/{len(found)}" for found in _found(row).values()),
+        " / ".join(display.cell(share, "{:.0%}") for share in shares) or "-",
         display.cell(row.get("tokens_per_second"), "{:.0f}"),
     ]
 
@@ -268,7 +289,7 @@ def _draw(group: list[Row], path: Path) -> None:
                     _, theirs = np.array(_control(row, group)["train_losses"]).T
                     tokens = ends * longest / row["steps"]
                     gap.plot(tokens, 100 * (ours / theirs - 1), label=name, **style)
-            points = [(row["tokens"], 100 * _found(row).mean()) for row in rows]
+            points = [(row["tokens"], 100 * np.concatenate([*_found(row).values()]).mean()) for row in rows]
             needles.plot(*zip(*points), marker="o", label=name, **style)
         gap.axhline(_ALLOWED_GAP, color="#999999", linewidth=1, linestyle=":")
         gap.axhline(0, color="#333333", linewidth=1)

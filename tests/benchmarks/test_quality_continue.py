@@ -60,13 +60,15 @@ def test_each_variant_is_judged_before_and_after(bench, made, recipe, tmp_path, 
         *("dense", "uniform", "calibrated", "uniform-annealed", "calibrated-annealed")
     ]
     assert [row["kv"] for row in before] == pytest.approx([1, 1, 3 / 8]), "8 blocks of 64, or 3 of them"
-    assert all(row["tokens"] == 0 and len(row["needles"]) == 10 for row in before)
+    assert all(row["tokens"] == 0 and len(row["needles"]) == 20 for row in before)
     assert quality_continue._control(after[1], rows) is after[0]
     needles = after[1]["needles"]
     for row in (before[0], after[0]):
         row["needles"] = [{**needle, "found": n < 4} for n, needle in enumerate(needles)]
-    after[1]["needles"] = [{**needle, "found": n in (0, 5, 6, 7)} for n, needle in enumerate(needles)]
-    assert "25%" in quality_continue._cells(after[1], after[0]), "of dense's needles, not of their number"
+    after[1]["needles"] = [{**needle, "found": n in (0, 5, 6, 17)} for n, needle in enumerate(needles)]
+    cells = quality_continue._cells(after[1], after[0])
+    assert "3/10 / 1/10" in cells, "at each length"
+    assert "25% / -" in cells, "of dense's needles, not of their number"
     assert str(tmp_path) not in json.dumps(rows), "a row has no directories of this machine"
     assert len({tuple(row["flags"]) for row in after}) == 1
     assert [row["anneal_steps"] for row in after] == [0, 0, 0, 1, 1]
