@@ -18,7 +18,7 @@ from benchmarks.quality_needles_data import (
     VOCABULARY,
     needle_sequences,
     needles_of,
-    span_sequences,
+    periodic_sequences,
     write_sequences,
 )
 from benchmarks.quality_training import Launcher, Trained, recalled, train
@@ -33,14 +33,15 @@ _TOY_RECALL = {"tokens": 256, "depths": 2, "seed": 11}
 
 @dataclass(frozen=True)
 class Model:
-    """Sizes and pattern of the model, which has rotary positions in half of each head's dimensions.
+    """Sizes and pattern of the model.
 
-    Keys are then found by the other half at any distance. There are as many heads as phases: every layer sees
-    all blocks.
+    Half of each head's dimensions have rotary positions, of short wavelengths, and queries and keys have
+    biases: by these a head attends to the token before, whatever the tokens are. By the other half keys are
+    found at any distance. There are as many heads as phases: every layer sees all blocks.
     """
 
-    num_layers: int = 3
-    hidden_size: int = 256
+    num_layers: int = 2
+    hidden_size: int = 128
     head_dim: int = 32
     num_attention_heads: int = 16
     block_size: int = 16
@@ -58,9 +59,9 @@ class Model:
         """Returns the part of Megatron's command line that is the same for all attentions and stages."""
         return (
             f"--num-layers {self.num_layers} --hidden-size {self.hidden_size} "
-            f"--ffn-hidden-size {2 * self.hidden_size} --num-attention-heads {self.num_attention_heads} "
-            f"--kv-channels {self.head_dim} --rotary-percent 0.5 "
-            "--init-method-std 0.02 --embedding-init-method-std 1 "
+            f"--ffn-hidden-size {self.hidden_size} --num-attention-heads {self.num_attention_heads} "
+            f"--kv-channels {self.head_dim} --rotary-percent 0.5 --rotary-base 20 --add-qkv-bias "
+            "--init-method-std 0.07 --embedding-init-method-std 0.05 "
             f"--tokenizer-type NullTokenizer --vocab-size {VOCABULARY - 1} "
             f"{COMMON_FLAGS}"
         ).split()
@@ -73,14 +74,15 @@ class Stage:
     Args:
         length: tokens of a sequence.
         batch: sequences of a step.
-        spans: share of sequences of repeated spans, which make induction heads form; the others have needles.
+        periodic: share of sequences that repeat with a period, which make induction heads form; the others
+            have needles.
     """
 
     length: int
     steps: int
     batch: int
     lr: float
-    spans: float = 0.0
+    periodic: float = 0.0
 
     def sequences(self) -> Iterator[np.ndarray]:
         """Yields the sequences and one more, whose first token is the last label; the same ones each time."""
@@ -88,11 +90,11 @@ class Stage:
         left = self.steps * self.batch + 1
         while left:
             count = min(left, max(1, 2**20 // self.length))
-            spans = round(count * self.spans)
-            if spans:
-                yield span_sequences(rng, spans, self.length)
-            if spans < count:
-                yield needle_sequences(rng, count - spans, self.length, needles_of(self.length))[0]
+            periodic = round(count * self.periodic)
+            if periodic:
+                yield periodic_sequences(rng, periodic, self.length)
+            if periodic < count:
+                yield needle_sequences(rng, count - periodic, self.length, needles_of(self.length))[0]
             left -= count
 
     def row(self) -> dict:
@@ -110,13 +112,13 @@ class Stage:
 
 MODEL, TOY_MODEL = Model(), Model(2, 64, 32, 2, vert_stride=2)
 STAGES = {
-    "128": Stage(128, 500, 128, 2e-3, spans=1.0),
-    "512": Stage(512, 500, 32, 1e-3, spans=0.5),
+    "128": Stage(128, 3000, 32, 3e-3, periodic=1.0),
+    "512": Stage(512, 500, 32, 1e-3, periodic=0.5),
     "2048": Stage(2048, 150, 8, 5e-4),
     "8192": Stage(8192, 60, 4, 5e-4),
     "32768": Stage(32768, 50, 2, 3e-4),
 }
-TOY_STAGES = {"64": Stage(64, 2, 2, 1e-3, spans=0.5), "128": Stage(128, 2, 2, 5e-4)}
+TOY_STAGES = {"64": Stage(64, 2, 2, 1e-3, periodic=0.5), "128": Stage(128, 2, 2, 5e-4)}
 
 
 def runs(args: Namespace, launcher: Launcher) -> Iterator[Run]:

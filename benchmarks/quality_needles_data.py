@@ -1,4 +1,4 @@
-"""Sequences of the needle experiment: keys with values, hidden in noise and asked for at the end; and spans.
+"""Sequences of the needle experiment: keys with values, hidden in noise and asked for; tokens that repeat.
 
 Token ids are those of noise (`HAY` of them), then of keys, then of values; the last id of `VOCABULARY` is
 never used. Noise is a Markov chain in which four tokens may follow each: little of the loss is spent on it.
@@ -14,10 +14,10 @@ import numpy as np
 
 from megatron_s2.data.token_ids import RECORD_SUFFIX, write_record
 
-HAY, KEYS, VALUES = 256, 512, 255
+HAY, KEYS, VALUES = 64, 128, 63
 VOCABULARY = HAY + KEYS + VALUES + 1
 _FOLLOWERS = np.random.default_rng(0).integers(0, HAY, (HAY, 4))
-_SPAN = (8, 32)  # shortest and longest
+_SHORTEST_PERIOD = 6
 
 
 def needles_of(length: int) -> int:
@@ -65,19 +65,16 @@ def _hay(rng: np.random.Generator, count: int, length: int) -> np.ndarray:
     return np.ascontiguousarray(tokens.T)
 
 
-def span_sequences(rng: np.random.Generator, count: int, length: int) -> np.ndarray:
-    """Returns sequences `[count, length]` of random spans, half of which repeat tokens from earlier on."""
+def periodic_sequences(rng: np.random.Generator, count: int, length: int) -> np.ndarray:
+    """Returns sequences `[count, length]` of random tokens that repeat with a period.
+
+    The logarithm of the period is uniform, up to half of the length: what follows a token is known from its
+    last occurrence, and from no fixed distance.
+    """
     sequences = np.empty((count, length), dtype=np.int64)
     for tokens in sequences:
-        end = 0
-        while end < length:
-            size = min(int(rng.integers(_SPAN[0], _SPAN[1] + 1)), length - end)
-            if end >= size and rng.random() < 0.5:
-                start = int(rng.integers(0, end - size + 1))
-                tokens[end : end + size] = tokens[start : start + size]
-            else:
-                tokens[end : end + size] = rng.integers(0, VOCABULARY - 1, size)
-            end += size
+        period = round(np.exp(rng.uniform(np.log(_SHORTEST_PERIOD), np.log(length / 2))))
+        tokens[:] = np.resize(rng.integers(0, VOCABULARY - 1, period), length)
     return sequences
 
 

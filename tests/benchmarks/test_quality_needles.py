@@ -35,26 +35,31 @@ def test_each_key_is_asked_for_once_and_its_value_follows_both_times(data):
     assert tokens.max() < data.VOCABULARY - 1
 
 
-def test_half_of_the_spans_repeat_earlier_tokens(data):
-    sequences = data.span_sequences(np.random.default_rng(0), 20, 512)
+def test_sequences_repeat_with_periods_of_all_lengths(data):
+    sequences = data.periodic_sequences(np.random.default_rng(0), 200, 128)
     assert sequences.max() < data.VOCABULARY - 1
-    pairs = [set(pairwise(sequence)) for sequence in sequences]
-    repeated = np.mean([1 - len(some) / 511 for some in pairs])
-    assert 0.35 < repeated < 0.55
+    periods = [
+        next(period for period in range(1, 128) if np.array_equal(sequence[period:], sequence[:-period]))
+        for sequence in sequences
+    ]
+    assert min(periods) >= 6 and max(periods) <= 64
+    assert [np.mean(np.array(periods) < bound) for bound in (11, 20, 35)] == pytest.approx(
+        [0.25, 0.5, 0.75], abs=0.1
+    )
 
 
-@pytest.mark.parametrize("count", [0, 513, 30])
+@pytest.mark.parametrize("count", [0, 129, 30])
 def test_needles_that_have_no_room_are_refused(data, count):
     with pytest.raises(ValueError, match=rf"needles {count}: must be between 1 and"):
         data.needle_sequences(np.random.default_rng(0), 1, 64, count)
 
 
 def test_a_dataset_is_the_same_each_time_and_its_sequences_fill_the_steps(needles):
-    stage = needles.Stage(64, 5, 3, 1e-3, spans=0.5)
+    stage = needles.Stage(64, 5, 3, 1e-3, periodic=0.5)
     first, again = (np.concatenate([*stage.sequences()]) for _ in range(2))
     assert np.array_equal(first, again)
     assert first.shape == (16, 64), "one more, for the last label"
-    assert stage.row()["hash"] != needles.Stage(64, 5, 3, 1e-3, spans=0.4).row()["hash"]
+    assert stage.row()["hash"] != needles.Stage(64, 5, 3, 1e-3, periodic=0.4).row()["hash"]
 
 
 def test_answers_are_the_probabilities_of_values(bench, data):
