@@ -18,6 +18,7 @@ HAY, KEYS, VALUES = 64, 128, 63
 VOCABULARY = HAY + KEYS + VALUES + 1
 _FOLLOWERS = np.random.default_rng(0).integers(0, HAY, (HAY, 4))
 _SHORTEST_PERIOD = 6
+_PIECE = (8, 32)  # shortest and longest
 
 
 def needles_of(length: int) -> int:
@@ -75,6 +76,20 @@ def periodic_sequences(rng: np.random.Generator, count: int, length: int) -> np.
     for tokens in sequences:
         period = round(np.exp(rng.uniform(np.log(_SHORTEST_PERIOD), np.log(length / 2))))
         tokens[:] = np.resize(rng.integers(0, VOCABULARY - 1, period), length)
+    return sequences
+
+
+def rearranged_sequences(rng: np.random.Generator, count: int, length: int) -> np.ndarray:
+    """Returns sequences `[count, length]` of random tokens, half of them new, then the same ones rearranged.
+
+    Pieces of the first half follow in another order: no block is recalled more often than others.
+    """
+    half = length // 2
+    sequences = rng.integers(0, VOCABULARY - 1, (count, length))
+    for tokens in sequences:
+        ends = np.cumsum(rng.integers(_PIECE[0], _PIECE[1] + 1, half // _PIECE[0]))
+        pieces = np.split(tokens[:half], ends[ends < half])
+        tokens[-half:] = np.concatenate([pieces[n] for n in rng.permutation(len(pieces))])
     return sequences
 
 

@@ -18,41 +18,42 @@ _CERTAIN = 0.5  # a value with more than half of the probability is the one that
 
 
 def recall(
-    checkpoint: str, lengths: list[int], tokens: int, depths: int, block_size: int, phases: int, seed: int
+    checkpoint: str, lengths: list[int], needles: int, depths: int, block_size: int, phases: int, seed: int
 ) -> list[dict]:
     """Returns how many needles were asked for and found, of each length, part of the depth and phase.
 
     Args:
         checkpoint: directory of Megatron's `--save`.
-        tokens: tokens of all sequences of a length; at least one sequence.
+        needles: number of needles that are asked for at each length, at least.
         depths: number of equal parts of the depth.
         block_size, phases: a needle's phase is that of the block of its key, modulo `phases`.
         seed: of the sequences, which are the same for all checkpoints.
 
     Returns:
         Cells with `length`, `depth` (middle of the part), `asked`, `found`; after those of a length others
-        with `phase` in place of `depth`, which count the same needles.
+        with `phase` in place of `depth`, which count the same needles. None has no needles.
     """
     from megatron_s2.generation.evaluation import load_megatron
 
     model, cells = load_megatron(checkpoint), []
     for length in lengths:
-        rng, needles = np.random.default_rng([seed, length]), needles_of(length)
+        rng, each = np.random.default_rng([seed, length]), needles_of(length)
         places, found = [], []
-        for _ in range(max(1, tokens // length)):
-            sequence, [keys] = needle_sequences(rng, 1, length, needles)
+        for _ in range(-(-needles // each)):
+            sequence, [keys] = needle_sequences(rng, 1, length, each)
             places.append(keys)
-            found.append(answers(model, sequence, needles) > _CERTAIN)
+            found.append(answers(model, sequence, each) > _CERTAIN)
         places, found = np.concatenate(places), np.concatenate(found)
         groups = {
-            "depth": (places * depths // (length - 2 * needles), (np.arange(depths) + 0.5) / depths),
+            "depth": (places * depths // (length - 2 * each), (np.arange(depths) + 0.5) / depths),
             "phase": (places // block_size % phases, np.arange(phases)),
         }
         for name, (group, values) in groups.items():
             asked = np.bincount(group, minlength=len(values))
             hits = np.bincount(group[found], minlength=len(values))
             for value, count, hit in zip(values.tolist(), asked.tolist(), hits.tolist()):
-                cells.append({"length": length, name: value, "asked": count, "found": hit})
+                if count:
+                    cells.append({"length": length, name: value, "asked": count, "found": hit})
     return cells
 
 

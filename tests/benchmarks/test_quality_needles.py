@@ -48,6 +48,15 @@ def test_sequences_repeat_with_periods_of_all_lengths(data):
     )
 
 
+def test_second_halves_have_the_pieces_of_first_halves(data):
+    sequences = data.rearranged_sequences(np.random.default_rng(0), 20, 512)
+    first, second = sequences[:, :256], sequences[:, 256:]
+    assert np.array_equal(np.sort(first), np.sort(second)) and not np.array_equal(first, second)
+    pairs = [[set(pairwise(tokens)) for tokens in halves] for halves in zip(first, second)]
+    kept = np.mean([len(now & before) / 255 for before, now in pairs])
+    assert 1 - 1 / 8 < kept < 1 - 1 / 32, "pieces of 8 to 32 tokens"
+
+
 @pytest.mark.parametrize("count", [0, 129, 30])
 def test_needles_that_have_no_room_are_refused(data, count):
     with pytest.raises(ValueError, match=rf"needles {count}: must be between 1 and"):
@@ -55,11 +64,11 @@ def test_needles_that_have_no_room_are_refused(data, count):
 
 
 def test_a_dataset_is_the_same_each_time_and_its_sequences_fill_the_steps(needles):
-    stage = needles.Stage(64, 5, 3, 1e-3, periodic=0.5)
+    stage = needles.Stage(64, 5, 3, 1e-3, periodic=0.25, rearranged=0.25)
     first, again = (np.concatenate([*stage.sequences()]) for _ in range(2))
     assert np.array_equal(first, again)
     assert first.shape == (16, 64), "one more, for the last label"
-    assert stage.row()["hash"] != needles.Stage(64, 5, 3, 1e-3, periodic=0.4).row()["hash"]
+    assert stage.row()["hash"] != needles.Stage(64, 5, 3, 1e-3, periodic=0.5).row()["hash"]
 
 
 def test_answers_are_the_probabilities_of_values(bench, data):
@@ -105,7 +114,7 @@ def test_stages_begin_from_the_former_and_are_not_repeated(bench, needles, tmp_p
     for by, groups in (("depth", 2), ("phase", 2)):
         cells = [cell for cell in row["cells"] if by in cell]
         assert len(cells) == 2 * groups
-        assert sum(cell["asked"] for cell in cells) == 4 * 4 + 2 * 8, "256 tokens of each length"
+        assert sum(cell["asked"] for cell in cells) == 2 * 16, "16 of each length"
     assert "--finetune" in row["command"] and str(tmp_path) not in row["command"]
     trained = len([*tmp_path.glob("work/needles-*/checkpoint")])
     assert bench.main(options) == 0
