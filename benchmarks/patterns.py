@@ -118,6 +118,10 @@ def measure(
         data_path: prefix of held-out text.
         seq_length, texts: length and number of the texts of the loss.
         needles: kinds of needles, ten depths for each, by the length of their texts.
+        dense_loss: that of dense attention on the same texts, in nats per token; None if nobody asks.
+
+    Raises:
+        ValueError: the data is missing, damaged or shorter than asked for.
     """
     from megatron_s2.calibration.candidates import cost_of
     from megatron_s2.calibration.judge import answer, text_loss
