@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from waiting import PATIENCE
+
 
 def hybrid_device_optimizer_on_cpu() -> None:
     """Megatron's HybridDeviceOptimizer asks where weights are: here, on what the CPU runtime calls a GPU."""
@@ -91,6 +93,13 @@ def signal_iteration(nth: int, number: int) -> None:
     from megatron.training import training
 
     _at_call(training, "train_step", nth, lambda: os.kill(os.getpid(), number))
+
+
+def wait_for_the_first_rank() -> None:
+    """A rank that refuses gives rank 0 all the time of a test to do so before it."""
+    from megatron_s2.training import refusal
+
+    refusal._MESSAGE_SECONDS = PATIENCE
 
 
 def kill_step(nth: int, delay: float) -> None:

@@ -310,7 +310,8 @@ def test_bad_input_is_refused_in_one_line(refused, what):
 
 @pytest.mark.exhaustive
 def test_several_ranks_refuse_with_one_voice(tmp_path):
-    run = train_all(tmp_path, {"run": "--data-path /nowhere/text"}, ranks=2, data="")["run"]
+    flags, waits = "--data-path /nowhere/text", ["wait_for_the_first_rank"]
+    run = train_all(tmp_path, {"run": flags}, ranks=2, data="", before=waits)["run"]
     assert run.status == 2
     assert_refused(run, "--data-path /nowhere/text")
     other = run.log_dir / "output.1.txt"
