@@ -62,7 +62,7 @@ class Model:
             f"--num-layers {self.num_layers} --hidden-size {self.hidden_size} "
             f"--ffn-hidden-size {self.hidden_size} --num-attention-heads {self.num_attention_heads} "
             f"--kv-channels {self.head_dim} --rotary-percent 0.5 --rotary-base 20 --add-qkv-bias "
-            "--init-method-std 0.07 --embedding-init-method-std 0.05 "
+            "--init-method-std 0.07 --embedding-init-method-std 0.05 --weight-decay 0.01 "
             f"--tokenizer-type NullTokenizer --vocab-size {VOCABULARY - 1} "
             f"{COMMON_FLAGS}"
         ).split()
@@ -75,7 +75,9 @@ class Stage:
     Args:
         length: tokens of a sequence.
         batch: sequences of a step.
-        periodic: share of sequences that repeat with a period, which make induction heads form.
+        periodic: share of sequences that repeat with a period, which make induction heads form. There must
+            be as many blocks as phases: a head that never sees a block of use comes to rest (all of its
+            attention on one token), and hardly learns afterwards.
         rearranged: share of sequences whose halves have the same pieces: what is recalled is in all blocks,
             and the heads of all phases learn to. All others have needles.
     """
@@ -111,14 +113,15 @@ class Stage:
         return (
             f"--seq-length {self.length} --max-position-embeddings {self.length} --seed {seed} "
             f"--global-batch-size {self.batch} --lr {self.lr:g} --min-lr {self.lr / 10:g} "
-            f"--lr-decay-style cosine --lr-warmup-iters {self.steps // 20}"
+            f"--lr-warmup-iters {self.steps // 20} --lr-decay-style WSD --lr-wsd-decay-style linear "
+            f"--lr-wsd-decay-iters {self.steps // 5}"
         ).split()
 
 
 MODEL, TOY_MODEL = Model(), Model(2, 64, 32, 2, vert_stride=2)
 STAGES = {
-    "128": Stage(128, 3000, 32, 3e-3, periodic=1.0),
-    "512": Stage(512, 1500, 16, 3e-3, rearranged=0.5),
+    "256": Stage(256, 4000, 8, 3e-3, periodic=1.0),
+    "512": Stage(512, 4000, 4, 1.5e-3, rearranged=0.8),
     "2048": Stage(2048, 150, 8, 5e-4),
     "8192": Stage(8192, 60, 4, 5e-4),
     "32768": Stage(32768, 50, 2, 3e-4),

@@ -17,7 +17,7 @@ from megatron_s2.data.token_ids import RECORD_SUFFIX, write_record
 HAY, KEYS, VALUES = 64, 128, 63
 VOCABULARY = HAY + KEYS + VALUES + 1
 _FOLLOWERS = np.random.default_rng(0).integers(0, HAY, (HAY, 4))
-_SHORTEST_PERIOD = 6
+_PERIODS = (6, 64)  # shortest and longest
 _PIECE = (8, 32)  # shortest and longest
 
 
@@ -69,12 +69,14 @@ def _hay(rng: np.random.Generator, count: int, length: int) -> np.ndarray:
 def periodic_sequences(rng: np.random.Generator, count: int, length: int) -> np.ndarray:
     """Returns sequences `[count, length]` of random tokens that repeat with a period.
 
-    The logarithm of the period is uniform, up to half of the length: what follows a token is known from its
-    last occurrence, and from no fixed distance.
+    The logarithm of the period is uniform, up to 64 and half of the length: what follows a token is known
+    from its last occurrence, and from no fixed distance. A sequence has few of all tokens, so that whatever
+    blocks a head sees, they tell something about the next token.
     """
     sequences = np.empty((count, length), dtype=np.int64)
+    shortest, longest = _PERIODS[0], min(_PERIODS[1], length / 2)
     for tokens in sequences:
-        period = round(np.exp(rng.uniform(np.log(_SHORTEST_PERIOD), np.log(length / 2))))
+        period = round(np.exp(rng.uniform(np.log(shortest), np.log(longest))))
         tokens[:] = np.resize(rng.integers(0, VOCABULARY - 1, period), length)
     return sequences
 

@@ -17,7 +17,7 @@ STYLES = {
 COMMON_FLAGS = (
     "--position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear "
     "--attention-dropout 0 --hidden-dropout 0 "
-    "--weight-decay 0.1 --adam-beta2 0.95 --clip-grad 1.0"
+    "--adam-beta2 0.95 --clip-grad 1.0"
 )
 
 

@@ -35,8 +35,9 @@ def test_each_key_is_asked_for_once_and_its_value_follows_both_times(data):
     assert tokens.max() < data.VOCABULARY - 1
 
 
-def test_sequences_repeat_with_periods_of_all_lengths(data):
-    sequences = data.periodic_sequences(np.random.default_rng(0), 200, 128)
+@pytest.mark.parametrize("length", [128, 512])
+def test_sequences_repeat_with_periods_of_all_lengths(data, length):
+    sequences = data.periodic_sequences(np.random.default_rng(0), 200, length)
     assert sequences.max() < data.VOCABULARY - 1
     periods = [
         next(period for period in range(1, 128) if np.array_equal(sequence[period:], sequence[:-period]))
