@@ -75,9 +75,9 @@ class Stage:
     Args:
         length: tokens of a sequence.
         batch: sequences of a step.
-        periodic: share of sequences that repeat with a period, which make induction heads form. There must
-            be as many blocks as phases: a head that never sees a block of use comes to rest (all of its
-            attention on one token), and hardly learns afterwards.
+        periodic: share of sequences that repeat with periods, which make induction heads form. There must be
+            more blocks than phases: a head that never sees a block of use comes to rest (all of its attention
+            on one token), and hardly learns afterwards.
         rearranged: share of sequences whose halves have the same pieces: what is recalled is in all blocks,
             and the heads of all phases learn to. All others have needles.
     """
@@ -120,7 +120,7 @@ class Stage:
 
 MODEL, TOY_MODEL = Model(), Model(2, 64, 32, 2, vert_stride=2)
 STAGES = {
-    "256": Stage(256, 4000, 8, 3e-3, periodic=1.0),
+    "periods": Stage(512, 5000, 4, 3e-3, periodic=1.0),
     "512": Stage(512, 4000, 4, 1.5e-3, rearranged=0.8),
     "2048": Stage(2048, 150, 8, 5e-4),
     "8192": Stage(8192, 60, 4, 5e-4),
@@ -157,7 +157,7 @@ def runs(args: Namespace, launcher: Launcher) -> Iterator[Run]:
                 directory = launcher.directory("needles", setting, fields)
                 train_it = partial(_train, launcher, stage, setting, directory, trained)
                 if name in args.sizes:
-                    lengths = [some.length for some in stages.values() if some.length <= stage.length]
+                    lengths = sorted({some.length for some in stages.values() if some.length <= stage.length})
                     measure = partial(_measure, launcher, setting, lengths, directory, train_it)
                     yield Run(f"{name} {variant} seed {seed}", setting, measure)
                 former, trained = directory.name, train_it

@@ -67,17 +67,19 @@ def _hay(rng: np.random.Generator, count: int, length: int) -> np.ndarray:
 
 
 def periodic_sequences(rng: np.random.Generator, count: int, length: int) -> np.ndarray:
-    """Returns sequences `[count, length]` of random tokens that repeat with a period.
+    """Returns sequences `[count, length]` of two parts, in each of which random tokens repeat with a period.
 
-    The logarithm of the period is uniform, up to 64 and half of the length: what follows a token is known
-    from its last occurrence, and from no fixed distance. A sequence has few of all tokens, so that whatever
-    blocks a head sees, they tell something about the next token.
+    The logarithm of a period is uniform, up to 64 and half of the length: what follows a token is known from
+    its last occurrence, and from no fixed distance. A part has few of all tokens, so that whatever blocks a
+    head sees, they tell something about the next token. The second part begins anywhere: what could always
+    be copied from the first blocks would give the heads that do not see these nothing to learn.
     """
     sequences = np.empty((count, length), dtype=np.int64)
     shortest, longest = _PERIODS[0], min(_PERIODS[1], length / 2)
     for tokens in sequences:
-        period = round(np.exp(rng.uniform(np.log(shortest), np.log(longest))))
-        tokens[:] = np.resize(rng.integers(0, VOCABULARY - 1, period), length)
+        for part in np.split(tokens, [rng.integers(length)]):
+            period = round(np.exp(rng.uniform(np.log(shortest), np.log(longest))))
+            part[:] = np.resize(rng.integers(0, VOCABULARY - 1, period), len(part))
     return sequences
 
 
