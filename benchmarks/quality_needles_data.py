@@ -14,11 +14,10 @@ import numpy as np
 
 from megatron_s2.data.token_ids import RECORD_SUFFIX, write_record
 
-HAY, KEYS, VALUES = 64, 128, 63
+HAY, KEYS, VALUES = 16, 32, 15
 VOCABULARY = HAY + KEYS + VALUES + 1
 _FOLLOWERS = np.random.default_rng(0).integers(0, HAY, (HAY, 4))
-_PERIODS = (6, 64)  # shortest and longest
-_PIECE = (8, 32)  # shortest and longest
+_PERIODS = (6, 48)  # shortest and longest
 
 
 def needles_of(length: int) -> int:
@@ -67,9 +66,9 @@ def _hay(rng: np.random.Generator, count: int, length: int) -> np.ndarray:
 
 
 def periodic_sequences(rng: np.random.Generator, count: int, length: int) -> np.ndarray:
-    """Returns sequences `[count, length]` of two parts, in each of which random tokens repeat with a period.
+    """Returns sequences `[count, length]` of two parts, in each of which distinct tokens repeat periodically.
 
-    The logarithm of a period is uniform, up to 64 and half of the length: what follows a token is known from
+    The logarithm of a period is uniform, up to 48 and half of the length: what follows a token is known from
     its last occurrence, and from no fixed distance. A part has few of all tokens, so that whatever blocks a
     head sees, they tell something about the next token. The second part begins anywhere: what could always
     be copied from the first blocks would give the heads that do not see these nothing to learn.
@@ -79,21 +78,7 @@ def periodic_sequences(rng: np.random.Generator, count: int, length: int) -> np.
     for tokens in sequences:
         for part in np.split(tokens, [rng.integers(length)]):
             period = round(np.exp(rng.uniform(np.log(shortest), np.log(longest))))
-            part[:] = np.resize(rng.integers(0, VOCABULARY - 1, period), len(part))
-    return sequences
-
-
-def rearranged_sequences(rng: np.random.Generator, count: int, length: int) -> np.ndarray:
-    """Returns sequences `[count, length]` of random tokens, half of them new, then the same ones rearranged.
-
-    Pieces of the first half follow in another order: no block is recalled more often than others.
-    """
-    half = length // 2
-    sequences = rng.integers(0, VOCABULARY - 1, (count, length))
-    for tokens in sequences:
-        ends = np.cumsum(rng.integers(_PIECE[0], _PIECE[1] + 1, half // _PIECE[0]))
-        pieces = np.split(tokens[:half], ends[ends < half])
-        tokens[-half:] = np.concatenate([pieces[n] for n in rng.permutation(len(pieces))])
+            part[:] = np.resize(rng.permutation(VOCABULARY - 1)[:period], len(part))
     return sequences
 
 

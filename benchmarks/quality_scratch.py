@@ -85,7 +85,8 @@ class Size:
             f"--init-method-std {self.hidden_size**-0.5:.4g} --seed {seed} "
             f"--global-batch-size {self.batch} "
             f"--lr {self.lr:g} --min-lr {self.lr / 10:g} --lr-decay-style cosine "
-            f"--lr-warmup-iters {self.steps // 20} --weight-decay 0.1 --untie-embeddings-and-output-weights"
+            f"--lr-warmup-iters {self.steps // 20} --weight-decay 0.1 --adam-beta2 0.95 "
+            "--untie-embeddings-and-output-weights"
         )
         precision = ["--bf16"] if dtype == "bfloat16" else []
         return [*f"{model} {COMMON_FLAGS}".split(), *precision]

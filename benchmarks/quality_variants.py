@@ -16,8 +16,7 @@ STYLES = {
 # A model without dropout and biases, and an optimizer, that all experiments have in common.
 COMMON_FLAGS = (
     "--position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear "
-    "--attention-dropout 0 --hidden-dropout 0 "
-    "--adam-beta2 0.95 --clip-grad 1.0"
+    "--attention-dropout 0 --hidden-dropout 0 --clip-grad 1.0"
 )
 
 
