@@ -16,9 +16,8 @@ from benchmarks.benchmark import Row
 from benchmarks.quality_experiment import Experiment, Run
 from benchmarks.quality_needles_data import (
     VOCABULARY,
-    needle_sequences,
-    needles_of,
     periodic_sequences,
+    shifted_needle_sequences,
     write_sequences,
 )
 from benchmarks.quality_training import Launcher, Trained, recalled, train
@@ -75,8 +74,7 @@ class Stage:
         length: tokens of a sequence.
         batch: sequences of a step.
         periodic: share of sequences that repeat with periods, which make induction heads form. There must be
-            more blocks than phases: a head that never sees a block of use comes to rest (all of its attention
-            on one token), and hardly learns afterwards. All others have needles.
+            more blocks than phases. All others have needles.
     """
 
     length: int
@@ -94,7 +92,7 @@ class Stage:
             if periodic := round(count * self.periodic):
                 yield periodic_sequences(rng, periodic, self.length)
             if needles := count - periodic:
-                yield needle_sequences(rng, needles, self.length, needles_of(self.length))[0]
+                yield shifted_needle_sequences(rng, needles, self.length)
             left -= count
 
     def row(self) -> dict:
@@ -113,8 +111,8 @@ class Stage:
 
 MODEL, TOY_MODEL = Model(), Model(2, 64, 32, 2, vert_stride=2)
 STAGES = {
-    "periods": Stage(512, 5000, 4, 1e-3, periodic=1.0),
-    "512": Stage(512, 1000, 4, 1e-3),
+    "periods": Stage(512, 4000, 4, 1e-3, periodic=1.0),
+    "512": Stage(512, 2000, 4, 1e-3, periodic=0.25),
     "2048": Stage(2048, 150, 8, 5e-4),
     "8192": Stage(8192, 60, 4, 5e-4),
     "32768": Stage(32768, 50, 2, 3e-4),

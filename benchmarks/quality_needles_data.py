@@ -17,7 +17,8 @@ from megatron_s2.data.token_ids import RECORD_SUFFIX, write_record
 HAY, KEYS, VALUES = 16, 32, 15
 VOCABULARY = HAY + KEYS + VALUES + 1
 _FOLLOWERS = np.random.default_rng(0).integers(0, HAY, (HAY, 4))
-_PERIODS = (6, 48)  # shortest and longest
+_SHORT_PERIODS, _PERIODS = (6, 14), (6, 48)  # shortest and longest
+_LARGEST_SHIFT = 256
 
 
 def needles_of(length: int) -> int:
@@ -56,6 +57,17 @@ def needle_sequences(
     return tokens, places
 
 
+def shifted_needle_sequences(rng: np.random.Generator, count: int, length: int) -> np.ndarray:
+    """Returns sequences `[count, length]` of `needle_sequences`, each shifted by another number of tokens.
+
+    Up to 256 tokens of its beginning, a half at most, come after the questions: which are then in blocks of
+    all phases, and not only in the last blocks, whose heads would learn later than others.
+    """
+    sequences, _ = needle_sequences(rng, count, length, needles_of(length))
+    shifts = rng.integers(0, min(_LARGEST_SHIFT, length // 2) + 1, (count, 1))
+    return np.take_along_axis(sequences, (np.arange(length) + shifts) % length, axis=1)
+
+
 def _hay(rng: np.random.Generator, count: int, length: int) -> np.ndarray:
     choices = rng.integers(0, _FOLLOWERS.shape[1], (length, count))
     tokens = np.empty((length, count), dtype=np.int64)
@@ -68,17 +80,19 @@ def _hay(rng: np.random.Generator, count: int, length: int) -> np.ndarray:
 def periodic_sequences(rng: np.random.Generator, count: int, length: int) -> np.ndarray:
     """Returns sequences `[count, length]` of two parts, in each of which distinct tokens repeat periodically.
 
-    The logarithm of a period is uniform, up to 48 and half of the length: what follows a token is known from
-    its last occurrence, and from no fixed distance. A part has few of all tokens, so that whatever blocks a
-    head sees, they tell something about the next token. The second part begins anywhere: what could always
-    be copied from the first blocks would give the heads that do not see these nothing to learn.
+    What follows a token is known from its last occurrence, and from no fixed distance: the logarithm of a
+    period is uniform. That of the first part is so short that a window of 32 tokens has it; a head needs its
+    shards for the second, which has other tokens, and begins anywhere in the first 256: its first blocks,
+    from which all that follows can be copied, are equally often of each phase. Heads that see nothing of use
+    come to rest, with all of their attention on one token, and hardly learn afterwards.
     """
     sequences = np.empty((count, length), dtype=np.int64)
-    shortest, longest = _PERIODS[0], min(_PERIODS[1], length / 2)
     for tokens in sequences:
-        for part in np.split(tokens, [rng.integers(length)]):
-            period = round(np.exp(rng.uniform(np.log(shortest), np.log(longest))))
-            part[:] = np.resize(rng.permutation(VOCABULARY - 1)[:period], len(part))
+        short, long = (round(np.exp(rng.uniform(*np.log(some)))) for some in (_SHORT_PERIODS, _PERIODS))
+        names = rng.permutation(VOCABULARY - 1)
+        first, second = np.split(tokens, [rng.integers(min(_LARGEST_SHIFT, length // 2))])
+        first[:] = np.resize(names[:short], len(first))
+        second[:] = np.resize(names[short : short + long], len(second))
     return sequences
 
 

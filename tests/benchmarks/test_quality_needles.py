@@ -33,27 +33,33 @@ def test_each_key_is_asked_for_once_and_its_value_follows_both_times(data):
     assert tokens.max() < data.VOCABULARY - 1
 
 
-def test_sequences_have_two_parts_with_periods_of_all_lengths(data):
-    sequences = data.periodic_sequences(np.random.default_rng(0), 200, 512)
+def test_periods_are_of_all_lengths_and_the_long_ones_begin_in_blocks_of_all_phases(data):
+    sequences = data.periodic_sequences(np.random.default_rng(0), 400, 512)
     assert sequences.max() < data.VOCABULARY - 1
-    found = [split_by_periods(sequence) for sequence in sequences]
-    assert None not in found
-    ends = [end for end, _ in found]
-    assert np.quantile(ends, [0.25, 0.5, 0.75]) / 512 == pytest.approx([0.25, 0.5, 0.75], abs=0.1)
-    periods = [period for end, period in found if end > 128]
-    assert np.quantile(periods, [0.25, 0.5, 0.75]) == pytest.approx([10, 17, 29], rel=0.25)
+    begins, periods = [], []
+    for sequence in sequences:
+        of_second = np.isin(sequence, sequence[-48:])
+        begin = int(of_second.argmax())
+        assert not of_second[:begin].any() and of_second[begin:].all(), "the parts have other tokens"
+        assert begin < 14 or 6 <= period_of(sequence[:begin]) <= 14
+        begins.append(begin)
+        periods.append(period_of(sequence[begin:]))
+    assert np.quantile(begins, [0, 0.25, 0.5, 0.75, 1]) == pytest.approx([0, 64, 128, 192, 255], abs=16)
+    assert np.quantile(periods, [0, 0.25, 0.5, 0.75, 1]) == pytest.approx([6, 10, 17, 29, 48], rel=0.15)
 
 
-def split_by_periods(tokens):
-    """Where the second of two parts with periods of 6 to 48 begins, and the period of the first."""
-    for period in range(6, 49):
-        other = np.flatnonzero(tokens[period:] != tokens[:-period])
-        end = period + other[0] if len(other) else len(tokens)
-        for begin in (end, *range(period)):  # the first part may be shorter than its period
-            rest = tokens[begin:]
-            if any((rest[p:] == rest[:-p]).all() for p in range(6, 49)):
-                return begin, period
-    return None
+def period_of(tokens):
+    return next(p for p in range(1, len(tokens)) if (tokens[p:] == tokens[:-p]).all())
+
+
+def test_shifted_sequences_have_their_questions_in_blocks_of_all_phases(data):
+    sequences = data.shifted_needle_sequences(np.random.default_rng(0), 400, 512)
+    values = sequences >= data.HAY + data.KEYS
+    assert (values.sum(1) == 2 * 32).all(), "each needle twice"
+    dense = np.lib.stride_tricks.sliding_window_view(values, 64, axis=1).sum(2)
+    begins = dense.argmax(1)
+    assert (dense.max(1) == 32).all()
+    assert np.quantile(begins, [0, 0.25, 0.5, 0.75, 1]) == pytest.approx([192, 256, 320, 384, 448], abs=20)
 
 
 @pytest.mark.parametrize(("count", "length"), [(0, 64), (30, 64), (33, 512)])
