@@ -103,16 +103,15 @@ class Stage:
     def flags(self, seed: int) -> list[str]:
         return (
             f"--seq-length {self.length} --max-position-embeddings {self.length} --seed {seed} "
-            f"--global-batch-size {self.batch} --lr {self.lr:g} --min-lr {self.lr / 10:g} "
-            f"--lr-warmup-iters {-(-self.steps // 20)} --lr-decay-style WSD --lr-wsd-decay-style linear "
-            f"--lr-wsd-decay-iters {self.steps // 5}"
+            f"--global-batch-size {self.batch} --lr {self.lr:g} --min-lr 0 --lr-decay-style constant "
+            f"--lr-warmup-iters {-(-self.steps // 20)}"
         ).split()
 
 
 MODEL, TOY_MODEL = Model(), Model(2, 64, 32, 2, vert_stride=2)
 STAGES = {
     "periods": Stage(512, 4000, 4, 1e-3, periodic=1.0),
-    "512": Stage(512, 1200, 4, 1e-3, periodic=0.25),
+    "512": Stage(512, 3000, 4, 1e-3, periodic=0.5),
     "2048": Stage(2048, 100, 4, 5e-4),
     "8192": Stage(8192, 40, 2, 5e-4),
     "32768": Stage(32768, 12, 2, 3e-4),
