@@ -110,8 +110,8 @@ class Stage:
 
 MODEL, TOY_MODEL = Model(), Model(2, 64, 32, 2, vert_stride=2)
 STAGES = {
-    "periods": Stage(512, 4000, 4, 1e-3, periodic=1.0),
-    "512": Stage(512, 3000, 4, 1e-3, periodic=0.5),
+    "periods": Stage(512, 5500, 4, 1e-3, periodic=1.0),
+    "512": Stage(512, 1500, 4, 1e-3, periodic=0.25),
     "2048": Stage(2048, 100, 4, 5e-4),
     "8192": Stage(8192, 40, 2, 5e-4),
     "32768": Stage(32768, 12, 2, 3e-4),
