@@ -22,7 +22,7 @@ _LARGEST_SHIFT = 256
 
 
 def needles_of(length: int) -> int:
-    """Returns the number of needles of a sequence, in training and evaluation: one per 16 tokens."""
+    """Returns the number of needles of a sequence, trained on or asked: one per 16 tokens, 32 at most."""
     return min(KEYS, length // 16)
 
 
@@ -81,9 +81,10 @@ def periodic_sequences(rng: np.random.Generator, count: int, length: int) -> np.
     """Returns sequences `[count, length]` of two parts, in each of which distinct tokens repeat periodically.
 
     What follows a token is known from its last occurrence, and from no fixed distance: the logarithm of a
-    period is uniform. That of the first part is so short that a window of 32 tokens has it; a head needs its
-    shards for the second, which has other tokens, and begins anywhere in the first 256: its first blocks,
-    from which all that follows can be copied, are equally often of each phase. Heads that see nothing of use
+    period is uniform. That of the first part is so short that a window of two blocks of 16 has it. Longer
+    ones, for which a head needs its shards, are in the second, which has other tokens, and begins anywhere
+    in the first 256: its first blocks, from which all that follows can be copied, are equally often of each
+    phase. Heads that see nothing of use
     come to rest, with all of their attention on one token, and hardly learn afterwards.
     """
     sequences = np.empty((count, length), dtype=np.int64)

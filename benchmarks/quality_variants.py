@@ -13,7 +13,7 @@ STYLES = {
     S2: {"color": "#12355b", "marker": "o"},
     WINDOW: {"color": "#c55a11", "marker": "v"},
 }
-# A model without dropout and biases, and an optimizer, that all experiments have in common.
+# A model without dropout and biases, and clipped gradients, which all experiments have in common.
 COMMON_FLAGS = (
     "--position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear "
     "--attention-dropout 0 --hidden-dropout 0 --clip-grad 1.0"

@@ -86,7 +86,9 @@ def test_readme_and_quality_page_say_what_training_leaves():
     ) in quality
     row = trained("calibrated", "b195-m2")
     assert (
-        f"Trained on for 0.5M tokens, a calibrated pattern of that size has "
+        "Trained on for 0.5M tokens, another calibrated pattern of that size, for which needles "
+        "weighed more, has "
         f"{100 * (row['loss'] / dense['loss'] - 1):.1f}% more loss than the dense model trained on the same "
-        f"tokens, and finds {found(row, 4096, dense) / found(dense, 4096):.0%} of the needles that it finds"
+        f"tokens, and finds {found(row, 4096, dense) / found(dense, 4096):.0%} of the needles that it finds "
+        "in 4096 tokens"
     ) in page("README.md")
