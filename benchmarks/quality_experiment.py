@@ -14,7 +14,7 @@ class Run:
     """One training and its evaluation.
 
     Args:
-        name: what it is, such as `1M s2 seed 1`; unique in its experiment.
+        name: what it is, such as `4M s2 seed 1`; unique in its experiment.
         setting: what a stored row must have in common with a new one to be used in its place.
         measure: trains and evaluates, going on where an interrupted call stopped; returns the rest of the
             row.

@@ -32,6 +32,9 @@ PARTS = 16
 class Size:
     """A model, and what it is trained on; every KV head is a query head's own.
 
+    So small a model, after so few tokens, uses hardly anything beyond 128 tokens. The window is a fraction of
+    that: shards have work to do.
+
     Args:
         seq_length: tokens of a sequence.
         batch: sequences of a step.
@@ -46,11 +49,12 @@ class Size:
     steps: int
     lr: float
     seeds: tuple[int, ...] = (1,)
+    head_dim: int = 32
     seq_length: int = 2048
-    batch: int = 4
+    batch: int = 2
     vocab_size: int = 4096
-    block_size: int = 64
-    local_blocks: int = 4
+    block_size: int = 16
+    local_blocks: int = 2
     vert_stride: int = 8
     evaluated: int | None = None
 
@@ -61,7 +65,8 @@ class Size:
     @property
     def parameters(self) -> int:
         """Number of weights of the layers' products: without embeddings, output layer and norms."""
-        return self.num_layers * self.hidden_size * (4 * self.hidden_size + 3 * self.ffn_hidden_size)
+        attention = 4 * self.num_attention_heads * self.head_dim
+        return self.num_layers * self.hidden_size * (attention + 3 * self.ffn_hidden_size)
 
     @property
     def tokens(self) -> int:
@@ -81,6 +86,7 @@ class Size:
         model = (
             f"--num-layers {self.num_layers} --hidden-size {self.hidden_size} "
             f"--ffn-hidden-size {self.ffn_hidden_size} --num-attention-heads {self.num_attention_heads} "
+            f"--kv-channels {self.head_dim} "
             f"--seq-length {self.seq_length} --max-position-embeddings {self.seq_length} "
             f"--init-method-std {self.hidden_size**-0.5:.4g} --seed {seed} "
             f"--global-batch-size {self.batch} "
@@ -93,9 +99,9 @@ class Size:
 
 
 SIZES = {
-    "1M": Size(6, 128, 4, steps=1000, lr=3e-3, seeds=(1, 2)),
-    "4M": Size(6, 256, 4, steps=1000, lr=2e-3),
-    "12M": Size(8, 384, 6, steps=1000, lr=1.5e-3),
+    "1.4M": Size(6, 128, 8, steps=1000, lr=3e-3, seeds=(1, 2)),
+    "4M": Size(6, 256, 8, steps=1000, lr=2e-3),
+    "12M": Size(8, 384, 12, steps=1000, lr=1.5e-3),
 }
 TOY_SIZES = {
     "toy": Size(
@@ -104,8 +110,6 @@ TOY_SIZES = {
         seq_length=128,
         batch=2,
         vocab_size=512,
-        block_size=16,
-        local_blocks=2,
         vert_stride=3,
         evaluated=4,
     )

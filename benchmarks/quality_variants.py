@@ -6,12 +6,16 @@ from dataclasses import replace
 
 from megatron_s2.pattern import S2Settings
 
-DENSE, FIRST_TWO, S2, WINDOW = VARIANTS = ("dense", "s2-first-two-dense", "s2", "window-only")
+DENSE, FIRST_TWO, S2, WINDOW, NO_SHARDS = VARIANTS = (
+    *("dense", "s2-first-two-dense", "s2"),
+    *("window-only", "no-shards"),
+)
 STYLES = {
     DENSE: {"color": "#333333", "marker": "s", "linestyle": "--"},
     FIRST_TWO: {"color": "#5b9bd5", "marker": "^"},
     S2: {"color": "#12355b", "marker": "o"},
     WINDOW: {"color": "#c55a11", "marker": "v"},
+    NO_SHARDS: {"color": "#999999", "marker": "x"},
 }
 # A model without dropout and biases, and clipped gradients, which all experiments have in common.
 COMMON_FLAGS = (
@@ -26,15 +30,15 @@ def variant_settings(s2: S2Settings, variant: str, seq_length: int) -> S2Setting
     Args:
         s2: that of the variant `s2`.
         seq_length: tokens of a sequence; the window of `window-only` is the smallest that costs at least as
-            much there as `s2`.
+            much there as `s2`, while `no-shards` has the window of `s2`.
     """
     if variant == DENSE:
         return replace(s2, dense_layer_freq=1)
     if variant == FIRST_TWO:
         return replace(s2, dense_layers=(1, 2))
-    if variant == WINDOW:
+    if variant in (WINDOW, NO_SHARDS):
         window = replace(s2, vert_stride=0)
-        while window.mean_pairs(seq_length) < s2.mean_pairs(seq_length):
+        while variant == WINDOW and window.mean_pairs(seq_length) < s2.mean_pairs(seq_length):
             window = replace(window, local_blocks=window.local_blocks + 1)
         return window
     return s2

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -110,7 +111,7 @@ def names(fakes) -> list[str]:
 def test_each_size_has_all_variants_on_the_same_text(bench, scratch, fakes, tmp_path):
     options = [word for word in words(tmp_path) if word != "--toy"]
     assert bench.main(options) == 0
-    seeds = [("1M", 1), ("1M", 2), ("4M", 1), ("12M", 1)]
+    seeds = [("1.4M", 1), ("1.4M", 2), ("4M", 1), ("12M", 1)]
     assert names(fakes) == [f"{size}-{variant}-{n}" for size, n in seeds for variant in scratch.VARIANTS]
     rows = rows_in(tmp_path / "out")
     for size in scratch.SIZES:
@@ -140,9 +141,10 @@ def test_one_that_fails_is_told_of_and_the_others_go_on(bench, fakes, tmp_path, 
     assert bench.main(words(tmp_path)) == 1
     message = "toy window-only seed 1 ended with status 1, the log is there"
     assert capsys.readouterr().err.splitlines()[-1] == f"error: {message}"
-    assert [row["variant"] for row in rows_in(tmp_path / "out")] == ["dense", "s2-first-two-dense", "s2"]
+    others = ["dense", "s2-first-two-dense", "s2", "no-shards"]
+    assert [row["variant"] for row in rows_in(tmp_path / "out")] == others
     fakes.failing = "none"
-    assert bench.main(words(tmp_path)) == 0 and len(fakes.ran) == 5, "it alone is tried again"
+    assert bench.main(words(tmp_path)) == 0 and len(fakes.ran) == 6, "it alone is tried again"
 
 
 @pytest.mark.parametrize(
@@ -151,7 +153,7 @@ def test_one_that_fails_is_told_of_and_the_others_go_on(bench, fakes, tmp_path, 
         (["--sizes", "4M"], "--sizes 4M: must be one of toy with --toy"),
         (
             ["--variants", "ring"],
-            "--variants ring: must be one of dense, s2-first-two-dense, s2, window-only",
+            "--variants ring: must be one of dense, s2-first-two-dense, s2, window-only, no-shards",
         ),
         (["--ranks", "0"], "--ranks 0: must be >= 1"),
         (["--python", "/no/python"], "--python /no/python: "),
@@ -178,7 +180,8 @@ def test_sizes_are_what_they_are_called_and_windows_cost_as_much_as_shards(scrat
         assert s2.coverage().lost == 0
         pairs = s2.mean_pairs(size.seq_length), window.mean_pairs(size.seq_length)
         assert pairs[0] <= pairs[1] < 1.2 * pairs[0] < 0.5 * dense_pairs(size.seq_length)
-        assert window.vert_stride == 0
+        assert size.settings("no-shards") == replace(s2, vert_stride=0)
+        assert replace(window, local_blocks=s2.local_blocks) == size.settings("no-shards")
         assert size.settings("s2-first-two-dense").sparse_layers == list(range(3, size.num_layers + 1))
         assert size.settings("dense").sparse_layers == []
 
@@ -218,7 +221,7 @@ def test_gaps_are_to_the_dense_model_of_the_same_size_seed_and_tokens(
 ):
     assert bench.main(words(tmp_path, "--seeds", "1,2")) == 0
     printed = capsys.readouterr().out
-    assert len(re.findall(r" 4\.1000 +\+2\.50% ", printed)) == 6, "4.1 over 4.0, of six models"
+    assert len(re.findall(r" 4\.1000 +\+2\.50% ", printed)) == 8, "4.1 over 4.0, of eight models"
     [group] = scratch.newest(rows_in(tmp_path / "out"))
     dense, *_, s2, _ = group[:4]
     assert scratch.dense_of(s2, group) is dense
