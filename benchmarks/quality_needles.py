@@ -73,6 +73,7 @@ class Stage:
     Args:
         length: tokens of a sequence.
         batch: sequences of a step.
+        final_lr: what the learning rate falls to, linearly. While recall forms it had better not fall.
         periodic: share of sequences that repeat with periods, which make induction heads form. There must be
             more blocks than phases. All others have needles.
     """
@@ -81,6 +82,7 @@ class Stage:
     steps: int
     batch: int
     lr: float
+    final_lr: float
     periodic: float = 0.0
 
     def sequences(self) -> Iterator[np.ndarray]:
@@ -103,20 +105,20 @@ class Stage:
     def flags(self, seed: int) -> list[str]:
         return (
             f"--seq-length {self.length} --max-position-embeddings {self.length} --seed {seed} "
-            f"--global-batch-size {self.batch} --lr {self.lr:g} --min-lr 0 --lr-decay-style constant "
-            f"--lr-warmup-iters {-(-self.steps // 20)}"
+            f"--global-batch-size {self.batch} --lr {self.lr:g} --min-lr {self.final_lr:g} "
+            f"--lr-decay-style linear --lr-warmup-iters {-(-self.steps // 20)}"
         ).split()
 
 
 MODEL, TOY_MODEL = Model(), Model(2, 64, 32, 2, vert_stride=2)
 STAGES = {
-    "periods": Stage(512, 5500, 4, 1e-3, periodic=1.0),
-    "512": Stage(512, 1500, 4, 1e-3, periodic=0.25),
-    "2048": Stage(2048, 100, 4, 5e-4),
-    "8192": Stage(8192, 40, 2, 5e-4),
-    "32768": Stage(32768, 12, 2, 3e-4),
+    "periods": Stage(512, 5500, 4, 1e-3, 1e-3, periodic=1.0),
+    "512": Stage(512, 3000, 4, 1e-3, 1e-4, periodic=0.25),
+    "2048": Stage(2048, 200, 4, 5e-4, 5e-5),
+    "8192": Stage(8192, 40, 2, 5e-4, 5e-5),
+    "32768": Stage(32768, 20, 2, 3e-4, 3e-5),
 }
-TOY_STAGES = {"64": Stage(64, 2, 4, 1e-3, periodic=0.5), "128": Stage(128, 2, 2, 5e-4)}
+TOY_STAGES = {"64": Stage(64, 2, 4, 1e-3, 1e-3, periodic=0.5), "128": Stage(128, 2, 2, 5e-4, 5e-5)}
 
 
 def runs(args: Namespace, launcher: Launcher) -> Iterator[Run]:

@@ -84,8 +84,8 @@ def periodic_sequences(rng: np.random.Generator, count: int, length: int) -> np.
     period is uniform. That of the first part is so short that a window of two blocks of 16 has it. Longer
     ones, for which a head needs its shards, are in the second, which has other tokens, and begins anywhere
     in the first 256: its first blocks, from which all that follows can be copied, are equally often of each
-    phase. Heads that see nothing of use
-    come to rest, with all of their attention on one token, and hardly learn afterwards.
+    phase. Heads that see nothing of use come to rest, with all of their attention on one token, and hardly
+    learn afterwards.
     """
     sequences = np.empty((count, length), dtype=np.int64)
     for tokens in sequences:

@@ -69,11 +69,11 @@ def test_needles_that_have_no_room_are_refused(data, count, length):
 
 
 def test_a_dataset_is_the_same_each_time_and_its_sequences_fill_the_steps(needles):
-    stage = needles.Stage(64, 5, 3, 1e-3, periodic=0.5)
+    stage = needles.Stage(64, 5, 3, 1e-3, 1e-4, periodic=0.5)
     first, again = (np.concatenate([*stage.sequences()]) for _ in range(2))
     assert np.array_equal(first, again)
     assert first.shape == (16, 64), "one more, for the last label"
-    assert stage.row()["hash"] != needles.Stage(64, 5, 3, 1e-3).row()["hash"]
+    assert stage.row()["hash"] != needles.Stage(64, 5, 3, 1e-3, 1e-4).row()["hash"]
 
 
 def test_answers_are_the_probabilities_of_values(bench, data):
