@@ -1,10 +1,14 @@
 """The needle experiment: its sequences, its stages, and what is recalled."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
-from conftest import rows_in
+from conftest import RUNNER, rows_in
 from megatron_run import environment_of_forks
+
+ROOT = RUNNER.parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +131,20 @@ def test_stages_begin_from_the_former_and_are_not_repeated(bench, needles, tmp_p
     assert "mean / worst depth / worst phase" in capsys.readouterr().out
     assert bench.main(["plot", "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "quality-needles.png").exists()
+
+
+def test_the_quality_page_and_the_readme_say_what_the_newest_row_says(needles):
+    files = sorted((ROOT / "benchmarks" / "results").glob("*/quality-*.jsonl"))
+    rows = [json.loads(line) for file in files for line in file.open()]
+    rows = [row for row in rows if row["experiment"] == "needles" and row["variant"] == "s2"]
+    row = max((row for row in rows if row["size"] == "32768"), key=lambda row: row["date"])
+    phases = needles.found_shares(row, "phase")
+    page = (ROOT / "docs" / "quality.md").read_text()
+    for length, depths in needles.found_shares(row).items():
+        line = f"| {length} | {depths.mean():.1%} | {depths.min():.1%} | {phases[length].min():.1%} |"
+        assert line in page
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    told = (
+        f"finds {depths.mean():.1%} of the needles in 32768 tokens, and at the worst depth {depths.min():.1%}"
+    )
+    assert length == 32768 and told in readme
