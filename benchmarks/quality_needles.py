@@ -122,7 +122,10 @@ TOY_STAGES = {"64": Stage(64, 2, 4, 1e-3, 1e-3, periodic=0.5), "128": Stage(128,
 
 
 def runs(args: Namespace, launcher: Launcher) -> Iterator[Run]:
-    """Yields the stages of one variant after another; a stage begins from the checkpoint of the former."""
+    """Yields the stages of one variant after another; a stage begins from the checkpoint of the former.
+
+    Those of `window_holds_all` are trained with S2 alone.
+    """
     model, stages = (TOY_MODEL, TOY_STAGES) if args.toy else (MODEL, STAGES)
     phases = {"block_size": model.block_size, "phases": model.vert_stride}
     asked = (_TOY_RECALL if args.toy else _RECALL) | phases
@@ -133,14 +136,15 @@ def runs(args: Namespace, launcher: Launcher) -> Iterator[Run]:
         for variant in args.variants:
             former, trained = None, None
             for name, stage in stages.items():
+                attention = S2 if window_holds_all(model, stage, longest) else variant
                 setting = {
                     "size": name,
-                    "variant": variant,
+                    "variant": attention,
                     "seed": seed,
                     "dtype": args.dtype,
                     "steps": stage.steps,
                     "flags": [*model.flags(), *precision, *stage.flags(seed)],
-                    "attention": attention_flags(model.settings(variant, longest)),
+                    "attention": attention_flags(model.settings(attention, longest)),
                     "data": rows[name],
                     "asked": asked,
                     "former": former,
@@ -148,11 +152,21 @@ def runs(args: Namespace, launcher: Launcher) -> Iterator[Run]:
                 fields = ("flags", "attention", "steps", "data", "former")
                 directory = launcher.directory("needles", setting, fields)
                 train_it = partial(_train, launcher, stage, setting, directory, trained)
-                if name in args.sizes:
+                if name in args.sizes and attention == variant:
                     lengths = sorted({some.length for some in stages.values() if some.length <= stage.length})
                     measure = partial(_measure, launcher, setting, lengths, directory, train_it)
                     yield Run(f"{name} {variant} seed {seed}", setting, measure)
                 former, trained = directory.name, train_it
+
+
+def window_holds_all(model: Model, stage: Stage, longest: int) -> bool:
+    """Returns whether the window of `window-only` holds the whole sequence: nothing is out of its reach.
+
+    Such a stage, in which recall forms, is S2's for all variants. What a control with another attention then
+    lacks, it cannot see; that it was slower to form recall is not measured.
+    """
+    window = model.settings(WINDOW, longest)
+    return window.local_blocks * window.block_size >= stage.length
 
 
 def _train(launcher: Launcher, stage: Stage, setting: Row, directory: Path, former) -> Trained:

@@ -1,6 +1,8 @@
 """The needle experiment: its sequences, its stages, and what is recalled."""
 
 import json
+from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -103,6 +105,22 @@ def test_windows_cost_as_much_as_shards_at_the_longest_stage(needles):
         assert set(s2.pattern(layer).head_phases) == set(range(16)), "every layer sees every block"
 
 
+def test_recall_forms_with_s2_where_a_window_holds_all_and_controls_begin_there(needles):
+    from benchmarks.quality_training import Launcher
+
+    launcher = Launcher("python", Path("work"), "cpu", ranks=1, threads=1)
+    args = Namespace(toy=False, dtype="float32", seeds=None, sizes=needles.STAGES, variants=needles.VARIANTS)
+    settings = [run.setting for run in needles.runs(args, launcher)]
+    runs = {(setting["variant"], setting["size"]): setting for setting in settings}
+    later = ["2048", "8192", "32768"]
+    assert [size for variant, size in runs if variant == "s2"] == ["periods", "512", *later]
+    for control in ("window-only", "dense"):
+        assert [size for variant, size in runs if variant == control] == later
+        assert runs[control, "2048"]["former"] == runs["s2", "2048"]["former"]
+        assert runs[control, "2048"]["attention"] != runs["s2", "2048"]["attention"]
+        assert runs[control, "8192"]["former"].startswith(f"needles-2048-{control}-1-")
+
+
 @pytest.mark.exhaustive
 def test_stages_begin_from_the_former_and_are_not_repeated(bench, needles, tmp_path, monkeypatch, capsys):
     for name, value in environment_of_forks().items():
@@ -128,6 +146,11 @@ def test_stages_begin_from_the_former_and_are_not_repeated(bench, needles, tmp_p
     trained = len([*tmp_path.glob("work/needles-*/checkpoint")])
     assert bench.main(options) == 0
     assert len(rows_in(tmp_path / "out")) == 2 and trained == 2
+    assert bench.main([*options, "--variants", "window-only"]) == 0
+    [control] = (row for row in rows_in(tmp_path / "out") if row["variant"] == "window-only")
+    assert control["size"] == "128" and control["former"] == row["former"], "it begins where S2 does"
+    assert "--s2-vert-stride 0" in control["command"]
+    assert len([*tmp_path.glob("work/needles-*/checkpoint")]) == trained + 1
     assert "mean / worst depth / worst phase" in capsys.readouterr().out
     assert bench.main(["plot", "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "quality-needles.png").exists()
